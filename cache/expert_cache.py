@@ -1,0 +1,230 @@
+"""The cache of expert slots: what is resident, what is pinned, what is on its way."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+from edgemoe.cache.counters import CacheCounters
+from edgemoe.cache.link import Link, Priority, Transfer
+from edgemoe.cache.policy import EvictionPolicy
+from edgemoe.cache.record import ExpertId
+from edgemoe.cache.slots import SlotPool
+from edgemoe.cache.store import ExpertStore
+
+
+@dataclass
+class _Resident:
+    """An expert that holds a slot, loaded or loading."""
+
+    slot: int
+    transfer: Transfer | None
+    pins: int = 0
+    fresh_prefetch: bool = False
+
+
+@dataclass(frozen=True)
+class Loan:
+    """Experts of one layer that may be read now: `slots[i]` holds the record of expert `experts[i]`.
+
+    Pinned until the iteration that yielded it moves on.
+    """
+
+    experts: tuple[int, ...]
+    slots: tuple[int, ...]
+
+
+class ExpertCache:
+    """Slots, their contents and their traffic. Used from one thread; only the link has others.
+
+    The contract:
+    - `borrow` pins what it yields; the pin ends when its iterator moves on or is closed;
+    - nothing pinned and nothing on the link is ever evicted;
+    - a demanded load overtakes every prefetch, and one already on the link is promoted, not repeated;
+    - a prefetch takes free slots first and evicts only what is neither pinned, nor named by its caller
+      as wanted sooner, nor a prefetch that nothing has used yet.
+    """
+
+    def __init__(self, store: ExpertStore, link: Link, pool: SlotPool, policy: EvictionPolicy) -> None:
+        if pool.count < 1:
+            raise ValueError("an expert cache needs at least 1 slot")
+        self.store = store
+        self.pool = pool
+        self.counters = CacheCounters()
+        self._link = link
+        self._policy = policy
+        self._held: dict[ExpertId, _Resident] = {}
+        self._free = list(range(pool.count - 1, -1, -1))
+
+    def borrow(self, layer: int, experts: Sequence[int]) -> Iterator[Loan]:
+        """Yields loans that together cover `experts` (distinct) of `layer` once each: hits first, misses as they arrive.
+
+        Misses are put on the link before the hits are yielded, in the given order. When there are fewer
+        slots than misses, slots are reused as loans end, so any number of experts passes through any
+        number of slots. Raises the store's OSError when a record cannot be read. Close the iterator (or
+        exhaust it) before the next call.
+        """
+        wanted = [ExpertId(layer, index) for index in experts]
+        hits = [expert for expert in wanted if self.is_resident(expert)]
+        misses = deque(expert for expert in wanted if not self.is_resident(expert))
+        self._count(hits, misses)
+        on_the_way: list[Transfer] = []
+        pinned: list[ExpertId] = []
+        try:
+            for expert in hits:
+                self._pin(expert, pinned)
+                self._policy.used(expert)
+            self._settle(hits)
+            self._demand(misses, on_the_way, pinned)
+            if hits:
+                yield self._loan(hits)
+                self._unpin(hits, pinned)
+            while on_the_way or misses:
+                self._demand(misses, on_the_way, pinned)
+                arrived = self._arrived(on_the_way)
+                yield self._loan(arrived)
+                self._unpin(arrived, pinned)
+        finally:
+            self._unpin(list(pinned), pinned)
+
+    def prefetch(self, experts: Sequence[ExpertId], wanted_sooner: Collection[ExpertId] = ()) -> int:
+        """Puts `experts` on the link, in this order, behind every demanded load; returns how many were started.
+
+        Stops at the first one for which no slot may be taken (see the contract).
+        """
+        started = 0
+        keep = set(wanted_sooner) | set(experts)
+        for expert in experts:
+            if expert in self._held:
+                continue
+            slot = self._take_slot(expert.layer, keep)
+            if slot is None:
+                break
+            self._load(expert, slot, Priority.PREFETCH).fresh_prefetch = True
+            started += 1
+        return started
+
+    def is_resident(self, expert: ExpertId) -> bool:
+        """Whether the record is in a slot now, whole."""
+        held = self._held.get(expert)
+        return held is not None and (held.transfer is None or held.transfer.arrived())
+
+    def residents(self, layer: int) -> list[int]:
+        """The resident experts of a layer, in no order."""
+        return [expert.index for expert in self._held if expert.layer == layer and self.is_resident(expert)]
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that hold nothing."""
+        return len(self._free)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless free and held slots add up and no slot is held twice. For tests."""
+        slots = [held.slot for held in self._held.values()] + self._free
+        assert sorted(slots) == list(range(self.pool.count)), f"slots lost or doubled: {sorted(slots)}"
+        assert all(held.pins >= 0 for held in self._held.values()), "an expert was unpinned twice"
+
+    def _count(self, hits: Collection[ExpertId], misses: Collection[ExpertId]) -> None:
+        counters = self.counters
+        counters.hits += len(hits)
+        counters.misses += len(misses)
+        for expert in hits:
+            held, nbytes = self._held[expert], self.store.record_nbytes(expert)
+            counters.bytes_hit += nbytes
+            if held.fresh_prefetch:
+                held.fresh_prefetch = False
+                counters.bytes_prefetched_used += nbytes
+        for expert in misses:
+            late = self._held.get(expert)
+            nbytes = self.store.record_nbytes(expert)
+            if late is not None and late.fresh_prefetch:
+                late.fresh_prefetch = False
+                counters.bytes_prefetched_late += nbytes
+            else:
+                counters.bytes_demanded += nbytes
+
+    def _demand(self, misses: deque[ExpertId], on_the_way: list[Transfer], pinned: list[ExpertId]) -> None:
+        """Starts as many of `misses` as there are slots for, and pins them."""
+        while misses:
+            expert = misses[0]
+            held = self._held.get(expert)
+            if held is not None and held.transfer is not None and not (held.transfer.done and held.transfer.error):
+                self._link.promote(held.transfer)
+                self._policy.used(expert)
+            else:
+                if held is not None:
+                    self._drop(expert)
+                slot = self._take_slot(expert.layer, ())
+                if slot is None:
+                    assert on_the_way or pinned, "no slot is free although nothing is pinned"
+                    return
+                held = self._load(expert, slot, Priority.DEMAND)
+            assert held.transfer is not None
+            misses.popleft()
+            self._pin(expert, pinned)
+            on_the_way.append(held.transfer)
+
+    def _settle(self, hits: Sequence[ExpertId]) -> None:
+        """Makes prefetches that arrived unasked readable by the caller's device stream."""
+        arrived = [held.transfer for held in map(self._held.__getitem__, hits) if held.transfer is not None]
+        if arrived:
+            self._link.wait_any(arrived)
+            for transfer in arrived:
+                self._held[transfer.expert].transfer = None
+
+    def _arrived(self, on_the_way: list[Transfer]) -> list[ExpertId]:
+        """Waits for at least one transfer, takes all that are done off the list, raises what failed."""
+        started = time.perf_counter()
+        arrived = self._link.wait_any(on_the_way)
+        self.counters.link_wait_seconds += time.perf_counter() - started
+        on_the_way[:] = [transfer for transfer in on_the_way if transfer not in arrived]
+        for transfer in arrived:
+            if transfer.error is not None:
+                raise transfer.error
+            self._held[transfer.expert].transfer = None
+        return [transfer.expert for transfer in arrived]
+
+    def _load(self, expert: ExpertId, slot: int, priority: Priority) -> _Resident:
+        transfer = self._link.start(expert, slot, self.pool.memory[slot], priority)
+        held = self._held[expert] = _Resident(slot, transfer)
+        self._policy.inserted(expert)
+        return held
+
+    def _take_slot(self, layer: int, keep: Collection[ExpertId]) -> int | None:
+        if self._free:
+            return self._free.pop()
+
+        def evictable(expert: ExpertId) -> bool:
+            held = self._held[expert]
+            moving = held.transfer is not None and not held.transfer.done
+            return held.pins == 0 and not moving and expert not in keep and not (keep and held.fresh_prefetch)
+
+        victim = self._policy.victim(layer, evictable)
+        if victim is None:
+            return None
+        if self._held[victim].fresh_prefetch:
+            self.counters.bytes_prefetched_wasted += self.store.record_nbytes(victim)
+        self._drop(victim)
+        return self._free.pop()
+
+    def _drop(self, expert: ExpertId) -> None:
+        self._free.append(self._held.pop(expert).slot)
+        self._policy.removed(expert)
+
+    def _pin(self, expert: ExpertId, pinned: list[ExpertId]) -> None:
+        self._held[expert].pins += 1
+        pinned.append(expert)
+
+    def _unpin(self, experts: Sequence[ExpertId], pinned: list[ExpertId]) -> None:
+        for expert in experts:
+            pinned.remove(expert)
+            self._held[expert].pins -= 1
+        self._link.released([self._held[expert].slot for expert in experts])
+
+    def _loan(self, experts: Sequence[ExpertId]) -> Loan:
+        return Loan(
+            experts=tuple(expert.index for expert in experts),
+            slots=tuple(self._held[expert].slot for expert in experts),
+        )

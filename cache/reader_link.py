@@ -1,0 +1,124 @@
+"""The link of a machine without a GPU: threads that read records into slots while others compute."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+from collections.abc import Sequence
+
+import torch
+
+from edgemoe.cache.link import Link, Priority, Throttle, Transfer
+from edgemoe.cache.record import ExpertId
+from edgemoe.cache.store import ExpertStore, Piece
+
+
+class _Job(Transfer):
+    """A transfer with the pieces that are still to run."""
+
+    def __init__(self, expert: ExpertId, slot: int, nbytes: int, priority: Priority, pieces: Sequence[Piece]) -> None:
+        super().__init__(expert, slot, nbytes, priority)
+        self.waiting = list(reversed(pieces))
+        self.unfinished = len(pieces)
+
+
+class ReaderLink(Link):
+    """Several reads in flight, demanded ones first.
+
+    The queue orders jobs, and a thread takes one piece at a time, so that a demanded load overtakes a
+    prefetch after at most one piece per thread.
+    """
+
+    def __init__(self, store: ExpertStore, threads: int, throttle: Throttle | None = None) -> None:
+        self._store = store
+        self._throttle = throttle
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._arrival = threading.Condition(self._lock)
+        self._queue: list[tuple[Priority, int, _Job]] = []
+        self._order = itertools.count()
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"edgemoe-read-{number}", daemon=True)
+            for number in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def start(self, expert: ExpertId, slot: int, memory: torch.Tensor, priority: Priority) -> Transfer:
+        """See the base class."""
+        pieces = self._store.pieces(expert, memory)
+        job = _Job(expert, slot, self._store.record_nbytes(expert), priority, pieces)
+        with self._lock:
+            heapq.heappush(self._queue, (priority, next(self._order), job))
+            self._work.notify(len(pieces))
+        return job
+
+    def promote(self, transfer: Transfer) -> None:
+        """See the base class. The job is queued again under its new priority; its old entry runs dry."""
+        assert isinstance(transfer, _Job)
+        with self._lock:
+            if transfer.priority is Priority.PREFETCH and transfer.waiting:
+                heapq.heappush(self._queue, (Priority.DEMAND, next(self._order), transfer))
+            transfer.priority = Priority.DEMAND
+
+    def wait_any(self, transfers: Sequence[Transfer]) -> list[Transfer]:
+        """See the base class."""
+        with self._lock:
+            while True:
+                arrived = [transfer for transfer in transfers if transfer.done]
+                if arrived:
+                    return arrived
+                self._arrival.wait()
+
+    def released(self, slots: Sequence[int]) -> None:
+        """Nothing to tell: on a CPU the work has ended when the call returns."""
+
+    def close(self) -> None:
+        """See the base class."""
+        with self._lock:
+            self._closed = True
+            self._queue.clear()
+            self._work.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _serve(self) -> None:
+        while True:
+            with self._lock:
+                taken = self._take()
+                while taken is None:
+                    if self._closed:
+                        return
+                    self._work.wait()
+                    taken = self._take()
+            job, (nbytes, move) = taken
+            error: BaseException | None = None
+            try:
+                arrival = self._throttle.book(nbytes) if self._throttle else 0.0
+                move()
+                Throttle.sleep_until(arrival)
+            except Exception as caught:
+                error = caught
+            self._finish(job, error)
+
+    def _take(self) -> tuple[_Job, Piece] | None:
+        """The next piece of the first job that has one. The lock is held."""
+        while self._queue:
+            job = self._queue[0][2]
+            if job.waiting:
+                return job, job.waiting.pop()
+            heapq.heappop(self._queue)
+        return None
+
+    def _finish(self, job: _Job, error: BaseException | None) -> None:
+        with self._lock:
+            job.unfinished -= 1
+            if error is not None:
+                job.error = error
+                job.unfinished -= len(job.waiting)
+                job.waiting.clear()
+            if job.unfinished == 0:
+                job.done = True
+                self._arrival.notify_all()

@@ -1,0 +1,106 @@
+"""Records read straight from a checkpoint's safetensors files, with no second copy on disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from edgemoe.cache.record import ExpertId, RecordLayout
+from edgemoe.cache.store import ExpertStore, Piece
+
+PIECE_NBYTES = 2 << 20
+"""Reads are cut to this size: large enough for full disk speed, small enough that a demanded read
+never waits long behind a prefetched one."""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A tensor, or a slice of one, as it lies in a file. `slot_offset` is None for bytes that must be assembled."""
+
+    file: int
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    nbytes: int
+    slot_offset: int | None
+
+
+Assemble = Callable[[Sequence[torch.Tensor]], Mapping[str, torch.Tensor]]
+"""Turns a record's raw tensors, in the order of its extents, into the parts of its layout."""
+
+
+@dataclass(frozen=True)
+class RecordSource:
+    """Where one record's bytes are, and, when they do not lie as the layout wants them, how to assemble it."""
+
+    extents: tuple[Extent, ...]
+    assemble: Assemble | None
+
+
+class SafetensorsStore(ExpertStore):
+    """Positioned reads from the files that the checkpoint consists of; safe from any number of threads."""
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        layouts: Sequence[RecordLayout],
+        sources: Mapping[ExpertId, RecordSource],
+    ) -> None:
+        self.layouts = tuple(layouts)
+        counts = [0] * len(self.layouts)
+        for expert in sources:
+            counts[expert.layer] += 1
+        self.experts = tuple(counts)
+        self._sources = sources
+        self._paths = tuple(files)
+        self._handles = [os.open(path, os.O_RDONLY) for path in files]
+
+    def pieces(self, expert: ExpertId, slot: torch.Tensor) -> Sequence[Piece]:
+        """See the base class. A record that must be assembled is one piece; any other is cut for parallel reads."""
+        source = self._sources[expert]
+        if source.assemble is not None:
+            nbytes = sum(extent.nbytes for extent in source.extents)
+            return [(nbytes, lambda: self._assemble(source, self.layouts[expert.layer], slot))]
+        memory = memoryview(slot.numpy())
+        return [
+            piece
+            for extent in source.extents
+            if extent.slot_offset is not None
+            for piece in self._cut(extent, memory[extent.slot_offset : extent.slot_offset + extent.nbytes])
+        ]
+
+    def _cut(self, extent: Extent, memory: memoryview) -> list[Piece]:
+        def piece(start: int, stop: int) -> Piece:
+            return stop - start, lambda: self._read(extent.file, extent.offset + start, memory[start:stop])
+
+        return [
+            piece(start, min(start + PIECE_NBYTES, extent.nbytes)) for start in range(0, extent.nbytes, PIECE_NBYTES)
+        ]
+
+    def _read(self, file: int, offset: int, into: memoryview) -> None:
+        done = 0
+        while done < len(into):
+            count = os.preadv(self._handles[file], [into[done:]], offset + done)
+            if count == 0:
+                raise OSError(f"{self._paths[file]} ends at byte {offset + done}, in the middle of an expert")
+            done += count
+
+    def _assemble(self, source: RecordSource, layout: RecordLayout, slot: torch.Tensor) -> None:
+        assert source.assemble is not None
+        raw = []
+        for extent in source.extents:
+            buffer = torch.empty(extent.nbytes, dtype=torch.uint8)
+            self._read(extent.file, extent.offset, memoryview(buffer.numpy()))
+            raw.append(buffer.view(extent.dtype).view(extent.shape))
+        parts = source.assemble(raw)
+        for name, view in layout.views(slot).items():
+            view.copy_(parts[name])
+
+    def close(self) -> None:
+        """See the base class."""
+        while self._handles:
+            os.close(self._handles.pop())

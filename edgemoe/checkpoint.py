@@ -1,0 +1,164 @@
+"""A checkpoint on disk: its configuration and where each of its tensors lies. Nothing is loaded here."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgemoe.errors import CheckpointError
+
+DTYPES = {
+    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+"""The safetensors dtypes that are understood; weights must be one of `WEIGHT_DTYPES`."""
+WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HEADER_LIMIT = 100 << 20
+"""The format's own limit on a header, in bytes; more means that the file is not what it says."""
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a checkpoint: the file's number, the byte offset in it, shape and dtype."""
+
+    file: int
+    offset: int
+    nbytes: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checked folder: its files, its tensors and its `config.json` as a dictionary."""
+
+    folder: Path
+    name: str
+    """What the user called it, for messages."""
+    config: Mapping[str, Any]
+    files: tuple[Path, ...]
+    tensors: Mapping[str, TensorEntry]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.nbytes for entry in self.tensors.values())
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether tokenizer files lie beside the weights; without them prompts are token ids."""
+        names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
+        return any((self.folder / name).exists() for name in names)
+
+
+def open_checkpoint(model: str | os.PathLike[str], *, offline: bool = False) -> Checkpoint:
+    """Finds `model`, a folder or a Hugging Face id, and reads its configuration and tensor tables.
+
+    Raises CheckpointError when it cannot be found or read, has pickle weights only, needs remote code, is
+    quantised, or a file is truncated. With `offline` nothing is downloaded.
+    """
+    name = os.fspath(model)
+    folder = _find_folder(name, offline)
+    config = _read_config(folder, name)
+    files = _weight_files(folder, name)
+    tensors: dict[str, TensorEntry] = {}
+    for number, file in enumerate(files):
+        for key, entry in read_table(file, number):
+            if key in tensors:
+                raise CheckpointError(f"{name}: tensor {key} is in {file.name} and in another file: remove one of them")
+            tensors[key] = entry
+    return Checkpoint(folder, name, config, tuple(files), tensors)
+
+
+def _find_folder(name: str, offline: bool) -> Path:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    looks_like_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if folder.exists() or not looks_like_id:
+        kind = "is not a folder" if folder.exists() else "does not exist"
+        raise CheckpointError(f"{name} {kind}: give a checkpoint's folder or a Hugging Face id such as org/name with -m")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS, local_files_only=offline))
+    except LocalEntryNotFoundError as error:
+        mend = "run once without --offline" if offline else "check the connection, or give a local folder with -m"
+        raise CheckpointError(f"{name} is not a folder and not in the local Hugging Face cache: {mend}") from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{name} could not be fetched ({reason}): check the id, or give a local folder with -m") from error
+
+
+def _read_config(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{name} has no config.json: -m must name the folder of a transformers checkpoint") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}): fetch the checkpoint again") from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise CheckpointError(f"{path} names no model_type: -m must name the folder of a transformers checkpoint")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise CheckpointError(f"{name} is quantised ({method}): use its bf16, fp16 or fp32 version")
+    return config
+
+
+def _weight_files(folder: Path, name: str) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if index.exists():
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{index} cannot be read ({error}): fetch the checkpoint again") from error
+        files = [folder / shard for shard in shards]
+        missing = [file.name for file in files if not file.exists()]
+        if missing:
+            raise CheckpointError(f"{name} lacks {len(missing)} of {len(files)} shards, {missing[0]} first: fetch it again")
+        return files
+    if single.exists():
+        return [single]
+    others = sorted(folder.glob("*.safetensors"))
+    if others:
+        return others
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+        raise CheckpointError(f"{name} has pickle weights only, which can run code: convert it with save_pretrained to safetensors")
+    raise CheckpointError(f"{name} has no *.safetensors file: fetch the weights as well as the configuration")
+
+
+def read_table(file: Path, number: int) -> Iterator[tuple[str, TensorEntry]]:
+    """The tensors of one safetensors file by name; CheckpointError when it is damaged or truncated."""
+    size = file.stat().st_size
+    again = "fetch it again"
+    with file.open("rb") as stream:
+        head = stream.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else HEADER_LIMIT + 1
+        if length > min(HEADER_LIMIT, max(0, size - 8)):
+            raise CheckpointError(f"{file} is truncated or no safetensors file ({size} bytes): {again}")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as error:
+            raise CheckpointError(f"{file} has a damaged header ({error}): {again}") from error
+    data = 8 + length
+    for key, record in header.items():
+        if key == "__metadata__":
+            continue
+        start, stop = record["data_offsets"]
+        if data + stop > size:
+            raise CheckpointError(f"{file} is truncated: {key} ends at byte {data + stop} and the file at {size}: {again}")
+        if record["dtype"] not in DTYPES:
+            raise CheckpointError(f"{file}: {key} has dtype {record['dtype']}: only bf16, fp16 and fp32 weights are supported")
+        dtype = DTYPES[record["dtype"]]
+        yield key, TensorEntry(number, data + start, stop - start, tuple(record["shape"]), dtype)

@@ -1,0 +1,187 @@
+"""One MoE layer's arithmetic over experts that lie in slots.
+
+`PlainExperts` is the reference: one expert after the other, in PyTorch, on any device. `FastExperts` is
+the same on a CPU with kernels that read each expert once at memory speed when an expert has few tokens.
+Both take a family's layout (transposed, biased, gated) as transformers declares it on its experts module.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from edgemoe.cache.record import RecordLayout
+from edgemoe.cache.slots import SlotPool
+from edgemoe.workers import Workers
+
+KERNEL_TOKENS = 2
+"""With more tokens than this an expert is bound by arithmetic, which PyTorch's matrix product does better."""
+
+
+class Batch:
+    """The (token, expert) pairs of a layer pass, grouped by expert.
+
+    `hidden` is [tokens, hidden size]; `outputs` is [tokens * top-k, hidden size], a row a pair, written by
+    the experts in any order: that the result does not depend on the order of arrival is what makes
+    it exact whatever the cache holds.
+    """
+
+    def __init__(self, hidden: torch.Tensor, index: torch.Tensor, experts: int) -> None:
+        self.hidden = hidden
+        self.top_k = index.shape[-1]
+        rows: dict[int, list[int]] = {}
+        for pair, expert in enumerate(index.reshape(-1).tolist()):
+            if 0 <= expert < experts:
+                rows.setdefault(expert, []).append(pair)
+        self.rows: Mapping[int, list[int]] = rows
+        """The pairs of each expert that is wanted. Indices that name no stacked expert (null experts) have none."""
+        pairs = index.numel()
+        complete = sum(map(len, rows.values())) == pairs
+        make = hidden.new_empty if complete else hidden.new_zeros
+        self.outputs = make(pairs, hidden.shape[-1])
+
+    @property
+    def wanted(self) -> list[int]:
+        """The experts to acquire: those that the latest tokens want come last, and so stay resident longest."""
+        return sorted(self.rows, key=lambda expert: self.rows[expert][-1])
+
+    def tokens(self, rows: Sequence[int]) -> list[int]:
+        """The token of each pair."""
+        return [row // self.top_k for row in rows]
+
+
+class Experts(ABC):
+    """Computes some experts of a batch. `module` is transformers' experts module, without its weights."""
+
+    def __init__(self, module: Any, layout: RecordLayout, pool: SlotPool) -> None:
+        self.module = module
+        self.layout = layout
+        self.pool = pool
+
+    @abstractmethod
+    def compute(self, batch: Batch, experts: Sequence[int], slots: Sequence[int]) -> None:
+        """Writes `batch.outputs` for the pairs of `experts`, whose records are in `slots` and pinned."""
+
+    def _one(self, batch: Batch, expert: int, slot: int) -> None:
+        """The reference arithmetic of one expert."""
+        module, rows = self.module, batch.rows[expert]
+        weights = self.pool.views(slot, self.layout)
+        x = batch.hidden if len(rows) == len(batch.hidden) == 1 else batch.hidden[batch.tokens(rows)]
+        up = "gate_up_proj" if module.has_gate else "up_proj"
+        inner = self._linear(x, weights, up)
+        inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+        batch.outputs[rows] = self._linear(inner, weights, "down_proj").to(batch.outputs.dtype)
+
+    def _linear(self, x: torch.Tensor, weights: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+        weight = weights[name].t() if self.module.is_transposed else weights[name]
+        return F.linear(x.to(weight.dtype), weight, weights.get(f"{name}_bias"))
+
+
+class PlainExperts(Experts):
+    """Every expert by the reference arithmetic."""
+
+    def compute(self, batch: Batch, experts: Sequence[int], slots: Sequence[int]) -> None:
+        """See the base class."""
+        for expert, slot in zip(experts, slots, strict=True):
+            self._one(batch, expert, slot)
+
+
+class FastExperts(Experts):
+    """Kernels for experts with few tokens, the reference for the rest. CPU only."""
+
+    def __init__(self, module: Any, layout: RecordLayout, pool: SlotPool, workers: Workers) -> None:
+        super().__init__(module, layout, pool)
+        self._workers = workers
+        self._up = SlotMatrix(pool, layout, "gate_up_proj" if module.has_gate else "up_proj", module.is_transposed)
+        self._down = SlotMatrix(pool, layout, "down_proj", module.is_transposed)
+
+    @staticmethod
+    def fits(module: Any, layout: RecordLayout) -> bool:
+        """Whether there is a kernel for how this family stores its experts."""
+        up = "gate_up_proj" if module.has_gate else "up_proj"
+        return all(SlotMatrix.fits(layout, name, module.is_transposed) for name in (up, "down_proj"))
+
+    def compute(self, batch: Batch, experts: Sequence[int], slots: Sequence[int]) -> None:
+        """See the base class."""
+        few = [pair for pair in zip(experts, slots, strict=True) if len(batch.rows[pair[0]]) <= KERNEL_TOKENS]
+        if few:
+            self._few(batch, few)
+        for expert, slot in zip(experts, slots, strict=True):
+            if len(batch.rows[expert]) > KERNEL_TOKENS:
+                self._one(batch, expert, slot)
+
+    def _few(self, batch: Batch, few: Sequence[tuple[int, int]]) -> None:
+        module = self.module
+        rows = [row for expert, _ in few for row in batch.rows[expert]]
+        starts = np.cumsum([0] + [len(batch.rows[expert]) for expert, _ in few])
+        slots = np.array([slot for _, slot in few])
+        owners = [slot for expert, slot in few for _ in batch.rows[expert]]
+        inner = self._up.multiply(self._workers, slots, starts, batch.tokens(rows), batch.hidden)
+        inner = self._biased(inner.to(batch.hidden.dtype), self._up.name, owners)
+        inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+        outer = self._down.multiply(self._workers, slots, starts, range(len(rows)), inner)
+        outer = self._biased(outer.to(batch.hidden.dtype), "down_proj", owners)
+        if rows == list(range(len(batch.outputs))):
+            batch.outputs = outer
+        else:
+            batch.outputs[rows] = outer
+
+    def _biased(self, values: torch.Tensor, name: str, owners: Sequence[int]) -> torch.Tensor:
+        if not self.module.has_bias:
+            return values
+        return values + torch.stack([self.pool.views(slot, self.layout)[f"{name}_bias"] for slot in owners])
+
+
+class SlotMatrix:
+    """One weight matrix of every record in the pool, as the kernels see it."""
+
+    def __init__(self, pool: SlotPool, layout: RecordLayout, name: str, transposed: bool) -> None:
+        from edgemoe import kernels
+
+        part = next(part for part in layout.parts if part.name == name)
+        self.name = name
+        self._transposed = transposed
+        self._rows, self._columns = part.shape[::-1] if transposed else part.shape
+        self._nbytes = part.nbytes
+        kinds = {
+            (torch.bfloat16, False): (kernels.gather_bf16, np.uint32),
+            (torch.bfloat16, True): (kernels.gather_bf16_transposed, np.uint16),
+            (torch.float16, False): (kernels.gather_f16, np.uint16),
+            (torch.float32, False): (kernels.gather_f32, np.float32),
+        }
+        self._kernel, unit = kinds[part.dtype, transposed]
+        self._pool = pool.memory.numpy().view(unit)
+        self._offset = layout.part_offset(name) // np.dtype(unit).itemsize
+
+    @staticmethod
+    def fits(layout: RecordLayout, name: str, transposed: bool) -> bool:
+        """Whether a kernel exists for this part's dtype, orientation and width."""
+        part = next(part for part in layout.parts if part.name == name)
+        if transposed:
+            return part.dtype is torch.bfloat16
+        return part.dtype in (torch.float32, torch.float16) or (
+            part.dtype is torch.bfloat16 and part.shape[1] % 2 == 0
+        )
+
+    def multiply(
+        self, workers: Workers, slots: Any, starts: Any, tokens: Sequence[int], x: torch.Tensor
+    ) -> torch.Tensor:
+        """The products of all pairs, float32 [pairs, rows]: pair p is slot i with starts[i] ≤ p < starts[i + 1].
+
+        `x` is [tokens, columns] in any float dtype; `tokens[p]` is the row of `x` that pair p takes.
+        """
+        values = x.float().contiguous().numpy()
+        chosen = np.array(tokens)
+        out = np.empty((len(chosen), self._rows), np.float32)
+        extent = self._rows if self._transposed else self._columns
+
+        def run(first: int, last: int) -> None:
+            self._kernel(slots, self._offset, extent, self._pool, chosen, starts, values, out, first, last)
+
+        workers.split(self._rows, run, nbytes=self._nbytes * len(slots))
+        return torch.from_numpy(out)

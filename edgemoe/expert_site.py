@@ -1,0 +1,71 @@
+"""Seam 1: the experts modules of a transformers model, one a MoE layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from edgemoe.cache.record import Part, RecordLayout
+from edgemoe.errors import CheckpointError
+
+DECLARED = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
+"""What transformers' `use_experts_implementation` declares on an experts module."""
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
+"""The names under which configurations give the number of experts."""
+
+
+@dataclass(frozen=True)
+class ExpertSite:
+    """One experts module: its path in the model, how many experts it has, and one expert's layout."""
+
+    name: str
+    experts: int
+    layout: RecordLayout
+
+    def module(self, model: nn.Module) -> Any:
+        """This site's module in `model`."""
+        return model.get_submodule(self.name)
+
+
+def find_sites(model: nn.Module) -> list[ExpertSite]:
+    """Every experts module of `model` that transformers dispatches, in the order of the layers."""
+    return [
+        _site(name, module)
+        for name, module in model.named_modules()
+        if all(hasattr(module, attribute) for attribute in DECLARED) and "down_proj" in module._parameters
+    ]
+
+
+def require_sites(model: nn.Module, config: Any, name: str) -> list[ExpertSite]:
+    """`find_sites`, or a CheckpointError that says which of the two reasons there is for having none."""
+    sites = find_sites(model)
+    if sites:
+        return sites
+    family = config.model_type
+    text = config.get_text_config()
+    if any(isinstance(getattr(text, count, None), int) and getattr(text, count) > 1 for count in COUNTS):
+        raise CheckpointError(
+            f"{name} is of the family {family}, whose experts transformers does not dispatch: edgemoe cannot run it"
+        )
+    raise CheckpointError(f"{name} is not a Mixture-of-Experts model ({family} without experts): run it with transformers")
+
+
+def release_weights(site: ExpertSite, model: nn.Module) -> None:
+    """Takes the stacked expert weights out of the module: they live in the store, not in the model."""
+    module = site.module(model)
+    for part in site.layout.parts:
+        module._parameters[part.name] = None
+    # transformers initialises modules that were not loaded; this one has nothing left to initialise.
+    module._is_hf_initialized = True
+
+
+def _site(name: str, module: nn.Module) -> ExpertSite:
+    experts = module._parameters["down_proj"].shape[0]  # type: ignore[union-attr]
+    parts = [
+        Part(key, tuple(value.shape[1:]), value.dtype)
+        for key, value in module._parameters.items()
+        if value is not None and value.dim() >= 2 and value.shape[0] == experts
+    ]
+    return ExpertSite(name, experts, RecordLayout(parts))

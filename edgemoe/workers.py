@@ -1,0 +1,40 @@
+"""A few threads that share one kernel's rows with the caller."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+
+class Workers:
+    """Splits ranges over `threads` threads, the caller being one of them. The kernels release the GIL.
+
+    Python threads rather than a parallel runtime: PyTorch brings its own OpenMP pool, and a second pool
+    that spins for work beside it would cost more than it gives.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.threads = max(1, threads)
+        self._pool = ThreadPoolExecutor(self.threads - 1, "edgemoe-kernel") if self.threads > 1 else None
+
+    def split(self, count: int, run: Callable[[int, int], None], *, nbytes: int) -> None:
+        """Calls `run(first, last)` over parts of range(count) at once; one part when `nbytes` is little to read.
+
+        Waking a thread costs about as much as reading 200 KB, so that less than a few times that is not split.
+        """
+        if self._pool is None or nbytes < 1_000_000:
+            run(0, count)
+            return
+        step = -(-count // self.threads)
+        others = [
+            self._pool.submit(run, first, min(first + step, count)) for first in range(step, count, step)
+        ]
+        run(0, min(step, count))
+        for other in others:
+            other.result()
+
+    def close(self) -> None:
+        """Ends the threads. Idempotent."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
