@@ -59,7 +59,7 @@ class ExpertCache:
         self._free = list(range(pool.count - 1, -1, -1))
 
     def borrow(self, layer: int, experts: Sequence[int]) -> Iterator[Loan]:
-        """Yields loans that together cover `experts` (distinct) of `layer` once each: hits first, misses as they arrive.
+        """Yields loans that cover `experts` (distinct) of `layer` once each: hits first, misses as they arrive.
 
         Misses are put on the link before the hits are yielded, in the given order. When there are fewer
         slots than misses, slots are reused as loans end, so any number of experts passes through any
@@ -113,7 +113,7 @@ class ExpertCache:
 
     def residents(self, layer: int) -> list[int]:
         """The resident experts of a layer, in no order."""
-        return [expert.index for expert in self._held if expert.layer == layer and self.is_resident(expert)]
+        return [expert.number for expert in self._held if expert.layer == layer and self.is_resident(expert)]
 
     @property
     def free_slots(self) -> int:
@@ -225,6 +225,6 @@ class ExpertCache:
 
     def _loan(self, experts: Sequence[ExpertId]) -> Loan:
         return Loan(
-            experts=tuple(expert.index for expert in experts),
+            experts=tuple(expert.number for expert in experts),
             slots=tuple(self._held[expert].slot for expert in experts),
         )

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from enum import IntEnum
 
 import torch
-
 from edgemoe.cache.record import ExpertId
 
 

@@ -14,10 +14,10 @@ ALIGNMENT = 64
 
 
 class ExpertId(NamedTuple):
-    """An expert's address: the ordinal of its MoE layer (0 is the first layer that has experts) and its index."""
+    """An expert's address: the ordinal of its MoE layer (0 is the first that has experts), and its number in it."""
 
     layer: int
-    index: int
+    number: int
 
 
 @dataclass(frozen=True)
@@ -69,3 +69,8 @@ class RecordLayout:
 def round_up(value: int, multiple: int) -> int:
     """The smallest multiple of `multiple` that is not below `value`."""
     return -(-value // multiple) * multiple
+
+
+def host_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a one-dimensional uint8 tensor on the host, writable."""
+    return memoryview(tensor.numpy())  # type: ignore[arg-type]

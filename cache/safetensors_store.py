@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
-from edgemoe.cache.record import ExpertId, RecordLayout
+from edgemoe.cache.record import ExpertId, RecordLayout, host_bytes
 from edgemoe.cache.store import ExpertStore, Piece
 
 PIECE_NBYTES = 2 << 20
@@ -65,7 +64,7 @@ class SafetensorsStore(ExpertStore):
         if source.assemble is not None:
             nbytes = sum(extent.nbytes for extent in source.extents)
             return [(nbytes, lambda: self._assemble(source, self.layouts[expert.layer], slot))]
-        memory = memoryview(slot.numpy())
+        memory = host_bytes(slot)
         return [
             piece
             for extent in source.extents
@@ -94,7 +93,7 @@ class SafetensorsStore(ExpertStore):
         raw = []
         for extent in source.extents:
             buffer = torch.empty(extent.nbytes, dtype=torch.uint8)
-            self._read(extent.file, extent.offset, memoryview(buffer.numpy()))
+            self._read(extent.file, extent.offset, host_bytes(buffer))
             raw.append(buffer.view(extent.dtype).view(extent.shape))
         parts = source.assemble(raw)
         for name, view in layout.views(slot).items():

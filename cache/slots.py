@@ -6,7 +6,6 @@ import mmap
 from types import TracebackType
 
 import torch
-
 from edgemoe.cache.record import ALIGNMENT, RecordLayout, round_up
 
 
@@ -51,5 +50,7 @@ class SlotPool:
     def __enter__(self) -> SlotPool:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()

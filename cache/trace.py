@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from edgemoe.cache.policy import EvictionPolicy
 from edgemoe.cache.record import ExpertId
@@ -24,7 +24,7 @@ def replay(trace: Trace, policy: EvictionPolicy, slots: int) -> int:
                 continue
             misses += 1
             if len(resident) >= slots:
-                leaving = policy.victim(expert.layer, lambda other: other not in needed)
+                leaving = policy.victim(expert.layer, _outside(needed))
                 if leaving is None:
                     raise ValueError(f"an entry of {len(needed)} experts does not fit {slots} slots")
                 policy.removed(leaving)
@@ -32,6 +32,10 @@ def replay(trace: Trace, policy: EvictionPolicy, slots: int) -> int:
             policy.inserted(expert)
             resident.add(expert)
     return misses
+
+
+def _outside(needed: set[ExpertId]) -> Callable[[ExpertId], bool]:
+    return lambda expert: expert not in needed
 
 
 def belady_misses(trace: Trace, slots: int) -> int:

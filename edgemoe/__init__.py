@@ -1,1 +1,48 @@
-"""Run Mixture-of-Experts language models that are larger than the device they run on."""
+"""Run Mixture-of-Experts language models that are larger than the device they run on.
+
+Importing this package is cheap: what needs PyTorch is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from edgemoe.errors import CheckpointError, EdgeMoEError, PlanError, RequestError
+from edgemoe.sampling import Sampling
+from edgemoe.version import __version__
+
+if TYPE_CHECKING:
+    from edgemoe.engine import Engine
+    from edgemoe.plan import Plan
+    from edgemoe.results import Chunk, Completion, Stats, Timings
+
+__all__ = [
+    "CheckpointError",
+    "Chunk",
+    "Completion",
+    "EdgeMoEError",
+    "Engine",
+    "Plan",
+    "PlanError",
+    "RequestError",
+    "Sampling",
+    "Stats",
+    "Timings",
+    "__version__",
+]
+
+_LAZY = {
+    "Engine": "engine",
+    "Plan": "plan",
+    "Chunk": "results",
+    "Completion": "results",
+    "Stats": "results",
+    "Timings": "results",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"edgemoe.{_LAZY[name]}"), name)
+    raise AttributeError(f"module 'edgemoe' has no attribute {name!r}")

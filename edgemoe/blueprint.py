@@ -91,10 +91,10 @@ def load_config(model: Any, dtype: torch.dtype, device: torch.device | str) -> A
     )
 
 
-def _mapping(model: Any) -> Sequence[Any]:
+def _mapping(model: Any) -> list[Any]:
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    mapping: Sequence[Any] = get_model_conversion_mapping(model)
+    mapping: list[Any] = get_model_conversion_mapping(model)
     return mapping
 
 
@@ -115,21 +115,33 @@ def _family(checkpoint: Checkpoint) -> tuple[Any, Any]:
             config = CONFIG_MAPPING[family].from_pretrained(checkpoint.folder)
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise CheckpointError(f"{checkpoint.folder / 'config.json'} is not a valid {family} configuration: {reason}") from error
+            raise CheckpointError(
+                f"{checkpoint.folder / 'config.json'} is not a valid {family} configuration: {reason}"
+            ) from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise CheckpointError(f"{checkpoint.name} is of the family {family}, which is no causal language model: edgemoe cannot run it")
-    return config, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        raise CheckpointError(
+            f"{checkpoint.name} is of the family {family}, which is no causal language model: edgemoe cannot run it"
+        )
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if getattr(model_class, "config_class", None) is config.sub_configs.get("text_config"):
+        # A checkpoint that also sees or hears: only its text model is run, as transformers' auto class does.
+        config = config.get_text_config()
+    return config, model_class
 
 
 def _dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
     """The dtype to compute in; "auto" is what most bytes of the checkpoint are stored in."""
     weights = {key: entry for key, entry in checkpoint.tensors.items() if entry.dtype.is_floating_point}
     unusable = [key for key, entry in weights.items() if entry.dtype not in WEIGHT_DTYPES]
-    integers = [key for key, entry in checkpoint.tensors.items() if not entry.dtype.is_floating_point and entry.nbytes > 4096]
+    integers = [
+        key for key, entry in checkpoint.tensors.items() if not entry.dtype.is_floating_point and entry.nbytes > 4096
+    ]
     if unusable or integers or not weights:
         key = (unusable + integers + ["no weights"])[0]
         kept = checkpoint.tensors[key].dtype if key in checkpoint.tensors else "nothing"
-        raise CheckpointError(f"{checkpoint.name}: {key} is stored as {kept}: only bf16, fp16 and fp32 weights are supported")
+        raise CheckpointError(
+            f"{checkpoint.name}: {key} is stored as {kept}: only bf16, fp16 and fp32 weights are supported"
+        )
     names = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     if dtype != "auto":
         if dtype not in names:
@@ -165,8 +177,8 @@ def _dry_run(checkpoint: Checkpoint, model: Any, dtype: torch.dtype) -> None:
             )
     for key, found, expected in sorted(info.mismatched_keys):
         raise CheckpointError(
-            f"{checkpoint.name} does not match its configuration: {key} is {list(found)} and should be {list(expected)}: "
-            "fetch it again"
+            f"{checkpoint.name} does not match its configuration: {key} is {list(found)} "
+            f"and should be {list(expected)}: fetch it again"
         )
 
 

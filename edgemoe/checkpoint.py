@@ -85,7 +85,9 @@ def _find_folder(name: str, offline: bool) -> Path:
     looks_like_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if folder.exists() or not looks_like_id:
         kind = "is not a folder" if folder.exists() else "does not exist"
-        raise CheckpointError(f"{name} {kind}: give a checkpoint's folder or a Hugging Face id such as org/name with -m")
+        raise CheckpointError(
+            f"{name} {kind}: give a checkpoint's folder or a Hugging Face id such as org/name with -m"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -96,7 +98,9 @@ def _find_folder(name: str, offline: bool) -> Path:
         raise CheckpointError(f"{name} is not a folder and not in the local Hugging Face cache: {mend}") from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{name} could not be fetched ({reason}): check the id, or give a local folder with -m") from error
+        raise CheckpointError(
+            f"{name} could not be fetched ({reason}): check the id, or give a local folder with -m"
+        ) from error
 
 
 def _read_config(folder: Path, name: str) -> dict[str, Any]:
@@ -104,7 +108,9 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{name} has no config.json: -m must name the folder of a transformers checkpoint") from None
+        raise CheckpointError(
+            f"{name} has no config.json: -m must name the folder of a transformers checkpoint"
+        ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}): fetch the checkpoint again") from error
     if not isinstance(config, dict) or "model_type" not in config:
@@ -126,7 +132,9 @@ def _weight_files(folder: Path, name: str) -> list[Path]:
         files = [folder / shard for shard in shards]
         missing = [file.name for file in files if not file.exists()]
         if missing:
-            raise CheckpointError(f"{name} lacks {len(missing)} of {len(files)} shards, {missing[0]} first: fetch it again")
+            raise CheckpointError(
+                f"{name} lacks {len(missing)} of {len(files)} shards, {missing[0]} first: fetch it again"
+            )
         return files
     if single.exists():
         return [single]
@@ -134,7 +142,9 @@ def _weight_files(folder: Path, name: str) -> list[Path]:
     if others:
         return others
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-        raise CheckpointError(f"{name} has pickle weights only, which can run code: convert it with save_pretrained to safetensors")
+        raise CheckpointError(
+            f"{name} has pickle weights only, which can run code: convert it with save_pretrained to safetensors"
+        )
     raise CheckpointError(f"{name} has no *.safetensors file: fetch the weights as well as the configuration")
 
 
@@ -157,8 +167,12 @@ def read_table(file: Path, number: int) -> Iterator[tuple[str, TensorEntry]]:
             continue
         start, stop = record["data_offsets"]
         if data + stop > size:
-            raise CheckpointError(f"{file} is truncated: {key} ends at byte {data + stop} and the file at {size}: {again}")
+            raise CheckpointError(
+                f"{file} is truncated: {key} ends at byte {data + stop} and the file at {size}: {again}"
+            )
         if record["dtype"] not in DTYPES:
-            raise CheckpointError(f"{file}: {key} has dtype {record['dtype']}: only bf16, fp16 and fp32 weights are supported")
+            raise CheckpointError(
+                f"{file}: {key} has dtype {record['dtype']}: only bf16, fp16 and fp32 weights are supported"
+            )
         dtype = DTYPES[record["dtype"]]
         yield key, TensorEntry(number, data + start, stop - start, tuple(record["shape"]), dtype)

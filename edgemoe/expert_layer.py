@@ -30,7 +30,7 @@ class ExpertLayer:
         the one synchronisation that a layer needs when its experts may have to be loaded.
         """
         flat = hidden.reshape(-1, hidden.shape[-1])
-        batch = Batch(flat, index.reshape(len(flat), -1), self._count)
+        batch = Batch(flat, index.reshape(len(flat), -1), weights.reshape(len(flat), -1), self._count)
         for loan in self._cache.borrow(self._layer, batch.wanted):
             self._experts.compute(batch, loan.experts, loan.slots)
         outputs, module = batch.outputs, self._experts.module
@@ -40,7 +40,9 @@ class ExpertLayer:
         return weighted.sum(dim=1).to(hidden.dtype).view(hidden.shape)
 
 
-def install(model: Any, sites: Sequence[ExpertSite], cache: ExpertCache, workers: Workers, *, plain: bool = False) -> None:
+def install(
+    model: Any, sites: Sequence[ExpertSite], cache: ExpertCache, workers: Workers, *, plain: bool = False
+) -> None:
     """Puts an `ExpertLayer` in the place of every experts module's forward. `plain` keeps the reference arithmetic."""
     for layer, site in enumerate(sites):
         module = site.module(model)

@@ -31,15 +31,16 @@ class Batch:
     it exact whatever the cache holds.
     """
 
-    def __init__(self, hidden: torch.Tensor, index: torch.Tensor, experts: int) -> None:
+    def __init__(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, experts: int) -> None:
         self.hidden = hidden
         self.top_k = index.shape[-1]
         rows: dict[int, list[int]] = {}
-        for pair, expert in enumerate(index.reshape(-1).tolist()):
+        # A choice of weight 0 is how some families say "no expert": nothing is loaded for it.
+        for pair, expert in enumerate(index.masked_fill(weights == 0, -1).reshape(-1).tolist()):
             if 0 <= expert < experts:
                 rows.setdefault(expert, []).append(pair)
         self.rows: Mapping[int, list[int]] = rows
-        """The pairs of each expert that is wanted. Indices that name no stacked expert (null experts) have none."""
+        """The pairs of each expert that is wanted. Choices that name no stacked expert (null experts) are in none."""
         pairs = index.numel()
         complete = sum(map(len, rows.values())) == pairs
         make = hidden.new_empty if complete else hidden.new_zeros
@@ -79,7 +80,9 @@ class Experts(ABC):
 
     def _linear(self, x: torch.Tensor, weights: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
         weight = weights[name].t() if self.module.is_transposed else weights[name]
-        return F.linear(x.to(weight.dtype), weight, weights.get(f"{name}_bias"))
+        product = F.linear(x.to(weight.dtype), weight)
+        # Added apart, as transformers does: a fused bias would be rounded differently in bf16.
+        return product + weights[f"{name}_bias"] if self.module.has_bias else product
 
 
 class PlainExperts(Experts):
@@ -164,9 +167,7 @@ class SlotMatrix:
         part = next(part for part in layout.parts if part.name == name)
         if transposed:
             return part.dtype is torch.bfloat16
-        return part.dtype in (torch.float32, torch.float16) or (
-            part.dtype is torch.bfloat16 and part.shape[1] % 2 == 0
-        )
+        return part.dtype in (torch.float32, torch.float16) or (part.dtype is torch.bfloat16 and part.shape[1] % 2 == 0)
 
     def multiply(
         self, workers: Workers, slots: Any, starts: Any, tokens: Sequence[int], x: torch.Tensor

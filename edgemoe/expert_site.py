@@ -12,8 +12,8 @@ from edgemoe.errors import CheckpointError
 
 DECLARED = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
 """What transformers' `use_experts_implementation` declares on an experts module."""
-COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
-"""The names under which configurations give the number of experts."""
+EXPERT_WORDS = ("expert", "moe", "router")
+"""What is in the class names of a family that has experts of some kind."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,13 @@ def require_sites(model: nn.Module, config: Any, name: str) -> list[ExpertSite]:
     if sites:
         return sites
     family = config.model_type
-    text = config.get_text_config()
-    if any(isinstance(getattr(text, count, None), int) and getattr(text, count) > 1 for count in COUNTS):
+    if any(word in type(module).__name__.lower() for module in model.modules() for word in EXPERT_WORDS):
         raise CheckpointError(
             f"{name} is of the family {family}, whose experts transformers does not dispatch: edgemoe cannot run it"
         )
-    raise CheckpointError(f"{name} is not a Mixture-of-Experts model ({family} without experts): run it with transformers")
+    raise CheckpointError(
+        f"{name} is not a Mixture-of-Experts model ({family} without experts): run it with transformers"
+    )
 
 
 def release_weights(site: ExpertSite, model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from edgemoe.cache.record import ExpertId, RecordLayout
+from edgemoe.cache.record import ExpertId
 from edgemoe.cache.safetensors_store import Extent, RecordSource
 from edgemoe.checkpoint import Checkpoint, TensorEntry
 from edgemoe.errors import CheckpointError
@@ -71,7 +71,7 @@ class ExpertSources:
             target, pattern = rename_source_key(key, renamings, converters, prefix, state)
             if target not in state and key in state:
                 target, pattern = key, None
-            converter = by_pattern.get(pattern)
+            converter = by_pattern.get(pattern or "")
             made = {target}
             if converter is not None:
                 first, *others = converter.target_patterns
@@ -147,7 +147,7 @@ class ExpertSources:
         return RecordSource(extents, assemble)
 
     def _convert(self, recipe: _Recipe, site: ExpertSite, part: str, raw: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Runs transformers' operations on one expert: as a list of one where tensors are stacked, else as a stack of one."""
+        """Runs transformers' operations on one expert: a list of one where they stack tensors, else a stack of one."""
         if recipe.converter is None:
             return raw[0]
         converter = copy.copy(recipe.converter)
@@ -171,7 +171,9 @@ class ExpertSources:
             if name.endswith(pattern.replace("\\", "").lstrip(".")) or len(values) == 1:
                 tensor: torch.Tensor = value[0] if isinstance(value, list) else value
                 return tensor[0]
-        raise CheckpointError(f"{self._checkpoint.name}: transformers' conversion of {name} gave {list(values)} instead")
+        raise CheckpointError(
+            f"{self._checkpoint.name}: transformers' conversion of {name} gave {list(values)} instead"
+        )
 
 
 def _extent(entry: TensorEntry, slot_offset: int | None) -> Extent:

@@ -16,10 +16,16 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-_options: dict[str, Any] = {"nogil": True, "fastmath": True, "cache": True, "boundscheck": False, "error_model": "numpy"}
+_options: dict[str, Any] = {
+    "nogil": True,
+    "fastmath": True,
+    "cache": True,
+    "boundscheck": False,
+    "error_model": "numpy",
+}
 
 
-@njit(**_options)  # type: ignore[misc]
+@njit(**_options)
 def gather_bf16(slots, offset, columns, pool, tokens, starts, x, out, first, last):  # type: ignore[no-untyped-def]
     """out[p, r] = W(slot of p)[r] · x[tokens[p]] for rows first ≤ r < last, bf16 weights two to a word.
 
@@ -42,7 +48,7 @@ def gather_bf16(slots, offset, columns, pool, tokens, starts, x, out, first, las
                 out[p, r] = low + high
 
 
-@njit(**_options)  # type: ignore[misc]
+@njit(**_options)
 def gather_bf16_transposed(slots, offset, rows, pool, tokens, starts, x, out, first, last):  # type: ignore[no-untyped-def]
     """As `gather_bf16` for matrices stored [columns, rows]; `pool` is uint16, `offset` counts values."""
     columns = x.shape[1]
@@ -59,7 +65,7 @@ def gather_bf16_transposed(slots, offset, rows, pool, tokens, starts, x, out, fi
                     result[r] += np.uint32(np.uint32(row[r]) << np.uint32(16)).view(np.float32) * scale
 
 
-@njit(**_options)  # type: ignore[misc]
+@njit(**_options)
 def gather_f16(slots, offset, columns, pool, tokens, starts, x, out, first, last):  # type: ignore[no-untyped-def]
     """As `gather_bf16` for finite fp16 weights; `pool` is uint16, `offset` counts values.
 
@@ -80,7 +86,7 @@ def gather_f16(slots, offset, columns, pool, tokens, starts, x, out, first, last
                 out[p, r] = total * rebase
 
 
-@njit(**_options)  # type: ignore[misc]
+@njit(**_options)
 def gather_f32(slots, offset, columns, pool, tokens, starts, x, out, first, last):  # type: ignore[no-untyped-def]
     """As `gather_bf16` for float32 weights; `pool` is float32, `offset` counts values."""
     for i in range(slots.shape[0]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
 
 class GrowingLayer(DynamicLayer):
@@ -16,7 +16,7 @@ class GrowingLayer(DynamicLayer):
     """
 
     def __init__(self, room: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._room = room
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -49,17 +49,25 @@ class GrowingLayer(DynamicLayer):
         for kept, new in zip(old, (key_states, value_states), strict=True):
             buffer = new.new_empty(*new.shape[:-2], room, new.shape[-1])
             if past:
+                assert kept is not None
                 buffer[..., :past, :] = kept
             grown.append(buffer)
         self._buffers = (grown[0], grown[1])
         return self._buffers
 
 
-def new_cache(config: Any, room: int) -> Any:
-    """An empty cache for one generation of at most `room` tokens.
+def new_cache(model: Any, room: int) -> Any:
+    """An empty cache for one sequence of at most `room` tokens, or None where the model makes its own.
 
     Layers with a window or a recurrent state keep transformers' own classes: they are bounded already.
     """
-    cache = DynamicCache(config=config)
+    if not model._supports_default_dynamic_cache():
+        return None
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     cache.layers = [GrowingLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def has_recurrent_state(cache: Any) -> bool:
+    """Whether some of the past is a state rather than rows, so that it cannot be cut and may not extend in chunks."""
+    return cache is None or any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)

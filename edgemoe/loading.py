@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from edgemoe.blueprint import Blueprint, build_skeleton, load_config
+from edgemoe.cache.record import host_bytes
 from edgemoe.checkpoint import TensorEntry
 from edgemoe.errors import CheckpointError
 from edgemoe.expert_site import release_weights
@@ -32,7 +33,7 @@ class LazyTensor:
         buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
         with self._path.open("rb", buffering=0) as file:
             file.seek(entry.offset)
-            memory, done = memoryview(buffer.numpy()), 0
+            memory, done = host_bytes(buffer), 0
             while done < entry.nbytes:
                 count = file.readinto(memory[done:])
                 if not count:

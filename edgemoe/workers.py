@@ -26,9 +26,7 @@ class Workers:
             run(0, count)
             return
         step = -(-count // self.threads)
-        others = [
-            self._pool.submit(run, first, min(first + step, count)) for first in range(step, count, step)
-        ]
+        others = [self._pool.submit(run, first, min(first + step, count)) for first in range(step, count, step)]
         run(0, min(step, count))
         for other in others:
             other.result()

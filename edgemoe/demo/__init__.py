@@ -1,1 +1,15 @@
-"""The model that ships with edgemoe, the tasks it was trained for, and where its checkpoint lies."""
+"""The model that ships with edgemoe, and the tasks that it was trained for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgemoe.errors import CheckpointError
+
+
+def demo_folder() -> Path:
+    """The folder of the shipped checkpoint; CheckpointError when the installation lacks it."""
+    folder = Path(__file__).parent / "model"
+    if not (folder / "model.safetensors").exists():
+        raise CheckpointError("the shipped model is missing from this installation: install edgemoe again, or give -m")
+    return folder

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -79,29 +80,29 @@ def train_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
 def new_model(seed: int = 0) -> Qwen3MoeForCausalLM:
     """The untrained model: 6 layers of 32 experts, 4 active; 2.3 million of 11.5 million parameters a token."""
     torch.manual_seed(seed)
-    config = Qwen3MoeConfig(
-        vocab_size=VOCABULARY_SIZE,
-        hidden_size=192,
-        moe_intermediate_size=96,
-        intermediate_size=384,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=32,
-        num_experts=32,
-        num_experts_per_tok=4,
-        norm_topk_prob=True,
-        decoder_sparse_step=1,
-        mlp_only_layers=[],
-        max_position_embeddings=2048,
-        router_aux_loss_coef=0.01,
-        tie_word_embeddings=True,
-        use_cache=True,
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=END,
-    )
-    return Qwen3MoeForCausalLM(config)
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY_SIZE,
+        "hidden_size": 192,
+        "moe_intermediate_size": 96,
+        "intermediate_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "num_experts": 32,
+        "num_experts_per_tok": 4,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "max_position_embeddings": 2048,
+        "router_aux_loss_coef": 0.01,
+        "tie_word_embeddings": True,
+        "use_cache": True,
+        "pad_token_id": PAD,
+        "bos_token_id": BOS,
+        "eos_token_id": END,
+    }
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**settings))
 
 
 def dialogues(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[list[int], list[int]]]:

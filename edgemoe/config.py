@@ -1,0 +1,46 @@
+"""The one place where edgemoe's defaults live."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GIB = 1 << 30
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How an engine is built. Every default of the library and of the command line is read from here."""
+
+    device: str = "auto"
+    """"auto" (the first CUDA device, else the CPU), "cpu", "cuda" or "cuda:N"."""
+    dtype: str = "auto"
+    """"auto" (as the checkpoint stores its weights), "bfloat16", "float16" or "float32"."""
+    expert_cache: str | int = "auto"
+    """"auto" (all the memory that is left), bytes ("6GiB"), a share of the experts ("40%"), or slots (an int)."""
+    context: int | None = None
+    """Longest sequence, prompt and reply, in tokens; None takes the model's, at most `default_context`."""
+    threads: int | None = None
+    """Compute threads; None takes the cores that this process may use."""
+    offline: bool = False
+    """Never reach for the network."""
+    link_gbps: float | None = None
+    """Simulates a link of so many GB/s (1e9 bytes); None measures the real one."""
+
+    default_context: int = 8192
+    default_max_tokens: int = 1024
+    """Length of a reply, in tokens, where neither the request nor the checkpoint says; the context bounds it too."""
+    prefill_workspace: int = 128 * MIB
+    """Bytes that a prefill chunk's activations may take; decides how many tokens a chunk has."""
+    prefill_chunk: int = 2048
+    """Most tokens of a prefill chunk."""
+    reader_threads: int = 8
+    """Reads in flight from the checkpoint's files."""
+    reserve: int = 256 * MIB
+    """Bytes of the device's memory that the plan never touches."""
+    reserve_share: float = 0.05
+    """Share of the free memory that the plan leaves to others, where that is more than `reserve`."""
+    pinned_share: float = 0.75
+    """Share of the free RAM that may be page-locked for a CUDA device."""
+    staging_records: int = 8
+    """Page-locked buffers, each one record, through which records go that are not page-locked themselves."""

@@ -1,0 +1,85 @@
+"""What goes where: the numbers that are shown before loading and used by the run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from edgemoe.sizes import format_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The memory plan of one engine. Sizes are in bytes, `context` in tokens."""
+
+    model: str
+    family: str
+    device: str
+    dtype: str
+    threads: int
+    context: int
+    layers: int
+    """MoE layers."""
+    experts: int
+    """Experts in all MoE layers together."""
+    top_k: int
+    slot_nbytes: int
+    slots: int
+    device_free: int
+    """Free memory of the device, VRAM or RAM, before loading."""
+    dense_nbytes: int
+    kv_nbytes: int
+    """Keys, values and states of one sequence of `context` tokens."""
+    workspace_nbytes: int
+    """Activations of a prefill chunk, and the reserve that stays untouched."""
+    cache_nbytes: int
+    """All slots."""
+    host_tier: str
+    """Where the experts come from: "file", "pinned" or "pageable" RAM."""
+    pinned_nbytes: int
+    """Page-locked RAM, staging included; 0 on a CPU."""
+    pageable_nbytes: int
+    """Records in RAM that is not page-locked."""
+    file_nbytes: int
+    """Expert bytes in the checkpoint's files."""
+    prefill_chunk: int
+    link_gbps: float | None
+
+    @property
+    def total_nbytes(self) -> int:
+        """Everything the device holds."""
+        return self.dense_nbytes + self.kv_nbytes + self.workspace_nbytes + self.cache_nbytes
+
+    @property
+    def simulation(self) -> str | None:
+        """A sentence when the link is simulated, which every report must show."""
+        if self.link_gbps is None:
+            return None
+        return f"simulation: the link is throttled to {self.link_gbps:g} GB/s (--link-gbps)"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON can hold it."""
+        return asdict(self) | {"total_nbytes": self.total_nbytes, "simulation": self.simulation}
+
+    def lines(self) -> list[tuple[str, str, str]]:
+        """Rows for people: what, how much, where and why."""
+        memory = "VRAM" if self.device.startswith("cuda") else "RAM"
+        size = format_bytes
+        slots = f"{self.slots} slots of {size(self.slot_nbytes)}, {self.slots / self.experts:.0%} of the experts"
+        rows = [
+            ("model", self.model, f"{self.family}, {self.layers} MoE layers, {self.experts} experts, top-{self.top_k}"),
+            ("device", self.device, f"{size(self.device_free)} {memory} free, {self.threads} threads, {self.dtype}"),
+            ("non-expert weights", size(self.dense_nbytes), memory),
+            ("KV cache", size(self.kv_nbytes), f"{memory}, one sequence of {self.context} tokens"),
+            ("workspace", size(self.workspace_nbytes), f"{memory}, {self.prefill_chunk}-token prefill and a reserve"),
+            ("expert cache", size(self.cache_nbytes), f"{memory}, {slots}"),
+            ("total", size(self.total_nbytes), memory),
+        ]
+        if self.host_tier == "file":
+            rows.append(("experts", size(self.file_nbytes), "read from the checkpoint's files as they are needed"))
+        else:
+            rows.append(("pinned RAM", size(self.pinned_nbytes), "records and staging, page-locked"))
+            rows.append(("pageable RAM", size(self.pageable_nbytes), "records beyond the page-locked ones"))
+        if self.simulation:
+            rows.append(("link", f"{self.link_gbps:g} GB/s", "simulated"))
+        return rows

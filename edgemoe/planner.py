@@ -1,0 +1,182 @@
+"""Decides what goes where, from a checkpoint's blueprint and the memory that is there now."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from edgemoe.blueprint import Blueprint
+from edgemoe.config import EngineConfig
+from edgemoe.errors import PlanError
+from edgemoe.kv_size import KvSize, measure_kv
+from edgemoe.memory import cores, gpus, ram_free
+from edgemoe.plan import Plan
+from edgemoe.sizes import format_bytes, parse_bytes
+
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "moe_top_k")
+"""The names under which configurations give the experts that a token uses."""
+
+
+def make_plan(blueprint: Blueprint, config: EngineConfig) -> Plan:
+    """The plan for `blueprint` under `config` on this machine, now.
+
+    Raises PlanError, naming the smallest change that fits, when it cannot be done.
+    """
+    device = choose_device(config.device)
+    free = _device_free(device)
+    text = blueprint.config.get_text_config()
+    kv = measure_kv(blueprint)
+    context = _context(blueprint, config)
+    chunk = _prefill_chunk(blueprint, config)
+    reserve = max(config.reserve, int(free * config.reserve_share))
+    # While the largest weight loads, the loader may hold it twice; later the same room serves activations.
+    workspace = reserve + max(config.prefill_workspace, blueprint.largest_dense_nbytes)
+    slot = max(site.layout.nbytes for site in blueprint.sites)
+    draft = Plan(
+        model=blueprint.checkpoint.name,
+        family=blueprint.config.model_type,
+        device=str(device),
+        dtype=str(blueprint.dtype).removeprefix("torch."),
+        threads=config.threads or cores(),
+        context=context,
+        layers=len(blueprint.sites),
+        experts=sum(site.experts for site in blueprint.sites),
+        top_k=_top_k(text),
+        slot_nbytes=slot,
+        slots=0,
+        device_free=free,
+        dense_nbytes=blueprint.dense_nbytes,
+        kv_nbytes=kv.nbytes(context),
+        workspace_nbytes=workspace,
+        cache_nbytes=0,
+        host_tier="file",
+        pinned_nbytes=0,
+        pageable_nbytes=0,
+        file_nbytes=sum(site.layout.nbytes * site.experts for site in blueprint.sites),
+        prefill_chunk=chunk,
+        link_gbps=config.link_gbps,
+    )
+    if config.context is None:
+        draft = _shrink_context(draft, kv)
+    slots = _slots(draft, config.expert_cache)
+    plan = replace(draft, slots=slots, cache_nbytes=slots * slot)
+    return _host_tier(plan, config) if device.type == "cuda" else plan
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; PlanError when there is none such."""
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise PlanError(f"device {name!r} is not one of auto, cpu, cuda, cuda:N: choose one with --device") from None
+    if device.type not in ("cpu", "cuda"):
+        raise PlanError(f"device {name!r} is not supported: choose auto, cpu, cuda or cuda:N with --device")
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise PlanError(f"device {name!r} is not there ({torch.cuda.device_count()} CUDA devices): use --device cpu")
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def _device_free(device: torch.device) -> int:
+    if device.type == "cpu":
+        return ram_free()
+    reported = {gpu.index: gpu.free for gpu in gpus()}
+    return int(reported.get(device.index or 0) or torch.cuda.mem_get_info(device)[0])
+
+
+def _context(blueprint: Blueprint, config: EngineConfig) -> int:
+    limit = blueprint.context_limit
+    if config.context is None:
+        return min(limit or config.default_context, config.default_context)
+    if config.context < 2:
+        raise PlanError(
+            f"a context of {config.context} tokens holds no prompt and reply: give at least 2 with --ctx-size"
+        )
+    if limit is not None and config.context > limit:
+        raise PlanError(f"a context of {config.context} tokens exceeds the model's {limit}: lower it with --ctx-size")
+    return config.context
+
+
+def _prefill_chunk(blueprint: Blueprint, config: EngineConfig) -> int:
+    """As many tokens as the workspace holds: outputs of top-k experts, hidden states and one expert's inner values."""
+    text = blueprint.config.get_text_config()
+    token = 4 * text.hidden_size * (_top_k(text) + 6) + 4 * 4 * max(
+        max(part.shape) for site in blueprint.sites for part in site.layout.parts
+    )
+    return max(32, min(config.prefill_chunk, config.prefill_workspace // token))
+
+
+def _top_k(text: Any) -> int:
+    """Experts a token uses; the most of any layer where layers differ."""
+    values = [getattr(text, name) for name in TOP_K if getattr(text, name, None) is not None]
+    return max([1, *(int(value) for found in values for value in (found if isinstance(found, list) else [found]))])
+
+
+def _shrink_context(plan: Plan, kv: KvSize) -> Plan:
+    """Halves a context that nobody asked for until it leaves most of the memory to the experts."""
+    context = plan.context
+    while context > 1024 and kv.nbytes(context) > plan.device_free // 8:
+        context //= 2
+    return replace(plan, context=context, kv_nbytes=kv.nbytes(context))
+
+
+def _slots(plan: Plan, asked: str | int) -> int:
+    """Slots for `asked`, checked against the room that the rest leaves."""
+    room = plan.device_free - plan.total_nbytes
+    fitting = room // plan.slot_nbytes
+    if fitting < 1:
+        short = format_bytes(plan.slot_nbytes - room)
+        mend = "give a smaller --ctx-size" if plan.kv_nbytes > plan.slot_nbytes - room else "free that much memory"
+        raise PlanError(
+            f"{plan.model} needs at least {format_bytes(plan.total_nbytes + plan.slot_nbytes)} on {plan.device}, where "
+            f"{format_bytes(plan.device_free)} are free, {short} too little: {mend}"
+        )
+    wanted = _wanted_slots(plan, asked)
+    if wanted is None:
+        return min(plan.experts, fitting)
+    slots = min(plan.experts, wanted)
+    if slots > fitting:
+        raise PlanError(
+            f"an expert cache of {slots} slots ({format_bytes(slots * plan.slot_nbytes)}) does not fit {plan.device}, "
+            f"where {format_bytes(room)} are left for it: give --expert-cache {fitting} or less, or auto"
+        )
+    return slots
+
+
+def _wanted_slots(plan: Plan, asked: str | int) -> int | None:
+    """What `--expert-cache` asks for, in slots; None for auto."""
+    forms = 'bytes ("6GiB"), a share ("40%"), a number of slots ("96") or "auto"'
+    text = str(asked).strip()
+    if text.lower() == "auto":
+        return None
+    try:
+        if text.lstrip("-").isdigit():
+            slots = int(text)
+        elif text.endswith("%"):
+            slots = int(plan.experts * float(text[:-1]) / 100)
+        else:
+            slots = parse_bytes(text) // plan.slot_nbytes
+    except ValueError:
+        raise PlanError(f"--expert-cache {text!r} is none of {forms}: give one of these") from None
+    if slots < 1:
+        raise PlanError(
+            f"--expert-cache {text} holds no expert: one takes {format_bytes(plan.slot_nbytes)}: "
+            f"give at least that, or 1 slot"
+        )
+    return slots
+
+
+def _host_tier(plan: Plan, config: EngineConfig) -> Plan:
+    """Where a CUDA device's experts wait: page-locked RAM up to a cap, other RAM, or their files."""
+    free = ram_free()
+    staging = config.staging_records * plan.slot_nbytes
+    records = plan.experts * plan.slot_nbytes
+    room = free - max(config.reserve, int(free * config.reserve_share)) - staging
+    if records > room:
+        return replace(plan, pinned_nbytes=staging)
+    pinned = min(records, max(0, int(free * config.pinned_share) - staging))
+    tier = "pinned" if pinned == records else "pageable"
+    return replace(plan, host_tier=tier, pinned_nbytes=pinned + staging, pageable_nbytes=records - pinned)

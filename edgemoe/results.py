@@ -1,0 +1,161 @@
+"""What a generation gives back. Measurements are part of it; nothing is printed."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Tokens, seconds and bytes of one generation."""
+
+    prompt_tokens: int
+    generated_tokens: int
+    prompt_seconds: float
+    generate_seconds: float
+    """From the first token to the last."""
+    time_to_first_token: float
+    """Seconds from the request to its first token."""
+    bytes_loaded: int
+    """Expert bytes that crossed the link."""
+    hits: int
+    misses: int
+
+    @property
+    def prompt_per_second(self) -> float:
+        """Prompt tokens a second."""
+        return self.prompt_tokens / max(self.prompt_seconds, 1e-9)
+
+    @property
+    def generated_per_second(self) -> float:
+        """Generated tokens a second after the first one, which belongs to the prompt's pass."""
+        return max(0, self.generated_tokens - 1) / max(self.generate_seconds, 1e-9)
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the experts asked for that were resident, from 0 to 1."""
+        return self.hits / max(1, self.hits + self.misses)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Expert bytes moved for each token of prompt and reply."""
+        return self.bytes_loaded / max(1, self.prompt_tokens + self.generated_tokens)
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A generated token, its natural-log probability before sampling settings, and the likeliest alternatives."""
+
+    token_id: int
+    token: str
+    logprob: float
+    top: tuple[tuple[int, str, float], ...]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished generation."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    """Every generated token, the one that ended the reply included."""
+    finish_reason: str
+    """"stop" (an end token or a stop text), "length" or "cancelled"."""
+    logprobs: tuple[TokenLogprob, ...] | None
+    timings: Timings
+    prompt_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of a reply as it streams. `finish_reason` is set on the last one only."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None
+    logprobs: tuple[TokenLogprob, ...] | None
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far loading is: a stage ("weights" or "experts") and its bytes."""
+
+    stage: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Stats:
+    """An engine's totals since it was loaded."""
+
+    slots: int
+    experts: int
+    hits: int
+    misses: int
+    bytes_hit: int
+    bytes_demanded: int
+    bytes_prefetched_used: int
+    bytes_prefetched_late: int
+    bytes_prefetched_wasted: int
+    link_wait_seconds: float
+    requests: int
+    tokens_prompt: int
+    tokens_generated: int
+    seconds: float
+    """Time spent in generations."""
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the experts asked for that were resident, from 0 to 1."""
+        return self.hits / max(1, self.hits + self.misses)
+
+    @property
+    def bytes_loaded(self) -> int:
+        """All expert bytes that crossed the link."""
+        prefetched = self.bytes_prefetched_used + self.bytes_prefetched_late + self.bytes_prefetched_wasted
+        return self.bytes_demanded + prefetched
+
+    def to_dict(self) -> dict[str, Any]:
+        """The totals and the rates as JSON can hold them."""
+        return dict(vars(self)) | {"hit_rate": self.hit_rate, "bytes_loaded": self.bytes_loaded}
+
+
+def chat_completion(completion: Completion, model: str) -> dict[str, Any]:
+    """A finished reply in the shape of OpenAI's chat.completion object."""
+    prompt, generated = completion.timings.prompt_tokens, completion.timings.generated_tokens
+    return {
+        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": model,
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": completion.text},
+                "finish_reason": completion.finish_reason,
+                "logprobs": chat_logprobs(completion.logprobs),
+            }
+        ],
+        "usage": {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated},
+    }
+
+
+def chat_logprobs(logprobs: tuple[TokenLogprob, ...] | None) -> dict[str, Any] | None:
+    """Log probabilities in the shape of OpenAI's chat choices."""
+    if logprobs is None:
+        return None
+
+    def entry(token: str, logprob: float) -> dict[str, Any]:
+        return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+
+    return {
+        "content": [
+            entry(item.token, item.logprob) | {"top_logprobs": [entry(token, value) for _, token, value in item.top]}
+            for item in logprobs
+        ]
+    }

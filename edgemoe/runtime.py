@@ -1,0 +1,87 @@
+"""Puts store, link, slots and model together for one plan, and takes them apart again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from edgemoe import expert_layer, few_token_linear
+from edgemoe.blueprint import Blueprint
+from edgemoe.cache import BalancedLRU, ExpertCache, ExpertId, Link, SlotPool, Throttle
+from edgemoe.cache.cuda_link import CudaLink, CudaStreams
+from edgemoe.cache.host_store import HostStore
+from edgemoe.cache.reader_link import ReaderLink
+from edgemoe.cache.safetensors_store import SafetensorsStore
+from edgemoe.cache.store import ExpertStore
+from edgemoe.config import EngineConfig
+from edgemoe.loading import load_dense
+from edgemoe.plan import Plan
+from edgemoe.prefetch.fill import fill_order
+from edgemoe.results import Progress
+from edgemoe.workers import Workers
+
+
+class Runtime:
+    """A loaded model whose experts live behind a cache. Everything taken is given back by `close`."""
+
+    def __init__(
+        self, blueprint: Blueprint, plan: Plan, config: EngineConfig, on_progress: Callable[[Progress], None]
+    ) -> None:
+        self._stack = ExitStack()
+        try:
+            self._build(blueprint, plan, config, on_progress)
+        except BaseException:
+            self.close()
+            raise
+
+    def _build(
+        self, blueprint: Blueprint, plan: Plan, config: EngineConfig, on_progress: Callable[[Progress], None]
+    ) -> None:
+        device = torch.device(plan.device)
+        self.model: Any = load_dense(
+            blueprint, device, lambda done, total: on_progress(Progress("weights", done, total))
+        )
+        files = SafetensorsStore(
+            blueprint.checkpoint.files, [site.layout for site in blueprint.sites], blueprint.records
+        )
+        self._stack.callback(files.close)
+        throttle = Throttle(config.link_gbps * 1e9) if config.link_gbps else None
+        link = self._link(files, plan, config, throttle, on_progress)
+        self._stack.callback(link.close)
+        pool = self._stack.enter_context(SlotPool(plan.slots, files.slot_nbytes, device))
+        self.cache = ExpertCache(files, link, pool, BalancedLRU(plan.layers, plan.slots))
+        workers = Workers(plan.threads)
+        self._stack.callback(workers.close)
+        expert_layer.install(self.model, blueprint.sites, self.cache, workers)
+        if device.type == "cpu":
+            few_token_linear.install(self.model, workers)
+        self.cache.prefetch([ExpertId(*expert) for expert in fill_order(files.experts, plan.slots)])
+
+    def _link(
+        self,
+        files: SafetensorsStore,
+        plan: Plan,
+        config: EngineConfig,
+        throttle: Throttle | None,
+        on_progress: Callable[[Progress], None],
+    ) -> Link:
+        if not plan.device.startswith("cuda"):
+            return ReaderLink(files, config.reader_threads, throttle)
+        store: ExpertStore = files
+        if plan.host_tier != "file":
+            staging = config.staging_records * plan.slot_nbytes
+            host = HostStore(files, plan.pinned_nbytes - staging, pin=True)
+            self._stack.callback(host.close)
+            host.fill(config.reader_threads, lambda done, total: on_progress(Progress("experts", done, total)))
+            store = host
+        streams = CudaStreams(torch.device(plan.device))
+        return CudaLink(store, streams, config.staging_records, config.reader_threads, throttle)
+
+    def close(self) -> None:
+        """Ends the threads and gives files and memory back. Idempotent."""
+        # What was entered last leaves first: kernels, slots, link, files; the model's weights go with it.
+        self._stack.close()
+        self.model = None

@@ -1,0 +1,156 @@
+"""How the next token is chosen: what a request may say, and what is done with it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from edgemoe.errors import RequestError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """One request's settings. None means the checkpoint's `generation_config`, else the neutral value.
+
+    Raises RequestError, naming the setting and its range, when a value is out of it.
+    """
+
+    temperature: float | None = None
+    """0 is greedy; above 0 divides the logits."""
+    top_k: int | None = None
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float | None = None
+    """Keep the likeliest tokens that together reach this probability, in (0, 1]."""
+    min_p: float | None = None
+    """Keep tokens at least this share as likely as the likeliest, in [0, 1]."""
+    repetition_penalty: float | None = None
+    """Above 1 makes tokens that occurred less likely; must be above 0."""
+    seed: int | None = None
+    """The same seed gives the same reply; None draws one."""
+    stop: tuple[str, ...] = ()
+    """Texts at which the reply ends; they are not part of it. A string or a sequence of strings is taken."""
+    max_tokens: int | None = None
+    """Most tokens of the reply, at least 1."""
+    logprobs: int | None = None
+    """Alternatives to report for each token, 0 to 20; None reports nothing."""
+    ignore_eos: bool = False
+    """Go on past the end-of-sequence token."""
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        self._check("temperature", "at least 0", lambda value: value >= 0)
+        self._check("top_k", "an integer of at least 0", lambda value: value >= 0 and value == int(value))
+        self._check("top_p", "above 0 and at most 1", lambda value: 0 < value <= 1)
+        self._check("min_p", "from 0 to 1", lambda value: 0 <= value <= 1)
+        self._check("repetition_penalty", "above 0", lambda value: value > 0)
+        self._check("seed", "an integer of at least 0", lambda value: value >= 0 and value == int(value))
+        self._check("max_tokens", "an integer of at least 1", lambda value: value >= 1 and value == int(value))
+        self._check("logprobs", "an integer from 0 to 20", lambda value: 0 <= value <= 20 and value == int(value))
+        if not all(isinstance(text, str) and text for text in stop):
+            raise RequestError(f"stop must be non-empty strings, not {self.stop!r}")
+
+    def _check(self, name: str, range_: str, holds: Any) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
+            raise RequestError(f"{name} must be {range_}, not {value!r}")
+
+
+@dataclass(frozen=True)
+class ResolvedSampling:
+    """A request's settings with nothing left open."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int
+    stop: tuple[str, ...]
+    max_tokens: int
+    logprobs: int | None
+    eos: frozenset[int]
+    """Tokens that end the reply; empty when they are ignored."""
+
+
+def resolve(sampling: Sampling, defaults: Any, default_max_tokens: int, room: int) -> ResolvedSampling:
+    """Fills what `sampling` leaves open from `defaults`, a transformers GenerationConfig; `room` bounds the reply.
+
+    As with transformers' `generate`, a checkpoint's temperature counts only when it says `do_sample`.
+    """
+    drawn = bool(getattr(defaults, "do_sample", False))
+
+    def first(name: str, neutral: Any) -> Any:
+        own = getattr(sampling, name)
+        if own is not None:
+            return own
+        kept = getattr(defaults, name, None)
+        return neutral if kept is None else kept
+
+    temperature = sampling.temperature
+    if temperature is None:
+        temperature = (getattr(defaults, "temperature", None) or 1.0) if drawn else 0.0
+    eos = getattr(defaults, "eos_token_id", None)
+    ends = frozenset([eos] if isinstance(eos, int) else eos or ())
+    limit = sampling.max_tokens or getattr(defaults, "max_new_tokens", None) or default_max_tokens
+    return ResolvedSampling(
+        temperature=float(temperature),
+        top_k=int(first("top_k", 0)),
+        top_p=float(first("top_p", 1.0)),
+        min_p=float(first("min_p", 0.0)),
+        repetition_penalty=float(first("repetition_penalty", 1.0)),
+        seed=sampling.seed if sampling.seed is not None else int.from_bytes(os.urandom(6), "little"),
+        stop=sampling.stop,
+        max_tokens=min(int(limit), room),
+        logprobs=sampling.logprobs,
+        eos=frozenset() if sampling.ignore_eos else ends,
+    )
+
+
+class Sampler:
+    """Draws tokens for one request, with transformers' own logits processors in its order."""
+
+    def __init__(self, settings: ResolvedSampling) -> None:
+        import torch
+        from transformers import (
+            LogitsProcessorList,
+            MinPLogitsWarper,
+            RepetitionPenaltyLogitsProcessor,
+            TemperatureLogitsWarper,
+            TopKLogitsWarper,
+            TopPLogitsWarper,
+        )
+
+        self.greedy = settings.temperature == 0
+        self._generator = torch.Generator().manual_seed(settings.seed)
+        steps: list[Any] = []
+        if settings.repetition_penalty != 1:
+            steps.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+        if not self.greedy:
+            if settings.temperature != 1:
+                steps.append(TemperatureLogitsWarper(settings.temperature))
+            if settings.top_k:
+                steps.append(TopKLogitsWarper(settings.top_k))
+            if settings.top_p < 1:
+                steps.append(TopPLogitsWarper(settings.top_p))
+            if settings.min_p:
+                steps.append(MinPLogitsWarper(settings.min_p))
+        self._processors = LogitsProcessorList(steps)
+
+    def draw(self, tokens: Sequence[int], logits: torch.Tensor) -> int:
+        """The next token after `tokens` (prompt and reply), given its logits [vocabulary], float32 on the CPU."""
+        import torch
+
+        scores = logits[None]
+        if self._processors:
+            scores = self._processors(torch.tensor([tokens]), scores)  # type: ignore[arg-type]
+        if self.greedy:
+            return int(scores[0].argmax())
+        return int(torch.multinomial(scores[0].softmax(-1), 1, generator=self._generator))

@@ -1,0 +1,58 @@
+"""A checkpoint's tokenizer, chat template and generation defaults, all through transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from edgemoe.blueprint import Blueprint
+from edgemoe.checkpoint import Checkpoint
+from edgemoe.errors import CheckpointError, RequestError
+from edgemoe.quiet import quiet_transformers
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The tokenizer beside the weights, or None when there is none. Never runs code from the folder."""
+    if not checkpoint.has_tokenizer:
+        return None
+    from transformers import AutoTokenizer
+
+    with quiet_transformers():
+        try:
+            return AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise CheckpointError(
+                f"the tokenizer in {checkpoint.folder} cannot be loaded ({reason}): fetch it again, or remove its "
+                "files to work with token ids"
+            ) from error
+
+
+def load_generation_config(blueprint: Blueprint) -> Any:
+    """The checkpoint's `generation_config.json`, or what its configuration implies."""
+    from transformers import GenerationConfig
+
+    folder = blueprint.checkpoint.folder
+    with quiet_transformers():
+        if (folder / "generation_config.json").exists():
+            return GenerationConfig.from_pretrained(folder, local_files_only=True)
+        return GenerationConfig.from_model_config(blueprint.config)
+
+
+def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], name: str) -> list[int]:
+    """The token ids of `messages` in the checkpoint's chat template, ending where the assistant begins."""
+    if tokenizer is None or not tokenizer.chat_template:
+        raise RequestError(f"{name} has no chat template: give plain prompts, as with edgemoe run")
+    for message in messages:
+        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            raise RequestError(f"a message must have a text role and a text content, not {dict(message)!r}")
+    if not messages:
+        raise RequestError("the conversation is empty: give at least one message")
+    try:
+        rendered = tokenizer.apply_chat_template(
+            [dict(message) for message in messages], add_generation_prompt=True, return_dict=True
+        )
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RequestError(f"the chat template of {name} refuses this conversation: {reason}") from error
+    return [int(token) for token in rendered["input_ids"]]
