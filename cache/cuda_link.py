@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+
 from edgemoe.cache.host_store import HostStore
 from edgemoe.cache.link import Link, Priority, Throttle, Transfer
 from edgemoe.cache.record import ExpertId

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+
 from edgemoe.cache.record import ExpertId
 from edgemoe.cache.store import ExpertStore, Piece
 

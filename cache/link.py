@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from enum import IntEnum
 
 import torch
+
 from edgemoe.cache.record import ExpertId
 
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Sequence
 
 import torch
+
 from edgemoe.cache.link import Link, Priority, Throttle, Transfer
 from edgemoe.cache.record import ExpertId
 from edgemoe.cache.store import ExpertStore, Piece

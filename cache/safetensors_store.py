@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
 from edgemoe.cache.record import ExpertId, RecordLayout, host_bytes
 from edgemoe.cache.store import ExpertStore, Piece
 

@@ -6,6 +6,7 @@ import mmap
 from types import TracebackType
 
 import torch
+
 from edgemoe.cache.record import ALIGNMENT, RecordLayout, round_up
 
 

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
+
 from edgemoe.cache.record import ExpertId, RecordLayout
 
 Piece = tuple[int, Callable[[], None]]

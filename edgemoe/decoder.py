@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from edgemoe.expert_math import KERNEL_TOKENS
 from edgemoe.kv_cache import has_recurrent_state, new_cache
+from edgemoe.torch_threads import torch_threads
 
 AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 3e-2}
 """How far logits may differ, relative to their spread, for two ways of computing the same thing."""
@@ -16,12 +18,13 @@ AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 3e-2}
 class Decoder:
     """Runs one model. Its state is in the sequences, so that any number of them may exist."""
 
-    def __init__(self, model: Any, device: torch.device, prefill_chunk: int) -> None:
+    def __init__(self, model: Any, device: torch.device, prefill_chunk: int, threads: int) -> None:
         import inspect
 
         self._model = model
         self._device = device
         self._prefill_chunk = prefill_chunk
+        self._threads = threads
         self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._extends_in_chunks: bool | None = None
 
@@ -40,7 +43,9 @@ class Decoder:
 
     def step(self, sequence: Past, tokens: Sequence[int]) -> torch.Tensor:
         """Appends `tokens` to `sequence` and returns the last one's logits, float32 [vocabulary] on the CPU."""
-        with torch.inference_mode():
+        # With few tokens our kernels have the cores; PyTorch's threads would spin on them between operations.
+        few = len(tokens) <= KERNEL_TOKENS
+        with torch.inference_mode(), torch_threads(1 if few else self._threads):
             ids = torch.tensor([list(tokens)], device=self._device)
             extra = {"logits_to_keep": 1} if self._keeps_last else {}
             output = self._model(input_ids=ids, past_key_values=sequence.cache, use_cache=True, **extra)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -43,8 +43,12 @@ class Engine:
         self._defaults = load_generation_config(blueprint)
         self._vocabulary = blueprint.config.get_text_config().vocab_size
         self._runtime: Runtime | None = Runtime(blueprint, self.plan, config, on_progress)
-        self._decoder = Decoder(self._runtime.model, torch.device(self.plan.device), self.plan.prefill_chunk)
+        self._decoder = Decoder(
+            self._runtime.model, torch.device(self.plan.device), self.plan.prefill_chunk, self.plan.threads
+        )
         self._turn = threading.Lock()
+        self._device = threading.Lock()
+        self._owner: int | None = None
         self._cancel = threading.Event()
         self._requests = 0
         self._tokens_prompt = 0
@@ -136,26 +140,42 @@ class Engine:
     def stream(self, prompt: str | Sequence[int], sampling: Sampling | None = None) -> Generator[Chunk, None, None]:
         """The reply to `prompt` (text or token ids) as it comes, a chunk a token.
 
-        The last chunk has `finish_reason`. Closing the generator stops the work. Raises RequestError at the
-        first step when the prompt is empty, has unknown token ids or does not fit the context.
+        The last chunk has `finish_reason`. Closing the generator stops the work. A stream of another thread
+        waits for this one to end; a second one of the same thread would wait for ever and raises RequestError,
+        as do, at the first step, a prompt that is empty, has unknown token ids or does not fit the context.
         """
+        if self._owner == threading.get_ident():
+            raise RequestError("this thread has a stream open on this engine: exhaust it or close() it first")
         with self._turn:
-            runtime = self._loaded()
+            self._owner = threading.get_ident()
             self._cancel.clear()
-            tokens = self._tokens(prompt)
-            settings = self._settings(sampling or Sampling(), len(tokens))
-            counters = runtime.cache.counters
-            generation = Generation(self._decoder, self._tokenizer, tokens, settings, counters, self._cancel.is_set)
-            started, last = time.perf_counter(), None
             self._requests += 1
+            started, last = time.perf_counter(), None
             try:
-                for last in generation:
+                for last in self._steps(prompt, sampling or Sampling()):
                     yield last
             finally:
+                self._owner = None
                 self._seconds += time.perf_counter() - started
                 if last is not None:
                     self._tokens_prompt += last.timings.prompt_tokens
                     self._tokens_generated += last.timings.generated_tokens
+
+    def _steps(self, prompt: str | Sequence[int], sampling: Sampling) -> Iterator[Chunk]:
+        """The chunks of one generation. The device is held for one step at a time, so that `close` can come between."""
+        with self._device:
+            runtime = self._loaded()
+            tokens = self._tokens(prompt)
+            settings = self._settings(sampling, len(tokens))
+            counters = runtime.cache.counters
+            chunks = iter(Generation(self._decoder, self._tokenizer, tokens, settings, counters, self._cancel.is_set))
+        while True:
+            with self._device:
+                self._loaded()
+                chunk = next(chunks, None)
+            if chunk is None:
+                return
+            yield chunk
 
     def generate(self, prompt: str | Sequence[int], sampling: Sampling | None = None) -> Completion:
         """The whole reply to `prompt`; see `stream`."""
@@ -183,9 +203,12 @@ class Engine:
         self._cancel.set()
 
     def close(self) -> None:
-        """Waits for the generation in flight to stop, ends the threads and gives the memory back. Idempotent."""
+        """Waits for the step in flight, ends the threads and gives the memory back. Idempotent.
+
+        A stream that is still open ends with EdgeMoEError at its next step.
+        """
         self._cancel.set()
-        with self._turn:
+        with self._device:
             runtime, self._runtime = self._runtime, None
             if runtime is not None:
                 del self._decoder

@@ -8,14 +8,14 @@ Both take a family's layout (transposed, biased, gated) as transformers declares
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from edgemoe.cache.record import RecordLayout
+from edgemoe.cache.record import Part, RecordLayout
 from edgemoe.cache.slots import SlotPool
 from edgemoe.workers import Workers
 
@@ -144,30 +144,27 @@ class SlotMatrix:
     """One weight matrix of every record in the pool, as the kernels see it."""
 
     def __init__(self, pool: SlotPool, layout: RecordLayout, name: str, transposed: bool) -> None:
-        from edgemoe import kernels
-
         part = next(part for part in layout.parts if part.name == name)
         self.name = name
         self._transposed = transposed
         self._rows, self._columns = part.shape[::-1] if transposed else part.shape
         self._nbytes = part.nbytes
-        kinds = {
-            (torch.bfloat16, False): (kernels.gather_bf16, np.uint32),
-            (torch.bfloat16, True): (kernels.gather_bf16_transposed, np.uint16),
-            (torch.float16, False): (kernels.gather_f16, np.uint16),
-            (torch.float32, False): (kernels.gather_f32, np.float32),
-        }
-        self._kernel, unit = kinds[part.dtype, transposed]
+        found = self._find(part, transposed)
+        assert found is not None, f"there is no kernel for {part}"
+        self._kernel, unit = found
         self._pool = pool.memory.numpy().view(unit)
         self._offset = layout.part_offset(name) // np.dtype(unit).itemsize
 
-    @staticmethod
-    def fits(layout: RecordLayout, name: str, transposed: bool) -> bool:
+    @classmethod
+    def fits(cls, layout: RecordLayout, name: str, transposed: bool) -> bool:
         """Whether a kernel exists for this part's dtype, orientation and width."""
-        part = next(part for part in layout.parts if part.name == name)
-        if transposed:
-            return part.dtype is torch.bfloat16
-        return part.dtype in (torch.float32, torch.float16) or (part.dtype is torch.bfloat16 and part.shape[1] % 2 == 0)
+        return cls._find(next(part for part in layout.parts if part.name == name), transposed) is not None
+
+    @staticmethod
+    def _find(part: Part, transposed: bool) -> tuple[Callable[..., None], Any] | None:
+        from edgemoe import kernels
+
+        return kernels.column_kernel(part.dtype) if transposed else kernels.row_kernel(part.dtype, part.shape[1])
 
     def multiply(
         self, workers: Workers, slots: Any, starts: Any, tokens: Sequence[int], x: torch.Tensor

@@ -18,36 +18,41 @@ SMALLEST = 1 << 16
 
 
 def install(model: nn.Module, workers: Workers) -> None:
-    """Gives every bf16 `nn.Linear` of `model` a forward with the kernel path. Subclasses keep their own."""
+    """Gives every large `nn.Linear` of `model` a forward with the kernel path. Subclasses keep their own."""
     for module in model.modules():
         if type(module) is nn.Linear and _fits(module.weight):
-            module.forward = types.MethodType(_forward(workers), module)  # type: ignore[method-assign]
+            module.forward = types.MethodType(_forward(module.weight, workers), module)  # type: ignore[method-assign]
 
 
 def _fits(weight: torch.Tensor) -> bool:
-    aligned = weight.is_contiguous() and weight.shape[1] % 2 == 0
-    return weight.dtype is torch.bfloat16 and weight.device.type == "cpu" and aligned and weight.numel() >= SMALLEST
+    from edgemoe import kernels
+
+    usable = weight.device.type == "cpu" and weight.is_contiguous() and weight.numel() >= SMALLEST
+    return usable and kernels.row_kernel(weight.dtype, weight.shape[1]) is not None
 
 
-def _forward(workers: Workers) -> Any:
-    from edgemoe.kernels import gather_bf16
+def _forward(weight: torch.Tensor, workers: Workers) -> Any:
+    from edgemoe import kernels
 
-    first_slot = np.zeros(1, np.int64)
+    rows, columns = weight.shape
+    found = kernels.row_kernel(weight.dtype, columns)
+    assert found is not None
+    kernel, unit = found
+    matrix = weight.detach().view(torch.uint8).view(1, -1).numpy().view(unit)
+    only_slot = np.zeros(1, np.int64)
 
     def forward(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
-        rows, columns = module.weight.shape
         tokens = input.numel() // columns
         if not 0 < tokens <= KERNEL_TOKENS:
             return F.linear(input, module.weight, module.bias)
-        matrix = module.weight.view(torch.int32).view(1, -1).numpy().view(np.uint32)
         values = input.reshape(tokens, columns).float().numpy()
         out = np.empty((tokens, rows), np.float32)
         chosen, starts = np.arange(tokens), np.array([0, tokens])
 
         def run(first: int, last: int) -> None:
-            gather_bf16(first_slot, 0, columns, matrix, chosen, starts, values, out, first, last)
+            kernel(only_slot, 0, columns, matrix, chosen, starts, values, out, first, last)
 
-        workers.split(rows, run, nbytes=module.weight.nbytes)
+        workers.split(rows, run, nbytes=weight.nbytes)
         result = torch.from_numpy(out)
         if module.bias is not None:
             result = result + module.bias.float()

@@ -11,9 +11,11 @@ Buffers are passed as unsigned integers, since numpy knows no bf16: uint16 for b
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from numba import njit
 
 _options: dict[str, Any] = {
@@ -98,3 +100,16 @@ def gather_f32(slots, offset, columns, pool, tokens, starts, x, out, first, last
                 for j in range(columns):
                     total += row[j] * value[j]
                 out[p, r] = total
+
+
+def row_kernel(dtype: torch.dtype, columns: int) -> tuple[Callable[..., None], Any] | None:
+    """The kernel for row-major matrices of `dtype` and the numpy type its pool has; None when there is none."""
+    if dtype is torch.bfloat16 and columns % 2 == 0:
+        return gather_bf16, np.uint32
+    kinds = {torch.float16: (gather_f16, np.uint16), torch.float32: (gather_f32, np.float32)}
+    return kinds.get(dtype)
+
+
+def column_kernel(dtype: torch.dtype) -> tuple[Callable[..., None], Any] | None:
+    """The kernel for matrices of `dtype` stored transposed, as `row_kernel` gives it."""
+    return (gather_bf16_transposed, np.uint16) if dtype is torch.bfloat16 else None

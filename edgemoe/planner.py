@@ -106,7 +106,7 @@ def _prefill_chunk(blueprint: Blueprint, config: EngineConfig) -> int:
     token = 4 * text.hidden_size * (_top_k(text) + 6) + 4 * 4 * max(
         max(part.shape) for site in blueprint.sites for part in site.layout.parts
     )
-    return max(32, min(config.prefill_chunk, config.prefill_workspace // token))
+    return max(32, min(config.prefill_chunk, config.prefill_workspace // int(token)))
 
 
 def _top_k(text: Any) -> int:

@@ -151,7 +151,9 @@ def chat_logprobs(logprobs: tuple[TokenLogprob, ...] | None) -> dict[str, Any] |
         return None
 
     def entry(token: str, logprob: float) -> dict[str, Any]:
-        return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+        # A token that is part of a character has no text of its own, and so no bytes that could be told.
+        whole = "\N{REPLACEMENT CHARACTER}" not in token
+        return {"token": token, "logprob": logprob, "bytes": list(token.encode()) if whole else None}
 
     return {
         "content": [

@@ -49,7 +49,7 @@ class Sampling:
         self._check("top_p", "above 0 and at most 1", lambda value: 0 < value <= 1)
         self._check("min_p", "from 0 to 1", lambda value: 0 <= value <= 1)
         self._check("repetition_penalty", "above 0", lambda value: value > 0)
-        self._check("seed", "an integer of at least 0", lambda value: value >= 0 and value == int(value))
+        self._check("seed", "an integer from 0 to 2^63 - 1", lambda value: 0 <= value < 1 << 63 and value == int(value))
         self._check("max_tokens", "an integer of at least 1", lambda value: value >= 1 and value == int(value))
         self._check("logprobs", "an integer from 0 to 20", lambda value: 0 <= value <= 20 and value == int(value))
         if not all(isinstance(text, str) and text for text in stop):

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+WORTH_SPLITTING = 3 << 20
+"""Bytes; less is read sooner by one thread than by waking another."""
+
 
 class Workers:
     """Splits ranges over `threads` threads, the caller being one of them. The kernels release the GIL.
@@ -20,9 +23,9 @@ class Workers:
     def split(self, count: int, run: Callable[[int, int], None], *, nbytes: int) -> None:
         """Calls `run(first, last)` over parts of range(count) at once; one part when `nbytes` is little to read.
 
-        Waking a thread costs about as much as reading 200 KB, so that less than a few times that is not split.
+        Waking a thread costs about as much as reading a megabyte.
         """
-        if self._pool is None or nbytes < 1_000_000:
+        if self._pool is None or nbytes < WORTH_SPLITTING:
             run(0, count)
             return
         step = -(-count // self.threads)

@@ -1,0 +1,36 @@
+"""`python -m bench` lists the measurements; `python -m bench NAME` runs one and ends with a line of JSON."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+NAMES = {
+    "exact": "token ids and logits of every tested family against transformers",
+    "memory": "peak memory with an 8 GB checkpoint and a 1 GiB expert cache",
+    "larger-than-memory": "decoding an 8 GB checkpoint in 4 GB of memory against transformers + accelerate",
+    "resident": "decode and prefill with all experts in memory against transformers and the floor",
+    "start": "time to the first token, and of --help",
+    "bad-input": "one clear sentence for every kind of bad input",
+    "demo-score": "the shipped model on held-out items of its documented tasks",
+    "inflated-demo": "the widened shipped model says what the shipped one says",
+}
+
+
+def main() -> int:
+    """Runs the named measurement; exit status 0 unless it misses its bar."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("name", nargs="?", choices=list(NAMES))
+    name = parser.parse_args().name
+    if name is None:
+        for each, description in NAMES.items():
+            print(f"{each:20} {description}")
+        return 0
+    measurement = importlib.import_module(f"bench.{name.replace('-', '_')}").run()
+    print(measurement.to_json())
+    return 1 if measurement.ok is False else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

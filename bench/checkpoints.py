@@ -1,0 +1,128 @@
+"""Checkpoints for measuring: one of Qwen3-30B-A3B's expert shape with random weights, and the widened demo."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from bench.measurement import work_folder
+from edgemoe.demo import demo_folder
+
+WIDE_FAMILY = "qwen3_moe"
+WIDE: dict[str, Any] = {
+    "vocab_size": 32768,
+    "hidden_size": 2048,
+    "moe_intermediate_size": 768,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def wide(folder: Path | None = None) -> Path:
+    """The 8 GB bf16 checkpoint: 6 layers of 128 experts of 2048 x 768, top-8. Made once, a shard a layer."""
+    folder = folder or work_folder() / "wide"
+    if (folder / "model.safetensors.index.json").exists():
+        return folder
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = AutoConfig.for_model(WIDE_FAMILY, **WIDE)
+    config.dtype = torch.bfloat16
+    config.architectures = ["Qwen3MoeForCausalLM"]
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in AutoModelForCausalLM.from_config(config).state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1 << 24, generator=generator).to(torch.bfloat16)
+    shards: dict[str, dict[str, torch.Tensor]] = {}
+    for name, shape in shapes.items():
+        layer = name.split(".")[2] if ".layers." in name else "rest"
+        for key, piece in _pieces(name, shape):
+            shards.setdefault(layer, {})[key] = _random(piece, noise, generator)
+    weight_map = {}
+    for layer, tensors in shards.items():
+        file = f"model-{layer}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, file))
+    config.save_pretrained(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def _pieces(name: str, shape: torch.Size) -> Iterator[tuple[str, torch.Size]]:
+    """The tensors that published Qwen3-MoE checkpoints have for a parameter: experts one by one."""
+    prefix, _, stacked = name.rpartition(".experts.")
+    if not prefix:
+        yield name, shape
+        return
+    experts, rows, columns = shape
+    for expert in range(experts):
+        if stacked == "gate_up_proj":
+            for part in ("gate_proj", "up_proj"):
+                yield f"{prefix}.experts.{expert}.{part}.weight", torch.Size((rows // 2, columns))
+        else:
+            yield f"{prefix}.experts.{expert}.down_proj.weight", torch.Size((rows, columns))
+
+
+def _random(shape: torch.Size, noise: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Random weights of the usual spread, cut from one block of noise: drawing 4 billion numbers takes minutes."""
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=torch.bfloat16)
+    count = shape.numel()
+    blocks = -(-count // len(noise))
+    start = int(torch.randint(len(noise), (1,), generator=generator))
+    return noise.roll(start).repeat(blocks)[:count].view(shape) * (shape[-1] ** -0.5)
+
+
+def inflated(factor: int = 128, folder: Path | None = None) -> Path:
+    """The shipped model with every expert's inner neurons repeated `factor` times, a power of two.
+
+    The down projection is divided by the factor, so that the function, the routing and the tokens stay
+    the same while experts become as heavy as a real model's: 14 MB each at 128.
+    """
+    if factor & (factor - 1):
+        raise ValueError(f"the factor must be a power of two for the result to be exact, not {factor}")
+    source = demo_folder()
+    folder = folder or work_folder() / f"inflated-{factor}"
+    if (folder / "config.json").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with safe_open(source / "model.safetensors", framework="pt") as weights:
+        names = list(weights.keys())
+        layers = sorted({name.split(".")[2] for name in names if ".layers." in name}, key=int)
+        for layer in ["rest", *layers]:
+            mine = [name for name in names if (name.split(".")[2] if ".layers." in name else "rest") == layer]
+            tensors = {name: _widened(name, weights.get_tensor(name), factor) for name in mine}
+            save_file(tensors, folder / f"model-{layer}.safetensors", metadata={"format": "pt"})
+    for file in source.iterdir():
+        if file.suffix != ".safetensors" and file.name != "config.json":
+            shutil.copy(file, folder / file.name)
+    config = json.loads((source / "config.json").read_text())
+    config["moe_intermediate_size"] *= factor
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    return folder
+
+
+def _widened(name: str, tensor: torch.Tensor, factor: int) -> torch.Tensor:
+    if ".experts." not in name:
+        return tensor
+    if name.endswith(("gate_proj.weight", "up_proj.weight")):
+        return tensor.repeat(factor, 1)
+    return (tensor / factor).repeat(1, factor)

@@ -1,0 +1,275 @@
+"""The options every command shares, and the environment variable that stands in for each.
+
+An option that is not given stays None, so that its default has one home: the library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+from edgemoe.cli.exits import UsageError
+from edgemoe.errors import RequestError
+from edgemoe.sampling import Sampling
+from edgemoe.sizes import parse_bytes
+
+_DTYPES = ("auto", "bfloat16", "float16", "float32")
+_SHARE = re.compile(r"\d+(\.\d+)?%")
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+_WORDS_FOR = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
+
+class _Variable(NamedTuple):
+    """An environment variable, the option it stands in for, and whether that option is a list."""
+
+    name: str
+    option: str
+    convert: Callable[[str], Any]
+    listed: bool
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one sentence, and whose options can come from the environment."""
+
+    def __init__(self, **settings: Any) -> None:
+        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **settings)
+        self._variables: list[_Variable] = []
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UsageError instead of printing the usage and leaving the process."""
+        raise UsageError(f"{message}; see '{self.prog} --help'")
+
+    def option(
+        self, *names: str, convert: Callable[[str], Any], metavar: str, help: str, repeated: bool = False
+    ) -> None:
+        """Add an option with a value; the last name gives the environment variable its name."""
+        variable = _variable_for(names)
+        action = self.add_argument(
+            *names,
+            type=convert,
+            metavar=metavar,
+            action="append" if repeated else "store",
+            help=f"{help} [{variable}]",
+        )
+        self._variables.append(_Variable(variable, action.dest, convert, repeated))
+
+    def switch(self, *names: str, help: str) -> None:
+        """Add an option without a value; its environment variable is 1 or 0."""
+        variable = _variable_for(names)
+        action = self.add_argument(*names, action="store_true", default=None, help=f"{help} [{variable}]")
+        self._variables.append(_Variable(variable, action.dest, yes_or_no, False))
+
+    def fill_from_environment(self, arguments: argparse.Namespace, environment: Mapping[str, str]) -> None:
+        """Give each option that the command line left out the value of its variable, when that is set and not empty."""
+        for variable in self._variables:
+            text = environment.get(variable.name, "")
+            if not text or getattr(arguments, variable.option) is not None:
+                continue
+            try:
+                value = variable.convert(text)
+            except argparse.ArgumentTypeError as error:
+                self.error(f"environment variable {variable.name}: {error}")
+            setattr(arguments, variable.option, [value] if variable.listed else value)
+
+
+def _variable_for(names: Sequence[str]) -> str:
+    return "EDGEMOE_" + names[-1].lstrip("-").replace("-", "_").upper()
+
+
+# --- values --------------------------------------------------------------------------------------
+
+
+def text(value: str) -> str:
+    """Any text."""
+    return value
+
+
+def whole(value: str) -> int:
+    """A whole number; the limits are the library's."""
+    try:
+        return int(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{value!r} is not a whole number") from None
+
+
+def counted(value: str) -> int:
+    """A whole number, 1 or more."""
+    number = whole(value)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is below 1; give 1 or more")
+    return number
+
+
+def decimal(value: str) -> float:
+    """A number; the limits are the library's."""
+    try:
+        return float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{value!r} is not a number") from None
+
+
+def speed(value: str) -> float:
+    """A number above 0."""
+    number = decimal(value)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{value} is not above 0; give a speed in gigabytes a second, such as 12.5")
+    return number
+
+
+def yes_or_no(value: str) -> bool:
+    """A switch written as an environment variable."""
+    try:
+        return _WORDS_FOR[value.lower()]
+    except KeyError:
+        raise argparse.ArgumentTypeError(
+            f"{value!r} is neither yes nor no; give one of {', '.join(_WORDS_FOR)}"
+        ) from None
+
+
+def dtype(value: str) -> str:
+    """The name of a number format."""
+    if value not in _DTYPES:
+        raise argparse.ArgumentTypeError(f"{value!r} is not known; give one of {', '.join(_DTYPES)}")
+    return value
+
+
+def device(value: str) -> str:
+    """Where to compute."""
+    if not _DEVICE.fullmatch(value):
+        raise argparse.ArgumentTypeError(f"{value!r} is not known; give one of auto, cpu, cuda, cuda:N")
+    return value
+
+
+def expert_cache(value: str) -> str | int:
+    """The size of the expert cache as the library takes it: a number of slots as an int, all else as text."""
+    size = value.strip()
+    if size.isdecimal():
+        return int(size)
+    if size == "auto" or _SHARE.fullmatch(size):
+        return size
+    try:
+        parse_bytes(size)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{value!r} is not a size; give auto, bytes such as 6GiB, a share of the experts such as 40%, "
+            "or a number of slots such as 96"
+        ) from None
+    return size
+
+
+# --- groups of options ---------------------------------------------------------------------------
+
+
+def add_model_options(parser: Parser) -> None:
+    """Which model and how to hold it."""
+    add_model_option(parser)
+    parser.option("-c", "--ctx-size", convert=counted, metavar="N", help="tokens of context to make room for")
+    parser.option("-t", "--threads", convert=counted, metavar="N", help="CPU threads to compute with")
+    parser.option("--device", convert=device, metavar="DEVICE", help="auto, cpu, cuda or cuda:N")
+    parser.option("--dtype", convert=dtype, metavar="DTYPE", help=", ".join(_DTYPES))
+    parser.option(
+        "--expert-cache",
+        convert=expert_cache,
+        metavar="SIZE",
+        help="room for experts on the device: auto, bytes (6GiB), a share of the experts (40%%) or slots (96)",
+    )
+    parser.switch("--offline", help="use only what is on this machine")
+    parser.option(
+        "--link-gbps",
+        convert=speed,
+        metavar="N",
+        help="simulate a link between host and device of N gigabytes a second",
+    )
+
+
+def add_model_option(parser: Parser) -> None:
+    """Which model, alone."""
+    parser.option(
+        "-m",
+        "--model",
+        convert=text,
+        metavar="MODEL",
+        help="folder or hub name of a checkpoint; without it, the small demo model that ships with edgemoe",
+    )
+
+
+def add_sampling_options(parser: Parser) -> None:
+    """How to choose tokens. Without an option, the checkpoint's own setting holds."""
+    parser.option("-n", "--max-tokens", convert=whole, metavar="N", help="most tokens to generate for a reply")
+    parser.option("--temp", convert=decimal, metavar="T", help="temperature; 0 always takes the likeliest token")
+    parser.option("--top-k", convert=whole, metavar="K", help="choose among the K likeliest tokens")
+    parser.option("--top-p", convert=decimal, metavar="P", help="choose among the likeliest tokens that sum up to P")
+    parser.option("--min-p", convert=decimal, metavar="P", help="leave out tokens below P times the likeliest one")
+    parser.option("--repeat-penalty", convert=decimal, metavar="X", help="make tokens already there less likely")
+    parser.option("--seed", convert=whole, metavar="N", help="start of the random numbers, for the same text again")
+    parser.option("--stop", convert=text, metavar="TEXT", help="end the reply before TEXT; repeatable", repeated=True)
+    parser.switch("--ignore-eos", help="go on after the model's end of text, up to --max-tokens")
+
+
+def add_system_prompt(parser: Parser) -> None:
+    """The system prompt of conversations."""
+    parser.option("-sys", "--system-prompt", convert=text, metavar="TEXT", help="system prompt of conversations")
+
+
+def add_verbose(parser: Parser) -> None:
+    """More on standard error."""
+    parser.switch("-v", "--verbose", help="say more on standard error: the plan, the timings of each reply")
+
+
+# --- from arguments to the library ---------------------------------------------------------------
+
+_SAMPLING_FIELDS = {
+    "max_tokens": "max_tokens",
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repeat_penalty": "repetition_penalty",
+    "seed": "seed",
+    "stop": "stop",
+    "ignore_eos": "ignore_eos",
+    "logprobs": "logprobs",
+}
+_MODEL_FIELDS = {
+    "model": "model",
+    "ctx_size": "context",
+    "threads": "threads",
+    "device": "device",
+    "dtype": "dtype",
+    "expert_cache": "expert_cache",
+    "offline": "offline",
+    "link_gbps": "link_gbps",
+}
+
+
+def sampling_from(arguments: argparse.Namespace) -> Sampling:
+    """The command line's sampling. Raises UsageError for a value outside its limits."""
+    for option, field in _SAMPLING_FIELDS.items():
+        try:
+            Sampling(**_given(arguments, {option: field}))
+        except RequestError as error:
+            raise UsageError(f"argument --{option.replace('_', '-')}: {error}") from error
+    return Sampling(**_given(arguments, _SAMPLING_FIELDS))
+
+
+def model_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of `Engine.load` and `Engine.plan_for` that the command line gives."""
+    return _given(arguments, _MODEL_FIELDS)
+
+
+def _given(arguments: argparse.Namespace, fields: Mapping[str, str]) -> dict[str, Any]:
+    values = {field: getattr(arguments, option, None) for option, field in fields.items()}
+    return {field: value for field, value in values.items() if value is not None}
+
+
+def read_command_line(
+    parser: Parser, argv: Sequence[str] | None, environment: Mapping[str, str] = os.environ
+) -> argparse.Namespace:
+    """Parse, then fill in from the environment. The chosen command's parser is its `parser` default."""
+    arguments = parser.parse_args(argv)
+    arguments.parser.fill_from_environment(arguments, environment)
+    return arguments

@@ -1,0 +1,102 @@
+"""A conversation: its messages and what can be done with them. It knows no terminal and no model."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from edgemoe.cli.exits import FileTrouble, why
+from edgemoe.cli.fields import FieldError
+from edgemoe.cli.fields import messages as checked
+from edgemoe.errors import EdgeMoEError
+
+Message = dict[str, str]
+
+
+class ConversationError(EdgeMoEError):
+    """There is nothing in the conversation that this could be done with."""
+
+
+class Conversation:
+    """Messages in order. The system prompt is kept apart, so that it outlives `clear`."""
+
+    def __init__(self, system: str | None = None) -> None:
+        self.system = system
+        self._turns: list[Message] = []
+
+    @property
+    def messages(self) -> list[Message]:
+        """Everything, the system prompt first: what a model is given, and what is saved."""
+        first = [{"role": "system", "content": self.system}] if self.system is not None else []
+        return first + [dict(turn) for turn in self._turns]
+
+    def say(self, text: str) -> None:
+        """Add what the user says."""
+        self._turns.append({"role": "user", "content": text})
+
+    def reply(self, text: str) -> None:
+        """Add what the model replies."""
+        self._turns.append({"role": "assistant", "content": text})
+
+    def clear(self) -> None:
+        """Forget every message but the system prompt."""
+        self._turns.clear()
+
+    def undo(self) -> str:
+        """Take back the user's last message and what followed it; return its text."""
+        for index in reversed(range(len(self._turns))):
+            if self._turns[index]["role"] == "user":
+                text = self._turns[index]["content"]
+                del self._turns[index:]
+                return text
+        raise ConversationError("there is no message to take back yet")
+
+    def take_reply(self) -> str | None:
+        """Take back the last reply, so that another can be given; None when the user spoke last."""
+        if not any(turn["role"] == "user" for turn in self._turns):
+            raise ConversationError("there is no message to reply to yet")
+        if self._turns[-1]["role"] == "user":
+            return None
+        return self._turns.pop()["content"]
+
+    def save(self, path: str) -> None:
+        """Write as JSON, whole or not at all. Raises FileTrouble, also for a file that is no saved conversation."""
+        target = Path(path)
+        if target.exists():
+            try:
+                _read(path)
+            except FileTrouble as error:
+                raise FileTrouble(f"{path} is there and is no saved conversation; give another name") from error
+        unfinished = target.with_name(target.name + ".part")
+        try:
+            unfinished.write_text(json.dumps({"messages": self.messages}, ensure_ascii=False, indent=2) + "\n", "utf-8")
+            os.replace(unfinished, target)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
+            raise FileTrouble(f"cannot write {path}: {why(error)}") from error
+
+    def load(self, path: str) -> None:
+        """Become what `save` wrote. Raises FileTrouble and then stays as it was."""
+        messages = _read(path)
+        self.system = None
+        if messages and messages[0]["role"] == "system":
+            self.system = messages.pop(0)["content"]
+        self._turns = messages
+
+
+def _read(path: str) -> list[Message]:
+    try:
+        entry: Any = json.loads(Path(path).read_text("utf-8"))
+        if not isinstance(entry, dict) or not isinstance(entry.get("messages"), list):
+            raise FileTrouble(f"{path} is no saved conversation; it must be an object with messages")
+        return list(checked(entry["messages"])) if entry["messages"] else []
+    except OSError as error:
+        raise FileTrouble(f"cannot read {path}: {why(error)}") from error
+    except FieldError as error:
+        raise FileTrouble(f"{path} is no saved conversation: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise FileTrouble(f"{path} is no JSON text") from error

@@ -1,0 +1,215 @@
+"""`edgemoe doctor`: what this machine and its installation are fit for, and what to do about what is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgemoe import __version__
+from edgemoe.cli.exits import Exit, why
+from edgemoe.cli.loading import factory
+from edgemoe.cli.output import put
+from edgemoe.cli.render import columns, counted
+from edgemoe.cli.surface import EngineFactory
+from edgemoe.errors import EdgeMoEError
+from edgemoe.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
+OK, WARNING, PROBLEM = "ok", "warning", "problem"
+_LITTLE_MEMORY = 2 << 30
+_READ_AT_MOST = 256 << 20
+_READ_AT_LEAST = 32 << 20
+_READ_PIECE = 8 << 20
+_SLOW_READ = 200 << 20
+"""Bytes a second below which a model that is read from disk while it runs is no pleasure."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing looked at: how it is, what was found, and what to do unless all is well."""
+
+    name: str
+    status: str
+    found: str
+    advice: str = ""
+
+
+def doctor(arguments: argparse.Namespace, engine: EngineFactory | None = None) -> int:
+    """Print every check on standard output; the exit code is 1 when one is a problem."""
+    checks = list(_checks(arguments.model, engine))
+    if arguments.json:
+        put(json.dumps({"checks": [asdict(check) for check in checks]}, indent=2) + "\n")
+    elif sys.stdout.isatty():
+        _print_table(checks)
+    else:
+        put(columns([(check.status, check.name, _told(check)) for check in checks]) + "\n")
+    return Exit.FAILED if any(check.status == PROBLEM for check in checks) else Exit.OK
+
+
+def _checks(model: str | None, engine: EngineFactory | None) -> Iterator[Check]:
+    yield from _installation()
+    yield _processor()
+    yield from _from_torch()
+    yield _model("demo model", None, engine)
+    if model is not None:
+        yield _model("model", model, engine)
+        yield from _disk(model)
+
+
+def _told(check: Check) -> str:
+    return f"{check.found}; {check.advice}" if check.advice else check.found
+
+
+def _print_table(checks: list[Check]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    colours = {OK: None, WARNING: "yellow", PROBLEM: "bold red"}
+    table = Table("", "what", "found")
+    for check in checks:
+        table.add_row(check.status, check.name, _told(check), style=colours[check.status])
+    Console(markup=False).print(table)
+
+
+# --- the installation ----------------------------------------------------------------------------
+
+_OPTIONAL = ("bitsandbytes",)
+"""Packages that are told of where they are there."""
+
+
+def _installation() -> Iterator[Check]:
+    """The packages that edgemoe's own metadata asks for, then the optional ones."""
+    yield Check("python", OK, platform.python_version())
+    try:
+        from packaging.requirements import Requirement
+
+        wanted = [Requirement(text) for text in importlib.metadata.requires("edgemoe") or []]
+    except ImportError as error:  # a package without metadata is an ImportError, too
+        yield Check("edgemoe", PROBLEM, f"not properly installed: {error}", "pip install edgemoe")
+        return
+    yield Check("edgemoe", OK, __version__)
+    for package in wanted:
+        if package.marker is None or package.marker.evaluate({"extra": ""}):
+            yield _package(package)
+    for name in _OPTIONAL:
+        version = _version(name)
+        if version is not None:
+            yield Check(name, OK, version)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _package(package: Requirement) -> Check:
+    version = _version(package.name)
+    if version is None:
+        return Check(package.name, PROBLEM, "not installed", f"pip install '{package}'")
+    if not package.specifier.contains(version, prereleases=True):
+        return Check(package.name, PROBLEM, f"{version}, but {package.specifier} is needed", f"pip install '{package}'")
+    return Check(package.name, OK, version)
+
+
+# --- the machine ---------------------------------------------------------------------------------
+
+
+def _processor() -> Check:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Check("processor", OK, f"{counted(os.cpu_count() or 1, 'core')}, {usable} for this process")
+
+
+def _from_torch() -> Iterator[Check]:
+    """The checks that import torch, as memory and devices do."""
+    try:
+        import torch
+
+        from edgemoe import memory
+    except (ImportError, OSError, RuntimeError) as error:
+        yield Check("torch import", PROBLEM, f"failed: {error}", "install torch again for this machine")
+        return
+    yield Check("threads", OK, f"torch computes with {counted(torch.get_num_threads(), 'thread')}")
+    free, limit = memory.ram_free(), memory.ram_limit()
+    found = f"{format_bytes(free)} free of {format_bytes(limit)}"
+    few = free < _LITTLE_MEMORY
+    yield Check("memory", WARNING if few else OK, found, "close other programs before loading a model" if few else "")
+    gpus = memory.gpus()
+    for gpu in gpus:
+        yield Check(f"gpu {gpu.index}", OK, f"{gpu.name}, {format_bytes(gpu.free)} free of {format_bytes(gpu.total)}")
+    usable = torch.cuda.is_available()
+    if gpus and not usable:
+        yield Check("cuda", WARNING, "this torch cannot use the GPU", "install a CUDA build of torch from pytorch.org")
+    elif not gpus:
+        yield Check("gpu", OK, "none; the CPU computes, with the experts on disk and the cache in memory")
+    yield _pinning() if usable else Check("pinned memory", OK, "not needed without a GPU")
+
+
+def _pinning() -> Check:
+    import torch
+
+    try:
+        pinned = torch.empty(_READ_PIECE, dtype=torch.uint8, pin_memory=True).is_pinned()
+    except RuntimeError as error:
+        return Check("pinned memory", WARNING, f"refused: {error}", "transfers to the GPU will be slower")
+    if not pinned:
+        return Check("pinned memory", WARNING, "not given", "transfers to the GPU will be slower")
+    return Check("pinned memory", OK, "works")
+
+
+# --- the model -----------------------------------------------------------------------------------
+
+
+def _model(name: str, model: str | None, engine: EngineFactory | None) -> Check:
+    try:
+        plan = factory(engine).plan_for(model)
+    except EdgeMoEError as error:
+        return Check(name, PROBLEM, str(error))  # which names the mend itself
+    except (ImportError, OSError) as error:
+        return Check(name, PROBLEM, f"cannot be looked at: {error}", "mend the problems above first")
+    return Check(name, OK, f"{plan.model} can run on {plan.device} in {plan.dtype}")
+
+
+def _disk(model: str) -> Iterator[Check]:
+    folder = Path(model)
+    if not folder.is_dir():
+        yield Check("disk", OK, f"{model} is no folder on this machine, so its disk is not measured")
+        return
+    yield Check("disk", OK, f"{format_bytes(shutil.disk_usage(folder).free)} free")
+    files = sorted(folder.glob("*.safetensors"), key=lambda file: file.stat().st_size)
+    if files:
+        yield _read_speed(files[-1])
+
+
+def _read_speed(file: Path, clock: Callable[[], float] = time.perf_counter) -> Check:
+    """Read the beginning of a file, past the system's file cache where the system can be asked to empty it."""
+    done = 0
+    try:
+        with file.open("rb", buffering=0) as raw:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(raw.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            begun = clock()
+            while done < _READ_AT_MOST and (piece := raw.read(_READ_PIECE)):
+                done += len(piece)
+            rate = done / max(clock() - begun, 1e-9)
+    except OSError as error:
+        return Check("disk read", PROBLEM, f"{file.name}: {why(error)}", "copy the model to a sound disk")
+    found = f"{format_bytes(rate)} a second"
+    if done < _READ_AT_LEAST:
+        return Check("disk read", OK, f"{file.name} is too small to measure")
+    if rate < _SLOW_READ:
+        return Check("disk read", WARNING, found, "a model that does not fit in memory will be slow; use a faster disk")
+    return Check("disk read", OK, found)

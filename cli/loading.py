@@ -1,0 +1,69 @@
+"""From the command line to a loaded engine, with what a person should see while waiting."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+
+from edgemoe.cli.arguments import model_settings
+from edgemoe.cli.render import columns
+from edgemoe.cli.surface import EngineFactory, EngineView, LoadProgress, PlanView
+
+
+def say(sentence: str) -> None:
+    """One line on standard error."""
+    sys.stderr.write(f"edgemoe: {sentence}\n")
+    sys.stderr.flush()
+
+
+def factory(engine: EngineFactory | None) -> EngineFactory:
+    """The given source of engines, else the library's own, which is imported only here."""
+    if engine is None:
+        from edgemoe import Engine
+
+        return Engine
+    return engine
+
+
+def say_which_model(arguments: argparse.Namespace) -> None:
+    """Say that the demo model is used, when no other is asked for."""
+    if arguments.model is None:
+        say("no model given, so the small demo model that ships with edgemoe is used (choose another with -m)")
+
+
+def say_simulation(plan: PlanView) -> None:
+    """Say what is simulated, so that no number is taken for this machine's own."""
+    if plan.simulation is not None:
+        say(plan.simulation)
+
+
+def open_engine(arguments: argparse.Namespace, engine: EngineFactory | None) -> EngineView:
+    """Load the model that the command line names. The caller closes it. Raises what `Engine.load` raises."""
+    say_which_model(arguments)
+    with _progress() as on_progress:
+        loaded = factory(engine).load(**model_settings(arguments), on_progress=on_progress)
+    say_simulation(loaded.plan)
+    if arguments.verbose:
+        sys.stderr.write(columns(loaded.plan.lines()) + "\n")
+    return loaded
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[LoadProgress], None] | None]:
+    """A bar on standard error while loading, when that is a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    parts = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
+    with Progress(*parts, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("loading", total=None)
+
+        def show(progress: LoadProgress) -> None:
+            bar.update(task, description=progress.stage, completed=progress.done, total=progress.total or None)
+
+        yield show

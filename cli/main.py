@@ -1,0 +1,153 @@
+"""The command `edgemoe`: its parser, and the way from an error to one sentence and an exit code.
+
+Exit codes: 0 all is well; 1 some requests failed, or doctor found a problem; 2 wrong usage; 3 the checkpoint cannot
+be used; 4 it does not fit or was refused; 5 an input or output file is in trouble; 70 a fault in edgemoe itself;
+130 interrupted. With the environment variable EDGEMOE_TRACEBACK=1 an error also shows its traceback.
+
+Nothing heavy is imported here: a command's own modules are imported when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from edgemoe import __version__
+from edgemoe.cli import arguments as options
+from edgemoe.cli.exits import DESCRIPTION, Exit, UsageError, exit_for
+from edgemoe.cli.output import settle
+from edgemoe.cli.surface import EngineFactory
+from edgemoe.errors import EdgeMoEError
+
+_EPILOG = f"""{DESCRIPTION}
+
+Every option can be given as an environment variable, named beside it in each command's help; the command line wins.
+Answers go to standard output, everything else to standard error. EDGEMOE_TRACEBACK=1 shows an error's traceback."""
+
+
+def main(argv: Sequence[str] | None = None, *, engine: EngineFactory | None = None) -> int:
+    """Run one command and return its exit code. `engine` stands in for the class `edgemoe.Engine`."""
+    try:
+        return int(_dispatch(argv, engine))
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else Exit.OK
+    except KeyboardInterrupt:
+        _show_traceback()
+        _complain("interrupted")
+        return Exit.INTERRUPTED
+    except BrokenPipeError:
+        return Exit.FILE
+    except EdgeMoEError as error:
+        _show_traceback()
+        _complain(str(error))
+        return exit_for(error)
+    except Exception as error:  # the last line of defence: a person gets a sentence, whatever broke
+        _show_traceback()
+        _complain(f"unexpected {type(error).__name__}: {error} (set EDGEMOE_TRACEBACK=1 to see where)")
+        return Exit.INTERNAL
+    finally:
+        settle()
+
+
+def build_parser() -> options.Parser:
+    """The parser of the whole command line."""
+    parser = options.Parser(
+        prog="edgemoe",
+        description="Run Mixture-of-Experts language models that are larger than the memory of the device.",
+        epilog=_EPILOG,
+    )
+    parser.add_argument("--version", action="version", version=f"edgemoe {__version__}")
+    parser.set_defaults(parser=parser, command=None)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    _add_run(commands)
+    _add_chat(commands)
+    _add_plan(commands)
+    _add_doctor(commands)
+    return parser
+
+
+def _add_run(commands: argparse._SubParsersAction[options.Parser]) -> None:
+    parser = commands.add_parser(
+        "run",
+        help="answer a file of prompts",
+        description="Answer every request of a file; each result is written as soon as it is there.",
+        epilog='FILE is OpenAI batch JSONL, JSONL with {"prompt"} or {"messages"}, or plain text, one prompt a line.',
+    )
+    parser.set_defaults(parser=parser, command="run")
+    parser.add_argument("requests", metavar="FILE", help="the requests; - is standard input")
+    parser.option("-o", "--output", convert=options.text, metavar="OUT", help="write the results here, not to stdout")
+    parser.switch("--overwrite", help="replace what OUT holds")
+    parser.switch("--raw", help="complete plain-text lines as they are, without the chat template")
+    options.add_system_prompt(parser)
+    options.add_model_options(parser)
+    options.add_sampling_options(parser)
+    parser.option(
+        "--logprobs", convert=options.whole, metavar="N", help="report log-probabilities, with N alternatives a token"
+    )
+    options.add_verbose(parser)
+
+
+def _add_chat(commands: argparse._SubParsersAction[options.Parser]) -> None:
+    parser = commands.add_parser(
+        "chat",
+        help="talk with a model",
+        description="Talk with a model; with standard input piped, answer once and leave.",
+    )
+    parser.set_defaults(parser=parser, command="chat")
+    parser.option("-p", "--prompt", convert=options.text, metavar="TEXT", help="start with this message")
+    parser.option("-f", "--file", convert=options.text, metavar="FILE", help="start with the text of a file")
+    options.add_system_prompt(parser)
+    options.add_model_options(parser)
+    options.add_sampling_options(parser)
+    options.add_verbose(parser)
+
+
+def _add_plan(commands: argparse._SubParsersAction[options.Parser]) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="show where everything would go, without loading",
+        description="Show the memory plan of a model on this machine, without loading it.",
+    )
+    parser.set_defaults(parser=parser, command="plan")
+    parser.switch("--json", help="print the plan as JSON")
+    options.add_model_options(parser)
+
+
+def _add_doctor(commands: argparse._SubParsersAction[options.Parser]) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="check this machine",
+        description="Check this machine and its installation, and say what to do about what is wrong.",
+    )
+    parser.set_defaults(parser=parser, command="doctor")
+    parser.switch("--json", help="print the checks as JSON")
+    options.add_model_option(parser)
+
+
+def _dispatch(argv: Sequence[str] | None, engine: EngineFactory | None) -> int:
+    parser = build_parser()
+    arguments = options.read_command_line(parser, argv)
+    if arguments.command is None:
+        raise UsageError("no command given; try 'edgemoe chat', or see 'edgemoe --help'")
+    if arguments.command == "run":
+        from edgemoe.cli.run import run as command
+    elif arguments.command == "chat":
+        from edgemoe.cli.chat import chat as command
+    elif arguments.command == "plan":
+        from edgemoe.cli.plan import plan as command
+    else:
+        from edgemoe.cli.doctor import doctor as command
+    return command(arguments, engine)
+
+
+def _complain(sentence: str) -> None:
+    sys.stderr.write(f"edgemoe: error: {sentence}\n")
+
+
+def _show_traceback() -> None:
+    if os.environ.get("EDGEMOE_TRACEBACK") == "1":
+        import traceback
+
+        traceback.print_exc()

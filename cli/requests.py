@@ -1,0 +1,126 @@
+"""From a line of a request file to a request, or to the reason why it is none. Knows nothing of models and files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+from edgemoe.cli import fields
+from edgemoe.cli.fields import FieldError
+from edgemoe.cli.source import Line
+from edgemoe.errors import RequestError
+from edgemoe.sampling import Sampling
+
+CHAT_URL = "/v1/chat/completions"
+COMPLETION_URL = "/v1/completions"
+_ENVELOPE = ("custom_id", "method", "url", "body")
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One thing to generate: a prompt (text or token ids) to go on from, or messages to reply to."""
+
+    custom_id: str
+    prompt: str | tuple[int, ...] = ""
+    messages: tuple[Message, ...] | None = None
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line that is no request. `code` is for programs, `message` one sentence for people."""
+
+    custom_id: str
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
+class RequestReader:
+    """Reads requests. `defaults` hold where a line says nothing; `chat_lines` makes plain text a user's message."""
+
+    defaults: Sampling
+    system: str | None = None
+    chat_lines: bool = True
+
+    def read(self, lines: Iterable[Line], *, jsonl: bool) -> Iterator[Request | BadLine]:
+        """A request or a bad line for each line, in order. Without `jsonl`, the first line decides by its `{`."""
+        for index, line in enumerate(lines):
+            if index == 0:
+                jsonl = jsonl or line.text.lstrip().startswith("{")
+            yield self._from_json(line) if jsonl else self._from_text(line)
+
+    def _from_text(self, line: Line) -> Request:
+        if not self.chat_lines:
+            return Request(custom_id=_default_id(line), prompt=line.text, sampling=self.defaults)
+        messages = self._with_system(({"role": "user", "content": line.text},))
+        return Request(custom_id=_default_id(line), messages=messages, sampling=self.defaults)
+
+    def _from_json(self, line: Line) -> Request | BadLine:
+        custom_id = _default_id(line)
+        try:
+            entry = json.loads(line.text, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            return BadLine(custom_id, "invalid_json", f"line {line.number} is not JSON: {error}")
+        if not isinstance(entry, dict):
+            return BadLine(custom_id, "invalid_json", f"line {line.number} is JSON but no object; begin it with {{")
+        try:
+            custom_id = _custom_id(entry) or custom_id
+            return self._from_object(custom_id, entry)
+        except (FieldError, RequestError) as error:
+            return BadLine(custom_id, "invalid_request", f"line {line.number}: {error}")
+
+    def _from_object(self, custom_id: str, entry: dict[str, Any]) -> Request:
+        if "body" in entry or "url" in entry:
+            body, chat = _open_envelope(entry)
+        else:
+            body = {name: value for name, value in entry.items() if name not in ("custom_id", "id")}
+            if ("prompt" in body) == ("messages" in body):
+                raise FieldError("give either prompt or messages")
+            chat = "messages" in body
+        source = "messages" if chat else "prompt"
+        if source not in body:
+            raise FieldError(f"{source} is missing")
+        fields.refuse_unknown(body, fields.CHAT_FIELDS if chat else fields.COMPLETION_FIELDS)
+        sampling = replace(self.defaults, **fields.sampling_changes(body, chat=chat))
+        if chat:
+            messages = self._with_system(fields.messages(body[source]))
+            return Request(custom_id=custom_id, messages=messages, sampling=sampling)
+        return Request(custom_id=custom_id, prompt=fields.prompt(body[source]), sampling=sampling)
+
+    def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        if self.system is None or any(message["role"] == "system" for message in messages):
+            return messages
+        return ({"role": "system", "content": self.system}, *messages)
+
+
+def _default_id(line: Line) -> str:
+    return f"line-{line.number}"
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _custom_id(entry: dict[str, Any]) -> str | None:
+    given = [name for name in ("custom_id", "id") if entry.get(name) is not None]
+    if len(given) > 1:
+        raise FieldError("custom_id and id are the same thing; give one")
+    return fields.words(given[0], entry[given[0]]) if given else None
+
+
+def _open_envelope(entry: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The body of an OpenAI batch line, and whether it is a chat."""
+    fields.refuse_unknown(entry, _ENVELOPE)
+    method, url, body = entry.get("method", "POST"), entry.get("url"), entry.get("body")
+    if method != "POST":
+        raise FieldError(f"method {method!r} is not served; give POST")
+    if url not in (CHAT_URL, COMPLETION_URL):
+        raise FieldError(f"url {url!r} is not served; give {CHAT_URL} or {COMPLETION_URL}")
+    if not isinstance(body, dict):
+        raise FieldError("body must be an object")
+    return body, url == CHAT_URL

@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+from fakes import FakeStreams, wait_until
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left_behind() -> Iterator[None]:
+    """Links and stores end every thread that they start."""
+    before = set(threading.enumerate())
+    yield
+    wait_until(lambda: not [one for one in set(threading.enumerate()) - before if one.name.startswith("edgemoe")])
+
+
+@pytest.fixture
+def streams() -> Iterator[FakeStreams]:
+    made = FakeStreams()
+    yield made
+    made.end()

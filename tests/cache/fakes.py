@@ -1,0 +1,231 @@
+"""Stand-ins that the tests drive: a store with known bytes, a link that finishes when told, a device's streams."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from edgemoe.cache import ExpertId, ExpertStore, Link, Part, RecordLayout, Transfer
+from edgemoe.cache.cuda_link import Streams
+from edgemoe.cache.host_store import HostStore
+from edgemoe.cache.link import Priority
+from edgemoe.cache.store import Piece
+
+PATIENCE = 20.0
+"""Seconds after which a test that waits for a thread fails instead of hanging."""
+
+
+def pattern(expert: ExpertId) -> int:
+    """The byte that the whole record of `expert` consists of; distinct for up to 12 layers of 20 experts, never 0."""
+    return 1 + expert.layer * 20 + expert.number
+
+
+def holds(memory: torch.Tensor, expert: ExpertId, nbytes: int) -> bool:
+    """Whether the first `nbytes` of `memory` are the record of `expert`."""
+    return bool((memory[:nbytes] == pattern(expert)).all())
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Returns as soon as `condition` holds; AssertionError when it does not within PATIENCE."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "nothing happened for too long"
+        time.sleep(0.0005)
+
+
+class FakeStore(ExpertStore):
+    """Records of constant bytes, in several pieces, that can be held back or fail, one expert at a time."""
+
+    def __init__(self, experts: Sequence[int], nbytes: int = 128, pieces: int = 1) -> None:
+        self.layouts = tuple(RecordLayout([Part("w", (nbytes,), torch.uint8)]) for _ in experts)
+        self.experts = tuple(experts)
+        self.gates: dict[ExpertId, threading.Event] = {}
+        """A piece of a gated expert waits for its event before it writes."""
+        self.faults: dict[ExpertId, OSError] = {}
+        """The last piece of such an expert raises instead of writing."""
+        self.started: list[ExpertId] = []
+        """One entry for each piece that began, in order."""
+        self.closed = False
+        self._pieces = pieces
+
+    def pieces(self, expert: ExpertId, slot: torch.Tensor) -> Sequence[Piece]:
+        size = self.record_nbytes(expert)
+        step = -(-size // self._pieces)
+        spans = [(first, min(first + step, size)) for first in range(0, size, step)]
+
+        def piece(first: int, last: int) -> Piece:
+            def move() -> None:
+                self.started.append(expert)
+                if expert in self.gates:
+                    assert self.gates[expert].wait(PATIENCE)
+                if expert in self.faults and last == size:
+                    raise self.faults[expert]
+                slot[first:last] = pattern(expert)
+
+            return last - first, move
+
+        return [piece(first, last) for first, last in spans]
+
+    def hold(self, *experts: ExpertId) -> None:
+        for expert in experts:
+            self.gates[expert] = threading.Event()
+
+    def let(self, *experts: ExpertId) -> None:
+        for expert in experts:
+            self.gates[expert].set()
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class FakeLink(Link):
+    """A link without threads: a transfer ends when the test says so, or when the cache waits and the test allows it.
+
+    `events` tells what happened in order: ("start" | "prefetch" | "promote" | "wait" | "released", experts or slots).
+    """
+
+    def __init__(self, store: ExpertStore) -> None:
+        self.store = store
+        self.events: list[tuple[str, Any]] = []
+        self.under_way: dict[ExpertId, tuple[Transfer, torch.Tensor]] = {}
+        self.faults: dict[ExpertId, OSError] = {}
+        self.moved = 0
+        """Bytes that crossed."""
+        self.choose: Callable[[Sequence[Transfer]], Transfer] | None = lambda transfers: transfers[0]
+        """Which transfer ends when the cache waits and none has; None makes such a wait an error."""
+
+    def start(self, expert: ExpertId, slot: int, memory: torch.Tensor, priority: Priority) -> Transfer:
+        assert expert not in self.under_way, f"{expert} is on the link already"
+        transfer = Transfer(expert, slot, self.store.record_nbytes(expert), priority)
+        self.under_way[expert] = transfer, memory
+        self.events.append(("start" if priority is Priority.DEMAND else "prefetch", expert))
+        return transfer
+
+    def finish(self, *experts: ExpertId) -> None:
+        for expert in experts:
+            transfer, memory = self.under_way.pop(expert)
+            transfer.error = self.faults.pop(expert, None)
+            if transfer.error is None:
+                self.moved += transfer.nbytes
+                for _, move in self.store.pieces(expert, memory):
+                    move()
+            transfer.done = True
+
+    def promote(self, transfer: Transfer) -> None:
+        self.events.append(("promote", transfer.expert))
+        transfer.priority = Priority.DEMAND
+
+    def wait_any(self, transfers: Sequence[Transfer]) -> list[Transfer]:
+        assert transfers, "waiting for nothing would be for ever"
+        if not any(transfer.done for transfer in transfers):
+            self.events.append(("wait", tuple(transfer.expert for transfer in transfers)))
+            assert self.choose is not None, "the cache waits for the link"
+            self.finish(self.choose(transfers).expert)
+        return [transfer for transfer in transfers if transfer.done]
+
+    def released(self, slots: Sequence[int]) -> None:
+        self.events.append(("released", tuple(slots)))
+
+    def close(self) -> None:
+        self.events.append(("close", None))
+
+    def happened(self, kind: str) -> list[Any]:
+        return [what for event, what in self.events if event == kind]
+
+
+class LockedStore(HostStore):
+    """A host store on a machine without CUDA whose records pass for page-locked, but for those in `pageable`."""
+
+    def __init__(self, source: ExpertStore, pageable: Sequence[ExpertId] = ()) -> None:
+        super().__init__(source, 0, pin=False)
+        self.pageable = set(pageable)
+        self.fill(2, lambda done, total: None)
+
+    def record(self, expert: ExpertId) -> tuple[torch.Tensor, bool]:
+        return super().record(expert)[0], expert not in self.pageable
+
+
+class Lane:
+    """Work in order on a thread of its own, as a device's stream runs it; `hold` and `go` stop and continue it."""
+
+    def __init__(self) -> None:
+        self._work: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._open = threading.Event()
+        self._open.set()
+        self.failures: list[BaseException] = []
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def put(self, work: Callable[[], object]) -> None:
+        self._work.put(work)
+
+    def hold(self) -> None:
+        self._open.clear()
+
+    def go(self) -> None:
+        self._open.set()
+
+    def end(self) -> None:
+        self.go()
+        self._work.put(None)
+        self._thread.join(PATIENCE)
+        assert not self._thread.is_alive(), "a stream waits for an event that never passes"
+        assert not self.failures, self.failures[0]
+
+    def _run(self) -> None:
+        while (work := self._work.get()) is not None:
+            assert self._open.wait(PATIENCE)
+            try:
+                work()
+            except BaseException as error:
+                self.failures.append(error)
+
+
+class FakeStreams(Streams):
+    """A device made of two lanes, one for copies and one for compute; its events are `threading.Event`."""
+
+    def __init__(self, copy_seconds: Callable[[], float] = lambda: 0.0) -> None:
+        self.copies = Lane()
+        self.compute = Lane()
+        self.issued: list[int] = []
+        """The first byte of each copy's source when the copy was queued, in order."""
+        self._copy_seconds = copy_seconds
+
+    def staging(self, nbytes: int) -> torch.Tensor:
+        return torch.zeros(nbytes, dtype=torch.uint8)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> threading.Event:
+        event = threading.Event()
+
+        def work() -> None:
+            assert after is None or after.wait(PATIENCE)
+            time.sleep(self._copy_seconds())
+            target.copy_(source)
+            event.set()
+
+        self.issued.append(int(source[0]))
+        self.copies.put(work)
+        return event
+
+    def mark(self) -> threading.Event:
+        event = threading.Event()
+        self.compute.put(event.set)
+        return event
+
+    def compute_after(self, event: Any) -> None:
+        self.compute.put(lambda: event.wait(PATIENCE))
+
+    def passed(self, event: Any) -> bool:
+        return bool(event.is_set())
+
+    def block(self, event: Any) -> None:
+        assert event.wait(PATIENCE), "the host waits for a copy that never ends"
+
+    def end(self) -> None:
+        self.copies.end()
+        self.compute.end()

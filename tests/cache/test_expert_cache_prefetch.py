@@ -1,0 +1,172 @@
+"""What a prefetch may take, and what becomes of it."""
+
+from __future__ import annotations
+
+import pytest
+from test_expert_cache import NBYTES, link_of, make, use
+
+from edgemoe.cache import ExpertCache, ExpertId
+
+
+def ids(layer: int, *numbers: int) -> list[ExpertId]:
+    return [ExpertId(layer, number) for number in numbers]
+
+
+def prefetched(cache: ExpertCache, layer: int, *numbers: int) -> None:
+    """Brings experts that nothing asked for."""
+    assert cache.prefetch(ids(layer, *numbers)) == len(numbers)
+    link_of(cache).finish(*ids(layer, *numbers))
+
+
+def test_free_slots_are_taken_first() -> None:
+    cache = make(4)
+    use(cache, 0, 0, 1)
+    assert cache.prefetch(ids(1, 0, 1)) == 2
+    assert sorted(cache.residents(0)) == [0, 1]
+    assert cache.free_slots == 0
+    assert link_of(cache).happened("prefetch") == ids(1, 0, 1)
+    assert link_of(cache).happened("wait") == [((0, 0), (0, 1)), ((0, 1),)], "a prefetch waits for nothing"
+
+
+def test_what_is_there_or_coming_is_not_brought_again() -> None:
+    cache = make(4)
+    use(cache, 0, 0)
+    assert cache.prefetch(ids(0, 0, 1)) == 1
+    assert cache.prefetch(ids(0, 1, 0)) == 0
+    assert link_of(cache).happened("prefetch") == ids(0, 1)
+
+
+def test_a_full_cache_gives_what_was_used_the_longest_ago() -> None:
+    cache = make(2)
+    use(cache, 0, 0)
+    use(cache, 0, 1)
+    assert cache.prefetch(ids(1, 7)) == 1
+    assert cache.residents(0) == [1]
+
+
+def test_nothing_wanted_sooner_is_evicted() -> None:
+    cache = make(2)
+    use(cache, 0, 0)
+    use(cache, 0, 1)
+    assert cache.prefetch(ids(1, 7), wanted_sooner=ids(0, 0)) == 1
+    assert cache.residents(0) == [0]
+    assert cache.prefetch(ids(1, 6), wanted_sooner=ids(0, 0)) == 0, "the other slot is on the link"
+    assert cache.residents(0) == [0]
+
+
+def test_an_expert_of_the_same_prefetch_is_not_evicted_for_another() -> None:
+    cache = make(2)
+    use(cache, 0, 0)
+    use(cache, 0, 1)
+    assert cache.prefetch([*ids(1, 7), *ids(0, 0)]) == 1
+    assert cache.residents(0) == [0], "1 left although 0 was colder, since 0 is wanted too"
+
+
+def test_unused_prefetches_are_not_evicted_by_prefetches() -> None:
+    cache = make(2)
+    prefetched(cache, 0, 0, 1)
+    assert cache.prefetch(ids(1, 0)) == 0
+    use(cache, 0, 0)
+    assert cache.prefetch(ids(1, 0, 1)) == 1, "only the one that was used may leave"
+    assert cache.residents(0) == [1]
+
+
+def test_it_stops_at_the_first_that_finds_no_slot() -> None:
+    cache = make(3)
+    use(cache, 0, 0)
+    assert cache.prefetch(ids(1, 0, 1, 2, 3), wanted_sooner=ids(0, 0)) == 2
+    assert link_of(cache).happened("prefetch") == ids(1, 0, 1)
+
+
+def test_what_is_lent_is_not_evicted() -> None:
+    cache = make(2)
+    use(cache, 0, 0, 1)
+    borrowed = cache.borrow(0, [0, 1])
+    next(borrowed)
+    assert cache.prefetch(ids(1, 0)) == 0
+    borrowed.close()
+    assert cache.prefetch(ids(1, 0)) == 1
+    cache.check_integrity()
+
+
+def test_what_is_on_the_link_is_not_evicted_by_a_demand() -> None:
+    cache = make(2)
+    use(cache, 0, 0)
+    cache.prefetch(ids(1, 0))
+    use(cache, 0, 1, 2, 3)
+    assert cache.free_slots == 0
+    assert list(link_of(cache).under_way) == ids(1, 0)
+    assert len(cache.residents(0)) == 1, "three experts went through the one other slot"
+
+
+def test_a_demand_may_evict_an_unused_prefetch() -> None:
+    cache = make(1)
+    prefetched(cache, 1, 0)
+    use(cache, 0, 5)
+    assert cache.residents(0) == [5]
+
+
+def test_a_late_prefetch_is_promoted_and_not_repeated() -> None:
+    cache = make(4)
+    cache.prefetch(ids(0, 3, 4))
+    loans = use(cache, 0, 4, 2)
+    assert [loan.experts for loan in loans] == [(4,), (2,)]
+    assert link_of(cache).happened("promote") == ids(0, 4)
+    assert link_of(cache).happened("start") == ids(0, 2)
+    assert list(link_of(cache).under_way) == ids(0, 3)
+
+
+def test_a_prefetch_that_arrived_is_a_hit() -> None:
+    cache = make(4)
+    prefetched(cache, 0, 3)
+    assert cache.is_resident(ExpertId(0, 3))
+    assert [loan.experts for loan in use(cache, 0, 2, 3)] == [(3,), (2,)]
+    assert (cache.counters.hits, cache.counters.misses) == (1, 1)
+
+
+def test_a_prefetch_on_the_link_is_not_resident() -> None:
+    cache = make(4)
+    cache.prefetch(ids(0, 3))
+    assert not cache.is_resident(ExpertId(0, 3))
+    assert cache.residents(0) == []
+    assert not cache.is_resident(ExpertId(0, 4))
+
+
+def test_a_failed_prefetch_harms_nobody_and_a_demand_loads_it_again() -> None:
+    cache = make(2)
+    link = link_of(cache)
+    cache.prefetch(ids(0, 3))
+    link.faults[ExpertId(0, 3)] = OSError("disk gone")
+    link.finish(ExpertId(0, 3))
+    assert not cache.is_resident(ExpertId(0, 3))
+    use(cache, 0, 3)
+    assert link.happened("start") == ids(0, 3)
+    use(cache, 0, 4, 5)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_a_demand_is_served_while_every_slot_waits_for_a_prefetch(slots: int) -> None:
+    """As after loading: the cache was just filled, nothing has arrived, and the first token wants others."""
+    cache = make(slots)
+    assert cache.prefetch(ids(0, *range(slots))) == slots
+    use(cache, 0, 7, 6, 0)
+    use(cache, 1, 5)
+
+
+def test_a_prefetch_that_is_about_to_be_lent_is_not_evicted_for_a_miss_before_it() -> None:
+    """It was on the link when it was asked for, so it is promoted, even if it ends while others are started."""
+    cache = make(2)
+    link = link_of(cache)
+    cache.prefetch(ids(0, 5))
+    begin = link.start
+
+    def start(*arguments: object) -> object:
+        transfer = begin(*arguments)  # type: ignore[arg-type]
+        if ExpertId(0, 5) in link.under_way:
+            link.finish(ExpertId(0, 5))
+        return transfer
+
+    link.start = start  # type: ignore[method-assign, assignment]
+    use(cache, 0, 1, 2, 5)
+    assert link.happened("start").count((0, 5)) == 0
+    assert link.moved == 3 * NBYTES == cache.counters.bytes_loaded

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import itertools
+import random
+from functools import cache
+
+import pytest
+
+from edgemoe.cache.policy import BalancedLRU, EvictionPolicy, GlobalLRU, ReferenceLRU
+from edgemoe.cache.record import ExpertId
+from edgemoe.cache.trace import belady_misses, replay
+from edgemoe.prefetch.fill import fill_order
+
+A, B, C, D = (ExpertId(0, number) for number in range(4))
+Steps = list[list[ExpertId]]
+
+
+def one_by_one(text: str) -> Steps:
+    return [[{"a": A, "b": B, "c": C, "d": D}[letter]] for letter in text]
+
+
+def fewest_by_brute_force(trace: Steps, slots: int) -> int:
+    """Every possible choice of what leaves, tried."""
+
+    @cache
+    def fewest(time: int, resident: frozenset[ExpertId]) -> int:
+        if time == len(trace):
+            return 0
+        needed = frozenset(trace[time])
+        missing = needed - resident
+        others = resident - needed
+        kept = min(len(others), slots - len(needed))
+        after = [needed | frozenset(chosen) for chosen in itertools.combinations(sorted(others), kept)]
+        return len(missing) + min(fewest(time + 1, state) for state in after)
+
+    return fewest(0, frozenset())
+
+
+def random_trace(draw: random.Random, layers: int, experts: int, top_k: int, passes: int) -> Steps:
+    return [
+        [ExpertId(layer, number) for number in draw.sample(range(experts), draw.randint(1, top_k))]
+        for _ in range(passes)
+        for layer in range(layers)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("letters", "slots", "lru", "best"),
+    [
+        ("", 2, 0, 0),
+        ("aaaa", 1, 1, 1),
+        ("abab", 1, 4, 4),
+        ("abcabc", 2, 6, 4),
+        ("abcabcabc", 2, 9, 6),
+        ("abacada", 2, 4, 4),
+        ("abcdabcd", 3, 8, 5),
+        ("abcd", 4, 4, 4),
+    ],
+)
+def test_small_traces_worked_out_by_hand(letters: str, slots: int, lru: int, best: int) -> None:
+    trace = one_by_one(letters)
+    assert replay(trace, GlobalLRU(), slots) == lru
+    assert replay(trace, ReferenceLRU(), slots) == lru
+    assert belady_misses(trace, slots) == best
+
+
+def test_experts_of_one_entry_are_resident_together() -> None:
+    trace = [[A, B], [B, C], [A, B]]
+    assert replay(trace, GlobalLRU(), 2) == 4, "C may only take A's place, since B is needed with it"
+    assert belady_misses(trace, 2) == 4
+    assert replay(trace, GlobalLRU(), 3) == 3
+
+
+def test_a_hit_late_in_an_entry_is_not_evicted_by_a_miss_before_it() -> None:
+    assert replay([[A], [B], [C, A]], GlobalLRU(), 2) == 3
+
+
+def test_an_entry_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="3 experts does not fit 2 slots"):
+        replay([[A, B, C]], GlobalLRU(), 2)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_belady_equals_brute_force_on_tiny_traces(seed: int) -> None:
+    draw = random.Random(seed)
+    trace = random_trace(draw, layers=1, experts=4, top_k=2, passes=7)
+    slots = draw.randint(2, 3)
+    assert belady_misses(trace, slots) == fewest_by_brute_force(trace, slots)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_policy_beats_belady_and_the_reference_agrees(seed: int) -> None:
+    draw = random.Random(seed)
+    trace = random_trace(draw, layers=3, experts=6, top_k=3, passes=40)
+    for slots in (3, 5, 9, 18):
+        best = belady_misses(trace, slots)
+        policies: list[EvictionPolicy] = [GlobalLRU(), BalancedLRU(3, slots)]
+        misses = [replay(trace, policy, slots) for policy in policies]
+        assert best <= min(misses)
+        assert misses[0] == replay(trace, ReferenceLRU(), slots)
+    assert misses == [best, best], "with a slot for each, every policy only has the first misses"
+
+
+def test_fill_order_spreads_evenly_and_goes_in_layer_order() -> None:
+    assert fill_order([4, 4], 3) == [(0, 0), (0, 1), (1, 0)]
+    assert fill_order([4, 4], 5) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+
+
+def test_fill_order_names_everything_once_where_everything_fits() -> None:
+    experts = [2, 5, 1]
+    everything = [(layer, index) for layer, count in enumerate(experts) for index in range(count)]
+    assert fill_order(experts, 8) == everything
+    assert fill_order(experts, 100) == everything
+
+
+def test_fill_order_gives_the_room_of_a_short_layer_to_the_others() -> None:
+    assert fill_order([1, 3], 4) == [(0, 0), (1, 0), (1, 1), (1, 2)]
+    assert fill_order([], 4) == []
+    assert fill_order([3], 0) == []

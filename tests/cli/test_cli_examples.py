@@ -1,0 +1,31 @@
+"""The examples that ship are ones the command takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fake_engine import FakeEngine, FakeFactory
+
+from edgemoe.cli.main import main
+from edgemoe.cli.requests import Request, RequestReader
+from edgemoe.cli.source import Source
+from edgemoe.sampling import Sampling
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.mark.parametrize(("name", "count"), [("prompts.jsonl", 12), ("prompts.txt", 5)])
+def test_every_line_is_a_request(name: str, count: int, tmp_path: Path) -> None:
+    source = Source.open(str(EXAMPLES / name))
+    requests = list(RequestReader(Sampling()).read(source.lines(), jsonl=source.is_jsonl))
+    source.close()
+    assert all(isinstance(request, Request) for request in requests)
+    assert len({request.custom_id for request in requests}) == count
+    engine = FakeEngine()
+    assert main(["run", str(EXAMPLES / name), "-o", str(tmp_path / "out")], engine=FakeFactory(engine)) == 0
+    assert len(engine.prompts) == count
+
+
+def test_the_library_example_is_short() -> None:
+    assert len((EXAMPLES / "library.py").read_text().splitlines()) < 40

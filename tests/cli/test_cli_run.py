@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+import json
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_engine import FakeEngine, FakeFactory, FakePlan
+
+from edgemoe.cli.main import main
+from edgemoe.errors import CheckpointError, RequestError
+from edgemoe.sampling import Sampling
+
+SUMMARY = re.compile(r"edgemoe: (\d+) requests?, (\d+) failed, in \d+\.\d\d s(; prompt .*)?")
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    lines: list[Any] = [{"prompt": "one"}, {"prompt": "two", "n": 2}, {"messages": [{"role": "user", "content": "3"}]}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out.jsonl"
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def outcomes(path: Path) -> list[tuple[str, str]]:
+    """Each record's id, and its text or what was wrong."""
+
+    def told(record: dict[str, Any]) -> str:
+        if record["error"]:
+            return str(record["error"]["message"])
+        choice = record["response"]["body"]["choices"][0]
+        return str(choice["text"] if "text" in choice else choice["message"]["content"])
+
+    return [(record["custom_id"], told(record)) for record in records(path)]
+
+
+def test_a_line_a_result_and_a_bad_line_does_not_stop_the_run(
+    prompts: Path, out: Path, factory: FakeFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", str(prompts), "-o", str(out), "-m", "x"], engine=factory) == 1
+    assert outcomes(out) == [
+        ("line-1", "You said one"),
+        ("line-2", "line 2: n is 2, but only 1 is served; repeat the line for more answers"),
+        ("line-3", "You said 3"),
+    ]
+    assert factory.engine.prompts == ["one", "<user>3"]
+    assert factory.engine.closed
+    stdout, stderr = capsys.readouterr()
+    assert stdout == ""
+    match = SUMMARY.fullmatch(stderr.strip())
+    assert match, stderr
+    # Prompts of 3 and 7 tokens at 10 a second, two replies of 3 tokens at 4 a second, 3 hits and 1 KiB a token.
+    assert match.groups() == (
+        "3",
+        "1",
+        "; prompt 10 tokens at 10.0/s, generated 6 tokens at 4.0/s, hit rate 75.0%, 1.0 KiB a token",
+    )
+
+
+def test_all_well_is_exit_code_0_and_results_go_to_standard_output(
+    tmp_path: Path, factory: FakeFactory, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    (tmp_path / "p.txt").write_text("Hello\n\nBye\n")
+    assert main(["run", str(tmp_path / "p.txt"), "-m", "x"], engine=factory) == 0
+    stdout, stderr = capsysbinary.readouterr()
+    contents = [
+        json.loads(line)["response"]["body"]["choices"][0]["message"]["content"] for line in stdout.splitlines()
+    ]
+    assert contents == ["You said Hello", "You said Bye"]
+    assert stderr.startswith(b"edgemoe: 2 requests, 0 failed")
+
+
+def test_requests_from_standard_input(out: Path, factory: FakeFactory, pipe_in: Callable[[bytes], None]) -> None:
+    pipe_in(b'{"prompt": "a", "id": "first"}\n{"prompt": "b"}\n')
+    assert main(["run", "-", "-o", str(out), "-m", "x"], engine=factory) == 0
+    assert outcomes(out) == [("first", "You said a"), ("line-2", "You said b")]
+
+
+def test_what_the_engine_refuses_becomes_an_error_record(prompts: Path, out: Path) -> None:
+    engine = FakeEngine(replies={"one": RequestError("the prompt has 900 tokens of 512; give -c 900")})
+    assert main(["run", str(prompts), "-o", str(out), "-m", "x"], engine=FakeFactory(engine)) == 1
+    assert records(out)[0]["error"] == {
+        "code": "invalid_request",
+        "message": "the prompt has 900 tokens of 512; give -c 900",
+    }
+    assert outcomes(out)[2] == ("line-3", "You said 3")
+
+
+def test_a_fault_ends_the_run_and_keeps_what_was_written(
+    prompts: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = FakeEngine(replies={"3": CheckpointError("shard 2 of x ends too early; fetch it again")})
+    assert main(["run", str(prompts), "-o", str(out), "-m", "x"], engine=FakeFactory(engine)) == 3
+    assert len(records(out)) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert SUMMARY.fullmatch(first)
+    assert second == "edgemoe: error: shard 2 of x ends too early; fetch it again"
+    assert engine.closed
+
+
+def test_the_command_line_gives_defaults_to_every_kind_of_line(tmp_path: Path, out: Path, factory: FakeFactory) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": "b", "max_tokens": 1, "seed": 5}\n')
+    assert main(["run", str(path), "-o", str(out), "-m", "x", "-n", "2", "--temp", "0.5"], engine=factory) == 0
+    assert factory.engine.samplings == [
+        Sampling(max_tokens=2, temperature=0.5), Sampling(max_tokens=1, seed=5, temperature=0.5),
+    ]  # fmt: skip
+    assert outcomes(out) == [("line-1", "You said"), ("line-2", "You")]
+    choices = [record["response"]["body"]["choices"][0] for record in records(out)]
+    assert [choice["finish_reason"] for choice in choices] == ["length", "length"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "template", "prompt"),
+    [
+        ([], True, "<user>Hello"),
+        (["--raw"], True, "Hello"),
+        ([], False, "Hello"),
+        (["-sys", "Be brief."], True, "<system>Be brief.<user>Hello"),
+        (["-sys", "Be brief.", "--raw"], True, "Hello"),
+    ],
+)
+def test_plain_text_goes_through_the_chat_template_where_there_is_one(
+    tmp_path: Path, out: Path, flags: list[str], template: bool, prompt: str
+) -> None:
+    (tmp_path / "p.txt").write_text("Hello\n")
+    engine = FakeEngine(has_chat_template=template)
+    assert main(["run", str(tmp_path / "p.txt"), "-o", str(out), *flags], engine=FakeFactory(engine)) == 0
+    assert engine.prompts == [prompt]
+
+
+def test_a_chat_line_without_a_template_is_that_lines_error(prompts: Path, out: Path) -> None:
+    assert main(["run", str(prompts), "-o", str(out)], engine=FakeFactory(FakeEngine(has_chat_template=False))) == 1
+    assert outcomes(out)[2] == ("line-3", "fake has no chat template; give a raw prompt")
+
+
+def test_logprobs_of_the_command_line(prompts: Path, out: Path, factory: FakeFactory) -> None:
+    main(["run", str(prompts), "-o", str(out), "--logprobs", "1"], engine=factory)
+    completion, _, chat = records(out)
+    logprobs = completion["response"]["body"]["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["You", " said", " one"]
+    assert logprobs["top_logprobs"][1] == {" said0": 0.0}
+    assert len(chat["response"]["body"]["choices"][0]["logprobs"]["content"]) == 3
+
+
+@pytest.mark.parametrize("trouble", ["no input", "no output", "not empty", "itself", "not text"])
+def test_file_trouble_is_told_before_a_model_is_loaded(
+    trouble: str, tmp_path: Path, prompts: Path, out: Path, factory: FakeFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target, flags = str(prompts), str(out), []
+    if trouble == "no input":
+        source = str(tmp_path / "missing")
+    elif trouble == "no output":
+        target = str(tmp_path / "missing" / "out")
+    elif trouble == "not empty":
+        out.write_text("old")
+    elif trouble == "itself":
+        target, flags = source, ["--overwrite"]
+    else:
+        prompts.write_bytes(b"\xff")
+    before = prompts.read_bytes()
+    assert main(["run", source, "-o", target, *flags], engine=factory) == 5
+    assert factory.asked == []
+    assert prompts.read_bytes() == before
+    assert capsys.readouterr().err.startswith("edgemoe: error: ")
+
+
+def test_a_failed_start_leaves_the_old_results(prompts: Path, out: Path) -> None:
+    out.write_text("old\n")
+    broken = FakeFactory(error=CheckpointError("no config.json"))
+    assert main(["run", str(prompts), "-o", str(out), "--overwrite"], engine=broken) == 3
+    assert out.read_text() == "old\n"
+
+
+def test_a_disk_that_fills_ends_the_run(
+    prompts: Path, factory: FakeFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", str(prompts), "-o", "/dev/full", "-m", "x"], engine=factory) == 5
+    assert factory.engine.prompts == ["one"]
+    assert "no space left on device; 0 results written so far" in capsys.readouterr().err
+
+
+def test_ctrl_c_drops_the_request_in_flight_and_keeps_the_others(
+    prompts: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = FakeEngine()
+
+    def interrupt(word: int) -> None:
+        if word == 1 and engine.prompts[-1] == "<user>3":
+            signal.raise_signal(signal.SIGINT)
+
+    engine.before_word = interrupt
+    before = signal.getsignal(signal.SIGINT)
+    assert main(["run", str(prompts), "-o", str(out), "-m", "x"], engine=FakeFactory(engine)) == 130
+    assert [custom_id for custom_id, _ in outcomes(out)] == ["line-1", "line-2"]
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == f"edgemoe: interrupted; {out} keeps what was finished"
+    assert SUMMARY.fullmatch(second)
+    assert engine.closed
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_that_comes_when_a_request_is_finished_keeps_it(prompts: Path, out: Path) -> None:
+    class LastWord(FakeEngine):
+        def cancel(self) -> None:
+            return
+
+    engine = LastWord(before_word=lambda word: signal.raise_signal(signal.SIGINT) if word == 2 else None)
+    assert main(["run", str(prompts), "-o", str(out)], engine=FakeFactory(engine)) == 130
+    assert outcomes(out) == [("line-1", "You said one")]
+
+
+def test_what_standard_error_says_of_the_model(prompts: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = FakeEngine(plan=FakePlan(simulation="simulation: a link of 2 GB/s"))
+    main(["run", str(prompts), "-o", str(out)], engine=FakeFactory(engine))
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert (
+        first
+        == "edgemoe: no model given, so the small demo model that ships with edgemoe is used (choose another with -m)"
+    )
+    assert second == "edgemoe: simulation: a link of 2 GB/s"
+    assert SUMMARY.fullmatch(third)
+
+
+def test_verbose_shows_the_plan_and_a_line_a_request(
+    prompts: Path, out: Path, factory: FakeFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["run", str(prompts), "-o", str(out), "-m", "x", "-v"], engine=factory)
+    assert capsys.readouterr().err.splitlines()[:-1] == [
+        "experts        1.0 GiB  memory",
+        "dense weights  96 MiB   memory, always resident",
+        "edgemoe: line-1: prompt 3 tokens at 10.0/s, generated 3 tokens at 4.0/s, hit rate 75.0%, 1.0 KiB a token",
+        "edgemoe: line-2: failed: line 2: n is 2, but only 1 is served; repeat the line for more answers",
+        "edgemoe: line-3: prompt 7 tokens at 10.0/s, generated 3 tokens at 4.0/s, hit rate 75.0%, 1.0 KiB a token",
+    ]
+
+
+def test_an_empty_file_is_a_run_of_nothing(
+    tmp_path: Path, out: Path, factory: FakeFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").touch()
+    assert main(["run", str(tmp_path / "empty"), "-o", str(out), "-m", "x"], engine=factory) == 0
+    assert capsys.readouterr().err.startswith("edgemoe: 0 requests, 0 failed, in 0.00 s")
+    assert out.read_text() == ""

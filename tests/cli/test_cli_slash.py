@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fake_engine import FakeEngine, timings
+
+from edgemoe.cli.conversation import Conversation
+from edgemoe.cli.slash import COMMANDS, Next, Outcome, Session, SlashError, execute
+from edgemoe.errors import EdgeMoEError
+from edgemoe.sampling import Sampling
+
+NAMES = "/help /? /exit /quit /bye /clear /regen /retry /undo /save /load /system /set /show /stats /read"
+
+
+@pytest.fixture
+def session() -> Session:
+    conversation = Conversation()
+    conversation.say("Hi")
+    conversation.reply("Hello")
+    return Session(FakeEngine(), conversation, Sampling())
+
+
+def test_help_lists_every_command_under_each_of_its_names(session: Session) -> None:
+    text = execute("/help", session).text
+    for name in NAMES.split():
+        assert name in text
+        assert any(name in command.names for command in COMMANDS)
+    assert '"""' in text
+    assert execute("/?", session).text == text
+
+
+@pytest.mark.parametrize("name", ["/exit", "/quit", "/bye", "  /bye  "])
+def test_leaving(session: Session, name: str) -> None:
+    assert execute(name, session) == Outcome("", Next.LEAVE)
+
+
+@pytest.mark.parametrize("name", ["/regen", "/retry"])
+def test_another_reply_is_the_chats_work(session: Session, name: str) -> None:
+    assert execute(name, session) == Outcome("", Next.REPLY_AGAIN)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("/frob", 'unknown command /frob; /help lists them, and """/frob""" sends it as a message'),
+        ("/HELP", "unknown command /HELP"),
+        ("/etc/passwd is a file", 'and """/etc/passwd is a file""" sends it'),
+        ("/clear everything", "/clear takes nothing, but was given 'everything'"),
+        ("/save", "/save needs something: /save FILE"),
+        ("/set", "/set needs something: /set KEY VALUE"),
+        ("/set colour red", "there is no setting colour; there are temperature, top_k,"),
+        ("/set logprobs 3", "there is no setting logprobs"),
+        ("/set top_k", "give a value: /set top_k VALUE, or /set top_k default"),
+        ("/set top_k 1.5", "top_k is a whole number, not '1.5'"),
+        ("/set temperature warm", "temperature is a number, not 'warm'"),
+        ("/set temperature -1", "temperature"),
+        ("/set ignore_eos maybe", "ignore_eos is true or false, not 'maybe'"),
+        ('/set stop ["a"', "stop is a text, or JSON"),
+        ("/set stop [1]", "stop is a text, or a list of texts"),
+        ("/load /no/such/file", "cannot read /no/such/file: no such file or directory"),
+        ("/read /no/such/file", "cannot read /no/such/file: no such file or directory"),
+    ],
+)
+def test_errors_are_sentences_and_change_nothing(session: Session, line: str, said: str) -> None:
+    before = session.conversation.messages
+    with pytest.raises(EdgeMoEError) as caught:
+        execute(line, session)
+    assert said in str(caught.value)
+    assert (session.conversation.messages, session.sampling, session.attached) == (before, Sampling(), [])
+
+
+@pytest.mark.parametrize(
+    ("line", "sampling", "said"),
+    [
+        ("/set temperature 0.5", Sampling(temperature=0.5), "temperature = 0.5"),
+        ("/set temp 0", Sampling(temperature=0), "temperature = 0.0"),
+        ("/set top-p 0.9", Sampling(top_p=0.9), "top_p = 0.9"),
+        ("/set repeat-penalty 1.1", Sampling(repetition_penalty=1.1), "repetition_penalty = 1.1"),
+        ("/set max_tokens  7", Sampling(max_tokens=7), "max_tokens = 7"),
+        ("/set seed 3", Sampling(seed=3), "seed = 3"),
+        ("/set ignore_eos true", Sampling(ignore_eos=True), "ignore_eos = true"),
+        ("/set stop The End", Sampling(stop=("The End",)), 'stop = ["The End"]'),
+        ('/set stop "\\n"', Sampling(stop=("\n",)), 'stop = ["\\n"]'),
+        ('/set stop ["a", "b"]', Sampling(stop=("a", "b")), 'stop = ["a", "b"]'),
+    ],
+)
+def test_settings(session: Session, line: str, sampling: Sampling, said: str) -> None:
+    assert execute(line, session).text == said
+    assert session.sampling == sampling
+    key = line.split()[1]
+    execute(f"/set {key} default", session)
+    assert session.sampling == Sampling()
+
+
+def test_undo_and_clear(session: Session) -> None:
+    assert execute("/undo", session).text == "Took back: Hi"
+    assert session.conversation.messages == []
+    session.attached.append("text")
+    assert execute("/clear", session).text == "The conversation is empty."
+    assert session.attached == []
+    with pytest.raises(EdgeMoEError, match="no message to take back"):
+        execute("/undo", session)
+
+
+def test_the_system_prompt(session: Session) -> None:
+    assert execute("/system Be  brief.", session).text == "The system prompt is set."
+    assert session.conversation.system == "Be  brief."
+    assert execute("/system", session).text == "There is no system prompt now."
+    assert session.conversation.system is None
+
+
+def test_save_load_and_read(session: Session, tmp_path: Path) -> None:
+    path = tmp_path / "my talk.json"
+    assert execute(f"/save {path}", session).text == f"Saved to {path}."
+    execute("/clear", session)
+    assert execute(f"/load {path}", session).text == f"Loaded 2 messages from {path}."
+    assert [message["content"] for message in session.conversation.messages] == ["Hi", "Hello"]
+    (tmp_path / "poem.txt").write_text("Roses\nare red\n")
+    said = execute(f"/read {tmp_path / 'poem.txt'}", session).text
+    assert said == f"Read 13 characters from {tmp_path / 'poem.txt'}; they go before your next message."
+    assert session.attached == ["Roses\nare red"]
+
+
+def test_show(session: Session) -> None:
+    execute("/set top_k 4", session)
+    execute("/system Be brief.", session)
+    assert execute("/show", session).text.splitlines() == [
+        "model               fake",
+        "device              cpu",
+        "dtype               float32",
+        "context             512 tokens",
+        "messages            3",
+        "system              Be brief.",
+        "temperature         default",
+        "top_k               4",
+        "top_p               default",
+        "min_p               default",
+        "repetition_penalty  default",
+        "seed                default",
+        "stop                none",
+        "max_tokens          default",
+        "ignore_eos          false",
+    ]
+
+
+def test_stats(session: Session) -> None:
+    assert execute("/stats", session).text.splitlines() == ["hits               0", "link_wait_seconds  0.250"]
+    session.timings = timings(10, 4)
+    assert execute("/stats", session).text.splitlines()[2:] == [
+        "last reply         prompt 10 tokens at 10.0/s, generated 4 tokens at 4.0/s, hit rate 75.0%, 1.0 KiB a token",
+        "first token after  0.500 s",
+    ]
+
+
+def test_every_command_says_what_it_takes() -> None:
+    for command in COMMANDS:
+        assert command.help
+        assert all(name.startswith("/") for name in command.names)
+    assert issubclass(SlashError, EdgeMoEError)
