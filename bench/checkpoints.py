@@ -55,7 +55,7 @@ def wide(folder: Path | None = None) -> Path:
     for name, shape in shapes.items():
         layer = name.split(".")[2] if ".layers." in name else "rest"
         for key, piece in _pieces(name, shape):
-            shards.setdefault(layer, {})[key] = _random(piece, noise, generator)
+            shards.setdefault(layer, {})[key] = _random(key, piece, noise, generator)
     weight_map = {}
     for layer, tensors in shards.items():
         file = f"model-{layer}.safetensors"
@@ -81,14 +81,19 @@ def _pieces(name: str, shape: torch.Size) -> Iterator[tuple[str, torch.Size]]:
             yield f"{prefix}.experts.{expert}.down_proj.weight", torch.Size((rows, columns))
 
 
-def _random(shape: torch.Size, noise: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Random weights of the usual spread, cut from one block of noise: drawing 4 billion numbers takes minutes."""
+def _random(key: str, shape: torch.Size, noise: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Random weights of the usual spread.
+
+    Experts are cut from one block of noise, since drawing 4 billion numbers takes minutes; all else, the
+    routers and embeddings above all, is drawn, so that routing is as spread as random weights make it.
+    """
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
+    if ".experts." not in key:
+        return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(torch.bfloat16)
     count = shape.numel()
-    blocks = -(-count // len(noise))
-    start = int(torch.randint(len(noise), (1,), generator=generator))
-    return noise.roll(start).repeat(blocks)[:count].view(shape) * (shape[-1] ** -0.5)
+    start = int(torch.randint(len(noise) - count, (1,), generator=generator))
+    return noise[start : start + count].view(shape) * shape[-1] ** -0.5
 
 
 def inflated(factor: int = 128, folder: Path | None = None) -> Path:

@@ -149,6 +149,16 @@ class CudaLink(Link):
                     break
             transfer.priority = Priority.DEMAND
 
+    def cancel(self, transfer: Transfer) -> bool:
+        """See the base class."""
+        with self._lock:
+            kept = [entry for entry in self._queue if entry[2] is not transfer]
+            found = len(kept) < len(self._queue)
+            if found:
+                self._queue = kept
+                heapq.heapify(self._queue)
+            return found
+
     def wait_any(self, transfers: Sequence[Transfer]) -> list[Transfer]:
         """See the base class. Blocks the host only while nothing is queued on the device yet."""
         with self._lock:

@@ -157,8 +157,9 @@ class ExpertCache:
                 if held is not None:
                     self._drop(expert)
                 slot = self._take_slot(expert.layer, ())
+                if slot is None and not (on_the_way or pinned):
+                    slot = self._outlast_prefetches()
                 if slot is None:
-                    assert on_the_way or pinned, "no slot is free although nothing is pinned"
                     return
                 held = self._load(expert, slot, Priority.DEMAND)
             assert held.transfer is not None
@@ -203,10 +204,31 @@ class ExpertCache:
 
         victim = self._policy.victim(layer, evictable)
         if victim is None:
-            return None
+            return None if keep else self._call_off_a_prefetch()
         if self._held[victim].fresh_prefetch:
             self.counters.bytes_prefetched_wasted += self.store.record_nbytes(victim)
         self._drop(victim)
+        return self._free.pop()
+
+    def _call_off_a_prefetch(self) -> int | None:
+        """The slot of a prefetch of which nothing has moved yet, the latest one: a demand goes before it."""
+        for expert, held in reversed(self._held.items()):
+            if (
+                held.fresh_prefetch
+                and held.transfer is not None
+                and held.pins == 0
+                and self._link.cancel(held.transfer)
+            ):
+                self._drop(expert)
+                return self._free.pop()
+        return None
+
+    def _outlast_prefetches(self) -> int:
+        """A slot when every one is held by a prefetch on its way: the first to arrive gives its slot up."""
+        moving = [held.transfer for held in self._held.values() if held.transfer is not None]
+        arrived = self._link.wait_any(moving)[0]
+        self.counters.bytes_prefetched_wasted += self.store.record_nbytes(arrived.expert)
+        self._drop(arrived.expert)
         return self._free.pop()
 
     def _drop(self, expert: ExpertId) -> None:

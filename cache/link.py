@@ -39,6 +39,11 @@ class Transfer:
 class Link(ABC):
     """Moves records into slots. `start`, `promote` and `wait_any` are called from one thread."""
 
+    busy_seconds: float = 0.0
+    """Time in which something was on its way, where the link can tell."""
+    bytes_moved: int = 0
+    """Bytes that have arrived in that time; over it, the bandwidth reached."""
+
     @abstractmethod
     def start(self, expert: ExpertId, slot: int, memory: torch.Tensor, priority: Priority) -> Transfer:
         """Begins to fill `memory`, the uint8 slot of index `slot` on the device. Never blocks on the data.
@@ -49,6 +54,10 @@ class Link(ABC):
     @abstractmethod
     def promote(self, transfer: Transfer) -> None:
         """Makes a prefetch a demanded load: what is left of it overtakes every other prefetch."""
+
+    @abstractmethod
+    def cancel(self, transfer: Transfer) -> bool:
+        """Takes a transfer of which nothing has moved yet off the link; whether it could. Its slot is free then."""
 
     @abstractmethod
     def wait_any(self, transfers: Sequence[Transfer]) -> list[Transfer]:

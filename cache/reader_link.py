@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import threading
+import time
 from collections.abc import Sequence
 
 import torch
@@ -20,7 +21,7 @@ class _Job(Transfer):
     def __init__(self, expert: ExpertId, slot: int, nbytes: int, priority: Priority, pieces: Sequence[Piece]) -> None:
         super().__init__(expert, slot, nbytes, priority)
         self.waiting = list(reversed(pieces))
-        self.unfinished = len(pieces)
+        self.pieces = self.unfinished = len(pieces)
 
 
 class ReaderLink(Link):
@@ -39,6 +40,8 @@ class ReaderLink(Link):
         self._queue: list[tuple[Priority, int, _Job]] = []
         self._order = itertools.count()
         self._closed = False
+        self._outstanding = 0
+        self._busy_since = 0.0
         self._threads = [
             threading.Thread(target=self._serve, name=f"edgemoe-read-{number}", daemon=True)
             for number in range(threads)
@@ -51,6 +54,9 @@ class ReaderLink(Link):
         pieces = self._store.pieces(expert, memory)
         job = _Job(expert, slot, self._store.record_nbytes(expert), priority, pieces)
         with self._lock:
+            if self._outstanding == 0:
+                self._busy_since = time.perf_counter()
+            self._outstanding += 1
             heapq.heappush(self._queue, (priority, next(self._order), job))
             self._work.notify(len(pieces))
         return job
@@ -62,6 +68,16 @@ class ReaderLink(Link):
             if transfer.priority is Priority.PREFETCH and transfer.waiting:
                 heapq.heappush(self._queue, (Priority.DEMAND, next(self._order), transfer))
             transfer.priority = Priority.DEMAND
+
+    def cancel(self, transfer: Transfer) -> bool:
+        """See the base class."""
+        assert isinstance(transfer, _Job)
+        with self._lock:
+            if len(transfer.waiting) < transfer.pieces:
+                return False
+            transfer.waiting.clear()
+            self._ended()
+            return True
 
     def wait_any(self, transfers: Sequence[Transfer]) -> list[Transfer]:
         """See the base class."""
@@ -121,4 +137,12 @@ class ReaderLink(Link):
                 job.waiting.clear()
             if job.unfinished == 0:
                 job.done = True
+                self.bytes_moved += job.nbytes
+                self._ended()
                 self._arrival.notify_all()
+
+    def _ended(self) -> None:
+        """One transfer less is on its way. The lock is held."""
+        self._outstanding -= 1
+        if self._outstanding == 0:
+            self.busy_seconds += time.perf_counter() - self._busy_since

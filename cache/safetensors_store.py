@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from edgemoe.cache.file_reader import open_file
 from edgemoe.cache.record import ExpertId, RecordLayout, host_bytes
 from edgemoe.cache.store import ExpertStore, Piece
 
@@ -42,13 +43,19 @@ class RecordSource:
 
 
 class SafetensorsStore(ExpertStore):
-    """Positioned reads from the files that the checkpoint consists of; safe from any number of threads."""
+    """Positioned reads from the files that the checkpoint consists of; safe from any number of threads.
+
+    With `direct` the page cache is bypassed, where the file system allows it: right when it could not hold
+    the experts anyway, since filling it then only costs time and pushes others' pages out.
+    """
 
     def __init__(
         self,
         files: Sequence[Path],
         layouts: Sequence[RecordLayout],
         sources: Mapping[ExpertId, RecordSource],
+        *,
+        direct: bool = False,
     ) -> None:
         self.layouts = tuple(layouts)
         counts = [0] * len(self.layouts)
@@ -57,7 +64,7 @@ class SafetensorsStore(ExpertStore):
         self.experts = tuple(counts)
         self._sources = sources
         self._paths = tuple(files)
-        self._handles = [os.open(path, os.O_RDONLY) for path in files]
+        self._files = [open_file(path, direct=direct) for path in files]
 
     def pieces(self, expert: ExpertId, slot: torch.Tensor) -> Sequence[Piece]:
         """See the base class. A record that must be assembled is one piece; any other is cut for parallel reads."""
@@ -77,17 +84,13 @@ class SafetensorsStore(ExpertStore):
         def piece(start: int, stop: int) -> Piece:
             return stop - start, lambda: self._read(extent.file, extent.offset + start, memory[start:stop])
 
-        return [
-            piece(start, min(start + PIECE_NBYTES, extent.nbytes)) for start in range(0, extent.nbytes, PIECE_NBYTES)
-        ]
+        count = -(-extent.nbytes // PIECE_NBYTES)
+        bounds = [extent.nbytes * part // count for part in range(count + 1)]
+        return [piece(start, stop) for start, stop in itertools.pairwise(bounds)]
 
     def _read(self, file: int, offset: int, into: memoryview) -> None:
-        done = 0
-        while done < len(into):
-            count = os.preadv(self._handles[file], [into[done:]], offset + done)
-            if count == 0:
-                raise OSError(f"{self._paths[file]} ends at byte {offset + done}, in the middle of an expert")
-            done += count
+        if self._files[file].read(offset, into) < len(into):
+            raise OSError(f"{self._paths[file]} ends before byte {offset + len(into)}, in the middle of an expert")
 
     def _assemble(self, source: RecordSource, layout: RecordLayout, slot: torch.Tensor) -> None:
         assert source.assemble is not None
@@ -102,5 +105,5 @@ class SafetensorsStore(ExpertStore):
 
     def close(self) -> None:
         """See the base class."""
-        while self._handles:
-            os.close(self._handles.pop())
+        while self._files:
+            self._files.pop().close()

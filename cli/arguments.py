@@ -149,7 +149,7 @@ def expert_cache(value: str) -> str | int:
     size = value.strip()
     if size.isdecimal():
         return int(size)
-    if size == "auto" or _SHARE.fullmatch(size):
+    if size.lower() == "auto" or _SHARE.fullmatch(size):
         return size
     try:
         parse_bytes(size)

@@ -59,14 +59,16 @@ class Checkpoint:
         return any((self.folder / name).exists() for name in names)
 
 
-def open_checkpoint(model: str | os.PathLike[str], *, offline: bool = False) -> Checkpoint:
+def open_checkpoint(model: str | os.PathLike[str], *, offline: bool = False, name: str | None = None) -> Checkpoint:
     """Finds `model`, a folder or a Hugging Face id, and reads its configuration and tensor tables.
+
+    `name` is what messages and results call it; None takes `model` itself.
 
     Raises CheckpointError when it cannot be found or read, has pickle weights only, needs remote code, is
     quantised, or a file is truncated. With `offline` nothing is downloaded.
     """
-    name = os.fspath(model)
-    folder = _find_folder(name, offline)
+    folder = _find_folder(os.fspath(model), offline)
+    name = name or os.fspath(model)
     config = _read_config(folder, name)
     files = _weight_files(folder, name)
     tensors: dict[str, TensorEntry] = {}

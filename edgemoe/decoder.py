@@ -14,17 +14,23 @@ from edgemoe.torch_threads import torch_threads
 AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 3e-2}
 """How far logits may differ, relative to their spread, for two ways of computing the same thing."""
 
+WORTH_THREADS = 64 << 20
+"""Tokens times the weight bytes that each one multiplies; a pass with less is done sooner by one thread."""
+
 
 class Decoder:
     """Runs one model. Its state is in the sequences, so that any number of them may exist."""
 
-    def __init__(self, model: Any, device: torch.device, prefill_chunk: int, threads: int) -> None:
+    def __init__(
+        self, model: Any, device: torch.device, prefill_chunk: int, threads: int, nbytes_per_token: int
+    ) -> None:
         import inspect
 
         self._model = model
         self._device = device
         self._prefill_chunk = prefill_chunk
         self._threads = threads
+        self._nbytes_per_token = nbytes_per_token
         self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._extends_in_chunks: bool | None = None
 
@@ -43,8 +49,9 @@ class Decoder:
 
     def step(self, sequence: Past, tokens: Sequence[int]) -> torch.Tensor:
         """Appends `tokens` to `sequence` and returns the last one's logits, float32 [vocabulary] on the CPU."""
-        # With few tokens our kernels have the cores; PyTorch's threads would spin on them between operations.
-        few = len(tokens) <= KERNEL_TOKENS
+        # With few tokens our kernels have the cores, and with little work there is nothing to share; PyTorch's
+        # threads would spin on the cores between operations.
+        few = len(tokens) <= KERNEL_TOKENS or len(tokens) * self._nbytes_per_token < WORTH_THREADS
         with torch.inference_mode(), torch_threads(1 if few else self._threads):
             ids = torch.tensor([list(tokens)], device=self._device)
             extra = {"logits_to_keep": 1} if self._keeps_last else {}

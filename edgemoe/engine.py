@@ -6,7 +6,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -16,11 +15,12 @@ from edgemoe.blueprint import Blueprint, read_blueprint
 from edgemoe.checkpoint import open_checkpoint
 from edgemoe.config import EngineConfig
 from edgemoe.decoder import Decoder
-from edgemoe.demo import demo_folder
-from edgemoe.errors import EdgeMoEError, RequestError
+from edgemoe.demo import DEMO_NAME, demo_folder
+from edgemoe.errors import CheckpointError, EdgeMoEError, RequestError
 from edgemoe.generation import Generation
 from edgemoe.plan import Plan
 from edgemoe.planner import make_plan
+from edgemoe.quiet import quiet_transformers
 from edgemoe.results import Chunk, Completion, Progress, Stats, chat_completion
 from edgemoe.runtime import Runtime
 from edgemoe.sampling import ResolvedSampling, Sampling, resolve
@@ -43,9 +43,9 @@ class Engine:
         self._defaults = load_generation_config(blueprint)
         self._vocabulary = blueprint.config.get_text_config().vocab_size
         self._runtime: Runtime | None = Runtime(blueprint, self.plan, config, on_progress)
-        self._decoder = Decoder(
-            self._runtime.model, torch.device(self.plan.device), self.plan.prefill_chunk, self.plan.threads
-        )
+        plan, model = self.plan, self._runtime.model
+        device = torch.device(plan.device)
+        self._decoder = Decoder(model, device, plan.prefill_chunk, plan.threads, plan.nbytes_per_token)
         self._turn = threading.Lock()
         self._device = threading.Lock()
         self._owner: int | None = None
@@ -172,7 +172,11 @@ class Engine:
         while True:
             with self._device:
                 self._loaded()
-                chunk = next(chunks, None)
+                try:
+                    chunk = next(chunks, None)
+                except OSError as error:
+                    name = self._checkpoint.name
+                    raise CheckpointError(f"{name} cannot be read any more ({error}): fetch it again") from error
             if chunk is None:
                 return
             yield chunk
@@ -231,7 +235,8 @@ class Engine:
         if isinstance(prompt, str):
             if self._tokenizer is None:
                 raise RequestError(f"{self._checkpoint.name} has no tokenizer files: give the prompt as token ids")
-            tokens = [int(token) for token in self._tokenizer.encode(prompt)] if prompt else []
+            with quiet_transformers():
+                tokens = [int(token) for token in self._tokenizer.encode(prompt)] if prompt else []
         else:
             tokens = [int(token) for token in prompt]
         if not tokens:
@@ -252,8 +257,9 @@ class Engine:
 
 
 def _blueprint(model: str | os.PathLike[str] | None, config: EngineConfig) -> Blueprint:
-    where: str | Path = demo_folder() if model is None else os.fspath(model)
-    return read_blueprint(open_checkpoint(where, offline=config.offline), config.dtype)
+    if model is None:
+        return read_blueprint(open_checkpoint(demo_folder(), name=DEMO_NAME), config.dtype)
+    return read_blueprint(open_checkpoint(model, offline=config.offline), config.dtype)
 
 
 def _ignore(progress: Progress) -> None:

@@ -31,7 +31,9 @@ class Plan:
     kv_nbytes: int
     """Keys, values and states of one sequence of `context` tokens."""
     workspace_nbytes: int
-    """Activations of a prefill chunk, and the reserve that stays untouched."""
+    """Activations of a prefill chunk; while loading, the second copy of the largest weight."""
+    reserve_nbytes: int
+    """What is left to others; no part of the total."""
     cache_nbytes: int
     """All slots."""
     host_tier: str
@@ -42,6 +44,8 @@ class Plan:
     """Records in RAM that is not page-locked."""
     file_nbytes: int
     """Expert bytes in the checkpoint's files."""
+    direct_reads: bool
+    """Whether the files are read past the page cache, because it could not hold the experts anyway."""
     prefill_chunk: int
     link_gbps: float | None
 
@@ -49,6 +53,11 @@ class Plan:
     def total_nbytes(self) -> int:
         """Everything the device holds."""
         return self.dense_nbytes + self.kv_nbytes + self.workspace_nbytes + self.cache_nbytes
+
+    @property
+    def nbytes_per_token(self) -> int:
+        """Weight bytes that one token passes through, the embedding counted whole."""
+        return self.dense_nbytes + self.layers * self.top_k * self.slot_nbytes
 
     @property
     def simulation(self) -> str | None:
@@ -66,17 +75,21 @@ class Plan:
         memory = "VRAM" if self.device.startswith("cuda") else "RAM"
         size = format_bytes
         slots = f"{self.slots} slots of {size(self.slot_nbytes)}, {self.slots / self.experts:.0%} of the experts"
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
         rows = [
             ("model", self.model, f"{self.family}, {self.layers} MoE layers, {self.experts} experts, top-{self.top_k}"),
-            ("device", self.device, f"{size(self.device_free)} {memory} free, {self.threads} threads, {self.dtype}"),
+            ("device", self.device, f"{size(self.device_free)} {memory} free, {threads}, {self.dtype}"),
             ("non-expert weights", size(self.dense_nbytes), memory),
             ("KV cache", size(self.kv_nbytes), f"{memory}, one sequence of {self.context} tokens"),
-            ("workspace", size(self.workspace_nbytes), f"{memory}, {self.prefill_chunk}-token prefill and a reserve"),
+            ("workspace", size(self.workspace_nbytes), f"{memory}, prefill chunks of {self.prefill_chunk} tokens"),
             ("expert cache", size(self.cache_nbytes), f"{memory}, {slots}"),
-            ("total", size(self.total_nbytes), memory),
+            ("total", size(self.total_nbytes), f"{memory}, {size(self.reserve_nbytes)} more are left untouched"),
         ]
+        way = "past the page cache" if self.direct_reads else "through the page cache"
         if self.host_tier == "file":
-            rows.append(("experts", size(self.file_nbytes), "read from the checkpoint's files as they are needed"))
+            rows.append(
+                ("experts", size(self.file_nbytes), "read from the checkpoint's files as they are needed, " + way)
+            )
         else:
             rows.append(("pinned RAM", size(self.pinned_nbytes), "records and staging, page-locked"))
             rows.append(("pageable RAM", size(self.pageable_nbytes), "records beyond the page-locked ones"))

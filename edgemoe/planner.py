@@ -32,7 +32,7 @@ def make_plan(blueprint: Blueprint, config: EngineConfig) -> Plan:
     chunk = _prefill_chunk(blueprint, config)
     reserve = max(config.reserve, int(free * config.reserve_share))
     # While the largest weight loads, the loader may hold it twice; later the same room serves activations.
-    workspace = reserve + max(config.prefill_workspace, blueprint.largest_dense_nbytes)
+    workspace = max(config.prefill_workspace, blueprint.largest_dense_nbytes)
     slot = max(site.layout.nbytes for site in blueprint.sites)
     draft = Plan(
         model=blueprint.checkpoint.name,
@@ -50,11 +50,13 @@ def make_plan(blueprint: Blueprint, config: EngineConfig) -> Plan:
         dense_nbytes=blueprint.dense_nbytes,
         kv_nbytes=kv.nbytes(context),
         workspace_nbytes=workspace,
+        reserve_nbytes=reserve,
         cache_nbytes=0,
         host_tier="file",
         pinned_nbytes=0,
         pageable_nbytes=0,
-        file_nbytes=sum(site.layout.nbytes * site.experts for site in blueprint.sites),
+        file_nbytes=sum(extent.nbytes for source in blueprint.records.values() for extent in source.extents),
+        direct_reads=False,
         prefill_chunk=chunk,
         link_gbps=config.link_gbps,
     )
@@ -62,7 +64,10 @@ def make_plan(blueprint: Blueprint, config: EngineConfig) -> Plan:
         draft = _shrink_context(draft, kv)
     slots = _slots(draft, config.expert_cache)
     plan = replace(draft, slots=slots, cache_nbytes=slots * slot)
-    return _host_tier(plan, config) if device.type == "cuda" else plan
+    if device.type == "cuda":
+        plan = _host_tier(plan, config)
+    left = ram_free() - plan.pinned_nbytes - plan.pageable_nbytes - (plan.total_nbytes if device.type == "cpu" else 0)
+    return replace(plan, direct_reads=slots < plan.experts and plan.file_nbytes > left)
 
 
 def choose_device(name: str) -> torch.device:
@@ -125,14 +130,14 @@ def _shrink_context(plan: Plan, kv: KvSize) -> Plan:
 
 def _slots(plan: Plan, asked: str | int) -> int:
     """Slots for `asked`, checked against the room that the rest leaves."""
-    room = plan.device_free - plan.total_nbytes
+    room = plan.device_free - plan.reserve_nbytes - plan.total_nbytes
     fitting = room // plan.slot_nbytes
     if fitting < 1:
         short = format_bytes(plan.slot_nbytes - room)
         mend = "give a smaller --ctx-size" if plan.kv_nbytes > plan.slot_nbytes - room else "free that much memory"
         raise PlanError(
-            f"{plan.model} needs at least {format_bytes(plan.total_nbytes + plan.slot_nbytes)} on {plan.device}, where "
-            f"{format_bytes(plan.device_free)} are free, {short} too little: {mend}"
+            f"{plan.model} needs at least {format_bytes(plan.device_free - room + plan.slot_nbytes)} free on "
+            f"{plan.device}, where {format_bytes(plan.device_free)} are free, {short} too little: {mend}"
         )
     wanted = _wanted_slots(plan, asked)
     if wanted is None:

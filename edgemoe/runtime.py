@@ -44,14 +44,14 @@ class Runtime:
         self.model: Any = load_dense(
             blueprint, device, lambda done, total: on_progress(Progress("weights", done, total))
         )
-        files = SafetensorsStore(
-            blueprint.checkpoint.files, [site.layout for site in blueprint.sites], blueprint.records
-        )
+        layouts = [site.layout for site in blueprint.sites]
+        files = SafetensorsStore(blueprint.checkpoint.files, layouts, blueprint.records, direct=plan.direct_reads)
         self._stack.callback(files.close)
         throttle = Throttle(config.link_gbps * 1e9) if config.link_gbps else None
         link = self._link(files, plan, config, throttle, on_progress)
         self._stack.callback(link.close)
         pool = self._stack.enter_context(SlotPool(plan.slots, files.slot_nbytes, device))
+        self.link = link
         self.cache = ExpertCache(files, link, pool, BalancedLRU(plan.layers, plan.slots))
         workers = Workers(plan.threads)
         self._stack.callback(workers.close)

@@ -49,9 +49,10 @@ def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], name: str
     if not messages:
         raise RequestError("the conversation is empty: give at least one message")
     try:
-        rendered = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], add_generation_prompt=True, return_dict=True
-        )
+        with quiet_transformers():
+            rendered = tokenizer.apply_chat_template(
+                [dict(message) for message in messages], add_generation_prompt=True, return_dict=True
+            )
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RequestError(f"the chat template of {name} refuses this conversation: {reason}") from error

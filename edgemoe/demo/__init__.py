@@ -6,6 +6,9 @@ from pathlib import Path
 
 from edgemoe.errors import CheckpointError
 
+DEMO_NAME = "edgemoe-demo"
+"""What results and messages call the shipped model."""
+
 
 def demo_folder() -> Path:
     """The folder of the shipped checkpoint; CheckpointError when the installation lacks it."""

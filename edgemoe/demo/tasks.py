@@ -1,8 +1,9 @@
 """The shipped model's documented tasks: each writes items in dialogue form and judges replies.
 
-A task knows its text and nothing of models, tokens or training. An item belongs to the held-out
-split when a checksum of its key says so; the key is what must be worked out (the two numbers of a
-sum, the text to copy), never the phrase around it, so no held-out answer is seen in training.
+A task knows its text and nothing of models, tokens or training. An item belongs to the held-out split
+when a checksum of its key says so. The key is what must be worked out where that can be told from the
+phrase around it (the text to copy, the numbers of a sum or a count, who the story is about) and the
+whole question elsewhere: a held-out capital is trained on in other phrases, as a fact must be.
 """
 
 from __future__ import annotations

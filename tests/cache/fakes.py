@@ -83,10 +83,25 @@ class FakeStore(ExpertStore):
         self.closed = True
 
 
+class SuddenTransfer(Transfer):
+    """A transfer that ends just after somebody asked whether it had."""
+
+    def __init__(self, link: FakeLink, expert: ExpertId, slot: int, nbytes: int, priority: Priority) -> None:
+        super().__init__(expert, slot, nbytes, priority)
+        self._link = link
+
+    def arrived(self) -> bool:
+        answer = super().arrived()
+        if not self.done:
+            self._link.finish(self.expert)
+        return answer
+
+
 class FakeLink(Link):
     """A link without threads: a transfer ends when the test says so, or when the cache waits and the test allows it.
 
-    `events` tells what happened in order: ("start" | "prefetch" | "promote" | "wait" | "released", experts or slots).
+    `events` tells what happened in order: ("start" | "prefetch" | "promote" | "cancel" | "wait" | "released", experts
+    or slots).
     """
 
     def __init__(self, store: ExpertStore) -> None:
@@ -94,6 +109,10 @@ class FakeLink(Link):
         self.events: list[tuple[str, Any]] = []
         self.under_way: dict[ExpertId, tuple[Transfer, torch.Tensor]] = {}
         self.faults: dict[ExpertId, OSError] = {}
+        self.queued: set[ExpertId] = set()
+        """Of what is under way, that of which nothing has moved yet: it may be cancelled."""
+        self.sudden = False
+        """Whether new transfers are `SuddenTransfer`s."""
         self.moved = 0
         """Bytes that crossed."""
         self.choose: Callable[[Sequence[Transfer]], Transfer] | None = lambda transfers: transfers[0]
@@ -101,7 +120,10 @@ class FakeLink(Link):
 
     def start(self, expert: ExpertId, slot: int, memory: torch.Tensor, priority: Priority) -> Transfer:
         assert expert not in self.under_way, f"{expert} is on the link already"
-        transfer = Transfer(expert, slot, self.store.record_nbytes(expert), priority)
+        nbytes = self.store.record_nbytes(expert)
+        transfer = Transfer(expert, slot, nbytes, priority)
+        if self.sudden:
+            transfer = SuddenTransfer(self, expert, slot, nbytes, priority)
         self.under_way[expert] = transfer, memory
         self.events.append(("start" if priority is Priority.DEMAND else "prefetch", expert))
         return transfer
@@ -119,6 +141,13 @@ class FakeLink(Link):
     def promote(self, transfer: Transfer) -> None:
         self.events.append(("promote", transfer.expert))
         transfer.priority = Priority.DEMAND
+
+    def cancel(self, transfer: Transfer) -> bool:
+        if transfer.done or transfer.expert not in self.queued:
+            return False
+        self.events.append(("cancel", transfer.expert))
+        del self.under_way[transfer.expert]
+        return True
 
     def wait_any(self, transfers: Sequence[Transfer]) -> list[Transfer]:
         assert transfers, "waiting for nothing would be for ever"

@@ -132,6 +132,16 @@ def test_a_prefetch_on_the_link_is_not_resident() -> None:
     assert not cache.is_resident(ExpertId(0, 4))
 
 
+def test_a_prefetch_that_arrives_while_the_hits_are_sorted_out_is_lent() -> None:
+    """Neither a hit when it was looked for among the hits nor a miss when it was among the misses: lost, once."""
+    cache = make(4)
+    link_of(cache).sudden = True
+    cache.prefetch(ids(0, 3, 4))
+    link_of(cache).sudden = False
+    use(cache, 0, 3, 1, 4)
+    assert (cache.counters.hits + cache.counters.misses, cache.counters.bytes_loaded) == (3, link_of(cache).moved)
+
+
 def test_a_failed_prefetch_harms_nobody_and_a_demand_loads_it_again() -> None:
     cache = make(2)
     link = link_of(cache)
@@ -144,13 +154,49 @@ def test_a_failed_prefetch_harms_nobody_and_a_demand_loads_it_again() -> None:
     use(cache, 0, 4, 5)
 
 
+@pytest.mark.parametrize("queued", [(), (0,), (0, 1, 2)], ids=["all-moving", "one-queued", "all-queued"])
 @pytest.mark.parametrize("slots", [1, 2, 3])
-def test_a_demand_is_served_while_every_slot_waits_for_a_prefetch(slots: int) -> None:
+def test_a_demand_is_served_while_every_slot_waits_for_a_prefetch(slots: int, queued: tuple[int, ...]) -> None:
     """As after loading: the cache was just filled, nothing has arrived, and the first token wants others."""
     cache = make(slots)
+    link = link_of(cache)
     assert cache.prefetch(ids(0, *range(slots))) == slots
+    link.queued = set(ids(0, *queued))
     use(cache, 0, 7, 6, 0)
     use(cache, 1, 5)
+    link.finish(*link.under_way)
+    unasked = NBYTES * sum(held.fresh_prefetch for held in cache._held.values())
+    assert cache.counters.bytes_loaded + unasked == link.moved
+
+
+def test_a_demand_calls_off_the_latest_prefetch_of_which_nothing_has_moved() -> None:
+    cache = make(3)
+    link = link_of(cache)
+    cache.prefetch(ids(0, 0, 1, 2))
+    link.queued = set(ids(0, 1, 2))
+    use(cache, 1, 5)
+    assert link.happened("cancel") == ids(0, 2)
+    assert [wait for wait in link.happened("wait") if wait != ((1, 5),)] == [], "nobody waited for a prefetch"
+    assert (cache.counters.bytes_demanded, cache.counters.bytes_loaded) == (NBYTES, NBYTES)
+
+
+def test_a_prefetch_that_is_wanted_now_is_not_called_off() -> None:
+    cache = make(2)
+    link = link_of(cache)
+    cache.prefetch(ids(0, 0, 1))
+    link.queued = set(ids(0, 0, 1))
+    use(cache, 0, 5, 1)
+    assert link.happened("cancel") == ids(0, 0)
+    assert link.happened("promote") == ids(0, 1)
+
+
+def test_a_prefetch_calls_off_no_other() -> None:
+    cache = make(1)
+    link = link_of(cache)
+    cache.prefetch(ids(0, 0))
+    link.queued = set(ids(0, 0))
+    assert cache.prefetch(ids(1, 0)) == 0
+    assert list(link.under_way) == ids(0, 0)
 
 
 def test_a_prefetch_that_is_about_to_be_lent_is_not_evicted_for_a_miss_before_it() -> None:

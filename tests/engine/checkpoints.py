@@ -1,0 +1,118 @@
+"""Tiny checkpoints, what transformers makes of them, and the parts of a loaded engine that the tests look into."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from bench.zoo import make
+from edgemoe import expert_layer
+from edgemoe.blueprint import Blueprint, read_blueprint
+from edgemoe.cache import BalancedLRU, ExpertCache, SlotPool
+from edgemoe.cache.reader_link import ReaderLink
+from edgemoe.cache.safetensors_store import SafetensorsStore
+from edgemoe.checkpoint import open_checkpoint
+from edgemoe.loading import load_dense
+from edgemoe.quiet import quiet_transformers
+from edgemoe.workers import Workers
+
+CPU = torch.device("cpu")
+PROMPT = torch.randint(3, 250, (23,), generator=torch.Generator().manual_seed(1)).tolist()
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+TEMPLATE = (
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+class Zoo:
+    """Makes each tiny checkpoint once a session."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._made: dict[str, Path] = {}
+
+    def __call__(self, family: str, **how: Any) -> Path:
+        """The folder of a checkpoint of `family`, made with `bench.zoo.make`; not to be changed."""
+        key = repr((family, sorted(how.items())))
+        if key not in self._made:
+            with quiet_transformers():
+                self._made[key] = make(family, self._root / f"{len(self._made)}-{family}", **how)
+        return self._made[key]
+
+
+def byte_tokenizer() -> Tokenizer:
+    """A tokenizer whose token 3 + b is the byte b; 0, 1 and 2 are <pad>, <bos> and <eos>."""
+    alphabet = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in alphabet]
+    names = {byte: chr(byte) for byte in alphabet} | {byte: chr(256 + at) for at, byte in enumerate(others)}
+    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {names[byte]: 3 + byte for byte in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def with_tokenizer(folder: Path, template: str | None = TEMPLATE) -> Path:
+    """Puts the byte tokenizer beside the weights in `folder`."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer(), chat_template=template, **tokens)
+    wrapped.save_pretrained(folder)
+    return folder
+
+
+def reference(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+    """The checkpoint as transformers itself loads it."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet_transformers():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+
+
+def greedy(model: Any, prompt: list[int], tokens: int) -> list[int]:
+    """What transformers' `generate` adds to `prompt`."""
+    ids = torch.tensor([prompt], device=model.device)
+    with quiet_transformers():
+        return [int(token) for token in model.generate(ids, max_new_tokens=tokens, do_sample=False)[0, len(prompt) :]]
+
+
+@dataclass(frozen=True)
+class Running:
+    """A model with its experts behind a cache, put together without an engine."""
+
+    model: Any
+    cache: ExpertCache
+    blueprint: Blueprint
+    store: SafetensorsStore
+
+    def logits(self, ids: list[int]) -> torch.Tensor:
+        """The logits of every position, float32 [tokens, vocabulary]."""
+        with quiet_transformers(), torch.inference_mode():
+            return torch.as_tensor(self.model(torch.tensor([ids])).logits[0].float())
+
+
+@contextmanager
+def running(folder: Path, slots: int | None = None, *, dtype: str = "auto", plain: bool = False) -> Iterator[Running]:
+    """`folder` with `slots` slots (None is one for every expert) on the CPU; `plain` takes the reference arithmetic."""
+    blueprint = read_blueprint(open_checkpoint(folder), dtype)
+    model = load_dense(blueprint, CPU, lambda done, total: None)
+    store = SafetensorsStore(blueprint.checkpoint.files, [site.layout for site in blueprint.sites], blueprint.records)
+    slots = slots or store.total_experts
+    link, workers = ReaderLink(store, 2), Workers(1)
+    with SlotPool(slots, store.slot_nbytes, CPU) as pool:
+        cache = ExpertCache(store, link, pool, BalancedLRU(len(blueprint.sites), slots))
+        expert_layer.install(model, blueprint.sites, cache, workers, plain=plain)
+        try:
+            yield Running(model, cache, blueprint, store)
+        finally:
+            link.close()
+            workers.close()
+            store.close()
