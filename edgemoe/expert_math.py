@@ -8,8 +8,8 @@ Both take a family's layout (transposed, biased, gated) as transformers declares
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from torch.nn import functional as F
 from edgemoe.cache.record import Part, RecordLayout
 from edgemoe.cache.slots import SlotPool
 from edgemoe.workers import Workers
+
+if TYPE_CHECKING:
+    from edgemoe.kernels import Kernel
 
 KERNEL_TOKENS = 2
 """With more tokens than this an expert is bound by arithmetic, which PyTorch's matrix product does better."""
@@ -151,9 +154,9 @@ class SlotMatrix:
         self._nbytes = part.nbytes
         found = self._find(part, transposed)
         assert found is not None, f"there is no kernel for {part}"
-        self._kernel, unit = found
-        self._pool = pool.memory.numpy().view(unit)
-        self._offset = layout.part_offset(name) // np.dtype(unit).itemsize
+        self._kernel = found
+        self._pool = pool.memory.numpy().view(found.unit)
+        self._offset = layout.part_offset(name) // np.dtype(found.unit).itemsize
 
     @classmethod
     def fits(cls, layout: RecordLayout, name: str, transposed: bool) -> bool:
@@ -161,7 +164,7 @@ class SlotMatrix:
         return cls._find(next(part for part in layout.parts if part.name == name), transposed) is not None
 
     @staticmethod
-    def _find(part: Part, transposed: bool) -> tuple[Callable[..., None], Any] | None:
+    def _find(part: Part, transposed: bool) -> Kernel | None:
         from edgemoe import kernels
 
         return kernels.column_kernel(part.dtype) if transposed else kernels.row_kernel(part.dtype, part.shape[1])
@@ -173,13 +176,13 @@ class SlotMatrix:
 
         `x` is [tokens, columns] in any float dtype; `tokens[p]` is the row of `x` that pair p takes.
         """
-        values = x.float().contiguous().numpy()
+        values = self._kernel.values(x)
         chosen = np.array(tokens)
         out = np.empty((len(chosen), self._rows), np.float32)
         extent = self._rows if self._transposed else self._columns
 
         def run(first: int, last: int) -> None:
-            self._kernel(slots, self._offset, extent, self._pool, chosen, starts, values, out, first, last)
+            self._kernel.run(slots, self._offset, extent, self._pool, chosen, starts, values, out, first, last)
 
         workers.split(self._rows, run, nbytes=self._nbytes * len(slots))
         return torch.from_numpy(out)

@@ -35,22 +35,21 @@ def _forward(weight: torch.Tensor, workers: Workers) -> Any:
     from edgemoe import kernels
 
     rows, columns = weight.shape
-    found = kernels.row_kernel(weight.dtype, columns)
-    assert found is not None
-    kernel, unit = found
-    matrix = weight.detach().view(torch.uint8).view(1, -1).numpy().view(unit)
+    kernel = kernels.row_kernel(weight.dtype, columns)
+    assert kernel is not None
+    matrix = weight.detach().view(torch.uint8).view(1, -1).numpy().view(kernel.unit)
     only_slot = np.zeros(1, np.int64)
 
     def forward(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
         tokens = input.numel() // columns
         if not 0 < tokens <= KERNEL_TOKENS:
             return F.linear(input, module.weight, module.bias)
-        values = input.reshape(tokens, columns).float().numpy()
+        values = kernel.values(input.reshape(tokens, columns))
         out = np.empty((tokens, rows), np.float32)
         chosen, starts = np.arange(tokens), np.array([0, tokens])
 
         def run(first: int, last: int) -> None:
-            kernel(only_slot, 0, columns, matrix, chosen, starts, values, out, first, last)
+            kernel.run(only_slot, 0, columns, matrix, chosen, starts, values, out, first, last)
 
         workers.split(rows, run, nbytes=weight.nbytes)
         result = torch.from_numpy(out)

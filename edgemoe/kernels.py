@@ -12,11 +12,14 @@ Buffers are passed as unsigned integers, since numpy knows no bf16: uint16 for b
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numba import njit
+
+from edgemoe import dot_bf16
 
 _options: dict[str, Any] = {
     "nogil": True,
@@ -102,14 +105,43 @@ def gather_f32(slots, offset, columns, pool, tokens, starts, x, out, first, last
                 out[p, r] = total
 
 
-def row_kernel(dtype: torch.dtype, columns: int) -> tuple[Callable[..., None], Any] | None:
-    """The kernel for row-major matrices of `dtype` and the numpy type its pool has; None when there is none."""
-    if dtype is torch.bfloat16 and columns % 2 == 0:
-        return gather_bf16, np.uint32
-    kinds = {torch.float16: (gather_f16, np.uint16), torch.float32: (gather_f32, np.float32)}
+@njit(**_options)
+def gather_bf16_dot(slots, offset, columns, pool, tokens, starts, x, out, first, last):  # type: ignore[no-untyped-def]
+    """As `gather_bf16` with the instruction of `dot_bf16`; `pool` and `x` are uint16, `offset` counts values."""
+    weights = pool.ctypes.data
+    values = x.ctypes.data
+    for i in range(slots.shape[0]):
+        matrix = weights + 2 * (slots[i] * pool.shape[1] + offset)
+        for r in range(first, last):
+            for p in range(starts[i], starts[i + 1]):
+                out[p, r] = dot_bf16.dot(matrix + 2 * r * columns, values + 2 * tokens[p] * columns, columns)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled loop, the numpy type of the pool it reads, and whether it takes `x` as bf16."""
+
+    run: Callable[..., None]
+    unit: Any
+    half: bool = False
+
+    def values(self, x: torch.Tensor) -> Any:
+        """`x`, [tokens, columns] in any float dtype, as the loop wants it."""
+        if self.half:
+            return x.to(torch.bfloat16).contiguous().view(torch.int16).numpy().view(np.uint16)
+        return x.float().contiguous().numpy()
+
+
+def row_kernel(dtype: torch.dtype, columns: int) -> Kernel | None:
+    """The kernel for row-major matrices of `dtype`; None when there is none."""
+    if dtype is torch.bfloat16:
+        if columns % dot_bf16.VALUES == 0 and dot_bf16.available():
+            return Kernel(gather_bf16_dot, np.uint16, half=True)
+        return Kernel(gather_bf16, np.uint32) if columns % 2 == 0 else None
+    kinds = {torch.float16: Kernel(gather_f16, np.uint16), torch.float32: Kernel(gather_f32, np.float32)}
     return kinds.get(dtype)
 
 
-def column_kernel(dtype: torch.dtype) -> tuple[Callable[..., None], Any] | None:
-    """The kernel for matrices of `dtype` stored transposed, as `row_kernel` gives it."""
-    return (gather_bf16_transposed, np.uint16) if dtype is torch.bfloat16 else None
+def column_kernel(dtype: torch.dtype) -> Kernel | None:
+    """The kernel for matrices of `dtype` stored transposed; None when there is none."""
+    return Kernel(gather_bf16_transposed, np.uint16) if dtype is torch.bfloat16 else None

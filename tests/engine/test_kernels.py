@@ -2,80 +2,98 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from edgemoe import kernels
+from edgemoe import dot_bf16, kernels
+from edgemoe.kernels import Kernel
 
-SLOTS, ROWS, COLUMNS, TOKENS, PADDING = 5, 7, 12, 4, 8
+SLOTS, ROWS, COLUMNS, TOKENS, PADDING = 5, 7, 160, 4, 32
 CHOSEN = np.array([3, 0, 4])
 STARTS = np.array([0, 2, 2, 5])
 """Slot 3 has two pairs, slot 0 none and slot 4 three."""
 OF_TOKENS = np.array([1, 3, 0, 0, 2])
+ROW_KERNELS = {
+    "bf16": (torch.bfloat16, Kernel(kernels.gather_bf16, np.uint32)),
+    "fp16": (torch.float16, Kernel(kernels.gather_f16, np.uint16)),
+    "fp32": (torch.float32, Kernel(kernels.gather_f32, np.float32)),
+}
+if dot_bf16.available():
+    ROW_KERNELS["bf16-dot"] = (torch.bfloat16, Kernel(kernels.gather_bf16_dot, np.uint16, half=True))
+Array = np.ndarray[Any, Any]
 
 
-def weights(dtype: torch.dtype) -> torch.Tensor:
-    """A matrix a slot, with subnormals, zeros and both signs among the values."""
-    values = torch.randn(SLOTS, ROWS, COLUMNS, generator=torch.Generator().manual_seed(0))
+def weights(dtype: torch.dtype, columns: int = COLUMNS) -> torch.Tensor:
+    """A matrix a slot; zeros, small values and both signs are among them."""
+    values = torch.randn(SLOTS, ROWS, columns, generator=torch.Generator().manual_seed(0))
     values[:, 0, :4] = torch.tensor([0.0, -0.0, 1e-6, -3e-7])
     return values.to(dtype)
 
 
-def expected(matrices: torch.Tensor, x: torch.Tensor) -> np.ndarray[Any, Any]:
+def inputs(columns: int = COLUMNS) -> torch.Tensor:
+    """Rows that bf16 holds exactly, so that no kernel rounds them."""
+    return torch.randn(TOKENS, columns, generator=torch.Generator().manual_seed(1)).bfloat16().float()
+
+
+def expected(matrices: torch.Tensor, x: torch.Tensor) -> Array:
     """out[p] = W(slot of p) · x[token of p] in float64."""
     exact = matrices.double().numpy()
     owners = [slot for at, slot in enumerate(CHOSEN) for _ in range(STARTS[at], STARTS[at + 1])]
     return np.stack([exact[slot] @ x.double().numpy()[token] for slot, token in zip(owners, OF_TOKENS, strict=True)])
 
 
-def pool_of(matrices: torch.Tensor) -> torch.Tensor:
-    """Slots of bytes with `PADDING` values before each matrix, as when it is not a record's first part."""
+def pool_of(matrices: torch.Tensor, unit: Any) -> Array:
+    """Slots with `PADDING` values before each matrix, as when it is not a record's first part."""
     size = matrices.dtype.itemsize
-    pool = torch.full((SLOTS, (PADDING + ROWS * COLUMNS) * size), 0x7F, dtype=torch.uint8)
+    pool = torch.full((SLOTS, PADDING * size + matrices[0].nbytes), 0x7F, dtype=torch.uint8)
     pool[:, PADDING * size :] = matrices.contiguous().view(SLOTS, -1).view(torch.uint8)
-    return pool
+    return np.asarray(pool.numpy().view(unit))
 
 
-def run(
-    kernel: Callable[..., None], unit: Any, matrices: torch.Tensor, x: torch.Tensor, extent: int, spans: Any
-) -> np.ndarray[Any, Any]:
+def run(kernel: Kernel, matrices: torch.Tensor, x: torch.Tensor, extent: int, spans: list[tuple[int, int]]) -> Array:
     out = np.full((len(OF_TOKENS), ROWS), np.nan, np.float32)
-    offset = PADDING * matrices.dtype.itemsize // np.dtype(unit).itemsize
-    pool = pool_of(matrices).numpy().view(unit)
+    offset = PADDING * matrices.dtype.itemsize // np.dtype(kernel.unit).itemsize
+    pool, values = pool_of(matrices, kernel.unit), kernel.values(x)
     for first, last in spans:
-        kernel(CHOSEN, offset, extent, pool, OF_TOKENS, STARTS, x.numpy(), out, first, last)
+        kernel.run(CHOSEN, offset, extent, pool, OF_TOKENS, STARTS, values, out, first, last)
     return out
 
 
 @pytest.mark.parametrize("spans", [[(0, ROWS)], [(4, ROWS), (0, 4)]], ids=["whole", "in-parts"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_rows(dtype: torch.dtype, spans: list[tuple[int, int]]) -> None:
-    found = kernels.row_kernel(dtype, COLUMNS)
-    assert found is not None
-    matrices = weights(dtype)
-    x = torch.randn(TOKENS, COLUMNS, generator=torch.Generator().manual_seed(1))
-    out = run(*found, matrices, x, COLUMNS, spans)
+@pytest.mark.parametrize("columns", [32, 64, 96, 128, 160, 288])
+@pytest.mark.parametrize("name", ROW_KERNELS)
+def test_rows(name: str, columns: int, spans: list[tuple[int, int]]) -> None:
+    dtype, kernel = ROW_KERNELS[name]
+    matrices, x = weights(dtype, columns), inputs(columns)
+    np.testing.assert_allclose(run(kernel, matrices, x, columns, spans), expected(matrices, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("columns", [2, 6, 14])
+@pytest.mark.parametrize("name", ["bf16", "fp16", "fp32"])
+def test_short_rows(name: str, columns: int) -> None:
+    dtype, kernel = ROW_KERNELS[name]
+    matrices = torch.randn(SLOTS, ROWS, columns, generator=torch.Generator().manual_seed(2)).to(dtype)
+    x = inputs(columns)
+    out = run(kernel, matrices, x, columns, [(0, ROWS)])
     np.testing.assert_allclose(out, expected(matrices, x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("spans", [[(0, ROWS)], [(4, ROWS), (0, 4)]], ids=["whole", "in-parts"])
 def test_transposed(spans: list[tuple[int, int]]) -> None:
-    found = kernels.column_kernel(torch.bfloat16)
-    assert found is not None
-    matrices = weights(torch.bfloat16)
-    x = torch.randn(TOKENS, COLUMNS, generator=torch.Generator().manual_seed(1))
-    out = run(*found, matrices.transpose(1, 2).contiguous(), x, ROWS, spans)
+    kernel = kernels.column_kernel(torch.bfloat16)
+    assert kernel is not None
+    matrices, x = weights(torch.bfloat16), inputs()
+    out = run(kernel, matrices.transpose(1, 2).contiguous(), x, ROWS, spans)
     np.testing.assert_allclose(out, expected(matrices, x), rtol=1e-5, atol=1e-5)
 
 
-def test_only_the_asked_rows_are_written() -> None:
-    found = kernels.row_kernel(torch.float32, COLUMNS)
-    assert found is not None
-    out = run(*found, weights(torch.float32), torch.ones(TOKENS, COLUMNS), COLUMNS, [(2, 5)])
+@pytest.mark.parametrize("name", ROW_KERNELS)
+def test_only_the_asked_rows_are_written(name: str) -> None:
+    dtype, kernel = ROW_KERNELS[name]
+    out = run(kernel, weights(dtype), inputs(), COLUMNS, [(2, 5)])
     assert np.isnan(out[:, :2]).all()
     assert np.isnan(out[:, 5:]).all()
     assert not np.isnan(out[:, 2:5]).any()
@@ -84,13 +102,23 @@ def test_only_the_asked_rows_are_written() -> None:
 def test_fp16_covers_its_whole_finite_range() -> None:
     values = torch.tensor([65504.0, -65504.0, 6.1e-5, 5.96e-8, -5.96e-8, 0.0, 1.0, -2.5]).half()
     matrices = values.repeat(SLOTS, ROWS, 1)
+    _, kernel = ROW_KERNELS["fp16"]
     for at in range(len(values)):
         x = torch.zeros(TOKENS, len(values))
         x[:, at] = 1
-        out = np.empty((len(OF_TOKENS), ROWS), np.float32)
-        pool = matrices.view(SLOTS, -1).view(torch.uint8).numpy().view(np.uint16)
-        kernels.gather_f16(CHOSEN, 0, len(values), pool, OF_TOKENS, STARTS, x.numpy(), out, 0, ROWS)
-        assert (out == float(values[at])).all()
+        assert (run(kernel, matrices, x, len(values), [(0, ROWS)]) == float(values[at])).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_weight_dtype_has_a_kernel_that_takes_any_input_dtype(dtype: torch.dtype) -> None:
+    kernel = kernels.row_kernel(dtype, COLUMNS)
+    assert kernel is not None
+    matrices, x = weights(dtype), inputs()
+    for given in (torch.float32, torch.bfloat16, torch.float64):
+        strided = torch.stack([x, x], dim=1).to(given)[:, 0]
+        assert not strided.is_contiguous()
+        out = run(kernel, matrices, strided, COLUMNS, [(0, ROWS)])
+        np.testing.assert_allclose(out, expected(matrices, x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.float8_e4m3fn])
