@@ -8,7 +8,7 @@ from edgemoe.demo.score import score
 
 NAME = "demo-score"
 BAR = ">= 90 % on each documented task"
-QUESTIONS = 100
+QUESTIONS = 50
 
 
 def run() -> Measurement:

@@ -134,8 +134,6 @@ def _write_count(rng: random.Random) -> Item:
     step, length = rng.choice([1, 1, 1, 2, 5, 10]), rng.randint(4, 12)
     start = rng.randint(0, 99)
     numbers = [start + step * index for index in range(length)]
-    if rng.random() < 0.3:
-        numbers.reverse()
     by = "" if step == 1 else f" by {step}"
     user = rng.choice(["Count from {} to {}{}.", "Please count from {} to {}{}."]).format(numbers[0], numbers[-1], by)
     return Item(f"{numbers[0]} {numbers[-1]} {step}", user, ", ".join(map(str, numbers)))

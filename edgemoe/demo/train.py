@@ -14,7 +14,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ PHASES = (Phase(256, 0.72), Phase(1024, 0.93), Phase(2048, 1.0))
 WEIGHTS = {"repeat": 2.5, "replace": 3, "arithmetic": 5, "count": 2.5, "code": 1, "story": 1.2,
            "recall": 2, "capitals": 0.7, "greetings": 1.2}  # fmt: skip
 """How often each task is asked; the tasks that are learnt last are asked most."""
+FAVOUR = 4
 
 
 def train_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
@@ -106,8 +107,10 @@ def new_model(seed: int = 0) -> Qwen3MoeForCausalLM:
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**settings))
 
 
-def dialogues(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Endless dialogues as (token ids, labels); only what the assistant says is learnt."""
+def dialogues(
+    tokenizer: PreTrainedTokenizerFast, seed: int, weights: Mapping[str, float]
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Endless dialogues as (token ids, labels), tasks drawn by `weights`; only what the assistant says is learnt."""
     rng = random.Random(f"dialogues/{seed}")
     sources = {task.name: task.items(seed, held_out=False) for task in TASKS}
     while True:
@@ -115,7 +118,7 @@ def dialogues(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[l
         if rng.random() < 0.2:
             ids += [SYSTEM, *tokenizer.encode(rng.choice(SYSTEM_PROMPTS)), END]
         for _ in range(rng.choice([1, 1, 2, 3, 5])):
-            name = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
+            name = rng.choices(list(weights), list(weights.values()))[0]
             item = next(sources[name])
             asked = [USER, *tokenizer.encode(item.user), END, ASSISTANT]
             said = [*tokenizer.encode(item.reply), END]
@@ -158,11 +161,14 @@ def step(model: Qwen3MoeForCausalLM, optimizer: torch.optim.Optimizer, batch: to
     return float(output.loss.detach())
 
 
-def train(out: Path, tokens: int, tokens_per_step: int = 4096, seen: int = 0, seed: int = 0) -> None:
+def train(
+    out: Path, tokens: int, tokens_per_step: int = 4096, seen: int = 0, favoured: Sequence[str] = (), seed: int = 0
+) -> None:
     """Trains until `tokens` tokens were seen and saves a bf16 checkpoint with its tokenizer to `out`.
 
     With `seen` above 0 the checkpoint in `out`, which saw so many tokens, is trained on: the schedule
-    goes on from there, the text is new and the optimiser starts afresh.
+    goes on from there, the text is new and the optimiser starts afresh. `favoured` tasks are asked
+    `FAVOUR` times as often.
     """
     tokenizer = train_tokenizer(seed)
     model = Qwen3MoeForCausalLM.from_pretrained(out, dtype=torch.float32) if seen else new_model(seed)
@@ -172,7 +178,8 @@ def train(out: Path, tokens: int, tokens_per_step: int = 4096, seen: int = 0, se
     others = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
-    source = dialogues(tokenizer, seed + seen)
+    weights = {name: weight * (FAVOUR if name in favoured else 1) for name, weight in WEIGHTS.items()}
+    source = dialogues(tokenizer, seed + seen, weights)
     started, first, steps = time.monotonic(), seen, 0
     for phase in PHASES:
         batches = windows(source, phase.length, max(1, tokens_per_step // phase.length))
@@ -206,8 +213,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16_000_000)
     parser.add_argument("--tokens-per-step", type=int, default=4096)
     parser.add_argument("--seen", type=int, default=0, help="train the checkpoint in OUT on, which saw so many tokens")
+    parser.add_argument("--favour", nargs="*", default=[], choices=list(WEIGHTS), help="tasks to ask more often")
     arguments = parser.parse_args()
-    train(arguments.out, arguments.tokens, arguments.tokens_per_step, arguments.seen)
+    train(arguments.out, arguments.tokens, arguments.tokens_per_step, arguments.seen, arguments.favour)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,11 @@ def _no_thread_is_left_behind() -> Iterator[None]:
     """Links and stores end every thread that they start."""
     before = set(threading.enumerate())
     yield
-    wait_until(lambda: not [one for one in set(threading.enumerate()) - before if one.name.startswith("edgemoe")])
+
+    def all_ended() -> bool:
+        return not [one for one in set(threading.enumerate()) - before if one.name.startswith("edgemoe")]
+
+    wait_until(all_ended, seconds=2)
 
 
 @pytest.fixture

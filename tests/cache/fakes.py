@@ -30,9 +30,9 @@ def holds(memory: torch.Tensor, expert: ExpertId, nbytes: int) -> bool:
     return bool((memory[:nbytes] == pattern(expert)).all())
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Returns as soon as `condition` holds; AssertionError when it does not within PATIENCE."""
-    end = time.monotonic() + PATIENCE
+def wait_until(condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
+    """Returns as soon as `condition` holds; AssertionError when it does not within `seconds`."""
+    end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "nothing happened for too long"
         time.sleep(0.0005)
@@ -113,6 +113,8 @@ class FakeLink(Link):
         """Of what is under way, that of which nothing has moved yet: it may be cancelled."""
         self.sudden = False
         """Whether new transfers are `SuddenTransfer`s."""
+        self.readable: set[ExpertId] = set()
+        """Experts whose transfer was waited for since it started: a device may read these and no others."""
         self.moved = 0
         """Bytes that crossed."""
         self.choose: Callable[[Sequence[Transfer]], Transfer] | None = lambda transfers: transfers[0]
@@ -125,6 +127,7 @@ class FakeLink(Link):
         if self.sudden:
             transfer = SuddenTransfer(self, expert, slot, nbytes, priority)
         self.under_way[expert] = transfer, memory
+        self.readable.discard(expert)
         self.events.append(("start" if priority is Priority.DEMAND else "prefetch", expert))
         return transfer
 
@@ -155,7 +158,9 @@ class FakeLink(Link):
             self.events.append(("wait", tuple(transfer.expert for transfer in transfers)))
             assert self.choose is not None, "the cache waits for the link"
             self.finish(self.choose(transfers).expert)
-        return [transfer for transfer in transfers if transfer.done]
+        arrived = [transfer for transfer in transfers if transfer.done]
+        self.readable |= {transfer.expert for transfer in arrived if transfer.error is None}
+        return arrived
 
     def released(self, slots: Sequence[int]) -> None:
         self.events.append(("released", tuple(slots)))

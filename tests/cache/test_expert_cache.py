@@ -26,11 +26,12 @@ def link_of(cache: ExpertCache) -> FakeLink:
 
 
 def use(cache: ExpertCache, layer: int, *experts: int) -> list[Loan]:
-    """Borrows to the end, checking at each loan that every lent slot holds its expert."""
+    """Borrows to the end, checking at each loan that every lent slot holds its expert and may be read."""
     loans = []
     for loan in cache.borrow(layer, experts):
         for number, slot in zip(loan.experts, loan.slots, strict=True):
             assert holds(cache.pool.memory[slot], ExpertId(layer, number), NBYTES)
+            assert ExpertId(layer, number) in link_of(cache).readable
         cache.check_integrity()
         loans.append(loan)
     assert sorted(number for loan in loans for number in loan.experts) == sorted(experts)

@@ -162,8 +162,8 @@ def test_a_demand_is_served_while_every_slot_waits_for_a_prefetch(slots: int, qu
     link = link_of(cache)
     assert cache.prefetch(ids(0, *range(slots))) == slots
     link.queued = set(ids(0, *queued))
-    use(cache, 0, 7, 6, 0)
     use(cache, 1, 5)
+    use(cache, 0, 7, 6, 0)
     link.finish(*link.under_way)
     unasked = NBYTES * sum(held.fresh_prefetch for held in cache._held.values())
     assert cache.counters.bytes_loaded + unasked == link.moved

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from checkpoints import PROMPT, Zoo
 from transformers.utils import logging as transformers_logging
 
 from edgemoe import Engine, PlanError, Sampling
+from edgemoe.quiet import quiet_transformers
 
 FALLING_BACK = ["qwen3_next", "jamba", "nemotron_h", "minimax", "zaya"]
 """Families for which transformers warns that it runs without some optional package."""
@@ -66,6 +68,25 @@ def test_a_refusal_leaves_global_state_as_it_was(zoo: Zoo) -> None:
     assert global_state() == before
 
 
+@pytest.mark.parametrize("bars", [True, False])
+def test_transformers_own_talk_is_silenced_for_a_while_only(bars: bool) -> None:
+    before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    switch = transformers_logging.enable_progress_bar if bars else transformers_logging.disable_progress_bar
+    try:
+        switch()
+        transformers_logging.set_verbosity_info()
+        with suppress(KeyError), quiet_transformers():
+            assert transformers_logging.get_verbosity() == logging.ERROR
+            assert not transformers_logging.is_progress_bar_enabled()
+            raise KeyError
+        assert transformers_logging.get_verbosity() == logging.INFO
+        assert transformers_logging.is_progress_bar_enabled() is bars
+    finally:
+        transformers_logging.set_verbosity(before[0])
+        restore = transformers_logging.enable_progress_bar if before[1] else transformers_logging.disable_progress_bar
+        restore()
+
+
 def test_nothing_is_printed(zoo: Zoo, capfd: pytest.CaptureFixture[str]) -> None:
     folder = zoo("mixtral")
     capfd.readouterr()
@@ -100,8 +121,10 @@ def test_no_warning_is_raised(zoo: Zoo) -> None:
 def test_threads_and_files_are_given_back(zoo: Zoo) -> None:
     folder = zoo("mixtral")
 
+    others = set(threading.enumerate())
+
     def held() -> tuple[set[str], int]:
-        names = {thread.name for thread in threading.enumerate() if thread.name.startswith("edgemoe")}
+        names = {thread.name for thread in set(threading.enumerate()) - others if thread.name.startswith("edgemoe")}
         descriptors = Path("/proc/self/fd")
         files = [link.resolve() for link in descriptors.iterdir()] if descriptors.exists() else []
         return names, sum(file.parent == folder for file in files)
@@ -118,9 +141,11 @@ def test_a_load_that_fails_half_way_gives_everything_back(zoo: Zoo) -> None:
     def refuse(progress: object) -> None:
         raise KeyboardInterrupt
 
+    others = set(threading.enumerate())
     with pytest.raises(KeyboardInterrupt):
         Engine.load(zoo("mixtral"), expert_cache=4, threads=2, on_progress=refuse)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("edgemoe")]
+    left = [thread.name for thread in set(threading.enumerate()) - others]
+    assert not [name for name in left if name.startswith("edgemoe")]
 
 
 def test_the_checkpoint_is_not_written_to(zoo: Zoo, tmp_path: Path) -> None:
