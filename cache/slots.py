@@ -24,7 +24,7 @@ class SlotPool:
         self.device = device
         self._map: mmap.mmap | None = None
         if device.type == "cpu":
-            self._map = mmap.mmap(-1, max(1, count * self.slot_nbytes))
+            self._map = _private_map(max(1, count * self.slot_nbytes))
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 self._map.madvise(mmap.MADV_HUGEPAGE)
             flat = torch.frombuffer(self._map, dtype=torch.uint8)[: count * self.slot_nbytes]
@@ -55,3 +55,10 @@ class SlotPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _private_map(nbytes: int) -> mmap.mmap:
+    """Memory of this process alone: a shared map, Python's default, would not be given huge pages."""
+    if hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return mmap.mmap(-1, nbytes)

@@ -14,6 +14,8 @@ from edgemoe.torch_threads import torch_threads
 AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 3e-2}
 """How far logits may differ, relative to their spread, for two ways of computing the same thing."""
 
+LONG_PAST = 256
+"""Tokens; attention over a longer past is worth PyTorch's threads again."""
 WORTH_THREADS = 64 << 20
 """Tokens times the weight bytes that each one multiplies; a pass with less is done sooner by one thread."""
 
@@ -52,6 +54,8 @@ class Decoder:
         # With few tokens our kernels have the cores, and with little work there is nothing to share; PyTorch's
         # threads would spin on the cores between operations.
         few = len(tokens) <= KERNEL_TOKENS or len(tokens) * self._nbytes_per_token < WORTH_THREADS
+        few = few and sequence.tokens < LONG_PAST
+        sequence.tokens += len(tokens)
         with torch.inference_mode(), torch_threads(1 if few else self._threads):
             ids = torch.tensor([list(tokens)], device=self._device)
             extra = {"logits_to_keep": 1} if self._keeps_last else {}
@@ -85,3 +89,4 @@ class Past:
 
     def __init__(self, cache: Any) -> None:
         self.cache = cache
+        self.tokens = 0

@@ -62,6 +62,9 @@ class Batch:
 class Experts(ABC):
     """Computes some experts of a batch. `module` is transformers' experts module, without its weights."""
 
+    row_multiple = 1
+    """Tokens of an expert are filled up to a multiple of this; the extra rows are dropped."""
+
     def __init__(self, module: Any, layout: RecordLayout, pool: SlotPool) -> None:
         self.module = module
         self.layout = layout
@@ -75,11 +78,13 @@ class Experts(ABC):
         """The reference arithmetic of one expert."""
         module, rows = self.module, batch.rows[expert]
         weights = self.pool.views(slot, self.layout)
-        x = batch.hidden if len(rows) == len(batch.hidden) == 1 else batch.hidden[batch.tokens(rows)]
+        tokens = batch.tokens(rows)
+        x = batch.hidden[tokens + tokens[-1:] * (-len(tokens) % self.row_multiple)]
         up = "gate_up_proj" if module.has_gate else "up_proj"
         inner = self._linear(x, weights, up)
         inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-        batch.outputs[rows] = self._linear(inner, weights, "down_proj").to(batch.outputs.dtype)
+        outer = self._linear(inner, weights, "down_proj")[: len(rows)]
+        batch.outputs[rows] = outer.to(batch.outputs.dtype)
 
     def _linear(self, x: torch.Tensor, weights: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
         weight = weights[name].t() if self.module.is_transposed else weights[name]
@@ -99,6 +104,9 @@ class PlainExperts(Experts):
 
 class FastExperts(Experts):
     """Kernels for experts with few tokens, the reference for the rest. CPU only."""
+
+    row_multiple = 16
+    # PyTorch's CPU products compile and keep code for every number of rows; in a prefill every expert has another.
 
     def __init__(self, module: Any, layout: RecordLayout, pool: SlotPool, workers: Workers) -> None:
         super().__init__(module, layout, pool)
