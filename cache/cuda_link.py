@@ -13,7 +13,7 @@ import itertools
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -118,6 +118,7 @@ class CudaLink(Link):
             (streams.staging(store.slot_nbytes), None) for _ in range(staging)
         ]
         self._last_use: dict[int, Any] = {}
+        self._in_flight: list[Any] = []
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._issued = threading.Condition(self._lock)
@@ -189,6 +190,9 @@ class CudaLink(Link):
             self._work.notify()
         self._thread.join()
         self._readers.shutdown()
+        for event in self._in_flight:
+            self._streams.block(event)
+        self._in_flight.clear()
         self._ring.clear()
 
     def _pinned(self, expert: ExpertId) -> torch.Tensor | None:
@@ -201,6 +205,9 @@ class CudaLink(Link):
         size = self._store.record_nbytes(copy.expert)
         copy.event = self._streams.copy(memory[:size], source[:size], self._last_use.get(copy.slot))
         copy.done = True
+        with self._lock:
+            self._in_flight = [event for event in self._in_flight if not self._streams.passed(event)]
+            self._in_flight.append(copy.event)
 
     def _dispatch(self) -> None:
         while True:
@@ -232,8 +239,11 @@ class CudaLink(Link):
             if last is not None:
                 self._streams.block(last)
             pieces = self._store.pieces(copy.expert, buffer)
-            for future in [self._readers.submit(move) for _, move in pieces]:
-                future.result()
+            reads = [self._readers.submit(move) for _, move in pieces]
+            # All of them, even after a failure: whoever gets the buffer next must be its only writer.
+            wait(reads)
+            for read in reads:
+                read.result()
             Throttle.sleep_until(arrival)
             self._issue(copy, memory, buffer)
             last = copy.event

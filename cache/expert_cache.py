@@ -67,8 +67,10 @@ class ExpertCache:
         exhaust it) before the next call.
         """
         wanted = [ExpertId(layer, index) for index in experts]
-        hits = [expert for expert in wanted if self.is_resident(expert)]
-        misses = deque(expert for expert in wanted if not self.is_resident(expert))
+        # Asked once each: what arrives in between must be in one of the two.
+        resident = {expert: self.is_resident(expert) for expert in wanted}
+        hits = [expert for expert in wanted if resident[expert]]
+        misses = deque(expert for expert in wanted if not resident[expert])
         self._count(hits, misses)
         on_the_way: list[Transfer] = []
         pinned: list[ExpertId] = []
@@ -77,6 +79,7 @@ class ExpertCache:
                 self._pin(expert, pinned)
                 self._policy.used(expert)
             self._settle(hits)
+            self._promote(misses, on_the_way, pinned)
             self._demand(misses, on_the_way, pinned)
             if hits:
                 yield self._loan(hits)
@@ -136,32 +139,36 @@ class ExpertCache:
             if held.fresh_prefetch:
                 held.fresh_prefetch = False
                 counters.bytes_prefetched_used += nbytes
-        for expert in misses:
-            late = self._held.get(expert)
-            nbytes = self.store.record_nbytes(expert)
-            if late is not None and late.fresh_prefetch:
-                late.fresh_prefetch = False
-                counters.bytes_prefetched_late += nbytes
-            else:
-                counters.bytes_demanded += nbytes
+
+    def _promote(self, misses: deque[ExpertId], on_the_way: list[Transfer], pinned: list[ExpertId]) -> None:
+        """Takes what is on the link already off `misses`, and pins it before any slot is taken."""
+        for expert in list(misses):
+            held = self._held.get(expert)
+            if held is None or held.transfer is None or held.transfer.error is not None:
+                continue
+            self._link.promote(held.transfer)
+            self._policy.used(expert)
+            if held.fresh_prefetch:
+                held.fresh_prefetch = False
+                self.counters.bytes_prefetched_late += self.store.record_nbytes(expert)
+            misses.remove(expert)
+            self._pin(expert, pinned)
+            on_the_way.append(held.transfer)
 
     def _demand(self, misses: deque[ExpertId], on_the_way: list[Transfer], pinned: list[ExpertId]) -> None:
         """Starts as many of `misses` as there are slots for, and pins them."""
         while misses:
             expert = misses[0]
-            held = self._held.get(expert)
-            if held is not None and held.transfer is not None and not (held.transfer.done and held.transfer.error):
-                self._link.promote(held.transfer)
-                self._policy.used(expert)
-            else:
-                if held is not None:
-                    self._drop(expert)
-                slot = self._take_slot(expert.layer, ())
-                if slot is None and not (on_the_way or pinned):
-                    slot = self._outlast_prefetches()
-                if slot is None:
-                    return
-                held = self._load(expert, slot, Priority.DEMAND)
+            if expert in self._held:
+                # Its load failed before and is tried again.
+                self._drop(expert)
+            slot = self._take_slot(expert.layer, ())
+            if slot is None and not (on_the_way or pinned):
+                slot = self._outlast_prefetches(expert.layer)
+            if slot is None:
+                return
+            held = self._load(expert, slot, Priority.DEMAND)
+            self.counters.bytes_demanded += self.store.record_nbytes(expert)
             assert held.transfer is not None
             misses.popleft()
             self._pin(expert, pinned)
@@ -205,7 +212,8 @@ class ExpertCache:
         victim = self._policy.victim(layer, evictable)
         if victim is None:
             return None if keep else self._call_off_a_prefetch()
-        if self._held[victim].fresh_prefetch:
+        held = self._held[victim]
+        if held.fresh_prefetch and not (held.transfer is not None and held.transfer.error is not None):
             self.counters.bytes_prefetched_wasted += self.store.record_nbytes(victim)
         self._drop(victim)
         return self._free.pop()
@@ -223,13 +231,14 @@ class ExpertCache:
                 return self._free.pop()
         return None
 
-    def _outlast_prefetches(self) -> int:
-        """A slot when every one is held by a prefetch on its way: the first to arrive gives its slot up."""
+    def _outlast_prefetches(self, layer: int) -> int | None:
+        """A slot when every one is held by a load on its way that nobody waits for: that of the first to arrive."""
         moving = [held.transfer for held in self._held.values() if held.transfer is not None]
-        arrived = self._link.wait_any(moving)[0]
-        self.counters.bytes_prefetched_wasted += self.store.record_nbytes(arrived.expert)
-        self._drop(arrived.expert)
-        return self._free.pop()
+        assert moving, "no slot is free although nothing is pinned"
+        started = time.perf_counter()
+        self._link.wait_any(moving)
+        self.counters.link_wait_seconds += time.perf_counter() - started
+        return self._take_slot(layer, ())
 
     def _drop(self, expert: ExpertId) -> None:
         self._free.append(self._held.pop(expert).slot)

@@ -27,8 +27,29 @@ class FileReader(ABC):
         """Gives the file back; no read may be under way or follow."""
 
 
+class PositionedReader(FileReader):
+    """Through the page cache, with one handle for all threads."""
+
+    def __init__(self, path: Path) -> None:
+        self._handle = os.open(path, os.O_RDONLY)
+
+    def read(self, offset: int, into: memoryview) -> int:
+        """See the base class."""
+        done = 0
+        while done < len(into):
+            count = os.preadv(self._handle, [into[done:]], offset + done)
+            if count == 0:
+                break
+            done += count
+        return done
+
+    def close(self) -> None:
+        """See the base class."""
+        os.close(self._handle)
+
+
 class CachedReader(FileReader):
-    """Through the page cache. Each thread has a handle of its own, since not every system reads at a position."""
+    """Through the page cache, a handle for each thread: for systems that cannot read at a position."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -84,10 +105,10 @@ class DirectReader(FileReader):
             done += count
             if count == 0 or count % BLOCK:
                 break
-        found = min(done, wanted) - skip
+        found = max(0, min(done, wanted) - skip)
         # numpy's copy lets other threads run meanwhile; one between memoryviews would not.
         np.copyto(np.frombuffer(into, np.uint8)[:found], np.frombuffer(buffer, np.uint8)[skip : skip + found])
-        return max(0, found)
+        return found
 
     def close(self) -> None:
         """See the base class."""
@@ -108,4 +129,4 @@ def open_file(path: Path, *, direct: bool) -> FileReader:
         except OSError:
             # Memory file systems have nothing to bypass and say so by refusing.
             pass
-    return CachedReader(path)
+    return PositionedReader(path) if hasattr(os, "preadv") else CachedReader(path)

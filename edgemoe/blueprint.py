@@ -22,6 +22,8 @@ from edgemoe.expert_site import ExpertSite, require_sites
 from edgemoe.expert_sources import ExpertSources
 from edgemoe.quiet import quiet_transformers
 
+QUANTISED_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32)
+
 
 @dataclass(frozen=True)
 class Blueprint:
@@ -133,9 +135,8 @@ def _dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
     """The dtype to compute in; "auto" is what most bytes of the checkpoint are stored in."""
     weights = {key: entry for key, entry in checkpoint.tensors.items() if entry.dtype.is_floating_point}
     unusable = [key for key, entry in weights.items() if entry.dtype not in WEIGHT_DTYPES]
-    integers = [
-        key for key, entry in checkpoint.tensors.items() if not entry.dtype.is_floating_point and entry.nbytes > 4096
-    ]
+    # Quantised weights are small integers; some families have tables and counters in large ones.
+    integers = [key for key, entry in checkpoint.tensors.items() if entry.dtype in QUANTISED_DTYPES]
     if unusable or integers or not weights:
         key = (unusable + integers + ["no weights"])[0]
         kept = checkpoint.tensors[key].dtype if key in checkpoint.tensors else "nothing"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -129,7 +130,7 @@ def _weight_files(folder: Path, name: str) -> list[Path]:
     if index.exists():
         try:
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index} cannot be read ({error}): fetch the checkpoint again") from error
         files = [folder / shard for shard in shards]
         missing = [file.name for file in files if not file.exists()]
@@ -164,10 +165,21 @@ def read_table(file: Path, number: int) -> Iterator[tuple[str, TensorEntry]]:
         except ValueError as error:
             raise CheckpointError(f"{file} has a damaged header ({error}): {again}") from error
     data = 8 + length
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file} has a damaged header (no table): {again}")
     for key, record in header.items():
         if key == "__metadata__":
             continue
-        start, stop = record["data_offsets"]
+        try:
+            start, stop = record["data_offsets"]
+            shape, name = tuple(record["shape"]), record["dtype"]
+            sound = 0 <= start <= stop and all(isinstance(side, int) and side >= 0 for side in shape)
+            if name in DTYPES:
+                sound = sound and stop - start == math.prod(shape) * DTYPES[name].itemsize
+        except (KeyError, TypeError, ValueError):
+            sound = False
+        if not sound:
+            raise CheckpointError(f"{file} has a damaged header (at {key}): {again}")
         if data + stop > size:
             raise CheckpointError(
                 f"{file} is truncated: {key} ends at byte {data + stop} and the file at {size}: {again}"

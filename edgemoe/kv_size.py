@@ -40,7 +40,9 @@ def measure_kv(blueprint: Blueprint) -> KvSize:
     except Exception:
         # A family may read values in its forward, which a pass without data has not.
         return _from_config(blueprint)
-    fixed, layers = 0, []
+    # Some families keep states beside the layers.
+    own = {name: value for name, value in vars(cache).items() if name != "layers"}
+    fixed, layers = sum(tensor.nbytes for tensor in _tensors(own)), []
     for layer in cache.layers:
         nbytes = sum(tensor.nbytes for tensor in _tensors(vars(layer)))
         if getattr(layer, "keys", None) is not None:

@@ -72,7 +72,8 @@ def load_dense(blueprint: Blueprint, device: torch.device, on_read: Callable[[in
         release_weights(site, model)
     settings = load_config(model, blueprint.dtype, device)
     try:
-        with quiet_transformers(), torch.no_grad():
+        # The loader draws initial values too, which must not show in the caller's random numbers.
+        with quiet_transformers(), torch.no_grad(), torch.random.fork_rng(devices=[]):
             info, _ = model._load_pretrained_model(model, lazy, None, settings)
             info = model._finalize_model_loading(model, settings, info)
     except OSError as error:

@@ -24,6 +24,8 @@ def make_plan(blueprint: Blueprint, config: EngineConfig) -> Plan:
 
     Raises PlanError, naming the smallest change that fits, when it cannot be done.
     """
+    if config.link_gbps is not None and not config.link_gbps > 0:
+        raise PlanError(f"a simulated link of {config.link_gbps} GB/s moves nothing: give more than 0 with --link-gbps")
     device = choose_device(config.device)
     free = _device_free(device)
     text = blueprint.config.get_text_config()
@@ -164,7 +166,7 @@ def _wanted_slots(plan: Plan, asked: str | int) -> int | None:
             slots = int(plan.experts * float(text[:-1]) / 100)
         else:
             slots = parse_bytes(text) // plan.slot_nbytes
-    except ValueError:
+    except (ValueError, OverflowError):
         raise PlanError(f"--expert-cache {text!r} is none of {forms}: give one of these") from None
     if slots < 1:
         raise PlanError(

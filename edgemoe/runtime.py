@@ -31,6 +31,7 @@ class Runtime:
         self, blueprint: Blueprint, plan: Plan, config: EngineConfig, on_progress: Callable[[Progress], None]
     ) -> None:
         self._stack = ExitStack()
+        self.model: Any = None
         try:
             self._build(blueprint, plan, config, on_progress)
         except BaseException:
@@ -41,16 +42,14 @@ class Runtime:
         self, blueprint: Blueprint, plan: Plan, config: EngineConfig, on_progress: Callable[[Progress], None]
     ) -> None:
         device = torch.device(plan.device)
-        self.model: Any = load_dense(
-            blueprint, device, lambda done, total: on_progress(Progress("weights", done, total))
-        )
+        self.model = load_dense(blueprint, device, lambda done, total: on_progress(Progress("weights", done, total)))
         layouts = [site.layout for site in blueprint.sites]
         files = SafetensorsStore(blueprint.checkpoint.files, layouts, blueprint.records, direct=plan.direct_reads)
         self._stack.callback(files.close)
         throttle = Throttle(config.link_gbps * 1e9) if config.link_gbps else None
+        pool = self._stack.enter_context(SlotPool(plan.slots, files.slot_nbytes, device))
         link = self._link(files, plan, config, throttle, on_progress)
         self._stack.callback(link.close)
-        pool = self._stack.enter_context(SlotPool(plan.slots, files.slot_nbytes, device))
         self.link = link
         self.cache = ExpertCache(files, link, pool, BalancedLRU(plan.layers, plan.slots))
         workers = Workers(plan.threads)
@@ -84,4 +83,8 @@ class Runtime:
         """Ends the threads and gives files and memory back. Idempotent."""
         # What was entered last leaves first: kernels, slots, link, files; the model's weights go with it.
         self._stack.close()
+        if self.model is not None:
+            # Our forwards refer to their modules: without this only the garbage collector would free the weights.
+            for module in self.model.modules():
+                vars(module).pop("forward", None)
         self.model = None

@@ -42,25 +42,35 @@ class Sampling:
     """Go on past the end-of-sequence token."""
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        try:
+            stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        except TypeError:
+            raise RequestError(f"stop must be non-empty strings, not {self.stop!r}") from None
         object.__setattr__(self, "stop", stop)
         self._check("temperature", "at least 0", lambda value: value >= 0)
-        self._check("top_k", "an integer of at least 0", lambda value: value >= 0 and value == int(value))
+        self._check("top_k", "an integer of at least 0", lambda value: value >= 0, whole=True)
         self._check("top_p", "above 0 and at most 1", lambda value: 0 < value <= 1)
         self._check("min_p", "from 0 to 1", lambda value: 0 <= value <= 1)
         self._check("repetition_penalty", "above 0", lambda value: value > 0)
-        self._check("seed", "an integer from 0 to 2^63 - 1", lambda value: 0 <= value < 1 << 63 and value == int(value))
-        self._check("max_tokens", "an integer of at least 1", lambda value: value >= 1 and value == int(value))
-        self._check("logprobs", "an integer from 0 to 20", lambda value: 0 <= value <= 20 and value == int(value))
+        self._check("seed", "an integer from 0 to 2^63 - 1", lambda value: 0 <= value < 1 << 63, whole=True)
+        self._check("max_tokens", "an integer of at least 1", lambda value: value >= 1, whole=True)
+        self._check("logprobs", "an integer from 0 to 20", lambda value: 0 <= value <= 20, whole=True)
         if not all(isinstance(text, str) and text for text in stop):
             raise RequestError(f"stop must be non-empty strings, not {self.stop!r}")
 
-    def _check(self, name: str, range_: str, holds: Any) -> None:
+    def _check(self, name: str, range_: str, holds: Any, *, whole: bool = False) -> None:
         value = getattr(self, name)
         if value is None:
             return
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value):
+        number = not isinstance(value, bool) and isinstance(value, (int, float)) and holds(value)
+        if not number or (whole and not float(value).is_integer()):
             raise RequestError(f"{name} must be {range_}, not {value!r}")
+        if whole:
+            object.__setattr__(self, name, int(value))
+
+
+GREEDY_BELOW = 1e-6
+"""Temperatures under this are greedy: dividing by them would leave float32's range."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +138,7 @@ class Sampler:
             TopPLogitsWarper,
         )
 
-        self.greedy = settings.temperature == 0
+        self.greedy = settings.temperature < GREEDY_BELOW
         self._generator = torch.Generator().manual_seed(settings.seed)
         steps: list[Any] = []
         if settings.repetition_penalty != 1:

@@ -19,25 +19,31 @@ class Detokenizer:
         self._ids: list[int] = []
         self._context = 0
         self._given = 0
+        self._sent = 0
 
     def push(self, token: int) -> str:
         """The text that `token` completes; empty while a character is unfinished."""
         self._ids.append(token)
         # Decoding starts a little before the new tokens, since a decoder treats a first token apart.
-        before = self._decode(self._ids[self._context : self._given])
         text = self._decode(self._ids[self._context :])
-        held = len(self._ids) - self._given
-        if text.endswith(UNFINISHED) and held <= HELD_TOKENS:
-            return ""
+        if text.endswith(UNFINISHED):
+            if len(self._ids) - self._given <= HELD_TOKENS:
+                return ""
+            # Too many for one character; but what follows may still complete the last of them.
+            return self._release(text, max(self._sent, len(text) - 1))
+        piece = self._release(text, len(text))
         self._context, self._given = self._given, len(self._ids)
-        return text[len(before) :]
+        self._sent = len(self._decode(self._ids[self._context :]))
+        return piece
 
     def finish(self) -> str:
         """What is left at the end, unfinished characters as the decoder shows them."""
-        before = self._decode(self._ids[self._context : self._given])
-        rest = self._decode(self._ids[self._context :])[len(before) :]
-        self._context = self._given = len(self._ids)
-        return rest
+        text = self._decode(self._ids[self._context :])
+        return self._release(text, len(text))
+
+    def _release(self, text: str, end: int) -> str:
+        piece, self._sent = text[self._sent : end], end
+        return piece
 
     def _decode(self, ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -35,7 +35,12 @@ def load_generation_config(blueprint: Blueprint) -> Any:
     folder = blueprint.checkpoint.folder
     with quiet_transformers():
         if (folder / "generation_config.json").exists():
-            return GenerationConfig.from_pretrained(folder, local_files_only=True)
+            try:
+                return GenerationConfig.from_pretrained(folder, local_files_only=True)
+            except Exception as error:
+                raise CheckpointError(
+                    f"{folder / 'generation_config.json'} cannot be read: fetch it again, or remove it"
+                ) from error
         return GenerationConfig.from_model_config(blueprint.config)
 
 
