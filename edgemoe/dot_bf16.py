@@ -30,7 +30,7 @@ if available():
     llvm.initialize_native_asmparser()
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def dot(typing_context: Any, row: Any, values: Any, count: Any) -> Any:
     """Σ row[j]·values[j] as float32: addresses of bf16 values and their count, a multiple of `VALUES`, all int64."""
     return types.float32(types.int64, types.int64, types.int64), _generate

@@ -114,7 +114,8 @@ def gather_bf16_dot(slots, offset, columns, pool, tokens, starts, x, out, first,
         matrix = weights + 2 * (slots[i] * pool.shape[1] + offset)
         for r in range(first, last):
             for p in range(starts[i], starts[i + 1]):
-                out[p, r] = dot_bf16.dot(matrix + 2 * r * columns, values + 2 * tokens[p] * columns, columns)
+                row = matrix + 2 * r * columns
+                out[p, r] = dot_bf16.dot(row, values + 2 * tokens[p] * columns, columns)  # type: ignore[call-arg]
 
 
 @dataclass(frozen=True)
