@@ -14,6 +14,13 @@ NAMES = {
     "start": "time to the first token, and of --help",
     "bad-input": "one clear sentence for every kind of bad input",
     "demo-score": "the shipped model on held-out items of its documented tasks",
+    "batch-exact": "32 mixed requests together against one by one, every tested family",
+    "batch-sharing": "tokens/s and bytes moved per token at batch 1 to 256, a quarter of the experts cached",
+    "batch-on-demand": "batch 64 against loading every needed expert for every sequence",
+    "batch-fair": "how long requests wait in an adversarial mix of long and short ones",
+    "batch-peer": "16 sequences at once, all experts in memory, against transformers' generate",
+    "batch-resume": "a run that is killed twenty times and resumed, against one that is left alone",
+    "batch-memory": "peak memory of a run on 100,000 lines against one on 100",
     "inflated-demo": "the widened shipped model says what the shipped one says",
 }
 

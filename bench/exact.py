@@ -51,6 +51,6 @@ def compare(family: str, folder: Path) -> dict[str, Any]:
         with Engine.load(folder, device="cpu", expert_cache=count, threads=1) as engine:
             completion = engine.generate(prompt[0].tolist(), Sampling(max_tokens=TOKENS))
             same = same and list(completion.token_ids) == expected
-            found = engine._decoder.step(engine._decoder.start(PROMPT), prompt[0].tolist())
+            found = engine._batch.decoder.step(engine._batch.decoder.start(PROMPT), prompt[0].tolist())
             difference = max(difference, float((found - logits).abs().max()))
     return {"same": same, "logits": difference}

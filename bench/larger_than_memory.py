@@ -71,14 +71,14 @@ def ours(folder: Path) -> dict[str, Any]:
     tokens = random_tokens(PROMPT + STEPS)
     with Engine.load(folder, device="cpu", context=256) as engine:
         runtime = engine._loaded()
-        past = engine._decoder.start(len(tokens))
-        engine._decoder.step(past, tokens[:PROMPT])
+        past = engine._batch.decoder.start(len(tokens))
+        engine._batch.decoder.step(past, tokens[:PROMPT])
         link = runtime.link
         before, busy, moved = runtime.cache.counters.copy(), link.busy_seconds, link.bytes_moved
         recorder = WaitRecorder(runtime.cache.store, link)
         started = time.perf_counter()
         for token in tokens[PROMPT:]:
-            engine._decoder.step(past, [token])
+            engine._batch.decoder.step(past, [token])
         seconds = time.perf_counter() - started
         counters = runtime.cache.counters
         loaded = counters.bytes_loaded - before.bytes_loaded

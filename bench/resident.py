@@ -30,7 +30,7 @@ def run() -> Measurement:
     from transformers import AutoModelForCausalLM
 
     with Engine.load(folder, device="cpu", threads=THREADS, expert_cache="100%", context=1024) as engine:
-        _make_resident(engine)
+        make_resident(engine)
         with quiet_transformers():
             peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
         rounds = [_round(engine, peer, seed) for seed in range(ROUNDS)]
@@ -54,7 +54,7 @@ def run() -> Measurement:
     return Measurement(NAME, value, BAR, decode >= 1.15 and of_floor >= 0.65 and prefill >= 1.0, detail)
 
 
-def _make_resident(engine: Engine) -> None:
+def make_resident(engine: Engine) -> None:
     """Waits until every expert is in its slot."""
     runtime = engine._loaded()
     for layer, count in enumerate(runtime.cache.store.experts):
@@ -79,8 +79,8 @@ def _round(engine: Engine, peer: Any, seed: int) -> dict[str, float]:
 
 def engine_steps(engine: Engine, prompt: list[int]) -> Callable[[list[int]], object]:
     """Appends tokens to a sequence of ours."""
-    past = engine._decoder.start(len(prompt) + STEPS)
-    return lambda tokens: engine._decoder.step(past, tokens)
+    past = engine._batch.decoder.start(len(prompt) + STEPS)
+    return lambda tokens: engine._batch.decoder.step(past, tokens)
 
 
 def peer_steps(peer: Any, prompt: list[int]) -> Callable[[list[int]], object]:

@@ -14,6 +14,9 @@ from edgemoe.cache.record import ExpertId
 from edgemoe.cache.slots import SlotPool
 from edgemoe.cache.store import ExpertStore
 
+PASSING_SLOTS = 3
+"""Slots of a layer's share through which its less wanted experts pass: one in use, one on the link, one ready."""
+
 
 @dataclass
 class _Resident:
@@ -57,14 +60,18 @@ class ExpertCache:
         self._policy = policy
         self._held: dict[ExpertId, _Resident] = {}
         self._free = list(range(pool.count - 1, -1, -1))
+        # A layer that needs more experts than its share of the slots passes the others through these few.
+        self._stay = max(0, pool.count // len(store.experts) - PASSING_SLOTS)
+        self._staying: set[ExpertId] = set()
 
     def borrow(self, layer: int, experts: Sequence[int]) -> Iterator[Loan]:
         """Yields loans that cover `experts` (distinct) of `layer` once each: hits first, misses as they arrive.
 
         Misses are put on the link before the hits are yielded, in the given order. When there are fewer
         slots than misses, slots are reused as loans end, so any number of experts passes through any
-        number of slots. Raises the store's OSError when a record cannot be read. Close the iterator (or
-        exhaust it) before the next call.
+        number of slots. Those that come last in `experts` count as used last, in whatever order they
+        arrive, and keep their slots while others can go. Raises the store's OSError when a record cannot
+        be read. Close the iterator (or exhaust it) before the next call.
         """
         wanted = [ExpertId(layer, index) for index in experts]
         # Asked once each: what arrives in between must be in one of the two.
@@ -74,6 +81,7 @@ class ExpertCache:
         self._count(hits, misses)
         on_the_way: list[Transfer] = []
         pinned: list[ExpertId] = []
+        self._staying = set(wanted[-self._stay :]) if self._stay else set()
         try:
             for expert in hits:
                 self._pin(expert, pinned)
@@ -91,6 +99,10 @@ class ExpertCache:
                 self._unpin(arrived, pinned)
         finally:
             self._unpin(list(pinned), pinned)
+            self._staying = set()
+            for expert in wanted:
+                if expert in self._held:
+                    self._policy.used(expert)
 
     def prefetch(self, experts: Sequence[ExpertId], wanted_sooner: Collection[ExpertId] = ()) -> int:
         """Puts `experts` on the link, in this order, behind every demanded load; returns how many were started.
@@ -209,7 +221,9 @@ class ExpertCache:
             moving = held.transfer is not None and not held.transfer.done
             return held.pins == 0 and not moving and expert not in keep and not (keep and held.fresh_prefetch)
 
-        victim = self._policy.victim(layer, evictable)
+        staying = self._staying
+        victim = self._policy.victim(layer, lambda expert: expert not in staying and evictable(expert))
+        victim = victim or self._policy.victim(layer, evictable)
         if victim is None:
             return None if keep else self._call_off_a_prefetch()
         held = self._held[victim]

@@ -130,11 +130,23 @@ def yes_or_no(value: str) -> bool:
         ) from None
 
 
-def dtype(value: str) -> str:
-    """The name of a number format."""
-    if value not in _DTYPES:
-        raise argparse.ArgumentTypeError(f"{value!r} is not known; give one of {', '.join(_DTYPES)}")
-    return value
+def one_of(*names: str) -> Callable[[str], str]:
+    """One of a few words."""
+
+    def named(value: str) -> str:
+        if value not in names:
+            raise argparse.ArgumentTypeError(f"{value!r} is not known; give one of {', '.join(names)}")
+        return value
+
+    return named
+
+
+def batch_size(value: str) -> str | int:
+    """How many sequences to decode together: a number, or auto."""
+    size = value.strip().lower()
+    if size != "auto" and not size.lstrip("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"{value!r} is no size of a batch; give auto, or a number such as 16")
+    return size if size == "auto" else counted(size)
 
 
 def device(value: str) -> str:
@@ -170,7 +182,7 @@ def add_model_options(parser: Parser) -> None:
     parser.option("-c", "--ctx-size", convert=counted, metavar="N", help="tokens of context to make room for")
     parser.option("-t", "--threads", convert=counted, metavar="N", help="CPU threads to compute with")
     parser.option("--device", convert=device, metavar="DEVICE", help="auto, cpu, cuda or cuda:N")
-    parser.option("--dtype", convert=dtype, metavar="DTYPE", help=", ".join(_DTYPES))
+    parser.option("--dtype", convert=one_of(*_DTYPES), metavar="DTYPE", help=", ".join(_DTYPES))
     parser.option(
         "--expert-cache",
         convert=expert_cache,
@@ -210,13 +222,18 @@ def add_sampling_options(parser: Parser) -> None:
     parser.switch("--ignore-eos", help="go on after the model's end of text, up to --max-tokens")
 
 
-def add_system_prompt(parser: Parser) -> None:
-    """The system prompt of conversations."""
+def add_batch_option(parser: Parser) -> None:
+    """How many sequences to decode together."""
+    parser.option(
+        "--batch", convert=batch_size, metavar="N", help="sequences to decode together: auto (as many as pay), or N"
+    )
+
+
+def add_generation_options(parser: Parser) -> None:
+    """Everything that generating takes: the model, the sampling, the system prompt, and what is said of it."""
     parser.option("-sys", "--system-prompt", convert=text, metavar="TEXT", help="system prompt of conversations")
-
-
-def add_verbose(parser: Parser) -> None:
-    """More on standard error."""
+    add_model_options(parser)
+    add_sampling_options(parser)
     parser.switch("-v", "--verbose", help="say more on standard error: the plan, the timings of each reply")
 
 
@@ -243,6 +260,7 @@ _MODEL_FIELDS = {
     "expert_cache": "expert_cache",
     "offline": "offline",
     "link_gbps": "link_gbps",
+    "batch": "batch",
 }
 
 

@@ -64,9 +64,9 @@ def _piped() -> str:
 def _answer_once(session: Session, message: str, *, verbose: bool) -> int:
     """One answer on standard output, and nothing else there."""
     session.conversation.say(message)
-    prompt = session.engine.chat_prompt(session.conversation.messages)
+    messages = session.conversation.messages
     with Interruption(session.engine.cancel) as interruption:
-        answer = ask(session.engine, prompt, session.sampling, interruption, lambda chunk: put(chunk.text))
+        answer = ask(session.engine, messages, session.sampling, interruption, lambda chunk: put(chunk.text))
         put("" if answer.text.endswith("\n") else "\n")
     if verbose:
         say(speeds(answer.timings))

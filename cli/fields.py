@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,12 +11,62 @@ class FieldError(ValueError):
     """A field is unknown or holds something it may not; the message is one sentence."""
 
 
+MOST_CHOICES = 128
+_SHOWN_AT_MOST = 60
+
 _NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
 _WHOLE_NUMBERS = ("top_k", "seed", "max_tokens", "max_completion_tokens")
-_SHARED = ("model", "n", "stream", "stop", "ignore_eos", "logprobs", *_NUMBERS, *_WHOLE_NUMBERS)
-CHAT_FIELDS = ("messages", "top_logprobs", *_SHARED)
-COMPLETION_FIELDS = ("prompt", *_SHARED)
+_SHARED = ("n", "stop", "ignore_eos", "logprobs", *_NUMBERS, *_WHOLE_NUMBERS)
+_LABELS = ("model", "user", "metadata", "safety_identifier", "prompt_cache_key")
+"""Fields that do not bear on the reply, whatever they hold."""
+
+_PLAIN_SHARED: dict[str, tuple[Any, ...]] = {
+    "stream": (False,),
+    "stream_options": (),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+}
+_PLAIN_COMPLETION: dict[str, tuple[Any, ...]] = {**_PLAIN_SHARED, "echo": (False,), "suffix": ("",)}
+_PLAIN_CHAT: dict[str, tuple[Any, ...]] = {
+    **_PLAIN_SHARED,
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+}
+"""Fields of OpenAI's that are served only where their value asks for nothing; null always does."""
+
+_CHAT = ("messages", "top_logprobs", *_SHARED)
+_COMPLETION = ("prompt", "best_of", *_SHARED)
+CHAT_FIELDS = (*_CHAT, *_LABELS, *_PLAIN_CHAT)
+COMPLETION_FIELDS = (*_COMPLETION, *_LABELS, *_PLAIN_COMPLETION)
 _MESSAGE_FIELDS = ("role", "content")
+_PLAIN_MESSAGE: dict[str, tuple[Any, ...]] = {
+    "name": (), "refusal": (), "audio": (), "function_call": (), "tool_calls": ([],), "annotations": ([],),
+}  # fmt: skip
+"""Fields of the messages that OpenAI's API returns, which come back as the messages of the next request."""
+
+
+def check(body: Mapping[str, Any], *, chat: bool) -> None:
+    """Raise FieldError naming every field that is not known, or one whose value asks for what is not served."""
+    body = {name: value for name, value in body.items() if name not in _LABELS}
+    if chat:
+        _check(body, _CHAT, _PLAIN_CHAT)
+    else:
+        _check(body, _COMPLETION, _PLAIN_COMPLETION)
+
+
+def _check(entry: Mapping[str, Any], known: Iterable[str], plain: Mapping[str, tuple[Any, ...]]) -> None:
+    refuse_unknown({name: value for name, value in entry.items() if name not in plain}, known)
+    for name, values in plain.items():
+        value = entry.get(name)
+        if value is not None and not any(_equal(value, served) for served in values):
+            served = " or ".join(map(json.dumps, (*values, None)))
+            raise FieldError(f"{name} is {_shown(value)}, but only {served} is served; leave it out")
 
 
 def refuse_unknown(entry: Mapping[str, Any], known: Iterable[str]) -> None:
@@ -26,13 +77,28 @@ def refuse_unknown(entry: Mapping[str, Any], known: Iterable[str]) -> None:
         raise FieldError(f"unknown {noun} {', '.join(unknown)}; known are {', '.join(sorted(known))}")
 
 
+def _equal(one: Any, other: Any) -> bool:
+    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= _SHOWN_AT_MOST else text[:_SHOWN_AT_MOST] + "…"
+
+
+def choices(body: Mapping[str, Any]) -> int:
+    """How many replies the body asks for."""
+    count = whole("n", body["n"]) if body.get("n") is not None else 1
+    if not 1 <= count <= MOST_CHOICES:
+        raise FieldError(f"n is {count}; give 1 to {MOST_CHOICES}")
+    if body.get("best_of") is not None and not _equal(body["best_of"], count):
+        raise FieldError(f"best_of is {_shown(body['best_of'])}, but only as many as n ({count}) are served")
+    return count
+
+
 def sampling_changes(body: Mapping[str, Any], *, chat: bool) -> dict[str, Any]:
     """The fields of `Sampling` that the body sets; null sets nothing. Limits on the numbers are Sampling's own."""
     given = {name: value for name, value in body.items() if value is not None}
-    if given.get("n", 1) != 1 or isinstance(given.get("n"), bool):
-        raise FieldError(f"n is {given['n']!r}, but only 1 is served; repeat the line for more answers")
-    if given.get("stream", False) is not False:
-        raise FieldError("stream must be false in a file of requests")
     changes: dict[str, Any] = {name: number(name, given[name]) for name in _NUMBERS if name in given}
     changes |= {name: whole(name, given[name]) for name in _WHOLE_NUMBERS if name in given}
     if "max_completion_tokens" in changes:
@@ -89,7 +155,7 @@ def messages(value: Any) -> tuple[dict[str, str], ...]:
 def _message(value: Any) -> dict[str, str]:
     if not isinstance(value, dict):
         raise FieldError("each of messages must be an object with role and content")
-    refuse_unknown(value, _MESSAGE_FIELDS)
+    _check(value, _MESSAGE_FIELDS, _PLAIN_MESSAGE)
     return {"role": words("role", value.get("role")), "content": _content(value.get("content"))}
 
 

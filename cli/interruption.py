@@ -1,44 +1,70 @@
-"""Ctrl-C while a reply is generated: the first asks the engine to stop, the second stops whatever is going on."""
+"""Ctrl-C while something is generated: each one takes the next step towards the end."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType, TracebackType
+from typing import Any
 
 
 class Interruption:
-    """A `with` block in which the first Ctrl-C only sets `requested` and calls `cancel`; a second one raises.
+    """A `with` block in which the first Ctrl-C carries out the first of `steps`, the second the second, and so on.
 
-    What the block does between (writing a result, keeping a reply's text) is therefore never torn.
+    Until the steps are used up, nothing is raised: what the block does between (writing a result, keeping a reply's
+    text) is never torn. The next one raises KeyboardInterrupt.
     """
 
-    def __init__(self, cancel: Callable[[], None]) -> None:
-        self.requested = False
-        self._cancel = cancel
-        self._cancelling: threading.Thread | None = None
-        self._previous: Callable[[int, FrameType | None], object] | int | None = None
+    def __init__(self, *steps: Callable[[], None], signals: Sequence[int] = (signal.SIGINT,)) -> None:
+        self.count = 0
+        self._steps = steps
+        self._signals = signals
+        self._threads: list[threading.Thread] = []
+        self._previous: dict[int, Any] = {}
+        self._waiting = False
+
+    @property
+    def requested(self) -> bool:
+        """Whether there was a Ctrl-C."""
+        return self.count > 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A block that waits for something from outside: there, the first Ctrl-C raises KeyboardInterrupt too."""
+        self._waiting = True
+        try:
+            yield
+        finally:
+            self._waiting = False
 
     def __enter__(self) -> Interruption:
         # Only the main thread may set handlers, and a process told to ignore Ctrl-C (nohup) shall go on ignoring it.
-        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-            self._previous = signal.signal(signal.SIGINT, self._ask)
+        if threading.current_thread() is threading.main_thread():
+            for number in self._signals:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._step)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-        if self._cancelling is not None:
+        for number, previous in self._previous.items():
+            if previous is not None:  # None is a handler that was not set from Python
+                signal.signal(number, previous)
+        for thread in self._threads:
             # A late cancel would hit the next generation.
-            self._cancelling.join(timeout=1.0)
+            thread.join(timeout=1.0)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+    def _step(self, number: int, frame: FrameType | None) -> None:
+        if self.count == len(self._steps):
             raise KeyboardInterrupt
-        self.requested = True
-        # Not from here: the interrupted thread may hold the very lock that `cancel` needs.
-        self._cancelling = threading.Thread(target=self._cancel, daemon=True)
-        self._cancelling.start()
+        step = self._steps[self.count]
+        self.count += 1
+        # Not from here: the interrupted thread may hold the very lock that the step needs.
+        self._threads.append(threading.Thread(target=step, daemon=True))
+        self._threads[-1].start()
+        if self._waiting:
+            self._waiting = False
+            raise KeyboardInterrupt

@@ -6,10 +6,14 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TypeVar
 
 from edgemoe.cli.arguments import model_settings
 from edgemoe.cli.render import columns
-from edgemoe.cli.surface import EngineFactory, EngineView, LoadProgress, PlanView
+from edgemoe.cli.surface import BatchEngineView, EngineFactory, EngineView, LoadProgress, PlanView
+
+Loaded = TypeVar("Loaded", bound=BatchEngineView)
 
 
 def say(sentence: str) -> None:
@@ -41,9 +45,24 @@ def say_simulation(plan: PlanView) -> None:
 
 def open_engine(arguments: argparse.Namespace, engine: EngineFactory | None) -> EngineView:
     """Load the model that the command line names. The caller closes it. Raises what `Engine.load` raises."""
+    return _open(arguments, lambda: factory(engine).load)
+
+
+def open_ray_engines(arguments: argparse.Namespace) -> BatchEngineView:
+    """The same on the Ray cluster that the command line names. Raises what `RayEngines.load` raises."""
+
+    def load() -> Callable[..., BatchEngineView]:
+        from edgemoe.ray_engines import RayEngines
+
+        return partial(RayEngines.load, arguments.ray)
+
+    return _open(arguments, load)
+
+
+def _open(arguments: argparse.Namespace, loader: Callable[[], Callable[..., Loaded]]) -> Loaded:
     say_which_model(arguments)
     with _progress() as on_progress:
-        loaded = factory(engine).load(**model_settings(arguments), on_progress=on_progress)
+        loaded = loader()(**model_settings(arguments), on_progress=on_progress)
     say_simulation(loaded.plan)
     if arguments.verbose:
         sys.stderr.write(columns(loaded.plan.lines()) + "\n")

@@ -13,6 +13,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import TypeAlias
 
 from edgemoe import __version__
 from edgemoe.cli import arguments as options
@@ -20,6 +21,8 @@ from edgemoe.cli.exits import DESCRIPTION, Exit, UsageError, exit_for
 from edgemoe.cli.output import settle
 from edgemoe.cli.surface import EngineFactory
 from edgemoe.errors import EdgeMoEError
+
+_Commands: TypeAlias = "argparse._SubParsersAction[options.Parser]"
 
 _EPILOG = f"""{DESCRIPTION}
 
@@ -68,62 +71,81 @@ def build_parser() -> options.Parser:
     return parser
 
 
-def _add_run(commands: argparse._SubParsersAction[options.Parser]) -> None:
-    parser = commands.add_parser(
+def _add_run(commands: _Commands) -> None:
+    parser = _add_command(
+        commands,
         "run",
         help="answer a file of prompts",
         description="Answer every request of a file; each result is written as soon as it is there.",
         epilog='FILE is OpenAI batch JSONL, JSONL with {"prompt"} or {"messages"}, or plain text, one prompt a line.',
     )
-    parser.set_defaults(parser=parser, command="run")
     parser.add_argument("requests", metavar="FILE", help="the requests; - is standard input")
     parser.option("-o", "--output", convert=options.text, metavar="OUT", help="write the results here, not to stdout")
     parser.switch("--overwrite", help="replace what OUT holds")
+    parser.switch("--resume", help="go on with OUT: answer only what it has no result for")
+    parser.option(
+        "--order",
+        convert=options.one_of("finish", "input"),
+        metavar="ORDER",
+        help="write results as they finish (finish), or in the order of the requests (input)",
+    )
     parser.switch("--raw", help="complete plain-text lines as they are, without the chat template")
-    options.add_system_prompt(parser)
-    options.add_model_options(parser)
-    options.add_sampling_options(parser)
+    options.add_generation_options(parser)
+    options.add_batch_option(parser)
     parser.option(
         "--logprobs", convert=options.whole, metavar="N", help="report log-probabilities, with N alternatives a token"
     )
-    options.add_verbose(parser)
+    parser.option(
+        "--ray",
+        convert=options.text,
+        metavar="ADDRESS",
+        help="share the requests out over the Ray cluster at this address (needs edgemoe[ray])",
+    )
 
 
-def _add_chat(commands: argparse._SubParsersAction[options.Parser]) -> None:
-    parser = commands.add_parser(
+def _add_chat(commands: _Commands) -> None:
+    parser = _add_command(
+        commands,
         "chat",
         help="talk with a model",
         description="Talk with a model; with standard input piped, answer once and leave.",
     )
-    parser.set_defaults(parser=parser, command="chat")
+    # A conversation is one sequence.
+    parser.set_defaults(batch=1)
     parser.option("-p", "--prompt", convert=options.text, metavar="TEXT", help="start with this message")
     parser.option("-f", "--file", convert=options.text, metavar="FILE", help="start with the text of a file")
-    options.add_system_prompt(parser)
-    options.add_model_options(parser)
-    options.add_sampling_options(parser)
-    options.add_verbose(parser)
+    options.add_generation_options(parser)
 
 
-def _add_plan(commands: argparse._SubParsersAction[options.Parser]) -> None:
-    parser = commands.add_parser(
+def _add_plan(commands: _Commands) -> None:
+    parser = _add_command(
+        commands,
         "plan",
         help="show where everything would go, without loading",
         description="Show the memory plan of a model on this machine, without loading it.",
     )
-    parser.set_defaults(parser=parser, command="plan")
     parser.switch("--json", help="print the plan as JSON")
     options.add_model_options(parser)
+    options.add_batch_option(parser)
 
 
-def _add_doctor(commands: argparse._SubParsersAction[options.Parser]) -> None:
-    parser = commands.add_parser(
+def _add_doctor(commands: _Commands) -> None:
+    parser = _add_command(
+        commands,
         "doctor",
         help="check this machine",
         description="Check this machine and its installation, and say what to do about what is wrong.",
     )
-    parser.set_defaults(parser=parser, command="doctor")
     parser.switch("--json", help="print the checks as JSON")
     options.add_model_option(parser)
+
+
+def _add_command(
+    commands: _Commands, name: str, *, help: str, description: str, epilog: str | None = None
+) -> options.Parser:
+    parser = commands.add_parser(name, help=help, description=description, epilog=epilog)
+    parser.set_defaults(parser=parser, command=name)
+    return parser
 
 
 def _dispatch(argv: Sequence[str] | None, engine: EngineFactory | None) -> int:

@@ -3,67 +3,79 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from edgemoe.cli.loading import say
-from edgemoe.cli.render import counted, duration, experts, speeds
+from edgemoe.cli.outbox import Outcome
+from edgemoe.cli.render import counted, duration
+from edgemoe.cli.surface import BatchEngineView
+from edgemoe.sizes import format_bytes
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from edgemoe import Timings
 
-
-@dataclass
 class Tally:
-    """What a run has done so far. `timings` is the sum over its finished requests."""
+    """What a run has done so far: requests by its own count, tokens and experts by the engine's.
 
-    finished: int = 0
-    failed: int = 0
-    timings: Timings | None = None
-    started: float = field(default_factory=time.monotonic)
-    _timed_tokens: float = 0.0
+    May be read from any thread while the engine is open.
+    """
 
-    def add(self, timings: Timings | None, *, failed: bool) -> None:
+    def __init__(self, engine: BatchEngineView) -> None:
+        self.finished = 0
+        self.failed = 0
+        self._engine = engine
+        self._before = engine.stats
+        self._started = time.monotonic()
+
+    def add(self, *, failed: bool) -> None:
         """Count one request."""
         self.finished += 1
         self.failed += failed
-        if timings is not None:
-            self.timings = timings if self.timings is None else _sum(self.timings, timings)
-            # Not every generated token counts for a request's speed, so the sum's own speed would be wrong.
-            self._timed_tokens += timings.generated_per_second * timings.generate_seconds
 
-    @property
-    def generated_per_second(self) -> float:
-        """Generated tokens a second, over all requests."""
-        seconds = self.timings.generate_seconds if self.timings else 0.0
-        return self._timed_tokens / seconds if seconds else 0.0
+    def summary(self, skipped: int = 0) -> list[str]:
+        """The whole run in a few lines; `skipped` requests had a result before."""
+        took = time.monotonic() - self._started
+        counts = f"{counted(self.finished, 'request')}, {self.failed} failed, in {duration(took)}"
+        if skipped:
+            counts += f"; {skipped} more had a result already"
+        stats, before = self._engine.stats, self._before
+        prompt = stats.tokens_prompt - before.tokens_prompt
+        generated = stats.tokens_generated - before.tokens_generated
+        if not prompt and not generated:
+            return [counts]
+        moved = (stats.bytes_loaded - before.bytes_loaded) / max(1, generated)
+        speeds = (
+            f"prompt {counted(prompt, 'token')} at {prompt / max(took, 1e-9):.1f}/s, "
+            f"generated {counted(generated, 'token')} at {generated / max(took, 1e-9):.1f}/s, "
+            f"hit rate {self._hit_rate():.1%}, {format_bytes(moved)} moved for a generated token"
+        )
+        batch = f"batch {stats.batch}: {stats.batch_reason}"
+        saved = stats.prefix_tokens - before.prefix_tokens
+        if saved:
+            batch += f"; {counted(saved, 'prompt token')} shared with another request"
+        return [counts, speeds, batch]
 
-    def summary(self) -> str:
-        """One line about the whole run."""
-        took = duration(time.monotonic() - self.started)
-        counts = f"{counted(self.finished, 'request')}, {self.failed} failed, in {took}"
-        return f"{counts}; {speeds(self.timings, self.generated_per_second)}" if self.timings else counts
+    def now(self) -> str:
+        """A few words for the live display."""
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        generated = self._engine.stats.tokens_generated - self._before.tokens_generated
+        return f"{generated / seconds:.1f} tokens/s, hit rate {self._hit_rate():.1%}" if generated else ""
 
-
-def _sum(one: Timings, other: Timings) -> Timings:
-    names = [entry.name for entry in dataclasses.fields(one)]
-    return dataclasses.replace(one, **{name: getattr(one, name) + getattr(other, name) for name in names})
+    def _hit_rate(self) -> float:
+        stats, before = self._engine.stats, self._before
+        hits, misses = stats.hits - before.hits, stats.misses - before.misses
+        return hits / max(1, hits + misses)
 
 
 class Display(Protocol):
     """What a run tells about itself."""
 
-    def running(self, timings: Timings) -> None:
-        """The current request has come this far."""
-
-    def finished(self, custom_id: str, timings: Timings | None, problem: str | None) -> None:
-        """A request is done; `problem` says why it failed, if it did."""
+    def finished(self, outcome: Outcome) -> None:
+        """A request is done, and its result is written."""
 
 
 @contextlib.contextmanager
@@ -72,50 +84,40 @@ def display(tally: Tally, total_requests: int | None, *, verbose: bool, shares_t
     if not sys.stderr.isatty() or shares_terminal:
         yield _Plain(verbose)
         return
+    from rich import progress
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.text import Text
 
-    parts = (
-        MofNCompleteColumn(),
-        TextColumn("requests"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
-    )
-    with Progress(*parts, console=Console(stderr=True, markup=False, highlight=False), transient=True) as bar:
-        yield _Live(bar, bar.add_task("", total=total_requests, note=""), tally, verbose)
+    class Note(progress.ProgressColumn):
+        """What the tally says, asked again at every refresh."""
+
+        def render(self, task: progress.Task) -> Text:
+            return Text(tally.now())
+
+    counts = (progress.MofNCompleteColumn(), progress.TextColumn("requests"), progress.BarColumn())
+    console = Console(stderr=True, markup=False, highlight=False)
+    with progress.Progress(*counts, progress.TimeElapsedColumn(), Note(), console=console, transient=True) as bar:
+        yield _Live(bar, bar.add_task("", total=total_requests), verbose)
 
 
 class _Plain:
     def __init__(self, verbose: bool) -> None:
         self._verbose = verbose
 
-    def running(self, timings: Timings) -> None:
-        return
-
-    def finished(self, custom_id: str, timings: Timings | None, problem: str | None) -> None:
+    def finished(self, outcome: Outcome) -> None:
         if self._verbose:
-            say(_line(custom_id, timings, problem))
+            say(_line(outcome))
 
 
 class _Live:
-    def __init__(self, bar: Progress, task: TaskID, tally: Tally, verbose: bool) -> None:
-        self._bar, self._task, self._tally, self._verbose = bar, task, tally, verbose
+    def __init__(self, bar: Progress, task: TaskID, verbose: bool) -> None:
+        self._bar, self._task, self._verbose = bar, task, verbose
 
-    def running(self, timings: Timings) -> None:
-        so_far = dataclasses.replace(self._tally)
-        so_far.add(timings, failed=False)
-        if so_far.timings is not None:
-            note = f"{so_far.generated_per_second:.1f} tokens/s, {experts(so_far.timings)}"
-            self._bar.update(self._task, note=note)
-
-    def finished(self, custom_id: str, timings: Timings | None, problem: str | None) -> None:
+    def finished(self, outcome: Outcome) -> None:
         if self._verbose:
-            self._bar.console.print(_line(custom_id, timings, problem), soft_wrap=True)
+            self._bar.console.print(_line(outcome), soft_wrap=True)
         self._bar.update(self._task, advance=1)
 
 
-def _line(custom_id: str, timings: Timings | None, problem: str | None) -> str:
-    if problem is not None:
-        return f"{custom_id}: failed: {problem}"
-    return f"{custom_id}: {speeds(timings)}" if timings else f"{custom_id}: done"
+def _line(outcome: Outcome) -> str:
+    return f"{outcome.custom_id}: {outcome.said}"

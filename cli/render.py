@@ -31,15 +31,11 @@ def experts(timings: Timings) -> str:
     return f"hit rate {timings.hit_rate:.1%}, {format_bytes(timings.bytes_per_token)} a token"
 
 
-def speeds(timings: Timings, generated_per_second: float | None = None) -> str:
-    """How fast it was, such as `prompt 12 tokens at 340.0/s, generated 34 tokens at 56.7/s, hit rate …`.
-
-    `generated_per_second` stands in for the timings' own, where these are a sum.
-    """
-    rate = timings.generated_per_second if generated_per_second is None else generated_per_second
+def speeds(timings: Timings) -> str:
+    """How fast it was, such as `prompt 12 tokens at 340.0/s, generated 34 tokens at 56.7/s, hit rate …`."""
     return (
-        f"prompt {counted(timings.prompt_tokens, 'token')} at {timings.prompt_per_second:.1f}/s, "
-        f"generated {counted(timings.generated_tokens, 'token')} at {rate:.1f}/s, {experts(timings)}"
+        f"prompt {counted(timings.prompt_tokens, 'token')} at {timings.prompt_per_second:.1f}/s, generated "
+        f"{counted(timings.generated_tokens, 'token')} at {timings.generated_per_second:.1f}/s, {experts(timings)}"
     )
 
 

@@ -108,9 +108,9 @@ class Repl:
         """Stream a reply to the conversation as it stands; None when that failed (which is said) or was broken off."""
         session = self._session
         try:
-            prompt = session.engine.chat_prompt(session.conversation.messages)
+            messages = session.conversation.messages
             with Interruption(session.engine.cancel) as interruption:
-                answer = ask(session.engine, prompt, session.sampling, interruption, self._show)
+                answer = ask(session.engine, messages, session.sampling, interruption, self._show)
         except (EdgeMoEError, RuntimeError, MemoryError) as error:
             # Whatever goes wrong in a generation (an accelerator's error is a RuntimeError), the conversation goes on.
             self._fail(error)

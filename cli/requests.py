@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from edgemoe.cli import fields
 from edgemoe.cli.fields import FieldError
@@ -16,18 +16,27 @@ from edgemoe.sampling import Sampling
 CHAT_URL = "/v1/chat/completions"
 COMPLETION_URL = "/v1/completions"
 _ENVELOPE = ("custom_id", "method", "url", "body")
+_SEEDS = 1 << 63
 
 Message = dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One thing to generate: a prompt (text or token ids) to go on from, or messages to reply to."""
+    """What to generate: a text or token ids to go on from, or messages to reply to, and how many times."""
 
     custom_id: str
-    prompt: str | tuple[int, ...] = ""
-    messages: tuple[Message, ...] | None = None
+    prompt: str | tuple[int, ...] | tuple[Message, ...]
+    is_chat: bool = False
     sampling: Sampling
+    choices: int = 1
+
+    def samplings(self) -> list[Sampling]:
+        """The sampling of each choice. Where a seed is given, each has one of its own, counted up from it."""
+        if self.sampling.seed is None:
+            return [self.sampling] * self.choices
+        seeds = (self.sampling.seed + choice for choice in range(self.choices))
+        return [replace(self.sampling, seed=seed % _SEEDS) for seed in seeds]
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,14 @@ class BadLine:
     message: str
 
 
+class Entry(NamedTuple):
+    """A line, whether it was taken as JSON, and what came of it."""
+
+    line: Line
+    is_json: bool
+    request: Request | BadLine
+
+
 @dataclass(frozen=True)
 class RequestReader:
     """Reads requests. `defaults` hold where a line says nothing; `chat_lines` makes plain text a user's message."""
@@ -47,21 +64,22 @@ class RequestReader:
     system: str | None = None
     chat_lines: bool = True
 
-    def read(self, lines: Iterable[Line], *, jsonl: bool) -> Iterator[Request | BadLine]:
-        """A request or a bad line for each line, in order. Without `jsonl`, the first line decides by its `{`."""
+    def read(self, lines: Iterable[Line], *, jsonl: bool) -> Iterator[Entry]:
+        """An entry for each line, in order. Without `jsonl`, the first line decides by its `{`."""
         for index, line in enumerate(lines):
             if index == 0:
                 jsonl = jsonl or line.text.lstrip().startswith("{")
-            yield self._from_json(line) if jsonl else self._from_text(line)
+            yield Entry(line, jsonl, self._from_json(line) if jsonl else self._from_text(line))
 
     def _from_text(self, line: Line) -> Request:
+        custom_id = default_id(line)
         if not self.chat_lines:
-            return Request(custom_id=_default_id(line), prompt=line.text, sampling=self.defaults)
+            return Request(custom_id=custom_id, prompt=line.text, sampling=self.defaults)
         messages = self._with_system(({"role": "user", "content": line.text},))
-        return Request(custom_id=_default_id(line), messages=messages, sampling=self.defaults)
+        return Request(custom_id=custom_id, prompt=messages, is_chat=True, sampling=self.defaults)
 
     def _from_json(self, line: Line) -> Request | BadLine:
-        custom_id = _default_id(line)
+        custom_id = default_id(line)
         try:
             entry = json.loads(line.text, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
@@ -85,12 +103,10 @@ class RequestReader:
         source = "messages" if chat else "prompt"
         if source not in body:
             raise FieldError(f"{source} is missing")
-        fields.refuse_unknown(body, fields.CHAT_FIELDS if chat else fields.COMPLETION_FIELDS)
+        fields.check(body, chat=chat)
         sampling = replace(self.defaults, **fields.sampling_changes(body, chat=chat))
-        if chat:
-            messages = self._with_system(fields.messages(body[source]))
-            return Request(custom_id=custom_id, messages=messages, sampling=sampling)
-        return Request(custom_id=custom_id, prompt=fields.prompt(body[source]), sampling=sampling)
+        made = self._with_system(fields.messages(body[source])) if chat else fields.prompt(body[source])
+        return Request(custom_id=custom_id, prompt=made, is_chat=chat, sampling=sampling, choices=fields.choices(body))
 
     def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
         if self.system is None or any(message["role"] == "system" for message in messages):
@@ -98,7 +114,8 @@ class RequestReader:
         return ({"role": "system", "content": self.system}, *messages)
 
 
-def _default_id(line: Line) -> str:
+def default_id(line: Line) -> str:
+    """The id of a line that gives none."""
     return f"line-{line.number}"
 
 

@@ -1,31 +1,17 @@
-"""Results: their shape (OpenAI's), and the file or stream that they are appended to, one line each."""
+"""The file or stream that results are appended to, one line each."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import stat
 import sys
-import time
-import uuid
-from collections.abc import Iterable
 from io import FileIO
-from typing import TYPE_CHECKING, Any
 
 from edgemoe.cli.exits import FileTrouble, why
 from edgemoe.cli.render import counted
-from edgemoe.cli.requests import BadLine, Request
 
-if TYPE_CHECKING:
-    from edgemoe import Completion
-    from edgemoe.results import TokenLogprob
-
-Record = dict[str, Any]
 STANDARD_OUTPUT = "-"
-
-
-# --- the file ------------------------------------------------------------------------------------
 
 
 class Results:
@@ -38,8 +24,12 @@ class Results:
         self._file = file
 
     @classmethod
-    def open(cls, path: str | None, *, overwrite: bool) -> Results:
-        """Open without changing what is there. Raises FileTrouble when it cannot be written or is not empty."""
+    def open(cls, path: str | None, *, overwrite: bool = False, resume: bool = False) -> Results:
+        """Open without changing what is there, and keep other runs out.
+
+        Raises FileTrouble when it cannot be written, another run writes there, or it is not empty though neither to be
+        replaced nor resumed; for resuming, also when it is no regular file.
+        """
         if path is None or path == STANDARD_OUTPUT:
             return cls("standard output", None)
         try:
@@ -47,9 +37,17 @@ class Results:
             status = os.fstat(file.fileno())
         except OSError as error:
             raise FileTrouble(f"cannot write {path}: {why(error)}; give another file with -o") from error
-        if stat.S_ISREG(status.st_mode) and status.st_size and not overwrite:
+        regular = stat.S_ISREG(status.st_mode)
+        trouble = None
+        if regular and not _lock(file):
+            trouble = f"another run is writing to {path}; wait for its end, or give another file with -o"
+        elif regular and status.st_size and not overwrite and not resume:
+            trouble = f"{path} is not empty; give another file with -o, --resume to go on, or --overwrite to replace it"
+        elif resume and not regular:
+            trouble = f"{path} is no regular file, so nothing in it can be resumed; give another file with -o"
+        if trouble is not None:
             file.close()
-            raise FileTrouble(f"{path} is not empty; give another file with -o, or --overwrite to replace it")
+            raise FileTrouble(trouble)
         return cls(path, file)
 
     @property
@@ -57,14 +55,19 @@ class Results:
         """Whether the results scroll by on a terminal."""
         return self._file is None and sys.stdout.isatty()
 
-    def begin(self) -> None:
-        """Drop what the file held. To be called once the model is loaded, so that a failed start loses nothing."""
-        if self._file is not None:
-            self._shorten_to(0)
+    def begin(self, keep: int = 0) -> None:
+        """Drop what the file held beyond its first `keep` bytes.
 
-    def write(self, record: Record) -> None:
+        To be called once the model is loaded, so that a failed start loses nothing. Raises FileTrouble.
+        """
+        if self._file is not None and os.fstat(self._file.fileno()).st_size > keep:
+            try:
+                self._file.truncate(keep)
+            except OSError as error:
+                raise FileTrouble(f"cannot shorten {self.name}: {why(error)}; give another file with -o") from error
+
+    def write(self, line: bytes) -> None:
         """Append one line. Raises FileTrouble, saying how many results are safe."""
-        line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "replace")
         try:
             if self._file is None:
                 sys.stdout.buffer.write(line)
@@ -89,66 +92,22 @@ class Results:
             while rest:
                 rest = rest[file.write(rest) :]
         except BaseException:
-            self._shorten_to(end)
+            # What is no regular file (a pipe, a device) has no length; there is nothing to take back.
+            with contextlib.suppress(OSError):
+                file.truncate(end)
             raise
 
-    def _shorten_to(self, length: int) -> None:
-        # What is no regular file (a pipe, a device) has no length; there is nothing to take back.
-        if self._file is not None:
-            with contextlib.suppress(OSError):
-                self._file.truncate(length)
 
-
-# --- the shape -----------------------------------------------------------------------------------
-
-
-def success(request: Request, answer: Completion, *, model: str, has_tokenizer: bool) -> Record:
-    """The record of a finished request. Without a tokenizer, its text is nothing and its token ids are there."""
-    if request.messages is None:
-        body = _text_completion(answer, model, has_tokenizer)
-    else:
-        from edgemoe.results import chat_completion
-
-        body = chat_completion(answer, model)
-    response = {"status_code": 200, "request_id": f"req_{uuid.uuid4().hex}", "body": body}
-    return {"id": _record_id(), "custom_id": request.custom_id, "response": response, "error": None}
-
-
-def failure(bad: BadLine) -> Record:
-    """The record of a line that could not be served."""
-    error = {"code": bad.code, "message": bad.message}
-    return {"id": _record_id(), "custom_id": bad.custom_id, "response": None, "error": error}
-
-
-def _record_id() -> str:
-    return f"batch_req_{uuid.uuid4().hex}"
-
-
-def _text_completion(answer: Completion, model: str, has_tokenizer: bool) -> Record:
-    """A finished completion in the shape of OpenAI's text_completion object."""
-    choice: Record = {"index": 0, "text": answer.text, "finish_reason": answer.finish_reason, "logprobs": None}
-    if answer.logprobs is not None:
-        choice["logprobs"] = _completion_logprobs(answer.logprobs)
-    if not has_tokenizer:
-        choice["token_ids"] = list(answer.token_ids)
-    prompt, generated = answer.timings.prompt_tokens, answer.timings.generated_tokens
-    return {
-        "id": f"cmpl-{uuid.uuid4().hex}",
-        "object": "text_completion",
-        "created": int(time.time()),
-        "model": model,
-        "choices": [choice],
-        "usage": {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated},
-    }
-
-
-def _completion_logprobs(entries: Iterable[TokenLogprob]) -> Record:
-    shape: Record = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    offset = 0
-    for entry in entries:
-        shape["tokens"].append(entry.token)
-        shape["token_logprobs"].append(entry.logprob)
-        shape["top_logprobs"].append({token: logprob for _, token, logprob in entry.top})
-        shape["text_offset"].append(offset)
-        offset += len(entry.token)
-    return shape
+def _lock(file: FileIO) -> bool:
+    """Whether no other process has locked the file; until this one closes it, none can."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, where a file is not locked
+        return True
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system that knows no locks
+        return True
+    return True

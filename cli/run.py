@@ -3,95 +3,100 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
 from contextlib import closing
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import replace
 
-from edgemoe.cli.answers import CANCELLED, ask
 from edgemoe.cli.arguments import sampling_from
-from edgemoe.cli.exits import Exit, FileTrouble
-from edgemoe.cli.interruption import Interruption
-from edgemoe.cli.loading import open_engine, say
-from edgemoe.cli.progress import Display, Tally, display
-from edgemoe.cli.requests import BadLine, Request, RequestReader
-from edgemoe.cli.results import Record, Results, failure, success
+from edgemoe.cli.exits import Exit, FileTrouble, UsageError
+from edgemoe.cli.finished import Finished, read_finished
+from edgemoe.cli.jobs import Jobs, settings_key
+from edgemoe.cli.ledger import Ledger
+from edgemoe.cli.loading import open_engine, open_ray_engines, say
+from edgemoe.cli.outbox import Outbox, Outcome
+from edgemoe.cli.progress import Tally, display
+from edgemoe.cli.render import counted
+from edgemoe.cli.requests import RequestReader
+from edgemoe.cli.results import STANDARD_OUTPUT, Results
+from edgemoe.cli.serving import Serving
 from edgemoe.cli.source import Source
-from edgemoe.cli.surface import EngineFactory, EngineView
-from edgemoe.errors import RequestError
-
-if TYPE_CHECKING:
-    from edgemoe import Timings
+from edgemoe.cli.surface import BatchEngineView, EngineFactory
 
 
 def run(arguments: argparse.Namespace, engine: EngineFactory | None = None) -> int:
     """Answer every request. Raises FileTrouble for the files (before loading where it can), and what loading raises."""
     defaults = sampling_from(arguments)
+    _refuse_contradictions(arguments)
     with (
         closing(Source.open(arguments.requests)) as source,
         closing(_open_results(arguments, source)) as results,
-        closing(open_engine(arguments, engine)) as loaded,
+        closing(Ledger()) as ledger,
     ):
-        chat_lines = loaded.has_chat_template and not arguments.raw
-        reader = RequestReader(defaults, system=arguments.system_prompt, chat_lines=chat_lines)
-        results.begin()
-        requests = reader.read(source.lines(), jsonl=source.is_jsonl)
-        return _serve_and_sum_up(loaded, requests, results, source.total, verbose=bool(arguments.verbose))
+        key = settings_key(
+            model=arguments.model,
+            dtype=arguments.dtype,
+            system=arguments.system_prompt,
+            raw=bool(arguments.raw),
+            sampling=defaults,
+        )
+        jobs = Jobs(source, RequestReader(defaults, system=arguments.system_prompt), key, ledger, results.name)
+        finished = read_finished(arguments.output, ledger) if arguments.resume else Finished()
+        # What there is for the results to belong to is checked before a model is loaded, where the input allows it.
+        left = jobs.count() if finished.count else source.total
+        if finished.count and left == 0:
+            _begin(results, finished)
+            say("no request is left to answer")
+            return Exit.OK
+        with closing(_open_engine(arguments, engine)) as loaded:
+            jobs.reader = replace(jobs.reader, chat_lines=loaded.has_chat_template and not arguments.raw)
+            _begin(results, finished)
+            return _serve_and_sum_up(arguments, loaded, jobs, left, results)
+
+
+def _refuse_contradictions(arguments: argparse.Namespace) -> None:
+    if arguments.resume and arguments.overwrite:
+        raise UsageError("--resume goes on with OUT and --overwrite replaces it; give one of the two")
+    if arguments.resume and arguments.output in (None, STANDARD_OUTPUT):
+        raise UsageError("--resume needs the file of results to go on with; give it with -o")
 
 
 def _open_results(arguments: argparse.Namespace, source: Source) -> Results:
     path = arguments.output
     if path is not None and source.is_file(path):
         raise FileTrouble(f"{path} is the file of requests itself; give another file with -o")
-    return Results.open(path, overwrite=bool(arguments.overwrite))
+    return Results.open(path, overwrite=bool(arguments.overwrite), resume=bool(arguments.resume))
+
+
+def _open_engine(arguments: argparse.Namespace, engine: EngineFactory | None) -> BatchEngineView:
+    return open_engine(arguments, engine) if arguments.ray is None else open_ray_engines(arguments)
+
+
+def _begin(results: Results, finished: Finished) -> None:
+    results.begin(keep=finished.nbytes)
+    if finished.torn_nbytes:
+        say(f"the last line of {results.name} was not whole and is cut off ({counted(finished.torn_nbytes, 'byte')})")
+    if finished.count:
+        say(f"{results.name} has {counted(finished.count, 'result')} already")
 
 
 def _serve_and_sum_up(
-    engine: EngineView, requests: Iterable[Request | BadLine], results: Results, count: int | None, *, verbose: bool
+    arguments: argparse.Namespace, engine: BatchEngineView, jobs: Jobs, left: int | None, results: Results
 ) -> int:
-    tally = Tally()
+    tally = Tally(engine)
+    verbose = bool(arguments.verbose)
     try:
-        with display(tally, count, verbose=verbose, shares_terminal=results.on_terminal) as shown:
-            for request in requests:
-                _serve(engine, request, results, tally, shown)
+        with display(tally, left, verbose=verbose, shares_terminal=results.on_terminal) as shown:
+
+            def deliver(outcome: Outcome) -> None:
+                results.write(outcome.line)
+                tally.add(failed=outcome.failed)
+                shown.finished(outcome)
+
+            Serving(engine, jobs, Outbox(deliver, in_order=arguments.order == "input")).run()
     except KeyboardInterrupt:
-        say(f"interrupted; {results.name} keeps what was finished")
+        go_on = "" if arguments.output in (None, STANDARD_OUTPUT) else "; go on with --resume"
+        say(f"interrupted; {results.name} keeps what was finished{go_on}")
         return Exit.INTERRUPTED
     finally:
-        say(tally.summary())
+        for line in tally.summary(jobs.skipped):
+            say(line)
     return Exit.FAILED if tally.failed else Exit.OK
-
-
-class _Outcome(NamedTuple):
-    record: Record
-    timings: Timings | None
-    problem: str | None
-
-
-def _serve(engine: EngineView, request: Request | BadLine, results: Results, tally: Tally, shown: Display) -> None:
-    """Answer one request and write its record. Raises KeyboardInterrupt after a Ctrl-C, FileTrouble."""
-    with Interruption(engine.cancel) as interruption:
-        outcome = _outcome(engine, request, interruption, shown)
-        if outcome is not None:
-            results.write(outcome.record)
-            tally.add(outcome.timings, failed=outcome.problem is not None)
-            shown.finished(request.custom_id, outcome.timings, outcome.problem)
-    if interruption.requested:
-        raise KeyboardInterrupt
-
-
-def _outcome(
-    engine: EngineView, request: Request | BadLine, interruption: Interruption, shown: Display
-) -> _Outcome | None:
-    """What is to be written for a request; None when it was cancelled."""
-    if isinstance(request, BadLine):
-        return _Outcome(failure(request), None, request.message)
-    try:
-        prompt = request.prompt if request.messages is None else engine.chat_prompt(request.messages)
-        answer = ask(engine, prompt, request.sampling, interruption, lambda chunk: shown.running(chunk.timings))
-    except RequestError as error:
-        problem = str(error)
-        return _Outcome(failure(BadLine(request.custom_id, "invalid_request", problem)), None, problem)
-    if answer.finish_reason == CANCELLED:
-        return None
-    record = success(request, answer, model=engine.plan.model, has_tokenizer=engine.has_tokenizer)
-    return _Outcome(record, answer.timings, None)

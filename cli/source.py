@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import select
 import stat
 import sys
+from collections import deque
 from collections.abc import Iterator
 from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from edgemoe.cli.exits import FileTrouble, why
 
 STANDARD_INPUT = "-"
+_BLOCK = 1 << 16
 
 
 class Line(NamedTuple):
@@ -23,22 +26,31 @@ class Line(NamedTuple):
 
 
 class Source:
-    """An open file of requests. `total` is its number of lines that are not blank, where that could be counted."""
+    """An open file of requests.
 
-    def __init__(self, name: str, file: BinaryIO, total: int | None) -> None:
+    `total` is its number of lines that are not blank; None for a pipe or a terminal, which can be read only once.
+    """
+
+    def __init__(self, name: str, file: BufferedReader) -> None:
         self.name = name
-        self.total = total
+        self.total: int | None = None
         self._file = file
+        self._whole: deque[bytes] = deque()
+        """Lines that were read and not yet taken."""
+        self._begun: list[bytes] = []
+        """Pieces of a line whose end was not read yet."""
 
     @classmethod
     def open(cls, path: str) -> Source:
         """Open and, for a regular file, check every line. Raises FileTrouble."""
         if path == STANDARD_INPUT:
-            return cls("standard input", sys.stdin.buffer, None)
+            if sys.stdin is None:
+                raise FileTrouble("standard input is closed; give a file of requests")
+            return cls("standard input", sys.stdin.buffer)  # type: ignore[arg-type]
         try:
             if Path(path).is_dir():
                 raise FileTrouble(f"{path} is a folder; give a file of requests, or - for standard input")
-            source = cls(path, BufferedReader(FileIO(path)), None)
+            source = cls(path, BufferedReader(FileIO(path)))
         except FileNotFoundError:
             raise FileTrouble(f"there is no file {path}; give a file of requests, or - for standard input") from None
         except OSError as error:
@@ -68,26 +80,57 @@ class Source:
         number = 0
         while True:
             try:
-                raw = self._file.readline()
+                raw = self._next()
             except OSError as error:
                 raise FileTrouble(f"cannot read {self.name} after line {number}: {why(error)}") from error
-            if not raw:
+            if raw is None:
                 return
             number += 1
             text = self._decode(raw, number)
             if text.strip():
-                yield Line(number, text.rstrip("\r\n"))
+                yield Line(number, text.rstrip("\r"))
+
+    def ready(self) -> bool:
+        """Whether the next line can be had without waiting for whoever writes it (or at least begins to come)."""
+        if self._whole or self.total is not None:
+            return True
+        try:
+            return bool(select.select([self._file], [], [], 0)[0])
+        except (OSError, ValueError):  # what cannot be asked is waited for
+            return True
+
+    def rewind(self) -> None:
+        """Begin again at the first line. Only where `total` is known."""
+        self._file.seek(0)
+        self._whole.clear()
+        self._begun.clear()
 
     def close(self) -> None:
         """Close the file; standard input stays open."""
-        if self._file is not sys.stdin.buffer:
+        if sys.stdin is None or self._file is not sys.stdin.buffer:
             self._file.close()
 
     def _check(self) -> None:
         """Read a regular file once through, so that what is wrong with it shows before a model is loaded."""
         if stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
             self.total = sum(1 for _ in self.lines())
-            self._file.seek(0)
+            self.rewind()
+
+    def _next(self) -> bytes | None:
+        """The next line without its line feed; None at the end."""
+        while not self._whole:
+            block = self._file.read1(_BLOCK)
+            if not block:
+                rest = b"".join(self._begun)
+                self._begun.clear()
+                return rest or None
+            first, *more = block.split(b"\n")
+            self._begun.append(first)
+            if more:
+                self._whole.append(b"".join(self._begun))
+                self._whole.extend(more[:-1])
+                self._begun = [more[-1]]
+        return self._whole.popleft()
 
     def _decode(self, raw: bytes, number: int) -> str:
         try:

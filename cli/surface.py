@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from edgemoe import Chunk, Sampling
+    from edgemoe import Chunk, Completion, RequestError, Sampling
+    from edgemoe.tokenizing import Prompt
 
 
 class LoadProgress(Protocol):
@@ -57,14 +58,46 @@ class PlanView(Protocol):
 
 
 class StatsView(Protocol):
-    """The engine's counters."""
+    """The engine's counters: totals since it was loaded, what is in flight included."""
+
+    @property
+    def hits(self) -> int:
+        """Experts asked for that were resident."""
+
+    @property
+    def misses(self) -> int:
+        """Experts asked for that were not."""
+
+    @property
+    def bytes_loaded(self) -> int:
+        """Expert bytes that crossed the link."""
+
+    @property
+    def tokens_prompt(self) -> int:
+        """Tokens of prompts."""
+
+    @property
+    def tokens_generated(self) -> int:
+        """Tokens of replies."""
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens of prompts that need not be computed, since another request begins alike."""
+
+    @property
+    def batch(self) -> int:
+        """How many sequences are decoded together."""
+
+    @property
+    def batch_reason(self) -> str:
+        """Why that many."""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
 
 
-class EngineView(Protocol):
-    """A loaded model."""
+class BatchEngineView(Protocol):
+    """A loaded model that replies to many requests: one engine, or several that act as one."""
 
     @property
     def plan(self) -> PlanView:
@@ -82,17 +115,27 @@ class EngineView(Protocol):
     def has_tokenizer(self) -> bool:
         """Whether it can read and write text."""
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation, ready for a reply. Raises RequestError."""
+    def generate_batch(
+        self, requests: Iterable[tuple[Prompt, Sampling]]
+    ) -> Generator[tuple[int, Completion | RequestError], None, None]:
+        """Reply to many requests at once: each request's index and its reply, or why there is none, as they finish.
 
-    def stream(self, prompt: str | Sequence[int], sampling: Sampling | None = None) -> Generator[Chunk, None, None]:
-        """Generate, a chunk at a time. Raises RequestError."""
+        `requests` is read by the thread that takes the replies, and only a little ahead of what runs. What it raises
+        passes through. Closing the generator ends what is in flight.
+        """
 
-    def cancel(self) -> None:
-        """End the generation in flight; may be called from any thread."""
+    def cancel(self, *, running: bool = True) -> None:
+        """End the generations in flight, or only those that have not begun; may be called from any thread."""
 
     def close(self) -> None:
         """Give the memory back."""
+
+
+class EngineView(BatchEngineView, Protocol):
+    """A loaded model that can also hold a conversation."""
+
+    def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Generator[Chunk, None, None]:
+        """Generate, a chunk at a time. Raises RequestError."""
 
 
 class EngineFactory(Protocol):
@@ -109,6 +152,7 @@ class EngineFactory(Protocol):
         threads: int | None = ...,
         offline: bool = ...,
         link_gbps: float | None = ...,
+        batch: str | int = ...,
         on_progress: Callable[[LoadProgress], None] | None = ...,
     ) -> EngineView:
         """Load a model. Raises CheckpointError and PlanError."""
@@ -124,5 +168,6 @@ class EngineFactory(Protocol):
         threads: int | None = ...,
         offline: bool = ...,
         link_gbps: float | None = ...,
+        batch: str | int = ...,
     ) -> PlanView:
         """Plan without loading. Raises CheckpointError and PlanError."""

@@ -27,9 +27,18 @@ class EngineConfig:
     link_gbps: float | None = None
     """Simulates a link of so many GB/s (1e9 bytes); None measures the real one."""
 
+    batch: str | int = "auto"
+    """Sequences that are decoded together at most: "auto" (as many as make more tokens a second), or a number."""
+
     default_context: int = 8192
     default_max_tokens: int = 1024
     """Length of a reply, in tokens, where neither the request nor the checkpoint says; the context bounds it too."""
+    max_batch: int = 256
+    """Most sequences that "auto" decodes together."""
+    kv_share: float = 0.1
+    """Share of the free memory that keys and values of several sequences may take, where one takes less."""
+    patience: int = 64
+    """Requests that may be taken before one that came earlier, so that those with the same beginning run together."""
     prefill_workspace: int = 128 * MIB
     """Bytes that a prefill chunk's activations may take; decides how many tokens a chunk has."""
     prefill_chunk: int = 2048

@@ -2,78 +2,111 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 
-from edgemoe.expert_math import KERNEL_TOKENS
-from edgemoe.kv_cache import has_recurrent_state, new_cache
+from edgemoe.expert_layer import ExpertLayers
+from edgemoe.kernels import few_tokens
+from edgemoe.kv_cache import has_recurrent_state
+from edgemoe.past import Past
 from edgemoe.quiet import quiet_transformers
 from edgemoe.torch_threads import torch_threads
 
 AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 3e-2}
 """How far logits may differ, relative to their spread, for two ways of computing the same thing."""
 
-LONG_PAST = 256
-"""Tokens; attention over a longer past is worth PyTorch's threads again."""
 WORTH_THREADS = 64 << 20
-"""Tokens times the weight bytes that each one multiplies; a pass with less is done sooner by one thread."""
+"""Tokens times the weight bytes that each one multiplies; a pass with less is done sooner by one thread ..."""
+LONG_PAST = 256
+"""... unless there are more tokens than this to attend to."""
+
+PROBE_TOKENS = 8
+"""Tokens that are run both ways to see whether two ways agree."""
+
+
+class Work(NamedTuple):
+    """Tokens to append to one sequence in a pass."""
+
+    past: Past
+    tokens: Sequence[int]
 
 
 class Decoder:
-    """Runs one model. Its state is in the sequences, so that any number of them may exist."""
+    """Runs one model, one sequence a pass. Its state is in the sequences, so that any number of them may exist."""
 
     def __init__(
-        self, model: Any, device: torch.device, prefill_chunk: int, threads: int, nbytes_per_token: int
+        self,
+        model: Any,
+        layers: ExpertLayers,
+        device: torch.device,
+        prefill_chunk: int,
+        threads: int,
+        nbytes_per_token: int,
     ) -> None:
-        import inspect
-
-        self._model = model
-        self._device = device
-        self._prefill_chunk = prefill_chunk
+        self.model = model
+        self.layers = layers
+        self.device = device
+        self.prefill_chunk = prefill_chunk
         self._threads = threads
         self._nbytes_per_token = nbytes_per_token
-        self._keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._few_tokens = few_tokens(model.dtype) if device.type == "cpu" else 0
         self._extends_in_chunks: bool | None = None
-        self._seen: set[bool] = set()
+        self._seen: set[object] = set()
 
     def start(self, room: int) -> Past:
-        """An empty sequence that will have at most `room` tokens."""
-        return Past(new_cache(self._model, room))
+        """An empty sequence with room for `room` tokens."""
+        return Past.empty(self.model, room)
 
     def prefill(self, sequence: Past, prompt: Sequence[int]) -> Iterator[torch.Tensor]:
         """Runs `prompt` in chunks and yields, after each, its last token's logits, float32 [vocabulary] on the CPU.
 
         Only those of the last chunk continue the prompt; the others are where a caller may stop.
         """
-        size = self._prefill_chunk if len(prompt) > self._prefill_chunk and self._can_chunk(prompt) else len(prompt)
+        small = len(prompt) <= self.prefill_chunk
+        size = len(prompt) if small or not self.can_chunk(prompt) else self.prefill_chunk
         for start in range(0, len(prompt), size):
             yield self.step(sequence, prompt[start : start + size])
 
     def step(self, sequence: Past, tokens: Sequence[int]) -> torch.Tensor:
         """Appends `tokens` to `sequence` and returns the last one's logits, float32 [vocabulary] on the CPU."""
-        # With few tokens our kernels have the cores, and with little work there is nothing to share; PyTorch's
-        # threads would spin on the cores between operations.
-        few = len(tokens) <= KERNEL_TOKENS or len(tokens) * self._nbytes_per_token < WORTH_THREADS
-        few = few and sequence.tokens < LONG_PAST
+        with self.passing([Work(sequence, tokens)], kind=len(tokens) > 1):
+            return self.forward(sequence, tokens)
+
+    def run(self, work: Sequence[Work]) -> list[torch.Tensor]:
+        """As `step` for each, one after the other: the reference for everything that runs several at once."""
+        return [self.step(item.past, item.tokens) for item in work]
+
+    def forward(self, sequence: Past, tokens: Sequence[int]) -> torch.Tensor:
+        """The pass of `step`, for callers that are inside of `passing` already."""
+        ids = torch.tensor([list(tokens)], device=self.device)
+        extra = {"logits_to_keep": 1} if self.keeps_last else {}
+        output = self.model(input_ids=ids, past_key_values=sequence.cache, use_cache=True, **extra)
+        sequence.cache = output.past_key_values
         sequence.tokens += len(tokens)
-        with torch.inference_mode(), torch_threads(1 if few else self._threads), self._first_quiet(len(tokens) > 1):
-            ids = torch.tensor([list(tokens)], device=self._device)
-            extra = {"logits_to_keep": 1} if self._keeps_last else {}
-            output = self._model(input_ids=ids, past_key_values=sequence.cache, use_cache=True, **extra)
-            sequence.cache = output.past_key_values
-            return output.logits[0, -1].float().cpu()  # type: ignore[no-any-return]
+        return output.logits[0, -1].float().cpu()  # type: ignore[no-any-return]
 
-    def _first_quiet(self, several: bool) -> AbstractContextManager[None]:
-        """Silences transformers in the first pass of each kind: that is when it tells what it falls back on."""
-        if several in self._seen:
-            return nullcontext()
-        self._seen.add(several)
-        return quiet_transformers()
+    @contextmanager
+    def passing(self, work: Sequence[Work], *, kind: object) -> Iterator[None]:
+        """What every pass runs in: no gradients, as many of PyTorch's threads as pay, silence in the first of a kind.
 
-    def _can_chunk(self, prompt: Sequence[int]) -> bool:
+        Silent is the first pass of each `kind`, since that is when transformers tells what it falls back on.
+        """
+        tokens = sum(len(item.tokens) for item in work)
+        small = tokens * self._nbytes_per_token < WORTH_THREADS and sum(item.past.tokens for item in work) < LONG_PAST
+        # Either our kernels have the cores or PyTorch has: its threads go on spinning after an operation, on the
+        # very cores that ours would run on next.
+        alone = tokens <= self._few_tokens or small
+        quiet = nullcontext() if kind in self._seen else quiet_transformers()
+        self._seen.add(kind)
+        with torch.inference_mode(), torch_threads(1 if alone else self._threads), quiet:
+            yield
+
+    def can_chunk(self, prompt: Sequence[int]) -> bool:
         """Whether a prompt may be run in parts.
 
         Rows of keys and values always allow it. Of the families with a recurrent state some extend it by
@@ -81,20 +114,27 @@ class Decoder:
         once a model.
         """
         if self._extends_in_chunks is None:
-            self._extends_in_chunks = not has_recurrent_state(self.start(1).cache) or self._chunks_agree(prompt[:8])
+            sample = (list(prompt) * PROBE_TOKENS)[:PROBE_TOKENS]
+            rows_only = not has_recurrent_state(self.start(1).cache)
+            self._extends_in_chunks = rows_only or self._chunks_agree(sample)
         return self._extends_in_chunks
 
     def _chunks_agree(self, tokens: Sequence[int]) -> bool:
         half = len(tokens) // 2
         whole, parts = self.start(len(tokens)), self.start(len(tokens))
-        expected = self.step(whole, tokens)
-        self.step(parts, tokens[:half])
-        found = self.step(parts, tokens[half:])
+        with self.layers.silenced():
+            expected = self.step(whole, tokens)
+            self.step(parts, tokens[:half])
+            found = self.step(parts, tokens[half:])
         for state, other in zip(_first_state(whole.cache), _first_state(parts.cache), strict=True):
             if (state - other).norm() > 0.01 * state.norm():
                 return False
+        return self.agree(expected, found)
+
+    def agree(self, expected: torch.Tensor, found: torch.Tensor) -> bool:
+        """Whether two logits differ by no more than rounding."""
         scale = float(expected.max() - expected.min()) or 1.0
-        return float((expected - found).abs().max()) <= AGREEMENT[self._model.dtype] * scale
+        return float((expected - found).abs().max()) <= AGREEMENT[self.model.dtype] * scale
 
 
 def _first_state(cache: Any) -> list[torch.Tensor]:
@@ -104,11 +144,3 @@ def _first_state(cache: Any) -> list[torch.Tensor]:
         if states:
             return [state.float() for state in states.values() if state is not None]
     return []
-
-
-class Past:
-    """One sequence's keys, values and states; `cache` is None until the first step where a model makes its own."""
-
-    def __init__(self, cache: Any) -> None:
-        self.cache = cache
-        self.tokens = 0

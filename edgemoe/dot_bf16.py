@@ -1,12 +1,14 @@
-"""A dot product of bf16 rows in the one instruction that CPUs with AVX512-BF16 have for it.
+"""Dot products of bf16 rows in the one instruction that CPUs with AVX512-BF16 have for it.
 
 Read as pairs of bf16, a row costs one load and one instruction for 32 values, half of what widening to
-float32 takes; a thread then reads about as fast as its core can. Products are exact and summed in
-float32 (Intel's definition of VDPBF16PS; subnormals count as zero).
+float32 takes. A block of rows and tokens shares its loads, so that several tokens cost little more than
+one: what a thread waits for is the weights. Products are exact and summed in float32 (Intel's definition
+of VDPBF16PS; subnormals count as zero).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -17,8 +19,13 @@ from numba.extending import intrinsic
 
 VALUES = 32
 """Values that one instruction takes; rows must be a multiple of it."""
-UNROLLED = 4
-"""Independent sums, to hide the instruction's latency."""
+SUMS = 8
+"""Sums kept at once at least, to hide the instruction's latency."""
+
+WORD = ir.IntType(64)
+SINGLE = ir.FloatType()
+PAIRS = ir.VectorType(ir.IntType(32), 16)
+LANES = ir.VectorType(SINGLE, 16)
 
 
 def available() -> bool:
@@ -30,37 +37,86 @@ if available():
     llvm.initialize_native_asmparser()
 
 
-@intrinsic
-def dot(typing_context: Any, row: Any, values: Any, count: Any) -> Any:
-    """Σ row[j]·values[j] as float32: addresses of bf16 values and their count, a multiple of `VALUES`, all int64."""
-    return types.float32(types.int64, types.int64, types.int64), _generate
+def dot_block(rows: int, tokens: int) -> Callable[..., None]:
+    """A function for compiled code that computes `rows` x `tokens` dot products.
+
+    It takes the address of the first row, of the first token's values and of the first result, then the
+    distances in bytes between rows, tokens, and the results of two tokens, and the count of values, a
+    multiple of `VALUES`, all int64. The results of a token, float32, lie one after the other.
+    """
+    unrolled = max(1, SUMS // (rows * tokens))
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _Block(builder, rows, tokens, unrolled).emit(*arguments)
+        return context.get_dummy_value()
+
+    @intrinsic
+    def block(
+        typing_context: Any, row: Any, values: Any, out: Any, row_step: Any, token_step: Any, out_step: Any, count: Any
+    ) -> Any:
+        return types.void(*[types.int64] * 7), generate
+
+    return block
 
 
-def _generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-    row, values, count = arguments
-    word, single = ir.IntType(64), ir.FloatType()
-    sums_type, pairs_type = ir.VectorType(single, 16), ir.VectorType(ir.IntType(32), 16)
-    instruction = ir.InlineAsm(
-        ir.FunctionType(sums_type, [sums_type, pairs_type, pairs_type]), "vdpbf16ps $3, $2, $0", "=v,0,v,v", False
-    )
-    sums = [cgutils.alloca_once_value(builder, ir.Constant(sums_type, [0.0] * 16)) for _ in range(UNROLLED)]
-    nbytes = builder.mul(count, word(2))
+class _Block:
+    """Writes the instructions of one block."""
 
-    def add(into: Any, offset: Any) -> None:
-        pointers = [builder.inttoptr(builder.add(base, offset), pairs_type.as_pointer()) for base in (row, values)]
-        loaded = [builder.load(pointer, align=2) for pointer in pointers]
-        builder.store(builder.call(instruction, [builder.load(into), *loaded]), into)
+    def __init__(self, builder: Any, rows: int, tokens: int, unrolled: int) -> None:
+        self._builder = builder
+        self._rows = rows
+        self._tokens = tokens
+        self._unrolled = unrolled
+        self._instruction = ir.InlineAsm(
+            ir.FunctionType(LANES, [LANES, PAIRS, PAIRS]), "vdpbf16ps $3, $2, $0", "=v,0,v,v", False
+        )
 
-    def loop(first: Any, stop: Any, unrolled: int) -> None:
-        step = 2 * VALUES * unrolled
-        with cgutils.for_range_slice(builder, first, stop, word(step), intp=word) as (offset, _):
-            for part in range(unrolled):
-                add(sums[part], builder.add(offset, word(2 * VALUES * part)))
+    def emit(self, row: Any, values: Any, out: Any, row_step: Any, token_step: Any, out_step: Any, count: Any) -> None:
+        """The loop over the values, then the sums of its lanes."""
+        builder = self._builder
+        rows = self._steps(row, row_step, self._rows)
+        tokens = self._steps(values, token_step, self._tokens)
+        zero = ir.Constant(LANES, [0.0] * 16)
+        sums = [
+            [[cgutils.alloca_once_value(builder, zero) for _ in tokens] for _ in rows] for _ in range(self._unrolled)
+        ]
+        nbytes = builder.mul(count, WORD(2))
+        stride = 2 * VALUES * self._unrolled
+        whole = builder.mul(builder.udiv(nbytes, WORD(stride)), WORD(stride))
+        self._loop(WORD(0), whole, sums, rows, tokens)
+        if self._unrolled > 1:
+            self._loop(whole, nbytes, sums[:1], rows, tokens)
+        places = self._steps(out, out_step, self._tokens)
+        for at_row in range(self._rows):
+            for at_token, place in enumerate(places):
+                total = builder.load(sums[0][at_row][at_token])
+                for part in range(1, self._unrolled):
+                    total = builder.fadd(total, builder.load(sums[part][at_row][at_token]))
+                address = builder.inttoptr(builder.add(place, WORD(4 * at_row)), SINGLE.as_pointer())
+                builder.store(self._across(total), address, align=4)
 
-    whole = builder.mul(builder.udiv(nbytes, word(2 * VALUES * UNROLLED)), word(2 * VALUES * UNROLLED))
-    loop(word(0), whole, UNROLLED)
-    loop(whole, nbytes, 1)
-    halves = [builder.fadd(builder.load(sums[part]), builder.load(sums[part + 2])) for part in (0, 1)]
-    reduce_type = ir.FunctionType(single, [single, sums_type])
-    reduce = cgutils.get_or_insert_function(builder.module, reduce_type, "llvm.vector.reduce.fadd.v16f32")
-    return builder.call(reduce, [single(-0.0), builder.fadd(*halves)], fastmath=("reassoc",))
+    def _steps(self, base: Any, step: Any, count: int) -> list[Any]:
+        builder = self._builder
+        return [builder.add(base, builder.mul(step, WORD(number))) for number in range(count)]
+
+    def _loop(self, first: Any, stop: Any, sums: list[Any], rows: list[Any], tokens: list[Any]) -> None:
+        builder = self._builder
+        step = WORD(2 * VALUES * len(sums))
+        with cgutils.for_range_slice(builder, first, stop, step, intp=WORD) as (offset, _):
+            for part, own in enumerate(sums):
+                place = builder.add(offset, WORD(2 * VALUES * part))
+                weights = [self._load(base, place) for base in rows]
+                inputs = [self._load(base, place) for base in tokens]
+                for weight, row_sums in zip(weights, own, strict=True):
+                    for value, into in zip(inputs, row_sums, strict=True):
+                        builder.store(builder.call(self._instruction, [builder.load(into), weight, value]), into)
+
+    def _load(self, base: Any, offset: Any) -> Any:
+        builder = self._builder
+        return builder.load(builder.inttoptr(builder.add(base, offset), PAIRS.as_pointer()), align=2)
+
+    def _across(self, lanes: Any) -> Any:
+        builder = self._builder
+        kind = ir.FunctionType(SINGLE, [SINGLE, LANES])
+        reduce = cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.fadd.v16f32")
+        return builder.call(reduce, [SINGLE(-0.0), lanes], fastmath=("reassoc",))

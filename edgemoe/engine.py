@@ -4,34 +4,38 @@ from __future__ import annotations
 
 import os
 import threading
-import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
 
+from edgemoe.batch import Batch
+from edgemoe.batch_size import BatchSize
 from edgemoe.blueprint import Blueprint, read_blueprint
 from edgemoe.checkpoint import open_checkpoint
 from edgemoe.config import EngineConfig
 from edgemoe.decoder import Decoder
 from edgemoe.demo import DEMO_NAME, demo_folder
 from edgemoe.errors import CheckpointError, EdgeMoEError, RequestError
-from edgemoe.generation import Generation
+from edgemoe.generation import Cancels, Generation
+from edgemoe.joint_decoder import JointDecoder
 from edgemoe.plan import Plan
 from edgemoe.planner import make_plan
-from edgemoe.quiet import quiet_transformers
 from edgemoe.results import Chunk, Completion, Progress, Stats, chat_completion
 from edgemoe.runtime import Runtime
 from edgemoe.sampling import ResolvedSampling, Sampling, resolve
-from edgemoe.tokenizing import load_generation_config, load_tokenizer, render_chat
+from edgemoe.tokenizing import Prompt, load_generation_config, load_tokenizer, prompt_tokens, render_chat
 
 DEFAULTS = EngineConfig()
+READ_AHEAD = 4
+"""Batches of requests that are in flight at most, so that those that begin alike can be found."""
 
 
 class Engine:
-    """One loaded model. Generations run one at a time; a second caller waits for the first.
+    """One loaded model. Streams of any number of threads, and of one, run together and share its experts.
 
+    Whoever waits for a token computes the next step, for all: there is no thread of the engine's own for it.
     Use it as a context manager, or call `close`. `cancel` may be called from any thread.
     """
 
@@ -43,17 +47,24 @@ class Engine:
         self._defaults = load_generation_config(blueprint)
         self._vocabulary = blueprint.config.get_text_config().vocab_size
         self._runtime: Runtime | None = Runtime(blueprint, self.plan, config, on_progress)
-        plan, model = self.plan, self._runtime.model
-        device = torch.device(plan.device)
-        self._decoder = Decoder(model, device, plan.prefill_chunk, plan.threads, plan.nbytes_per_token)
-        self._turn = threading.Lock()
+        self._batch = self._new_batch(self._runtime)
         self._device = threading.Lock()
-        self._owner: int | None = None
-        self._cancel = threading.Event()
+        self._cancels = Cancels()
         self._requests = 0
-        self._tokens_prompt = 0
-        self._tokens_generated = 0
-        self._seconds = 0.0
+
+    def _new_batch(self, runtime: Runtime) -> Batch:
+        plan = self.plan
+        decoder = Decoder(
+            runtime.model,
+            runtime.layers,
+            torch.device(plan.device),
+            plan.prefill_chunk,
+            plan.threads,
+            plan.nbytes_per_token,
+        )
+        size = BatchSize(plan.batch, automatic=str(self._config.batch).strip().lower() == "auto")
+        joint = JointDecoder(decoder)
+        return Batch(joint, plan.kv, plan.kv_nbytes, plan.prefill_chunk, size, self._config.patience)
 
     @classmethod
     def load(
@@ -67,12 +78,14 @@ class Engine:
         threads: int | None = DEFAULTS.threads,
         offline: bool = DEFAULTS.offline,
         link_gbps: float | None = DEFAULTS.link_gbps,
+        batch: str | int = DEFAULTS.batch,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Engine:
         """Loads `model`, a checkpoint's folder or Hugging Face id; None is the model that ships with edgemoe.
 
-        `expert_cache` is "auto", bytes ("6GiB"), a share ("40%") or slots in all (an int). `on_progress` may
-        be called from other threads. Raises CheckpointError or PlanError before any weight is read.
+        `expert_cache` is "auto", bytes ("6GiB"), a share ("40%") or slots in all (an int). `batch` is how many
+        sequences are decoded together at most, or "auto". `on_progress` may be called from other threads.
+        Raises CheckpointError or PlanError before any weight is read.
         """
         config = EngineConfig(
             device=device,
@@ -82,6 +95,7 @@ class Engine:
             threads=threads,
             offline=offline,
             link_gbps=link_gbps,
+            batch=batch,
         )
         return cls(_blueprint(model, config), config, on_progress or _ignore)
 
@@ -96,6 +110,7 @@ class Engine:
         threads: int | None = DEFAULTS.threads,
         offline: bool = DEFAULTS.offline,
         link_gbps: float | None = DEFAULTS.link_gbps,
+        batch: str | int = DEFAULTS.batch,
     ) -> Plan:
         """The plan that `load` would use now, without loading anything. Raises as `load` does."""
         config = EngineConfig(
@@ -106,6 +121,7 @@ class Engine:
             threads=threads,
             offline=offline,
             link_gbps=link_gbps,
+            batch=batch,
         )
         return make_plan(_blueprint(model, config), config)
 
@@ -121,101 +137,107 @@ class Engine:
 
     @property
     def stats(self) -> Stats:
-        """Totals since loading; readable from any thread, and after `close` no more."""
-        counters = self._loaded().cache.counters
+        """Totals since loading, requests in flight included; readable from any thread, and after `close` no more."""
+        counters, batch = self._loaded().cache.counters, self._batch
+        totals = batch.totals
         return Stats(
             slots=self.plan.slots,
             experts=self.plan.experts,
             **vars(counters),
             requests=self._requests,
-            tokens_prompt=self._tokens_prompt,
-            tokens_generated=self._tokens_generated,
-            seconds=self._seconds,
+            tokens_prompt=totals.tokens_prompt,
+            tokens_generated=totals.tokens_generated,
+            seconds=totals.seconds,
+            steps=totals.steps,
+            batch=batch.size.limit,
+            batch_reason=batch.size.reason,
+            preemptions=totals.preemptions,
+            prefix_tokens=totals.tokens_shared,
         )
 
     def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """The token ids of a conversation, ready for the assistant's turn; RequestError without a chat template."""
         return render_chat(self._tokenizer, messages, self._checkpoint.name)
 
-    def stream(self, prompt: str | Sequence[int], sampling: Sampling | None = None) -> Generator[Chunk, None, None]:
-        """The reply to `prompt` (text or token ids) as it comes, a chunk a token.
+    def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Generator[Chunk, None, None]:
+        """The reply to `prompt` (text, token ids or a chat's messages) as it comes, a chunk a token.
 
-        The last chunk has `finish_reason`. Closing the generator stops the work. A stream of another thread
-        waits for this one to end; a second one of the same thread would wait for ever and raises RequestError,
-        as do, at the first step, a prompt that is empty, has unknown token ids or does not fit the context.
+        The last chunk has `finish_reason`. Closing the generator ends the request. Several streams may be open,
+        in one thread or in many: each step serves all. Raises RequestError, at the first step, for a prompt
+        that is empty, has unknown token ids or does not fit the context.
         """
-        if self._owner == threading.get_ident():
-            raise RequestError("this thread has a stream open on this engine: exhaust it or close() it first")
-        with self._turn:
-            self._owner = threading.get_ident()
-            self._cancel.clear()
-            self._requests += 1
-            started, last = time.perf_counter(), None
-            try:
-                for last in self._steps(prompt, sampling or Sampling()):
-                    yield last
-            finally:
-                self._owner = None
-                self._seconds += time.perf_counter() - started
-                if last is not None:
-                    self._tokens_prompt += last.timings.prompt_tokens
-                    self._tokens_generated += last.timings.generated_tokens
-
-    def _steps(self, prompt: str | Sequence[int], sampling: Sampling) -> Iterator[Chunk]:
-        """The chunks of one generation. The device is held for one step at a time, so that `close` can come between."""
         with self._device:
-            runtime = self._loaded()
-            tokens = self._tokens(prompt)
-            settings = self._settings(sampling, len(tokens))
-            counters = runtime.cache.counters
-            chunks = iter(Generation(self._decoder, self._tokenizer, tokens, settings, counters, self._cancel.is_set))
-        while True:
-            with self._device:
-                self._loaded()
-                try:
-                    chunk = next(chunks, None)
-                except OSError as error:
-                    name = self._checkpoint.name
-                    raise CheckpointError(f"{name} cannot be read any more ({error}): fetch it again") from error
-            if chunk is None:
-                return
-            yield chunk
+            generation = self._submit(prompt, sampling or Sampling())
+        try:
+            while True:
+                for chunk in self._next_chunks(generation):
+                    yield chunk
+                    if chunk.finish_reason is not None:
+                        return
+        finally:
+            self._abandon([generation])
 
-    def generate(self, prompt: str | Sequence[int], sampling: Sampling | None = None) -> Completion:
+    def generate(self, prompt: Prompt, sampling: Sampling | None = None) -> Completion:
         """The whole reply to `prompt`; see `stream`."""
         ids = self._tokens(prompt)
-        chunks = list(self.stream(ids, sampling))
-        last = chunks[-1]
-        logprobs = None
-        if sampling is not None and sampling.logprobs is not None:
-            logprobs = tuple(item for chunk in chunks for item in chunk.logprobs or ())
-        return Completion(
-            text="".join(chunk.text for chunk in chunks),
-            token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
-            finish_reason=last.finish_reason or "length",
-            logprobs=logprobs,
-            timings=last.timings,
-            prompt_token_ids=tuple(ids),
-        )
+        return Completion.from_chunks(list(self.stream(ids, sampling)), ids)
+
+    def generate_batch(
+        self, requests: Iterable[tuple[Prompt, Sampling]]
+    ) -> Generator[tuple[int, Completion | RequestError], None, None]:
+        """The replies to many requests as they finish: each one's place in `requests`, and its reply or what is wrong.
+
+        Several run at a time (`batch`), those that begin alike next to one another. `requests` is read as
+        replies are taken, a few batches ahead. Closing the generator ends what is in flight.
+        """
+        numbered = enumerate(requests)
+        flying: dict[Generation, int] = {}
+        more = True
+        try:
+            while more or flying:
+                most = self._most_flying()
+                while more and len(flying) < most:
+                    number, request = next(numbered, (-1, None))
+                    if request is None:
+                        more = False
+                        break
+                    try:
+                        with self._device:
+                            flying[self._submit(*request)] = number
+                    except RequestError as error:
+                        yield number, error
+                if not flying:
+                    continue
+                self._step(unless=lambda: any(generation.finished for generation in flying))
+                for generation in [each for each in flying if each.finished]:
+                    yield flying.pop(generation), self._completion(generation)
+        finally:
+            self._abandon(flying)
 
     def chat(self, messages: Sequence[Mapping[str, str]], sampling: Sampling | None = None) -> dict[str, Any]:
         """The assistant's next message, in the shape of OpenAI's chat.completion object."""
         return chat_completion(self.generate(self.chat_prompt(messages), sampling), self._checkpoint.name)
 
-    def cancel(self) -> None:
-        """Ends the generation in flight after its current token, with `finish_reason` "cancelled". Thread-safe."""
-        self._cancel.set()
+    def cancel(self, *, running: bool = True) -> None:
+        """Ends all requests in flight after their current token, with `finish_reason` "cancelled". Thread-safe.
+
+        With `running` False only those end that have not begun.
+        """
+        self._cancels.waiting += 1
+        if running:
+            self._cancels.all += 1
 
     def close(self) -> None:
         """Waits for the step in flight, ends the threads and gives the memory back. Idempotent.
 
         A stream that is still open ends with EdgeMoEError at its next step.
         """
-        self._cancel.set()
+        self.cancel()
         with self._device:
             runtime, self._runtime = self._runtime, None
             if runtime is not None:
-                del self._decoder
+                self._batch.close()
+                del self._batch
                 runtime.close()
 
     def __enter__(self) -> Engine:
@@ -231,20 +253,59 @@ class Engine:
             raise EdgeMoEError("the engine is closed: load it again with Engine.load")
         return self._runtime
 
-    def _tokens(self, prompt: str | Sequence[int]) -> list[int]:
-        if isinstance(prompt, str):
-            if self._tokenizer is None:
-                raise RequestError(f"{self._checkpoint.name} has no tokenizer files: give the prompt as token ids")
-            with quiet_transformers():
-                tokens = [int(token) for token in self._tokenizer.encode(prompt)] if prompt else []
-        else:
-            tokens = [int(token) for token in prompt]
-        if not tokens:
-            raise RequestError("the prompt is empty: give at least one token")
-        outside = [token for token in tokens if not 0 <= token < self._vocabulary]
-        if outside:
-            raise RequestError(f"token id {outside[0]} is outside the vocabulary of {self._vocabulary}: check the ids")
-        return tokens
+    def _submit(self, prompt: Prompt, sampling: Sampling) -> Generation:
+        """A new request in the line. The device is held."""
+        self._loaded()
+        tokens = self._tokens(prompt)
+        settings = self._settings(sampling, len(tokens))
+        generation = Generation(self._requests, tokens, settings, self._tokenizer, self._cancels)
+        self._requests += 1
+        self._batch.add(generation)
+        return generation
+
+    def _most_flying(self) -> int:
+        with self._device:
+            self._loaded()
+            return READ_AHEAD * self._batch.size.limit
+
+    def _step(self, unless: Callable[[], bool]) -> None:
+        """Computes one step of the batch, but not when another thread's step has brought what was waited for."""
+        with self._device:
+            runtime = self._loaded()
+            if unless():
+                return
+            try:
+                self._batch.step(runtime.cache.counters)
+            except OSError as error:
+                raise self._failure(error) from error
+
+    def _next_chunks(self, generation: Generation) -> list[Chunk]:
+        """The chunks that there are, after a step when there are none."""
+        self._step(unless=lambda: bool(generation.chunks) or generation.finished)
+        if generation.error is not None:
+            raise self._failure(generation.error) from generation.error
+        chunks = list(generation.chunks)
+        generation.chunks.clear()
+        return chunks
+
+    def _failure(self, error: BaseException) -> EdgeMoEError:
+        """What those are told whose step has failed, in whichever thread it ran."""
+        if isinstance(error, OSError):
+            return CheckpointError(f"{self._checkpoint.name} cannot be read any more ({error}): fetch it again")
+        return EdgeMoEError(f"a step that this request was part of failed ({error!r}): ask again")
+
+    def _abandon(self, generations: Iterable[Generation]) -> None:
+        """Ends requests that nobody waits for any more."""
+        for generation in generations:
+            generation.abandoned = True
+
+    def _completion(self, generation: Generation) -> Completion:
+        if generation.error is not None:
+            raise self._failure(generation.error) from generation.error
+        return Completion.from_chunks(list(generation.chunks), generation.tokens[: generation.prompt_length])
+
+    def _tokens(self, prompt: Prompt) -> list[int]:
+        return prompt_tokens(self._tokenizer, prompt, self._vocabulary, self._checkpoint.name)
 
     def _settings(self, sampling: Sampling, length: int) -> ResolvedSampling:
         room = self.plan.context - length

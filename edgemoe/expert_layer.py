@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,19 +12,20 @@ import torch
 from edgemoe.cache import ExpertCache
 from edgemoe.expert_math import Batch, Experts, FastExperts, PlainExperts
 from edgemoe.expert_site import ExpertSite
+from edgemoe.meeting import Meeting
 from edgemoe.workers import Workers
 
 
 class ExpertLayer:
     """One MoE layer of a model whose experts live in a cache."""
 
-    def __init__(self, layer: int, site: ExpertSite, experts: Experts, cache: ExpertCache) -> None:
-        self._layer = layer
+    def __init__(self, number: int, site: ExpertSite, experts: Experts, cache: ExpertCache) -> None:
+        self.number = number
         self._count = site.experts
         self._experts = experts
         self._cache = cache
 
-    def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def compute(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The weighted sum of the chosen experts, with transformers' signature and result.
 
         `hidden` is [..., hidden size]; `index` and `weights` are [tokens, top-k]. The host reads `index`:
@@ -31,7 +33,7 @@ class ExpertLayer:
         """
         flat = hidden.reshape(-1, hidden.shape[-1])
         batch = Batch(flat, index.reshape(len(flat), -1), weights.reshape(len(flat), -1), self._count)
-        for loan in self._cache.borrow(self._layer, batch.wanted):
+        for loan in self._cache.borrow(self.number, batch.wanted):
             self._experts.compute(batch, loan.experts, loan.slots)
         outputs, module = batch.outputs, self._experts.module
         if getattr(module, "has_post_expert_norm", False):
@@ -39,26 +41,79 @@ class ExpertLayer:
         weighted = outputs.view(len(flat), batch.top_k, -1) * weights.reshape(len(flat), -1, 1)
         return weighted.sum(dim=1).to(hidden.dtype).view(hidden.shape)
 
+    def compute_together(
+        self, hidden: Sequence[torch.Tensor], index: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """As `compute` for several passes that have met at this layer: every expert is acquired once for all."""
+        flat = [each.reshape(-1, each.shape[-1]) for each in hidden]
+        top_k = index[0].shape[-1]
+        joined = self.compute(
+            torch.cat(flat),
+            torch.cat([each.reshape(-1, top_k) for each in index]),
+            torch.cat([each.reshape(-1, top_k) for each in weights]),
+        )
+        parts = joined.split([len(each) for each in flat])
+        return [part.view(each.shape) for part, each in zip(parts, hidden, strict=True)]
+
+
+class ExpertLayers:
+    """The installed layers of one model, and what all of them are told at once."""
+
+    def __init__(self) -> None:
+        self._silent = False
+        self._meeting: Meeting | None = None
+
+    def forward(
+        self, layer: ExpertLayer, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """What a model gets from its layer `layer`."""
+        if self._silent:
+            return torch.zeros_like(hidden)
+        if self._meeting is not None:
+            return self._meeting.join(layer, hidden, index, weights)
+        return layer.compute(hidden, index, weights)
+
+    @contextmanager
+    def silenced(self) -> Iterator[None]:
+        """In the block all outputs are zero and nothing is acquired: for passes that only look at what is around."""
+        self._silent = True
+        try:
+            yield
+        finally:
+            self._silent = False
+
+    @contextmanager
+    def meeting(self) -> Iterator[Meeting]:
+        """In the block passes that run as tasks of the meeting share their experts."""
+        self._meeting = Meeting()
+        try:
+            yield self._meeting
+        finally:
+            self._meeting = None
+
 
 def install(
     model: Any, sites: Sequence[ExpertSite], cache: ExpertCache, workers: Workers, *, plain: bool = False
-) -> None:
+) -> ExpertLayers:
     """Puts an `ExpertLayer` in the place of every experts module's forward. `plain` keeps the reference arithmetic."""
-    for layer, site in enumerate(sites):
+    layers = ExpertLayers()
+    for number, site in enumerate(sites):
         module = site.module(model)
         if not plain and cache.pool.device.type == "cpu" and FastExperts.fits(module, site.layout):
             experts: Experts = FastExperts(module, site.layout, cache.pool, workers)
         else:
             experts = PlainExperts(module, site.layout, cache.pool)
-        module.forward = types.MethodType(_forward(ExpertLayer(layer, site, experts, cache)), module)
+        layer = ExpertLayer(number, site, experts, cache)
+        module.forward = types.MethodType(_forward(layers, layer), module)
+    return layers
 
 
-def _forward(layer: ExpertLayer) -> Callable[..., torch.Tensor]:
+def _forward(layers: ExpertLayers, layer: ExpertLayer) -> Callable[..., torch.Tensor]:
     """The layer's forward as a method, with the argument names that families call it by."""
 
     def forward(
         module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        return layer.forward(hidden_states, top_k_index, top_k_weights)
+        return layers.forward(layer, hidden_states, top_k_index, top_k_weights)
 
     return forward

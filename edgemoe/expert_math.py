@@ -17,13 +17,11 @@ from torch.nn import functional as F
 
 from edgemoe.cache.record import Part, RecordLayout
 from edgemoe.cache.slots import SlotPool
+from edgemoe.torch_threads import kernels_have_the_cores
 from edgemoe.workers import Workers
 
 if TYPE_CHECKING:
     from edgemoe.kernels import Kernel
-
-KERNEL_TOKENS = 2
-"""With more tokens than this an expert is bound by arithmetic, which PyTorch's matrix product does better."""
 
 
 class Batch:
@@ -51,8 +49,12 @@ class Batch:
 
     @property
     def wanted(self) -> list[int]:
-        """The experts to acquire: those that the latest tokens want come last, and so stay resident longest."""
-        return sorted(self.rows, key=lambda expert: self.rows[expert][-1])
+        """The experts to acquire: those that most tokens want come last, and so stay resident longest.
+
+        What many want now, of one sequence or of several, will be wanted again soonest; where as many want
+        two of them, the latest tokens decide.
+        """
+        return sorted(self.rows, key=lambda expert: (len(self.rows[expert]), self.rows[expert][-1]))
 
     def tokens(self, rows: Sequence[int]) -> list[int]:
         """The token of each pair."""
@@ -113,6 +115,7 @@ class FastExperts(Experts):
         self._workers = workers
         self._up = SlotMatrix(pool, layout, "gate_up_proj" if module.has_gate else "up_proj", module.is_transposed)
         self._down = SlotMatrix(pool, layout, "down_proj", module.is_transposed)
+        self._most_tokens = min(self._up.most_tokens, self._down.most_tokens)
 
     @staticmethod
     def fits(module: Any, layout: RecordLayout) -> bool:
@@ -122,11 +125,13 @@ class FastExperts(Experts):
 
     def compute(self, batch: Batch, experts: Sequence[int], slots: Sequence[int]) -> None:
         """See the base class."""
-        few = [pair for pair in zip(experts, slots, strict=True) if len(batch.rows[pair[0]]) <= KERNEL_TOKENS]
+        pairs = list(zip(experts, slots, strict=True))
+        most = self._most_tokens if kernels_have_the_cores(self._workers) else 0
+        few = [pair for pair in pairs if len(batch.rows[pair[0]]) <= most]
         if few:
             self._few(batch, few)
-        for expert, slot in zip(experts, slots, strict=True):
-            if len(batch.rows[expert]) > KERNEL_TOKENS:
+        for expert, slot in pairs:
+            if len(batch.rows[expert]) > most:
                 self._one(batch, expert, slot)
 
     def _few(self, batch: Batch, few: Sequence[tuple[int, int]]) -> None:
@@ -135,10 +140,10 @@ class FastExperts(Experts):
         starts = np.cumsum([0] + [len(batch.rows[expert]) for expert, _ in few])
         slots = np.array([slot for _, slot in few])
         owners = [slot for expert, slot in few for _ in batch.rows[expert]]
-        inner = self._up.multiply(self._workers, slots, starts, batch.tokens(rows), batch.hidden)
+        inner = self._up.multiply(self._workers, slots, starts, batch.hidden[batch.tokens(rows)])
         inner = self._biased(inner.to(batch.hidden.dtype), self._up.name, owners)
         inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-        outer = self._down.multiply(self._workers, slots, starts, range(len(rows)), inner)
+        outer = self._down.multiply(self._workers, slots, starts, inner)
         outer = self._biased(outer.to(batch.hidden.dtype), "down_proj", owners)
         if rows == list(range(len(batch.outputs))):
             batch.outputs = outer
@@ -163,6 +168,7 @@ class SlotMatrix:
         found = self._find(part, transposed)
         assert found is not None, f"there is no kernel for {part}"
         self._kernel = found
+        self.most_tokens = found.most_tokens
         self._pool = pool.memory.numpy().view(found.unit)
         self._offset = layout.part_offset(name) // np.dtype(found.unit).itemsize
 
@@ -177,20 +183,17 @@ class SlotMatrix:
 
         return kernels.column_kernel(part.dtype) if transposed else kernels.row_kernel(part.dtype, part.shape[1])
 
-    def multiply(
-        self, workers: Workers, slots: Any, starts: Any, tokens: Sequence[int], x: torch.Tensor
-    ) -> torch.Tensor:
+    def multiply(self, workers: Workers, slots: Any, starts: Any, x: torch.Tensor) -> torch.Tensor:
         """The products of all pairs, float32 [pairs, rows]: pair p is slot i with starts[i] ≤ p < starts[i + 1].
 
-        `x` is [tokens, columns] in any float dtype; `tokens[p]` is the row of `x` that pair p takes.
+        `x` is [pairs, columns] in any float dtype.
         """
         values = self._kernel.values(x)
-        chosen = np.array(tokens)
-        out = np.empty((len(chosen), self._rows), np.float32)
+        out = self._kernel.results(len(values), self._rows)
         extent = self._rows if self._transposed else self._columns
 
         def run(first: int, last: int) -> None:
-            self._kernel.run(slots, self._offset, extent, self._pool, chosen, starts, values, out, first, last)
+            self._kernel.run(slots, self._offset, extent, self._pool, starts, values, out, first, last)
 
         workers.split(self._rows, run, nbytes=self._nbytes * len(slots))
         return torch.from_numpy(out)

@@ -1,4 +1,4 @@
-"""Reads the model's other matrices at memory speed too when one or two tokens pass through them on a CPU."""
+"""Reads the model's other matrices at memory speed too when few tokens pass through them on a CPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from edgemoe.expert_math import KERNEL_TOKENS
+from edgemoe.torch_threads import kernels_have_the_cores
 from edgemoe.workers import Workers
 
 SMALLEST = 1 << 16
@@ -42,14 +42,13 @@ def _forward(weight: torch.Tensor, workers: Workers) -> Any:
 
     def forward(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
         tokens = input.numel() // columns
-        if not 0 < tokens <= KERNEL_TOKENS:
+        if not 0 < tokens <= kernel.most_tokens or not kernels_have_the_cores(workers):
             return F.linear(input, module.weight, module.bias)
         values = kernel.values(input.reshape(tokens, columns))
-        out = np.empty((tokens, rows), np.float32)
-        chosen, starts = np.arange(tokens), np.array([0, tokens])
+        out, starts = kernel.results(tokens, rows), np.array([0, tokens])
 
         def run(first: int, last: int) -> None:
-            kernel.run(only_slot, 0, columns, matrix, chosen, starts, values, out, first, last)
+            kernel.run(only_slot, 0, columns, matrix, starts, values, out, first, last)
 
         workers.split(rows, run, nbytes=weight.nbytes)
         result = torch.from_numpy(out)

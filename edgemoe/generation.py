@@ -1,74 +1,138 @@
-"""One request from prompt to reply: token steps, sampling, text, stopping and measuring."""
+"""One request from prompt to reply: sampling, text, stopping and measuring. A batch drives it with logits."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from edgemoe.cache import CacheCounters
-from edgemoe.decoder import Decoder
+from edgemoe.past import Past
 from edgemoe.results import Chunk, Timings, TokenLogprob
 from edgemoe.sampling import ResolvedSampling, Sampler
 from edgemoe.text_stream import Detokenizer, NoText, StopTexts
+from edgemoe.token_key import token_key
+
+
+class Cancels:
+    """Counts what was asked to end, so that a call ends what is there when it comes and nothing later. Thread-safe."""
+
+    def __init__(self) -> None:
+        self.all = 0
+        self.waiting = 0
 
 
 class Generation:
-    """Iterating gives the reply's chunks, one a token; the last has the finish reason."""
+    """A request on its way. `chunks` fills with the reply, one a token; the last has the finish reason.
+
+    `past` is None while it waits. `tokens` are prompt and reply; those beyond the past are still to be computed.
+    """
 
     def __init__(
-        self,
-        decoder: Decoder,
-        tokenizer: Any,
-        prompt: Sequence[int],
-        settings: ResolvedSampling,
-        counters: CacheCounters,
-        cancelled: Callable[[], bool],
+        self, number: int, prompt: Sequence[int], settings: ResolvedSampling, tokenizer: Any, cancels: Cancels
     ) -> None:
-        self._decoder = decoder
-        self._tokenizer = tokenizer
-        self._tokens = list(prompt)
-        self._prompt_length = len(prompt)
+        self.number = number
+        self.tokens = list(prompt)
+        self.key = token_key(prompt)
+        self.prompt_length = len(prompt)
+        self.most_tokens = len(prompt) + settings.max_tokens
+        self.past: Past | None = None
+        self.chunks: deque[Chunk] = deque()
+        self.error: BaseException | None = None
+        self.shared_tokens = 0
+        self.nbytes = 0
+        """What its past is charged with."""
+        self.abandoned = False
+        """Whether nobody waits for it any more."""
+        self.pause_at: int | None = None
+        """Where its prompt's pass ends once, so that its past there can be kept for others."""
         self._settings = settings
-        self._counters = counters
-        self._before = counters.copy()
-        self._cancelled = cancelled
+        self._tokenizer = tokenizer
+        self._cancels = cancels
+        self._cancelled_before = cancels.all, cancels.waiting
         self._sampler = Sampler(settings)
         self._detokenizer = Detokenizer(tokenizer) if tokenizer is not None else NoText()
         self._stops = StopTexts(settings.stop)
-        self._started = time.perf_counter()
+        self._reason: str | None = None
+        self._submitted = time.perf_counter()
+        self._begun_at = 0.0
         self._first_at = 0.0
+        self._hits = self._misses = self._bytes_loaded = 0.0
 
-    def __iter__(self) -> Iterator[Chunk]:
-        past = self._decoder.start(self._prompt_length + self._settings.max_tokens)
-        logits = torch.empty(0)
-        for logits in self._decoder.prefill(past, self._tokens):  # noqa: B007  the last chunk's are what counts
-            if self._cancelled():
-                yield self._chunk("", (), "cancelled", None)
-                return
-        while True:
-            token = self._sampler.draw(self._tokens, logits)
-            self._first_at = self._first_at or time.perf_counter()
-            self._tokens.append(token)
-            reason, text = self._advance(token)
-            yield self._chunk(text, (token,), reason, self._logprobs(token, logits))
-            if reason is not None:
-                return
-            if self._cancelled():
-                yield self._chunk(self._rest(), (), "cancelled", None)
-                return
-            logits = self._decoder.step(past, [token])
+    @property
+    def missing(self) -> int:
+        """Tokens that its past does not have yet."""
+        return len(self.tokens) - (self.past.tokens if self.past is not None else 0)
 
-    def _advance(self, token: int) -> tuple[str | None, str]:
+    @property
+    def finished(self) -> bool:
+        """Whether its last chunk is there, or its error."""
+        return self._reason is not None or self.error is not None
+
+    @property
+    def begun(self) -> bool:
+        """Whether it has had a place in the batch."""
+        return bool(self._begun_at)
+
+    @property
+    def generated(self) -> int:
+        """Tokens of the reply so far."""
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether it is to end: nobody waits for it, or a cancel has come since it was made that means it."""
+        everything, waiting = self._cancelled_before
+        if self.abandoned or self._cancels.all > everything:
+            return True
+        return not self.begun and self._cancels.waiting > waiting
+
+    def begin(self, past: Past, nbytes: int) -> None:
+        """Takes its place in the batch, with a past that may have some of its prompt."""
+        self.past, self.nbytes = past, nbytes
+        if not self.begun:
+            self._begun_at = time.perf_counter()
+            self.shared_tokens = past.tokens
+
+    def give_up_past(self) -> Past:
+        """Leaves its place; what it has generated stays."""
+        past, self.past, self.nbytes = self.past, None, 0
+        assert past is not None
+        return past
+
+    def account(self, hits: float, misses: float, nbytes: float) -> None:
+        """Adds its share of what a step asked for and moved."""
+        self._hits += hits
+        self._misses += misses
+        self._bytes_loaded += nbytes
+
+    def advance(self, logits: torch.Tensor) -> None:
+        """Draws the next token from `logits`, float32 [vocabulary] on the CPU, and adds its chunk."""
+        token = self._sampler.draw(self.tokens, logits)
+        self._first_at = self._first_at or time.perf_counter()
+        self.tokens.append(token)
+        self._reason, text = self._follow(token)
+        self._add(text, (token,), self._logprobs(token, logits))
+
+    def cancel(self) -> None:
+        """Ends it with what there is."""
+        self._reason = "cancelled"
+        self._add(self._rest(), (), None)
+
+    def fail(self, error: BaseException) -> None:
+        """Ends it with an error, which its consumer gets."""
+        self.error = error
+
+    def _follow(self, token: int) -> tuple[str | None, str]:
         """Why the reply ends after `token`, if it does, and the text that may be given out."""
         if token in self._settings.eos:
             return "stop", self._rest()
         text = self._stops.push(self._detokenizer.push(token))
         if self._stops.found:
             return "stop", text
-        if len(self._tokens) - self._prompt_length >= self._settings.max_tokens:
+        if len(self.tokens) >= self.most_tokens:
             text += self._rest()
             return ("stop" if self._stops.found else "length"), text
         return None, text
@@ -88,20 +152,20 @@ class Generation:
     def _name(self, token: int) -> str:
         return str(self._tokenizer.decode([token])) if self._tokenizer is not None else str(token)
 
-    def _chunk(
-        self, text: str, tokens: tuple[int, ...], reason: str | None, logprobs: tuple[TokenLogprob, ...] | None
-    ) -> Chunk:
+    def _add(self, text: str, tokens: tuple[int, ...], logprobs: tuple[TokenLogprob, ...] | None) -> None:
         now = time.perf_counter()
+        begun = self._begun_at or now
         first = self._first_at or now
-        before, after = self._before, self._counters
         timings = Timings(
-            prompt_tokens=self._prompt_length,
-            generated_tokens=len(self._tokens) - self._prompt_length,
-            prompt_seconds=first - self._started,
+            prompt_tokens=self.prompt_length,
+            shared_tokens=self.shared_tokens,
+            generated_tokens=self.generated,
+            wait_seconds=begun - self._submitted,
+            prompt_seconds=first - begun,
             generate_seconds=now - first,
-            time_to_first_token=first - self._started,
-            bytes_loaded=after.bytes_loaded - before.bytes_loaded,
-            hits=after.hits - before.hits,
-            misses=after.misses - before.misses,
+            time_to_first_token=first - self._submitted,
+            bytes_loaded=round(self._bytes_loaded),
+            hits=round(self._hits),
+            misses=round(self._misses),
         )
-        return Chunk(text, tokens, reason, logprobs, timings)
+        self.chunks.append(Chunk(text, tokens, self._reason, logprobs, timings))

@@ -12,12 +12,13 @@ class GrowingLayer(DynamicLayer):
     """A full-attention layer over one buffer with room to grow.
 
     transformers' own layer concatenates, which copies the whole past at every step. `keys` and `values`
-    are views of the filled part, [batch, heads, tokens, width], valid until the buffer grows.
+    are views of the filled part, [batch, heads, tokens, width], valid until the buffer grows. `room` is how
+    many tokens the next buffer is made for; a sequence that outgrows it gets half as much again.
     """
 
     def __init__(self, room: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._room = room
+        self.room = room
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(
@@ -39,12 +40,19 @@ class GrowingLayer(DynamicLayer):
         self._buffers = None
         super().reset()
 
+    def fork(self, tokens: int, room: int) -> GrowingLayer:
+        """A layer of its own that holds a copy of the first `tokens` rows, with `room`."""
+        other = GrowingLayer(room)
+        if self.is_initialized and self.keys is not None and self.values is not None:
+            other.update(self.keys[..., :tokens, :], self.values[..., :tokens, :])
+        return other
+
     def _reserve(
         self, key_states: torch.Tensor, value_states: torch.Tensor, past: int, total: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self._buffers is not None and self._buffers[0].shape[-2] >= total:
             return self._buffers
-        room = max(self._room, total, past + past // 2)
+        room = self.room if self.room >= total else max(total, past + past // 2)
         old, grown = (self.keys, self.values), []
         for kept, new in zip(old, (key_states, value_states), strict=True):
             buffer = new.new_empty(*new.shape[:-2], room, new.shape[-1])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,7 +26,14 @@ class KvSize:
 
     def nbytes(self, tokens: int) -> int:
         """Bytes after `tokens` tokens."""
-        return self.fixed + sum(each * min(tokens, window or tokens) for each, window in self.layers)
+        return self.fixed + sum(
+            count * each * min(tokens, window or tokens) for (each, window), count in self._kinds.items()
+        )
+
+    @cached_property
+    def _kinds(self) -> Counter[tuple[int, int | None]]:
+        """Layers that are alike, counted: a batch asks for sizes all the time."""
+        return Counter(self.layers)
 
 
 def measure_kv(blueprint: Blueprint) -> KvSize:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from edgemoe.kv_size import KvSize
 from edgemoe.sizes import format_bytes
 
 
@@ -28,8 +29,12 @@ class Plan:
     device_free: int
     """Free memory of the device, VRAM or RAM, before loading."""
     dense_nbytes: int
+    batch: int
+    """Most sequences that are decoded together."""
+    kv: KvSize
+    """What a sequence's keys, values and states take."""
     kv_nbytes: int
-    """Keys, values and states of one sequence of `context` tokens."""
+    """Room for the keys, values and states of all sequences: at least one of `context` tokens."""
     workspace_nbytes: int
     """Activations of a prefill chunk; while loading, the second copy of the largest weight."""
     reserve_nbytes: int
@@ -68,7 +73,15 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON can hold it."""
-        return asdict(self) | {"total_nbytes": self.total_nbytes, "simulation": self.simulation}
+        known = {name: value for name, value in asdict(self).items() if name != "kv"}
+        return known | {"total_nbytes": self.total_nbytes, "simulation": self.simulation}
+
+    def _sequences(self) -> str:
+        one = self.kv.nbytes(self.context)
+        if self.batch == 1:
+            return f"one sequence of {self.context} tokens"
+        whole = max(1, self.kv_nbytes // max(1, one))
+        return f"up to {self.batch} sequences, {whole} of them with {self.context} tokens"
 
     def lines(self) -> list[tuple[str, str, str]]:
         """Rows for people: what, how much, where and why."""
@@ -80,7 +93,7 @@ class Plan:
             ("model", self.model, f"{self.family}, {self.layers} MoE layers, {self.experts} experts, top-{self.top_k}"),
             ("device", self.device, f"{size(self.device_free)} {memory} free, {threads}, {self.dtype}"),
             ("non-expert weights", size(self.dense_nbytes), memory),
-            ("KV cache", size(self.kv_nbytes), f"{memory}, one sequence of {self.context} tokens"),
+            ("KV cache", size(self.kv_nbytes), f"{memory}, {self._sequences()}"),
             ("workspace", size(self.workspace_nbytes), f"{memory}, prefill chunks of {self.prefill_chunk} tokens"),
             ("expert cache", size(self.cache_nbytes), f"{memory}, {slots}"),
             ("total", size(self.total_nbytes), f"{memory}, {size(self.reserve_nbytes)} more are left untouched"),

@@ -10,8 +10,8 @@ import torch
 from edgemoe.blueprint import Blueprint
 from edgemoe.config import EngineConfig
 from edgemoe.errors import PlanError
-from edgemoe.kv_size import KvSize, measure_kv
-from edgemoe.memory import cores, gpus, ram_free
+from edgemoe.kv_size import measure_kv
+from edgemoe.memory import cores, ram_free
 from edgemoe.plan import Plan
 from edgemoe.sizes import format_bytes, parse_bytes
 
@@ -50,6 +50,8 @@ def make_plan(blueprint: Blueprint, config: EngineConfig) -> Plan:
         slots=0,
         device_free=free,
         dense_nbytes=blueprint.dense_nbytes,
+        batch=_most_sequences(config),
+        kv=kv,
         kv_nbytes=kv.nbytes(context),
         workspace_nbytes=workspace,
         reserve_nbytes=reserve,
@@ -63,13 +65,14 @@ def make_plan(blueprint: Blueprint, config: EngineConfig) -> Plan:
         link_gbps=config.link_gbps,
     )
     if config.context is None:
-        draft = _shrink_context(draft, kv)
+        draft = _shrink_context(draft)
     slots = _slots(draft, config.expert_cache)
     plan = replace(draft, slots=slots, cache_nbytes=slots * slot)
+    plan = _room_for_sequences(plan, config)
     if device.type == "cuda":
         plan = _host_tier(plan, config)
     left = ram_free() - plan.pinned_nbytes - plan.pageable_nbytes - (plan.total_nbytes if device.type == "cpu" else 0)
-    return replace(plan, direct_reads=slots < plan.experts and plan.file_nbytes > left)
+    return replace(plan, direct_reads=plan.slots < plan.experts and plan.file_nbytes > left)
 
 
 def choose_device(name: str) -> torch.device:
@@ -90,8 +93,8 @@ def choose_device(name: str) -> torch.device:
 def _device_free(device: torch.device) -> int:
     if device.type == "cpu":
         return ram_free()
-    reported = {gpu.index: gpu.free for gpu in gpus()}
-    return int(reported.get(device.index or 0) or torch.cuda.mem_get_info(device)[0])
+    # Not by the driver's own numbers: CUDA_VISIBLE_DEVICES gives the devices others.
+    return int(torch.cuda.mem_get_info(device)[0])
 
 
 def _context(blueprint: Blueprint, config: EngineConfig) -> int:
@@ -122,12 +125,42 @@ def _top_k(text: Any) -> int:
     return max([1, *(int(value) for found in values for value in (found if isinstance(found, list) else [found]))])
 
 
-def _shrink_context(plan: Plan, kv: KvSize) -> Plan:
+def _shrink_context(plan: Plan) -> Plan:
     """Halves a context that nobody asked for until it leaves most of the memory to the experts."""
     context = plan.context
-    while context > 1024 and kv.nbytes(context) > plan.device_free // 8:
+    while context > 1024 and plan.kv.nbytes(context) > plan.device_free // 8:
         context //= 2
-    return replace(plan, context=context, kv_nbytes=kv.nbytes(context))
+    return replace(plan, context=context, kv_nbytes=plan.kv.nbytes(context))
+
+
+def _most_sequences(config: EngineConfig) -> int:
+    """The bound on sequences decoded together."""
+    text = str(config.batch).strip().lower()
+    if text == "auto":
+        return config.max_batch
+    if not text.isdecimal() or int(text) < 1:
+        raise PlanError(
+            f"a batch of {config.batch!r} is none: give a number of sequences from 1, or auto, with --batch"
+        )
+    return int(text)
+
+
+def _room_for_sequences(plan: Plan, config: EngineConfig) -> Plan:
+    """Room for more than one sequence, out of what is left.
+
+    Where the cache takes whatever there is, slots are given up for it, `kv_share` of the memory at most and
+    never the last one; with every expert resident nothing else wants the rest, of which half stays free.
+    """
+    left = plan.device_free - plan.reserve_nbytes - plan.total_nbytes
+    more = (plan.batch - 1) * plan.kv.nbytes(plan.context)
+    if plan.slots == plan.experts:
+        return replace(plan, kv_nbytes=plan.kv_nbytes + min(more, left // 2))
+    more = min(more, int(plan.device_free * config.kv_share))
+    if str(config.expert_cache).strip().lower() != "auto":
+        return replace(plan, kv_nbytes=plan.kv_nbytes + min(more, left // 2))
+    slots = max(1, (left + plan.cache_nbytes - more) // plan.slot_nbytes)
+    more = min(more, left + plan.cache_nbytes - slots * plan.slot_nbytes)
+    return replace(plan, slots=slots, cache_nbytes=slots * plan.slot_nbytes, kv_nbytes=plan.kv_nbytes + more)
 
 
 def _slots(plan: Plan, asked: str | int) -> int:

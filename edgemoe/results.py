@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,21 +14,26 @@ class Timings:
     """Tokens, seconds and bytes of one generation."""
 
     prompt_tokens: int
+    shared_tokens: int
+    """Prompt tokens that were not computed, since another request had computed them."""
     generated_tokens: int
+    wait_seconds: float
+    """From the request to its place in the batch."""
     prompt_seconds: float
+    """From there to the first token."""
     generate_seconds: float
     """From the first token to the last."""
     time_to_first_token: float
     """Seconds from the request to its first token."""
     bytes_loaded: int
-    """Expert bytes that crossed the link."""
+    """Expert bytes that crossed the link. What a step moves for several requests is divided by their tokens in it."""
     hits: int
     misses: int
 
     @property
     def prompt_per_second(self) -> float:
-        """Prompt tokens a second."""
-        return self.prompt_tokens / max(self.prompt_seconds, 1e-9)
+        """Prompt tokens computed a second."""
+        return (self.prompt_tokens - self.shared_tokens) / max(self.prompt_seconds, 1e-9)
 
     @property
     def generated_per_second(self) -> float:
@@ -68,6 +74,19 @@ class Completion:
     timings: Timings
     prompt_token_ids: tuple[int, ...]
 
+    @classmethod
+    def from_chunks(cls, chunks: Sequence[Chunk], prompt_token_ids: Sequence[int]) -> Completion:
+        """The whole of a reply's chunks, of which there is at least one."""
+        reported = [chunk.logprobs for chunk in chunks if chunk.logprobs is not None]
+        return cls(
+            text="".join(chunk.text for chunk in chunks),
+            token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
+            finish_reason=chunks[-1].finish_reason or "cancelled",
+            logprobs=tuple(item for items in reported for item in items) if reported else None,
+            timings=chunks[-1].timings,
+            prompt_token_ids=tuple(prompt_token_ids),
+        )
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -107,7 +126,17 @@ class Stats:
     tokens_prompt: int
     tokens_generated: int
     seconds: float
-    """Time spent in generations."""
+    """Time spent in steps."""
+    steps: int
+    """Passes over the model, each for every request that was running."""
+    batch: int
+    """Sequences that are decoded together at most, as asked for or as found best so far."""
+    batch_reason: str
+    """Why that many."""
+    preemptions: int
+    """Requests that lost their keys and values for lack of room, and were computed again."""
+    prefix_tokens: int
+    """Prompt tokens that were not computed, since another request had computed them."""
 
     @property
     def hit_rate(self) -> float:

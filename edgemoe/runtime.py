@@ -54,7 +54,7 @@ class Runtime:
         self.cache = ExpertCache(files, link, pool, BalancedLRU(plan.layers, plan.slots))
         workers = Workers(plan.threads)
         self._stack.callback(workers.close)
-        expert_layer.install(self.model, blueprint.sites, self.cache, workers)
+        self.layers = expert_layer.install(self.model, blueprint.sites, self.cache, workers)
         if device.type == "cpu":
             few_token_linear.install(self.model, workers)
         self.cache.prefetch([ExpertId(*expert) for expert in fill_order(files.experts, plan.slots)])

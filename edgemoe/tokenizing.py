@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from edgemoe.blueprint import Blueprint
 from edgemoe.checkpoint import Checkpoint
 from edgemoe.errors import CheckpointError, RequestError
 from edgemoe.quiet import quiet_transformers
+
+Messages = Sequence[Mapping[str, str]]
+"""A conversation: each message has a role and a content."""
+Prompt = str | Sequence[int] | Messages
+"""What to go on from: text, token ids, or a conversation to reply to."""
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -44,7 +49,26 @@ def load_generation_config(blueprint: Blueprint) -> Any:
         return GenerationConfig.from_model_config(blueprint.config)
 
 
-def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], name: str) -> list[int]:
+def prompt_tokens(tokenizer: Any, prompt: Prompt, vocabulary: int, name: str) -> list[int]:
+    """The token ids of `prompt` for the model called `name`; RequestError when it has none or unknown ones."""
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise RequestError(f"{name} has no tokenizer files: give the prompt as token ids")
+        with quiet_transformers():
+            tokens = [int(token) for token in tokenizer.encode(prompt)] if prompt else []
+    elif any(isinstance(part, Mapping) for part in prompt):
+        tokens = render_chat(tokenizer, cast(Messages, prompt), name)
+    else:
+        tokens = [int(token) for token in cast(Sequence[int], prompt)]
+    if not tokens:
+        raise RequestError("the prompt is empty: give at least one token")
+    outside = [token for token in tokens if not 0 <= token < vocabulary]
+    if outside:
+        raise RequestError(f"token id {outside[0]} is outside the vocabulary of {vocabulary}: check the ids")
+    return tokens
+
+
+def render_chat(tokenizer: Any, messages: Messages, name: str) -> list[int]:
     """The token ids of `messages` in the checkpoint's chat template, ending where the assistant begins."""
     if tokenizer is None or not tokenizer.chat_template:
         raise RequestError(f"{name} has no chat template: give plain prompts, as with edgemoe run")

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+from edgemoe.workers import Workers
+
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
@@ -20,3 +22,8 @@ def torch_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def kernels_have_the_cores(workers: Workers) -> bool:
+    """Whether PyTorch computes in one thread, so that the kernels' own may use the other cores."""
+    return torch.get_num_threads() == 1 or workers.threads == 1

@@ -5,15 +5,19 @@ A prompt's tokens are its characters and a reply's are its words, so that every 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from edgemoe import Chunk, Sampling, Timings
+from edgemoe import Chunk, Completion, Sampling, Timings
 from edgemoe.cli.surface import LoadProgress
 from edgemoe.errors import RequestError
 from edgemoe.results import Progress, TokenLogprob
+
+if TYPE_CHECKING:
+    from edgemoe.tokenizing import Prompt
 
 
 @dataclass(frozen=True)
@@ -31,9 +35,16 @@ class FakePlan:
         return {"model": self.model, "context": self.context}
 
 
-@dataclass
+@dataclass(frozen=True)
 class FakeStats:
     hits: int = 0
+    misses: int = 0
+    bytes_loaded: int = 0
+    tokens_prompt: int = 0
+    tokens_generated: int = 0
+    prefix_tokens: int = 0
+    batch: int = 2
+    batch_reason: str = "as asked for"
     link_wait_seconds: float = 0.25
 
     def to_dict(self) -> dict[str, Any]:
@@ -47,7 +58,11 @@ def echo(text: str) -> str:
 
 @dataclass
 class FakeEngine:
-    """Replies with `replies`, an error where that is one, else with an echo. `before_word` sees each word's number."""
+    """Replies with `replies`, an error where that is one, else with an echo. `before_word` sees each word's number.
+
+    Of a batch, `stats.batch` replies grow by a word a step, and as many requests again wait; so the short ones
+    overtake the long ones.
+    """
 
     replies: Mapping[str, str | Exception] = field(default_factory=dict)
     has_chat_template: bool = True
@@ -59,25 +74,73 @@ class FakeEngine:
     samplings: list[Sampling] = field(default_factory=list)
     closed: bool = False
     cancelled: bool = False
+    cancelled_waiting: bool = False
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        if not self.has_chat_template:
-            raise RequestError("fake has no chat template; give a raw prompt")
-        text = "".join(f"<{message['role']}>{message['content']}" for message in messages)
-        return [ord(character) for character in text]
-
-    def stream(self, prompt: str | Sequence[int], sampling: Sampling | None = None) -> Generator[Chunk, None, None]:
+    def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Generator[Chunk, None, None]:
         assert sampling is not None
-        text = prompt if isinstance(prompt, str) else "".join(map(chr, prompt))
-        self.prompts.append(text)
-        self.samplings.append(sampling)
         self.cancelled = False
+        yield from self._reply(self._text(prompt), sampling)
+
+    def generate_batch(
+        self, requests: Iterable[tuple[Prompt, Sampling]]
+    ) -> Generator[tuple[int, Completion | RequestError], None, None]:
+        numbered = enumerate(requests)
+        running: dict[int, tuple[Iterator[Chunk], list[Chunk]]] = {}
+        waiting: dict[int, tuple[str, Sampling]] = {}
+        while True:
+            read = itertools.islice(numbered, 2 * self.stats.batch - len(running) - len(waiting))
+            for index, (prompt, sampling) in read:
+                try:
+                    waiting[index] = (self._text(prompt), sampling)
+                except RequestError as error:
+                    yield index, error
+            if self.cancelled or self.cancelled_waiting:
+                for index in waiting:
+                    yield index, Completion("", (), "cancelled", None, timings(0, 0), ())
+                waiting.clear()
+            while waiting and len(running) < self.stats.batch:
+                index = next(iter(waiting))
+                running[index] = (self._reply(*waiting.pop(index)), [])
+            if not running:
+                return
+            yield from self._step(running)
+
+    def _step(
+        self, running: dict[int, tuple[Iterator[Chunk], list[Chunk]]]
+    ) -> Iterator[tuple[int, Completion | RequestError]]:
+        for index, (words, chunks) in list(running.items()):
+            try:
+                chunks.append(next(words))
+            except RequestError as error:
+                del running[index]
+                yield index, error
+                continue
+            if chunks[-1].finish_reason is not None:
+                del running[index]
+                yield index, Completion.from_chunks(chunks, ())
+
+    def _text(self, prompt: Prompt) -> str:
+        """The prompt as text; the roles stand for the chat template."""
+        text = ""
+        for part in [prompt] if isinstance(prompt, str) else prompt:
+            if isinstance(part, Mapping):
+                if not self.has_chat_template:
+                    raise RequestError("fake has no chat template; give a raw prompt")
+                text += f"<{part['role']}>{part['content']}"
+            else:
+                text += part if isinstance(part, str) else chr(part)
         if not text:
             raise RequestError("the prompt is empty; give at least one token")
+        return text
+
+    def _reply(self, text: str, sampling: Sampling) -> Iterator[Chunk]:
+        self.prompts.append(text)
+        self.samplings.append(sampling)
         asked = text.rpartition("<user>")[2]
         reply = self.replies.get(asked, echo(asked))
         if isinstance(reply, Exception):
             raise reply
+        self._count(tokens_prompt=len(text), bytes_loaded=len(text) * 1024)
         yield from self._words(reply, len(text), sampling)
 
     def _words(self, reply: str, prompt_tokens: int, sampling: Sampling) -> Iterator[Chunk]:
@@ -96,11 +159,16 @@ class FakeEngine:
             if sampling.logprobs is not None:
                 top = tuple((rank, f"{piece}{rank}", -float(rank)) for rank in range(sampling.logprobs))
                 logprobs = (TokenLogprob(number, piece, -0.5, top),)
-            self.stats.hits += 3
+            self._count(tokens_generated=1, bytes_loaded=1024, hits=3, misses=1)
             yield Chunk(piece, (number,), reason, logprobs, timings(prompt_tokens, number + 1))
 
-    def cancel(self) -> None:
-        self.cancelled = True
+    def _count(self, **more: int) -> None:
+        self.stats = replace(self.stats, **{name: getattr(self.stats, name) + each for name, each in more.items()})
+
+    def cancel(self, *, running: bool = True) -> None:
+        self.cancelled_waiting = True
+        if running:
+            self.cancelled = True
 
     def close(self) -> None:
         self.closed = True
@@ -110,7 +178,9 @@ def timings(prompt_tokens: int, generated: int) -> Timings:
     """Ten prompt tokens a second, then after the first four generated ones; three hits a miss; 1 KiB for a token."""
     return Timings(
         prompt_tokens=prompt_tokens,
+        shared_tokens=0,
         generated_tokens=generated,
+        wait_seconds=0.0,
         prompt_seconds=prompt_tokens / 10,
         generate_seconds=max(0, generated - 1) / 4,
         time_to_first_token=0.5,

@@ -15,9 +15,18 @@ def parse(*argv: str, **environment: str) -> argparse.Namespace:
 
 
 def test_what_is_not_given_is_left_to_the_library() -> None:
-    arguments = parse("chat")
+    arguments = parse("run", "-")
     assert sampling_from(arguments) == Sampling()
     assert model_settings(arguments) == {}
+
+
+def test_a_chat_is_one_sequence() -> None:
+    assert model_settings(parse("chat", EDGEMOE_BATCH="4")) == {"batch": 1}
+
+
+@pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("AUTO", "auto"), ("16", 16)])
+def test_sizes_of_the_batch(text: str, value: str | int) -> None:
+    assert model_settings(parse("plan", "--batch", text)) == {"batch": value}
 
 
 def typed(line: str) -> argparse.Namespace:
@@ -38,11 +47,12 @@ def test_every_sampling_option_reaches_its_field() -> None:
 
 def test_every_model_option_reaches_its_keyword() -> None:
     arguments = typed(
-        "chat -m some/model -c 4096 -t 3 --device cuda:1 --dtype float16 --expert-cache 6GiB --offline --link-gbps 12.5"
+        "run - -m some/model -c 4096 -t 3 --device cuda:1 --dtype float16 --expert-cache 6GiB --offline "
+        "--link-gbps 12.5 --batch 8"
     )
     assert model_settings(arguments) == {
         "model": "some/model", "context": 4096, "threads": 3, "device": "cuda:1", "dtype": "float16",
-        "expert_cache": "6GiB", "offline": True, "link_gbps": 12.5,
+        "expert_cache": "6GiB", "offline": True, "link_gbps": 12.5, "batch": 8,
     }  # fmt: skip
 
 
@@ -77,6 +87,9 @@ def test_what_is_no_size_is_refused_with_the_forms_there_are(text: str) -> None:
         ("--ctx-size=many", "'many' is not a whole number"),
         ("--temp=warm", "'warm' is not a number"),
         ("--link-gbps=0", "0 is not above 0"),
+        ("--batch=0", "0 is below 1"),
+        ("--batch=some", "'some' is no size of a batch; give auto, or a number such as 16"),
+        ("--order=any", "'any' is not known; give one of finish, input"),
         ("--link-gbps=nan", "nan is not above 0"),
     ],
 )
@@ -84,9 +97,9 @@ def test_bad_values_are_the_same_error_from_flag_and_environment(option: str, sa
     flag, _, value = option.partition("=")
     variable = "EDGEMOE_" + flag[2:].replace("-", "_").upper()
     with pytest.raises(UsageError) as from_flag:
-        parse("chat", option)
+        parse("run", "-", option)
     with pytest.raises(UsageError) as from_environment:
-        parse("chat", **{variable: value})
+        parse("run", "-", **{variable: value})
     assert said in str(from_flag.value)
     assert str(from_environment.value) == f"environment variable {variable}: " + str(from_flag.value).partition(": ")[2]
 
@@ -105,10 +118,10 @@ def test_the_limits_hold_for_the_environment_too() -> None:
 
 def test_the_environment_fills_in_and_the_command_line_wins() -> None:
     environment = {"EDGEMOE_MODEL": "there", "EDGEMOE_CTX_SIZE": "256", "EDGEMOE_STOP": "END", "EDGEMOE_OFFLINE": "yes"}
-    arguments = parse("chat", "-m", "here", **environment)
+    arguments = parse("run", "-", "-m", "here", **environment)
     assert model_settings(arguments) == {"model": "here", "context": 256, "offline": True}
     assert sampling_from(arguments).stop == ("END",)
-    assert sampling_from(parse("chat", "--stop", "FIN", **environment)).stop == ("FIN",)
+    assert sampling_from(parse("run", "-", "--stop", "FIN", **environment)).stop == ("FIN",)
 
 
 def test_an_empty_variable_and_another_commands_variable_say_nothing() -> None:

@@ -109,7 +109,7 @@ def test_saving_where_it_is_not_possible(tmp_path: Path) -> None:
         ("[]", "must be an object with messages"),
         ('{"messages": 3}', "must be an object with messages"),
         ('{"messages": [{"role": "user"}]}', "content must be a text"),
-        ('{"messages": [{"role": "user", "content": "a", "name": "b"}]}', "unknown field name"),
+        ('{"messages": [{"role": "user", "content": "a", "nme": "b"}]}', "unknown field nme"),
     ],
 )
 def test_loading_what_is_no_conversation_changes_nothing(tmp_path: Path, text: str, said: str) -> None:

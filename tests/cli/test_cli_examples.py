@@ -18,7 +18,8 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 @pytest.mark.parametrize(("name", "count"), [("prompts.jsonl", 12), ("prompts.txt", 5)])
 def test_every_line_is_a_request(name: str, count: int, tmp_path: Path) -> None:
     source = Source.open(str(EXAMPLES / name))
-    requests = list(RequestReader(Sampling()).read(source.lines(), jsonl=source.is_jsonl))
+    entries = RequestReader(Sampling()).read(source.lines(), jsonl=source.is_jsonl)
+    requests = [entry.request for entry in entries]
     source.close()
     assert all(isinstance(request, Request) for request in requests)
     assert len({request.custom_id for request in requests}) == count

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fake_engine import timings
+from fake_engine import FakeEngine, FakeStats
 
 from edgemoe.cli.progress import Tally
 from edgemoe.cli.render import columns, duration
@@ -54,32 +54,38 @@ def test_a_run_on_a_terminal_shows_how_it_is_getting_on(tmp_path: Path) -> None:
     os.close(screen)
     assert process.wait(timeout=20) == 0
     assert out.read_text().count("\n") == 2
-    assert "tokens/s, hit rate 75.0%, 1.0 KiB a token" in shown
+    assert "tokens/s, hit rate 75.0%" in shown
+    assert "/?" in shown
     assert "line-1: prompt 13 tokens at 10.0/s" in shown
     assert "edgemoe: 2 requests, 0 failed, in 0." in shown
 
 
-def test_a_tally_adds_up() -> None:
-    tally = Tally()
-    tally.add(timings(3, 5), failed=False)
-    tally.add(None, failed=True)
-    tally.add(timings(10, 9), failed=False)
-    assert (tally.finished, tally.failed) == (3, 1)
-    assert tally.timings is not None
-    assert (tally.timings.prompt_tokens, tally.timings.generated_tokens) == (13, 14)
-    assert (tally.timings.hits, tally.timings.misses, tally.timings.bytes_loaded) == (42, 14, 27 * 1024)
-    # The first token of each request belongs to its prompt: 12 tokens in 3 seconds.
-    assert tally.generated_per_second == pytest.approx(4.0)
-    assert tally.summary().endswith(
-        "; prompt 13 tokens at 10.0/s, generated 14 tokens at 4.0/s, hit rate 75.0%, 1.0 KiB a token"
+def test_a_tally_tells_what_the_engine_did_since_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 104.0, 104.0, 104.0])
+    monkeypatch.setattr("edgemoe.cli.progress.time.monotonic", lambda: next(clock))
+    engine = FakeEngine(
+        stats=FakeStats(tokens_prompt=7, tokens_generated=1, hits=100, misses=100, bytes_loaded=1 << 30)
     )
+    tally = Tally(engine)
+    tally.add(failed=False)
+    tally.add(failed=True)
+    assert tally.now() == ""
+    engine.stats = FakeStats(
+        tokens_prompt=27, tokens_generated=11, hits=175, misses=125, bytes_loaded=(1 << 30) + 15 * 1024,
+        prefix_tokens=6, batch=16, batch_reason="32 made no more",
+    )  # fmt: skip
+    assert tally.now() == "2.5 tokens/s, hit rate 75.0%"
+    assert tally.summary(skipped=3) == [
+        "2 requests, 1 failed, in 4.00 s; 3 more had a result already",
+        "prompt 20 tokens at 5.0/s, generated 10 tokens at 2.5/s, hit rate 75.0%, 1.5 KiB moved for a generated token",
+        "batch 16: 32 made no more; 6 prompt tokens shared with another request",
+    ]
 
 
 def test_a_tally_of_failures_has_no_speed() -> None:
-    tally = Tally()
-    tally.add(None, failed=True)
-    assert tally.generated_per_second == 0
-    assert tally.summary() == "1 request, 1 failed, in 0.00 s"
+    tally = Tally(FakeEngine())
+    tally.add(failed=True)
+    assert tally.summary() == ["1 request, 1 failed, in 0.00 s"]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ PLAIN = RequestReader(Sampling())
 
 
 def read(*texts: str, reader: RequestReader = PLAIN, jsonl: bool = False) -> list[Request | BadLine]:
-    return list(reader.read([Line(number, text) for number, text in enumerate(texts, 1)], jsonl=jsonl))
+    lines = [Line(number, text) for number, text in enumerate(texts, 1)]
+    return [entry.request for entry in reader.read(lines, jsonl=jsonl)]
 
 
 def one(entry: Any, reader: RequestReader = PLAIN) -> Request:
@@ -36,10 +37,16 @@ def batch(url: str = "/v1/chat/completions", **body: Any) -> dict[str, Any]:
 USER = {"role": "user", "content": "Hi"}
 
 
+def chat(custom_id: str, *messages: dict[str, str], sampling: Sampling = PLAIN.defaults) -> Request:
+    return Request(custom_id=custom_id, prompt=messages, is_chat=True, sampling=sampling)
+
+
 def test_plain_lines_are_messages_with_a_chat_template_and_prompts_without() -> None:
     assert read("Hello", "two  words ") == [
-        Request(custom_id="line-1", messages=({"role": "user", "content": "Hello"},), sampling=Sampling()),
-        Request(custom_id="line-2", messages=({"role": "user", "content": "two  words "},), sampling=Sampling()),
+        Request(custom_id="line-1", prompt=({"role": "user", "content": "Hello"},), is_chat=True, sampling=Sampling()),
+        Request(
+            custom_id="line-2", prompt=({"role": "user", "content": "two  words "},), is_chat=True, sampling=Sampling()
+        ),
     ]
     raw = RequestReader(Sampling(), chat_lines=False)
     assert read("Hello", reader=raw) == [Request(custom_id="line-1", prompt="Hello", sampling=Sampling())]
@@ -51,14 +58,16 @@ def test_the_first_line_decides_what_the_others_are() -> None:
     assert (bad.custom_id, bad.code) == ("line-2", "invalid_json")
     text = read("plain", '{"prompt": "a"}')[1]
     assert isinstance(text, Request)
-    assert text.messages == ({"role": "user", "content": '{"prompt": "a"}'},)
+    assert text.prompt == ({"role": "user", "content": '{"prompt": "a"}'},)
     assert isinstance(read("plain", jsonl=True)[0], BadLine)
     assert read("plain", jsonl=False) != read("plain", jsonl=True)
 
 
 def test_an_openai_batch_line() -> None:
     request = one(batch(messages=[USER], model="ignored", temperature=0.5, max_tokens=3, n=1, stream=False))
-    assert request == Request(custom_id="a", messages=(USER,), sampling=Sampling(temperature=0.5, max_tokens=3))
+    assert request == Request(
+        custom_id="a", prompt=(USER,), is_chat=True, sampling=Sampling(temperature=0.5, max_tokens=3)
+    )
     completion = one(batch("/v1/completions", prompt="Once", logprobs=2))
     assert completion == Request(custom_id="a", prompt="Once", sampling=Sampling(logprobs=2))
 
@@ -66,7 +75,9 @@ def test_an_openai_batch_line() -> None:
 def test_short_lines() -> None:
     assert one({"prompt": "Once"}) == Request(custom_id="line-1", prompt="Once", sampling=Sampling())
     assert one({"prompt": [1, 2, 3], "id": "ids"}) == Request(custom_id="ids", prompt=(1, 2, 3), sampling=Sampling())
-    assert one({"messages": [USER], "custom_id": "c"}) == Request(custom_id="c", messages=(USER,), sampling=Sampling())
+    assert one({"messages": [USER], "custom_id": "c"}) == Request(
+        custom_id="c", prompt=(USER,), is_chat=True, sampling=Sampling()
+    )
 
 
 def test_every_sampling_field_overrides_the_command_line() -> None:
@@ -84,6 +95,32 @@ def test_every_sampling_field_overrides_the_command_line() -> None:
 def test_the_two_names_of_the_length() -> None:
     assert one({"messages": [USER], "max_completion_tokens": 4}).sampling.max_tokens == 4
     assert "are the same thing" in refused({"messages": [USER], "max_completion_tokens": 4, "max_tokens": 4}).message
+
+
+def test_several_choices_count_up_from_the_seed() -> None:
+    assert one({"prompt": "p", "n": 3}).samplings() == [Sampling()] * 3
+    seeded = one({"messages": [USER], "n": 3, "seed": 2**63 - 2, "top_k": 5}).samplings()
+    assert [sampling.seed for sampling in seeded] == [2**63 - 2, 2**63 - 1, 0]
+    assert all(sampling.top_k == 5 for sampling in seeded)
+    assert one({"prompt": "p", "n": None, "best_of": 1}).choices == 1
+
+
+def test_fields_that_ask_for_nothing_are_taken() -> None:
+    shared = {
+        "stream": False, "stream_options": None, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {},
+        "user": "someone", "metadata": {"a": "b"}, "safety_identifier": "s", "prompt_cache_key": "k", "model": "m",
+    }  # fmt: skip
+    chats = {
+        "response_format": {"type": "text"}, "modalities": ["text"], "tools": [], "tool_choice": "auto",
+        "parallel_tool_calls": True, "store": False, "service_tier": "auto",
+    }  # fmt: skip
+    plain = chat("a", USER)
+    assert one(batch(messages=[USER], **shared, **chats)) == plain
+    assert one(batch(messages=[USER], **dict.fromkeys([*shared, *chats]))) == plain
+    reply = {"refusal": None, "tool_calls": None, "annotations": [], "audio": None, "function_call": None}
+    assert one(batch(messages=[{**USER, **reply}])) == plain
+    completion = one(batch("/v1/completions", prompt="p", **shared, echo=False, suffix=None, n=2, best_of=2))
+    assert completion == Request(custom_id="a", prompt="p", sampling=Sampling(), choices=2)
 
 
 @pytest.mark.parametrize(
@@ -105,17 +142,17 @@ def test_the_system_prompt_goes_before_chats_that_have_none() -> None:
     reader = RequestReader(Sampling(), system="Be brief.")
     system = {"role": "system", "content": "Be brief."}
     own = {"role": "system", "content": "Be long."}
-    assert one({"messages": [USER]}, reader).messages == (system, USER)
-    assert one({"messages": [own, USER]}, reader).messages == (own, USER)
+    assert one({"messages": [USER]}, reader).prompt == (system, USER)
+    assert one({"messages": [own, USER]}, reader).prompt == (own, USER)
     assert one({"prompt": "p"}, reader) == Request(custom_id="line-1", prompt="p", sampling=Sampling())
     text = read("Hi", reader=reader)[0]
     assert isinstance(text, Request)
-    assert text.messages == (system, USER)
+    assert text.prompt == (system, USER)
 
 
 def test_content_may_be_text_parts() -> None:
     parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
-    assert one({"messages": [{"role": "user", "content": parts}]}).messages == (USER,)
+    assert one({"messages": [{"role": "user", "content": parts}]}).prompt == (USER,)
 
 
 @pytest.mark.parametrize(
@@ -141,9 +178,24 @@ def test_lines_that_are_no_json_object(entry: str, said: str) -> None:
         ({"prompt": "p", "messages": [USER]}, "give either prompt or messages"),
         ({"prompt": "p", "tempurature": 1, "top-k": 2}, "unknown fields tempurature, top-k; known are"),
         ({"prompt": "p", "top_logprobs": 2}, "unknown field top_logprobs"),
-        ({"prompt": "p", "n": 2}, "n is 2, but only 1 is served"),
-        ({"prompt": "p", "n": True}, "n is True"),
-        ({"prompt": "p", "stream": True}, "stream must be false"),
+        ({"prompt": "p", "n": 0}, "n is 0; give 1 to 128"),
+        ({"messages": [USER], "n": 129}, "n is 129; give 1 to 128"),
+        ({"prompt": "p", "n": True}, "n must be a whole number"),
+        ({"prompt": "p", "n": 2, "best_of": 3}, "best_of is 3, but only as many as n (2) are served"),
+        ({"prompt": "p", "best_of": True}, "best_of is true, but only as many as n (1)"),
+        ({"prompt": "p", "stream": True}, "stream is true, but only false or null is served; leave it out"),
+        ({"prompt": "p", "stream": 0}, "stream is 0, but"),
+        ({"prompt": "p", "echo": True}, "echo is true, but only false or null is served"),
+        ({"prompt": "p", "presence_penalty": 0.5}, "presence_penalty is 0.5, but only 0 or null is served"),
+        ({"prompt": "p", "presence_penalty": False}, "presence_penalty is false"),
+        ({"prompt": "p", "user": "u", "usr": "u"}, "unknown field usr"),
+        (
+            {"messages": [USER], "response_format": {"type": "json_object"}},
+            'response_format is {"type": "json_object"}, but only {"type": "text"} or null is served',
+        ),
+        ({"messages": [USER], "tools": [{"type": "function", "function": {"name": "f" * 99}}]}, "ffff…, but only []"),
+        ({"messages": [USER], "stream_options": {}}, "stream_options is {}, but only null is served"),
+        ({"messages": [{**USER, "tool_calls": [1]}]}, "tool_calls is [1], but only [] or null is served"),
         ({"prompt": "p", "temperature": "hot"}, "temperature must be a number"),
         ({"prompt": "p", "temperature": True}, "temperature must be a number"),
         ({"prompt": "p", "temperature": 10**400}, "temperature is too large"),
@@ -163,7 +215,8 @@ def test_lines_that_are_no_json_object(entry: str, said: str) -> None:
         ({"messages": []}, "at least one message"),
         ({"messages": ["Hi"]}, "an object with role and content"),
         ({"messages": [{"role": "user"}]}, "content must be a text"),
-        ({"messages": [{**USER, "name": "Al"}]}, "unknown field name"),
+        ({"messages": [{**USER, "name": "Al"}]}, 'name is "Al", but only null is served'),
+        ({"messages": [{**USER, "user": "Al"}]}, "unknown field user; known are content, role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "text parts only"),
         ({"prompt": "p", "custom_id": 7}, "custom_id must be a text"),
         ({"prompt": "p", "custom_id": "a", "id": "b"}, "the same thing"),
@@ -173,7 +226,7 @@ def test_lines_that_are_no_json_object(entry: str, said: str) -> None:
         ({**batch(messages=[USER]), "model": "m"}, "unknown field model"),
         (batch(prompt="p"), "messages is missing"),
         (batch("/v1/completions", messages=[USER]), "prompt is missing"),
-        (batch(messages=[USER], presence_penalty=1), "unknown field presence_penalty"),
+        (batch(messages=[USER], best_of=1), "unknown field best_of"),
     ],
 )
 def test_what_a_line_may_not_say(entry: dict[str, Any], said: str) -> None:
@@ -184,8 +237,8 @@ def test_what_a_line_may_not_say(entry: dict[str, Any], said: str) -> None:
 
 
 def test_a_bad_line_keeps_its_id_where_it_has_one() -> None:
-    assert refused(batch(messages=[USER], n=3)).custom_id == "a"
-    assert refused({"prompt": "p", "id": "b", "n": 3}).custom_id == "b"
+    assert refused(batch(messages=[USER], n=0)).custom_id == "a"
+    assert refused({"prompt": "p", "id": "b", "n": 0}).custom_id == "b"
     assert refused({"prompt": "p", "custom_id": "\ud800"}).custom_id == "line-1"
 
 

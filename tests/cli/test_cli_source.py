@@ -91,3 +91,43 @@ def test_it_knows_its_own_file_under_any_name(tmp_path: Path) -> None:
     assert not opened.is_file(str(tmp_path / "other"))
     assert not opened.is_file(str(tmp_path / "missing"))
     opened.close()
+
+
+def test_a_line_may_be_longer_than_what_is_read_at_once(tmp_path: Path) -> None:
+    long = "é" * 100_000
+    opened = source(tmp_path, f"a\n{long}\n\n{long}b\nc".encode())
+    expected = [Line(1, "a"), Line(2, long), Line(4, f"{long}b"), Line(5, "c")]
+    assert list(opened.lines()) == expected
+    opened.rewind()
+    assert list(opened.lines()) == expected
+    opened.close()
+
+
+def test_a_pipe_says_whether_a_line_is_there() -> None:
+    read_end, write_end = os.pipe()
+    opened = Source.open(f"/dev/fd/{read_end}")
+    lines = opened.lines()
+    assert not opened.ready()
+    os.write(write_end, b"one\ntwo\n")
+    assert opened.ready()
+    assert next(lines) == Line(1, "one")
+    assert opened.ready()
+    assert next(lines) == Line(2, "two")
+    assert not opened.ready()
+    os.close(write_end)
+    assert opened.ready()
+    assert next(lines, None) is None
+    opened.close()
+    os.close(read_end)
+
+
+def test_a_file_is_always_ready(tmp_path: Path) -> None:
+    opened = source(tmp_path, b"")
+    assert opened.ready()
+    opened.close()
+
+
+def test_a_closed_standard_input_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(FileTrouble, match="standard input is closed; give a file of requests"):
+        Source.open("-")

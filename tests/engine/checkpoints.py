@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from bench.zoo import make
 from edgemoe import expert_layer
@@ -18,6 +17,8 @@ from edgemoe.cache import BalancedLRU, ExpertCache, SlotPool
 from edgemoe.cache.reader_link import ReaderLink
 from edgemoe.cache.safetensors_store import SafetensorsStore
 from edgemoe.checkpoint import open_checkpoint
+from edgemoe.decoder import Decoder
+from edgemoe.expert_layer import ExpertLayers
 from edgemoe.loading import load_dense
 from edgemoe.quiet import quiet_transformers
 from edgemoe.workers import Workers
@@ -25,10 +26,6 @@ from edgemoe.workers import Workers
 CPU = torch.device("cpu")
 PROMPT = torch.randint(3, 250, (23,), generator=torch.Generator().manual_seed(1)).tolist()
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-TEMPLATE = (
-    "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 
 
 class Zoo:
@@ -47,34 +44,22 @@ class Zoo:
         return self._made[key]
 
 
-def byte_tokenizer() -> Tokenizer:
-    """A tokenizer whose token 3 + b is the byte b; 0, 1 and 2 are <pad>, <bos> and <eos>."""
-    alphabet = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in alphabet]
-    names = {byte: chr(byte) for byte in alphabet} | {byte: chr(256 + at) for at, byte in enumerate(others)}
-    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {names[byte]: 3 + byte for byte in range(256)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def with_tokenizer(folder: Path, template: str | None = TEMPLATE) -> Path:
-    """Puts the byte tokenizer beside the weights in `folder`."""
-    from transformers import PreTrainedTokenizerFast
-
-    tokens = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer(), chat_template=template, **tokens)
-    wrapped.save_pretrained(folder)
-    return folder
-
-
 def reference(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
     """The checkpoint as transformers itself loads it."""
     from transformers import AutoModelForCausalLM
 
     with quiet_transformers():
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+
+
+def random_ids(length: int, seed: int = 0) -> list[int]:
+    """`length` token ids of the tiny checkpoints' vocabulary, special ones left out."""
+    return torch.randint(3, 250, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def spread(logits: torch.Tensor) -> float:
+    """The distance between the likeliest and the least likely: what differences are measured against."""
+    return float(logits.max() - logits.min())
 
 
 def greedy(model: Any, prompt: list[int], tokens: int) -> list[int]:
@@ -89,9 +74,14 @@ class Running:
     """A model with its experts behind a cache, put together without an engine."""
 
     model: Any
+    layers: ExpertLayers
     cache: ExpertCache
     blueprint: Blueprint
     store: SafetensorsStore
+
+    def decoder(self, prefill_chunk: int = 1000) -> Decoder:
+        """The plain decoder over it: the reference for everything that runs several sequences at once."""
+        return Decoder(self.model, self.layers, CPU, prefill_chunk, threads=1, nbytes_per_token=1)
 
     def logits(self, ids: list[int]) -> torch.Tensor:
         """The logits of every position, float32 [tokens, vocabulary]."""
@@ -100,18 +90,20 @@ class Running:
 
 
 @contextmanager
-def running(folder: Path, slots: int | None = None, *, dtype: str = "auto", plain: bool = False) -> Iterator[Running]:
+def running(
+    folder: Path, slots: int | None = None, *, dtype: str = "auto", plain: bool = False, threads: int = 1
+) -> Iterator[Running]:
     """`folder` with `slots` slots (None is one for every expert) on the CPU; `plain` takes the reference arithmetic."""
     blueprint = read_blueprint(open_checkpoint(folder), dtype)
     model = load_dense(blueprint, CPU, lambda done, total: None)
     store = SafetensorsStore(blueprint.checkpoint.files, [site.layout for site in blueprint.sites], blueprint.records)
     slots = slots or store.total_experts
-    link, workers = ReaderLink(store, 2), Workers(1)
+    link, workers = ReaderLink(store, 2), Workers(threads)
     with SlotPool(slots, store.slot_nbytes, CPU) as pool:
         cache = ExpertCache(store, link, pool, BalancedLRU(len(blueprint.sites), slots))
-        expert_layer.install(model, blueprint.sites, cache, workers, plain=plain)
+        layers = expert_layer.install(model, blueprint.sites, cache, workers, plain=plain)
         try:
-            yield Running(model, cache, blueprint, store)
+            yield Running(model, layers, cache, blueprint, store)
         finally:
             link.close()
             workers.close()

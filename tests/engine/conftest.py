@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from checkpoints import Zoo, with_tokenizer
+from checkpoints import Zoo
+
+from bench.byte_tokenizer import with_tokenizer
 
 
 @pytest.fixture(autouse=True)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checkpoints import CPU, PROMPT, Running, Zoo, running
+from checkpoints import PROMPT, Running, Zoo, running, spread
 
-from edgemoe.decoder import Decoder
 from edgemoe.quiet import quiet_transformers
 
 CHUNKS = [
@@ -23,23 +22,15 @@ CHUNKS = [
 ]
 
 
-def decoder(own: Running, prefill_chunk: int) -> Decoder:
-    return Decoder(own.model, CPU, prefill_chunk, threads=1, nbytes_per_token=1)
-
-
 def prefilled(own: Running, prompt: list[int], chunk: int, following: int = 4) -> list[torch.Tensor]:
     """The logits after each chunk of `prompt`, then those after each of some greedy tokens."""
-    steps = decoder(own, chunk)
+    steps = own.decoder(chunk)
     past = steps.start(len(prompt) + following)
     with quiet_transformers():
         logits = list(steps.prefill(past, prompt))
         for _ in range(following):
             logits.append(steps.step(past, [int(logits[-1].argmax())]))
     return logits
-
-
-def spread(logits: torch.Tensor) -> float:
-    return float(logits.max() - logits.min())
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 8, 22, 23])
@@ -78,7 +69,7 @@ def test_a_short_prompt_is_one_pass_and_is_not_tried_both_ways(zoo: Zoo) -> None
 
 def test_sequences_do_not_disturb_one_another(zoo: Zoo) -> None:
     with running(zoo("mixtral")) as own:
-        steps = decoder(own, 1000)
+        steps = own.decoder()
         one, other = steps.start(8), steps.start(8)
         with quiet_transformers():
             steps.step(one, [5, 6, 7])
@@ -90,7 +81,7 @@ def test_sequences_do_not_disturb_one_another(zoo: Zoo) -> None:
 
 def test_a_sequence_may_outgrow_its_room(zoo: Zoo) -> None:
     with running(zoo("mixtral")) as own:
-        steps = decoder(own, 1000)
+        steps = own.decoder()
         cramped, roomy = steps.start(1), steps.start(100)
         with quiet_transformers():
             for token in PROMPT:

@@ -133,20 +133,25 @@ def test_logprobs_are_those_of_the_unsampled_distribution(zoo: Zoo) -> None:
 
 def test_measurements_add_up(talker: Path) -> None:
     with load(talker) as own:
-        replies = [own.generate("abcd", Sampling(max_tokens=5, ignore_eos=True)) for _ in range(2)]
+        replies = [own.generate("abcdefghijkl", Sampling(max_tokens=5, ignore_eos=True)) for _ in range(2)]
         stats = own.stats
-    for reply in replies:
+    # What the first has computed of the prompt the second takes over, all but the last token.
+    for reply, shared in zip(replies, (0, 11), strict=True):
         timings = reply.timings
-        assert (timings.prompt_tokens, timings.generated_tokens) == (4, 5)
+        assert (timings.prompt_tokens, timings.shared_tokens, timings.generated_tokens) == (12, shared, 5)
+        assert timings.wait_seconds > 0
         assert timings.prompt_seconds > 0
         assert timings.generate_seconds > 0
-        assert timings.prompt_per_second == pytest.approx(4 / timings.prompt_seconds)
+        assert timings.time_to_first_token == pytest.approx(timings.wait_seconds + timings.prompt_seconds)
+        assert timings.prompt_per_second == pytest.approx((12 - shared) / timings.prompt_seconds)
         assert timings.generated_per_second == pytest.approx(4 / timings.generate_seconds)
-        assert timings.bytes_per_token == timings.bytes_loaded / 9
+        assert timings.bytes_per_token == timings.bytes_loaded / 17
     assert stats.hits == sum(reply.timings.hits for reply in replies)
     assert stats.misses == sum(reply.timings.misses for reply in replies)
     assert stats.bytes_loaded == sum(reply.timings.bytes_loaded for reply in replies)
-    assert (stats.requests, stats.tokens_prompt, stats.tokens_generated) == (2, 8, 10)
+    assert (stats.requests, stats.tokens_prompt, stats.tokens_generated) == (2, 24, 10)
+    assert (stats.prefix_tokens, stats.preemptions, stats.steps) == (11, 0, 10)
+    assert (stats.batch, stats.batch_reason) == (4, "not measured yet")
     assert (stats.slots, stats.experts) == (8, 32)
     assert stats.to_dict()["hit_rate"] == stats.hit_rate == stats.hits / (stats.hits + stats.misses)
 
@@ -185,41 +190,6 @@ def test_closing_a_stream_early_leaves_the_engine_usable(engine: Engine) -> None
             next(stream)
         stream.close()
         assert engine.generate("abc", Sampling(max_tokens=6, ignore_eos=True)).token_ids == expected
-
-
-def test_a_second_stream_of_the_same_thread_is_refused_instead_of_waiting_for_ever(engine: Engine) -> None:
-    outcome: list[str] = []
-
-    def twice() -> None:
-        stream = engine.stream("abc", LONG)
-        next(stream)
-        try:
-            engine.generate("abc")
-        except RequestError as error:
-            outcome.append(str(error))
-        stream.close()
-        outcome.append(engine.generate("abc", Sampling(max_tokens=1, ignore_eos=True)).finish_reason)
-
-    worker = threading.Thread(target=twice, daemon=True)
-    worker.start()
-    wait_in_thread(worker)
-    assert "stream open on this engine" in outcome[0]
-    assert outcome[1:] == ["length"]
-
-
-def test_two_threads_take_turns_and_get_their_own_replies(engine: Engine) -> None:
-    settings = Sampling(max_tokens=12, ignore_eos=True)
-    alone = {prompt: engine.generate(prompt, settings).token_ids for prompt in ("abc", "xyz", "123")}
-    together: dict[str, tuple[int, ...]] = {}
-    threads = [
-        threading.Thread(target=lambda p=prompt: together.update({p: engine.generate(p, settings).token_ids}))  # type: ignore[misc]
-        for prompt in alone
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        wait_in_thread(thread)
-    assert together == alone
 
 
 @pytest.mark.parametrize("prompt", ["", []])

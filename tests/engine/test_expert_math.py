@@ -8,7 +8,9 @@ import pytest
 import torch
 from checkpoints import Zoo, reference, running
 
-from edgemoe.expert_math import KERNEL_TOKENS, Batch, FastExperts, PlainExperts
+from edgemoe.expert_math import Batch, FastExperts, PlainExperts
+from edgemoe.kernels import few_tokens
+from edgemoe.torch_threads import torch_threads
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2, "float16": 4e-3}
 """Largest difference from float64, relative to the largest output."""
@@ -48,7 +50,7 @@ def test_kernels_and_reference_agree_with_float64(family: str, dtype: str, zoo: 
         site = fast.blueprint.sites[-1]
         module = site.module(stacked)
         width = next(part.shape for part in site.layout.parts if part.name == "down_proj")
-        for tokens in (1, KERNEL_TOKENS, KERNEL_TOKENS + 1, 20):
+        for tokens in (1, 2, 3, 20):
             inputs = choices(tokens, site.experts, 3, width[1 if module.is_transposed else 0], dtype)
             truth = exact(module, *inputs)
             with torch.inference_mode():
@@ -128,11 +130,11 @@ def test_null_choices_cost_nothing_and_add_nothing(plain: bool, zoo: Zoo) -> Non
         assert own.cache.residents(0) == [5]
 
 
-def test_a_batch_groups_pairs_by_expert_and_asks_for_the_latest_last() -> None:
+def test_a_batch_groups_pairs_by_expert_and_asks_last_for_what_most_and_the_latest_want() -> None:
     index = torch.tensor([[3, 1], [1, 2], [3, 0]])
     batch = Batch(torch.zeros(3, 4), index, torch.ones(3, 2), 4)
     assert batch.rows == {3: [0, 4], 1: [1, 2], 2: [3], 0: [5]}
-    assert batch.wanted == [1, 2, 3, 0]
+    assert batch.wanted == [2, 0, 1, 3]
     assert batch.tokens([0, 1, 4, 5]) == [0, 0, 2, 2]
     assert batch.outputs.shape == (6, 4)
 
@@ -156,7 +158,21 @@ def test_few_tokens_go_through_kernels_and_many_through_the_reference(
     monkeypatch.setattr(FastExperts, "_one", counted)
     with running(zoo("mixtral")) as own:
         site = own.blueprint.sites[0]
-        index = torch.tensor([[0], [1], [1], *[[2]] * (KERNEL_TOKENS + 1)])
-        with torch.inference_mode():
+        index = torch.tensor([[0], [1], [1], *[[2]] * (few_tokens(torch.float32) + 1)])
+        with torch.inference_mode(), torch_threads(1):
             site.module(own.model).forward(torch.randn(len(index), 64), index, torch.ones(len(index), 1))
     assert reference_calls == [2]
+
+
+def test_with_pytorchs_threads_at_work_the_kernels_stay_out(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two pools of threads on the same cores would slow each other down."""
+    reference_calls: list[int] = []
+    original = PlainExperts._one
+    monkeypatch.setattr(FastExperts, "_one", lambda *call: (reference_calls.append(call[2]), original(*call))[1])
+    with running(zoo("mixtral"), threads=2) as own:
+        site = own.blueprint.sites[0]
+        inputs = torch.randn(2, 64), torch.tensor([[0], [1]]), torch.ones(2, 1)
+        for threads, expected in ((1, []), (2, [0, 1])):
+            with torch.inference_mode(), torch_threads(threads):
+                site.module(own.model).forward(*inputs)
+            assert reference_calls == expected

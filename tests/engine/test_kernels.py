@@ -12,17 +12,17 @@ from edgemoe import dot_bf16, kernels
 from edgemoe.kernels import Kernel
 
 SLOTS, ROWS, COLUMNS, TOKENS, PADDING = 5, 7, 160, 4, 32
-CHOSEN = np.array([3, 0, 4])
-STARTS = np.array([0, 2, 2, 5])
-"""Slot 3 has two pairs, slot 0 none and slot 4 three."""
-OF_TOKENS = np.array([1, 3, 0, 0, 2])
+CHOSEN = np.array([3, 0, 4, 1, 2])
+STARTS = np.array([0, 2, 2, 5, 6, 16])
+"""Slot 3 has two pairs, slot 0 none, slot 4 three, slot 1 one and slot 2 ten: every size of a block of tokens."""
+OF_TOKENS = np.array([1, 3, 0, 0, 2, 3, 0, 1, 2, 3, 3, 2, 1, 0, 2, 1])
 ROW_KERNELS = {
-    "bf16": (torch.bfloat16, Kernel(kernels.gather_bf16, np.uint32)),
-    "fp16": (torch.float16, Kernel(kernels.gather_f16, np.uint16)),
-    "fp32": (torch.float32, Kernel(kernels.gather_f32, np.float32)),
+    "bf16": (torch.bfloat16, Kernel(kernels.gather_bf16, np.uint32, 2)),
+    "fp16": (torch.float16, Kernel(kernels.gather_f16, np.uint16, 2)),
+    "fp32": (torch.float32, Kernel(kernels.gather_f32, np.float32, 2)),
 }
 if dot_bf16.available():
-    ROW_KERNELS["bf16-dot"] = (torch.bfloat16, Kernel(kernels.gather_bf16_dot, np.uint16, half=True))
+    ROW_KERNELS["bf16-dot"] = (torch.bfloat16, Kernel(kernels.gather_bf16_dot, np.uint16, 64, half=True))
 Array = np.ndarray[Any, Any]
 
 
@@ -54,11 +54,12 @@ def pool_of(matrices: torch.Tensor, unit: Any) -> Array:
 
 
 def run(kernel: Kernel, matrices: torch.Tensor, x: torch.Tensor, extent: int, spans: list[tuple[int, int]]) -> Array:
-    out = np.full((len(OF_TOKENS), ROWS), np.nan, np.float32)
+    out = kernel.results(len(OF_TOKENS), ROWS)
+    out[:] = np.nan
     offset = PADDING * matrices.dtype.itemsize // np.dtype(kernel.unit).itemsize
-    pool, values = pool_of(matrices, kernel.unit), kernel.values(x)
+    pool, values = pool_of(matrices, kernel.unit), kernel.values(x[OF_TOKENS])
     for first, last in spans:
-        kernel.run(CHOSEN, offset, extent, pool, OF_TOKENS, STARTS, values, out, first, last)
+        kernel.run(CHOSEN, offset, extent, pool, STARTS, values, out, first, last)
     return out
 
 
@@ -117,6 +118,8 @@ def test_every_weight_dtype_has_a_kernel_that_takes_any_input_dtype(dtype: torch
     for given in (torch.float32, torch.bfloat16, torch.float64):
         strided = torch.stack([x, x], dim=1).to(given)[:, 0]
         assert not strided.is_contiguous()
+        strided_values = kernel.values(strided)
+        np.testing.assert_array_equal(strided_values, kernel.values(x.to(given)))
         out = run(kernel, matrices, strided, COLUMNS, [(0, ROWS)])
         np.testing.assert_allclose(out, expected(matrices, x), rtol=1e-5, atol=1e-5)
 

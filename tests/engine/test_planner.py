@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoints import Zoo
@@ -46,11 +47,18 @@ class Ram:
         self.set(rest + CONFIG.reserve + slots * plan.slot_nbytes + plan.slot_nbytes // 2)
 
 
-CONFIG = EngineConfig(device="cpu", reserve=4 * MIB, reserve_share=0.0, prefill_workspace=MIB, context=256, threads=1)
+CONFIG = EngineConfig(
+    device="cpu", reserve=4 * MIB, reserve_share=0.0, prefill_workspace=MIB, context=256, threads=1, batch=1
+)
+"""Room for one sequence, so that sizes are exact."""
+
+
+def changed(**settings: Any) -> EngineConfig:
+    return EngineConfig(**{**vars(CONFIG), **settings})
 
 
 def plan_with(blueprint: Blueprint, expert_cache: str | int) -> Plan:
-    return make_plan(blueprint, EngineConfig(**{**vars(CONFIG), "expert_cache": expert_cache}))
+    return make_plan(blueprint, changed(expert_cache=expert_cache))
 
 
 @pytest.mark.parametrize(
@@ -128,8 +136,7 @@ def test_where_not_one_expert_fits_the_missing_bytes_are_named_and_suffice(bluep
 
 
 def test_a_context_that_takes_the_experts_room_is_named_as_the_mend(blueprint: Blueprint, ram: Ram) -> None:
-    large = EngineConfig(**{**vars(CONFIG), "context": 512})
-    small = EngineConfig(**{**vars(CONFIG), "context": 32})
+    large, small = changed(context=512), changed(context=32)
     ram.set(make_plan(blueprint, small).total_nbytes - 32 * 72 * 1024 + CONFIG.reserve + 100 * 1024)
     with pytest.raises(PlanError, match="give a smaller --ctx-size"):
         make_plan(blueprint, large)
@@ -181,7 +188,7 @@ def test_the_context_that_nobody_asked_for_is_the_models_up_to_a_default(zoo: Zo
 def test_a_context_that_nobody_asked_for_shrinks_before_it_crowds_out_experts(zoo: Zoo, ram: Ram) -> None:
     long = read_blueprint(open_checkpoint(zoo("mixtral", max_position_embeddings=100_000)))
     ram.set(24 * MIB)
-    plan = make_plan(long, EngineConfig(device="cpu", reserve=MIB, prefill_workspace=MIB))
+    plan = make_plan(long, EngineConfig(device="cpu", reserve=MIB, prefill_workspace=MIB, batch=1))
     assert plan.context == 2048
     assert plan.kv_nbytes <= 24 * MIB // 8
 
@@ -229,5 +236,82 @@ def test_a_plan_is_json_and_rows_for_people(zoo: Zoo) -> None:
 def test_files_are_read_past_the_page_cache_only_when_it_could_not_hold_them(blueprint: Blueprint, ram: Ram) -> None:
     assert not plan_with(blueprint, 5).direct_reads
     ram.leave_room_for(6, blueprint)
-    tight = EngineConfig(**{**vars(CONFIG), "expert_cache": 5, "reserve": 0})
+    tight = changed(expert_cache=5, reserve=0)
     assert make_plan(blueprint, tight).direct_reads == (6 * 72 * 1024 + CONFIG.reserve < 32 * 72 * 1024)
+
+
+# --- several sequences ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked", ["", "many", "0", 0, -1, "-4", 2.5, "3.0", "1e2", "²", None, True])
+def test_a_batch_that_is_none_is_refused_with_what_is_one(asked: Any, blueprint: Blueprint, ram: Ram) -> None:
+    with pytest.raises(PlanError, match=r"give a number of sequences from 1, or auto, with --batch") as refusal:
+        make_plan(blueprint, changed(batch=asked))
+    assert repr(asked) in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "most"), [("auto", 256), (" AUTO", 256), (1, 1), ("1", 1), (" 7 ", 7), (64, 64), (1000, 1000)]
+)
+def test_forms_of_the_batch(asked: str | int, most: int, blueprint: Blueprint, ram: Ram) -> None:
+    assert make_plan(blueprint, changed(batch=asked)).batch == most
+
+
+@pytest.mark.parametrize("expert_cache", ["auto", "100%", 5])
+def test_room_for_sequences_grows_with_the_batch_that_is_asked_for(
+    expert_cache: str | int, blueprint: Blueprint, ram: Ram
+) -> None:
+    """Where there is plenty: exactly what that many of the longest sequences take."""
+    one = make_plan(blueprint, changed(expert_cache=expert_cache)).kv_nbytes
+    for batch in (1, 2, 9, 100):
+        plan = make_plan(blueprint, changed(batch=batch, expert_cache=expert_cache))
+        assert plan.kv_nbytes == batch * one == batch * plan.kv.nbytes(256)
+
+
+@pytest.mark.parametrize("expert_cache", ["auto", 5, "100%"])
+@pytest.mark.parametrize("room", [1, 5, 31, 33, 60])
+@pytest.mark.parametrize("batch", ["auto", 3])
+def test_sequences_never_take_what_one_needs(
+    batch: str | int, room: int, expert_cache: str | int, blueprint: Blueprint, ram: Ram
+) -> None:
+    """What fits for one fits for many: slots that were asked for all stay, of the others the last one does."""
+    ram.leave_room_for(room, blueprint)
+    single = changed(expert_cache=expert_cache)
+    try:
+        alone = make_plan(blueprint, single)
+    except PlanError:
+        with pytest.raises(PlanError, match="does not fit"):
+            make_plan(blueprint, changed(batch=batch, expert_cache=expert_cache))
+        return
+    plan = make_plan(blueprint, changed(batch=batch, expert_cache=expert_cache))
+    assert plan.total_nbytes + plan.reserve_nbytes <= plan.device_free
+    assert plan.kv_nbytes >= alone.kv_nbytes
+    assert plan.slots >= 1
+    assert plan.cache_nbytes == plan.slots * plan.slot_nbytes
+    if expert_cache != "auto":
+        assert plan.slots == alone.slots
+    elif plan.slots < plan.experts:
+        given_up = (alone.slots - plan.slots) * plan.slot_nbytes
+        more = plan.kv_nbytes - alone.kv_nbytes
+        assert more <= CONFIG.kv_share * plan.device_free
+        assert given_up - plan.slot_nbytes < more, "no more slots than the sequences take"
+
+
+def test_a_batch_is_shown_with_the_sequences_that_have_room(blueprint: Blueprint, ram: Ram) -> None:
+    def kv_row(plan: Plan) -> tuple[str, str]:
+        return next((amount, why) for what, amount, why in plan.lines() if what == "KV cache")
+
+    assert kv_row(make_plan(blueprint, CONFIG)) == ("256.0 KiB", "RAM, one sequence of 256 tokens")
+    amount, why = kv_row(make_plan(blueprint, changed(batch=8)))
+    assert (amount, why) == ("2.0 MiB", "RAM, up to 8 sequences, 8 of them with 256 tokens")
+    ram.leave_room_for(20, blueprint)
+    plan = make_plan(blueprint, changed(batch="auto"))
+    whole = plan.kv_nbytes // plan.kv.nbytes(256)
+    assert kv_row(plan)[1] == f"RAM, up to 256 sequences, {whole} of them with 256 tokens"
+
+
+def test_the_batch_is_what_the_engine_decodes_together(zoo: Zoo) -> None:
+    with Engine.load(zoo("mixtral"), expert_cache=5, threads=1, batch=3) as engine:
+        assert (engine.plan.batch, engine.stats.batch, engine.stats.batch_reason) == (3, 3, "as asked for")
+    with Engine.load(zoo("mixtral"), expert_cache=5, threads=1) as engine:
+        assert (engine.plan.batch, engine.stats.batch, engine.stats.batch_reason) == (256, 4, "not measured yet")

@@ -6,10 +6,10 @@ import random
 from typing import Any
 
 import pytest
-from checkpoints import byte_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from bench.byte_tokenizer import byte_tokenizer
 from edgemoe.text_stream import UNFINISHED, Detokenizer, NoText, StopTexts
 
 TEXTS = [

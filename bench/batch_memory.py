@@ -1,0 +1,55 @@
+"""`batch-memory`: the peak memory of `edgemoe run` on 100,000 lines against that on 100."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from bench.measurement import Measurement
+
+NAME = "batch-memory"
+BAR = "peak RSS with 100,000 lines <= 1.05 x that with 100"
+FEW, MANY = 100, 100_000
+BATCH = 64
+"""Stated, so that both runs decode as many together: the few lines end before "auto" has measured much."""
+
+
+def run() -> Measurement:
+    """Short prompts and replies of one or two tokens: what grows with the input is then the command's own doing."""
+    with tempfile.TemporaryDirectory() as folder:
+        _peak(Path(folder), FEW)  # compiles the kernels, which takes memory of its own
+        few, _ = _peak(Path(folder), FEW)
+        many, seconds = _peak(Path(folder), MANY)
+    value = round(many / few, 3)
+    detail = {
+        "few_mib": round(few / 1024, 1),
+        "many_mib": round(many / 1024, 1),
+        "lines": [FEW, MANY],
+        "batch": BATCH,
+        "requests_per_second": round(MANY / seconds),
+    }
+    return Measurement(NAME, value, BAR, value <= 1.05, detail)
+
+
+def _peak(folder: Path, lines: int) -> tuple[int, float]:
+    """The largest resident set of a run, in KiB, and its seconds. Raises RuntimeError unless it served every line."""
+    prompts, out = folder / f"{lines}.jsonl", folder / "out.jsonl"
+    with prompts.open("w") as file:
+        for number in range(lines):
+            request = {"custom_id": f"request-{number}", "prompt": f"{number} ", "max_tokens": 1 + number % 2}
+            file.write(json.dumps(request) + "\n")
+    command = [str(Path(sys.executable).parent / "edgemoe"), "run", str(prompts), "-o", str(out), "--overwrite"]
+    started = time.perf_counter()
+    process = subprocess.Popen([*command, "--temp", "0", "--batch", str(BATCH)], stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    with out.open("rb") as file:
+        results = sum(1 for _ in file)
+    if process.returncode != 0 or results != lines:
+        raise RuntimeError(f"exit status {process.returncode}, {results} results of {lines}")
+    return usage.ru_maxrss, time.perf_counter() - started

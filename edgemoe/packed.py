@@ -1,0 +1,217 @@
+"""One pass over the tokens of several sequences, laid end to end: every weight is read once, nothing is padded.
+
+Everything in a model but attention looks at each token alone, so that a row of tokens may come from any
+sequences. Attention is handed over through transformers' registry: our function splits the row, lets each
+sequence append its keys and values to its own past, and calls the family's own attention for each.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from edgemoe.decoder import PROBE_TOKENS, Decoder, Work
+from edgemoe.kv_cache import GrowingLayer
+from edgemoe.quiet import quiet_transformers
+
+NAME = "edgemoe_packed"
+"""Our entry in transformers' registry of attention functions. It keeps no state: every model brings its own."""
+
+KINDS = {"full_attention", "sliding_attention"}
+"""The kinds of attention whose masks we can make."""
+
+
+class Row(NamedTuple):
+    """A sequence's part of the row of tokens: its past, and where it begins and ends."""
+
+    cache: DynamicCache
+    first: int
+    last: int
+
+
+class Pack:
+    """What the attention modules of one model find during a packed pass: its rows, and masks made once for all."""
+
+    def __init__(self) -> None:
+        self.rows: Sequence[Row] = ()
+        self._masks: dict[tuple[int, int, int | None], torch.Tensor | None] = {}
+
+    @contextmanager
+    def holding(self, rows: Sequence[Row]) -> Iterator[None]:
+        """In the block the model's attention works on `rows`."""
+        self.rows = rows
+        try:
+            yield
+        finally:
+            self.rows = ()
+            self._masks.clear()
+
+    def mask(self, queries: int, keys: torch.Tensor, window: int | None, *, additive: bool) -> torch.Tensor | None:
+        """Which of `keys`, [1, heads, keys, width], each of the last `queries` tokens sees; None where that is plain.
+
+        Bool [1, 1, queries, keys], or 0 and the smallest number of the dtype where `additive`.
+        """
+        count = keys.shape[-2]
+        plain = queries == 1 or (queries == count and not additive)
+        # With a mask transformers puts the heads that share keys into the places of queries; without one
+        # PyTorch is left to it, which on a CPU takes fifteen times as long for a single query.
+        one_on_cpu = queries == 1 and not additive and keys.device.type == "cpu"
+        if plain and not one_on_cpu and (window is None or count <= window):
+            return None
+        key = (queries, count, window)
+        if key not in self._masks:
+            places = torch.arange(count, device=keys.device)
+            own = places[count - queries :, None]
+            seen = places <= own if window is None else (places <= own) & (places > own - window)
+            if additive:
+                hidden = torch.finfo(keys.dtype).min
+                self._masks[key] = torch.zeros(seen.shape, dtype=keys.dtype, device=keys.device).masked_fill(
+                    ~seen, hidden
+                )[None, None]
+            else:
+                self._masks[key] = seen[None, None]
+        return self._masks[key]
+
+
+class PackedDecoder:
+    """Runs several sequences in one pass, for models where that is known to be right."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._pack = Pack()
+        self._configs = _configs(decoder.model)
+        self._bases = [config._attn_implementation for config in self._configs]
+        self._works: bool | None = None if self._attach() else False
+
+    def works(self) -> bool:
+        """Whether packed passes are right for this model: tried once, on a few tokens, without experts."""
+        if self._works is None:
+            self._works = self._agrees()
+        return self._works
+
+    def run(self, work: Sequence[Work]) -> list[torch.Tensor]:
+        """As `Decoder.run`, in one pass. Only where `works`."""
+        decoder = self._decoder
+        with decoder.passing(work, kind="packed"):
+            rows: list[Row] = []
+            ids: list[int] = []
+            places: list[int] = []
+            last: list[int] = []
+            for past, tokens in work:
+                rows.append(Row(past.cache, len(ids), len(ids) + len(tokens)))
+                places += range(past.tokens, past.tokens + len(tokens))
+                ids += tokens
+                last.append(len(ids) - 1)
+            device = decoder.device
+            wanted = torch.tensor(last, device=device)
+            extra = {"logits_to_keep": wanted} if decoder.keeps_last else {}
+            with self._pack.holding(rows), self._attending():
+                logits = decoder.model(
+                    input_ids=torch.tensor([ids], device=device),
+                    position_ids=torch.tensor([places], device=device),
+                    use_cache=False,
+                    **extra,
+                ).logits[0]
+            for past, tokens in work:
+                past.tokens += len(tokens)
+            logits = logits if decoder.keeps_last else logits[wanted]
+            return list(logits.float().cpu())
+
+    def _attach(self) -> bool:
+        """Tells the attention modules where to look; False where the model cannot be packed at all."""
+        model = self._decoder.model
+        cache = self._decoder.start(1).cache
+        kinds = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or KINDS)
+        plain = type(cache) is DynamicCache and all(
+            type(layer) in (GrowingLayer, DynamicSlidingWindowLayer) for layer in cache.layers
+        )
+        # Positions that are scaled by how long the longest sequence is would tie companions together.
+        scaled = any(_scales_with_length(config) for config in self._configs)
+        if not plain or scaled or not kinds <= KINDS or not getattr(model, "_supports_attention_backend", False):
+            return False
+        modules = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
+        for module in modules:
+            base = _base_attention(module)
+            if base is not None:
+                vars(module)["edgemoe_attention"] = (self._pack, *base)
+        ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
+        return True
+
+    @contextmanager
+    def _attending(self) -> Iterator[None]:
+        try:
+            for config in self._configs:
+                config._attn_implementation = NAME
+            yield
+        finally:
+            # Outer configurations come first: setting one sets those inside of it, which are set again then.
+            for config, base in zip(self._configs, self._bases, strict=True):
+                config._attn_implementation = base
+
+    def _agrees(self) -> bool:
+        """Whether two sequences come out the same together and alone, their prompts and the tokens after them."""
+        decoder = self._decoder
+        vocabulary = decoder.model.config.get_text_config(decoder=True).vocab_size
+        tokens = [(17 * place + 3) % vocabulary for place in range(2 * PROBE_TOKENS)]
+        parts = [tokens[:5], tokens[5:PROBE_TOKENS]]
+        # The second round continues one sequence by a token and the other by several.
+        rounds = [parts, [tokens[PROBE_TOKENS : PROBE_TOKENS + 1], tokens[PROBE_TOKENS + 1 :]]]
+        alone, together = ([decoder.start(2 * PROBE_TOKENS) for _ in parts] for _ in range(2))
+        with decoder.layers.silenced(), quiet_transformers():
+            for step in rounds:
+                try:
+                    expected = decoder.run([Work(*pair) for pair in zip(alone, step, strict=True)])
+                    found = self.run([Work(*pair) for pair in zip(together, step, strict=True)])
+                except Exception:
+                    # Whatever a family's forward makes of a call that it was not written for: it is not packed then.
+                    return False
+                if not all(map(decoder.agree, expected, found)):
+                    return False
+                # A past goes on in either way: one that holds latents is not what a packed pass appends to.
+                alone, together = together, alone
+        return True
+
+
+def attend(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **options: Any
+) -> tuple[torch.Tensor, None]:
+    """Attention with transformers' signature over a packed row: `query` is [1, heads, tokens, width].
+
+    Appends to every row's past. Returns [1, tokens, heads, width].
+    """
+    pack, base, additive = vars(module)["edgemoe_attention"]
+    outputs = []
+    for cache, first, last in pack.rows:
+        keys, values = cache.update(key[:, :, first:last], value[:, :, first:last], module.layer_idx)
+        layer = cache.layers[module.layer_idx]
+        window = layer.sliding_window if layer.is_sliding else None
+        mask = pack.mask(last - first, keys, window, additive=additive)
+        outputs.append(base(module, query[:, :, first:last], keys, values, mask, **options)[0])
+    return torch.cat(outputs, dim=1), None
+
+
+def _base_attention(module: Any) -> tuple[Callable[..., Any], bool] | None:
+    """The attention that `module` uses by itself, and whether its masks are added; None where it has none."""
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if implementation == "sdpa":
+        return ALL_ATTENTION_FUNCTIONS["sdpa"], False
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return (eager, True) if implementation == "eager" and eager is not None else None
+
+
+def _configs(model: Any) -> list[Any]:
+    """Every configuration that a module of `model` looks at, outer ones first."""
+    found = {id(module.config): module.config for module in model.modules() if getattr(module, "config", None)}
+    return list(found.values())
+
+
+def _scales_with_length(config: Any) -> bool:
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(each for each in rope.values() if isinstance(each, dict))]
+    return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)

@@ -1,0 +1,221 @@
+"""The way to a running Ray cluster, and the places that it has for engines.
+
+Ray is imported here only when somebody connects.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+
+from edgemoe.errors import EdgeMoEError, PlanError
+
+REACH_SECONDS = 5.0
+"""How long a port may take to accept a connection."""
+PROBE_SECONDS = 30.0
+"""How long a cluster may take to let a process in."""
+PROBE = """
+import sys
+sys.path[:] = sys.argv[2:]
+try:
+    import ray
+    ray.init(address=sys.argv[1], log_to_driver=False)
+except Exception as error:
+    sys.exit(" ".join(str(error).split()))
+"""
+"""Connects and leaves. Ray's own attempt waits for minutes and writes to the terminal, and cannot be told otherwise."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node that is alive. `name` is for people."""
+
+    identity: str
+    name: str
+    cpus: int
+    gpus: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """Room for one engine: a GPU of a node, or a node's CPU."""
+
+    node: Node
+    on_gpu: bool
+
+
+class RayCluster:
+    """A connection to a Ray cluster. A connection that this process has already is used, and left as it is."""
+
+    def __init__(self, address: str, undo: ExitStack | None = None) -> None:
+        """`undo` is what `disconnect` does."""
+        self.address = address
+        self._undo = undo or ExitStack()
+
+    @classmethod
+    def connect(cls, address: str) -> RayCluster:
+        """Connects to "auto", "HOST:PORT" or "ray://HOST:PORT".
+
+        Raises EdgeMoEError when Ray is not installed, the address has another form, or no cluster answers there.
+        """
+        with _undisturbed():
+            ray = _import_ray()
+            if ray.is_initialized():
+                return cls(address)
+            _check_reachable(address)
+            if not address.startswith("ray://"):
+                _probe(address)
+            _connect(ray, address)
+        undo = ExitStack()
+        undo.enter_context(_silent(ray))
+        undo.callback(ray.shutdown)
+        return cls(address, undo)
+
+    def places(self, device: str, actors: int | None) -> list[list[Place]]:
+        """Places for `actors` engines (None: one on each node), in rounds with at most one place on each node.
+
+        Nodes with GPUs come first and have a place on each; a node without one has one place. Raises PlanError
+        when there are too few.
+        """
+        import ray
+
+        nodes = [_node(entry) for entry in ray.nodes() if entry["Alive"]]
+        on_gpu = {node: node.gpus > 0 and device != "cpu" for node in nodes}
+        usable = [node for node in nodes if on_gpu[node] or (node.cpus > 0 and not device.startswith("cuda"))]
+        if not usable:
+            wanted = "a GPU" if device.startswith("cuda") else "a CPU"
+            raise PlanError(f"no node of the Ray cluster at {self.address} offers {wanted} for --device {device}")
+        usable.sort(key=lambda node: (not on_gpu[node], -node.cpus))
+        most = sum(node.gpus if on_gpu[node] else 1 for node in usable)
+        count = len(usable) if actors is None else actors
+        if not 1 <= count <= most:
+            raise PlanError(
+                f"{count} engines were asked for and the Ray cluster at {self.address} has places for 1 to {most}, one "
+                "on each GPU and on each node without GPUs: ask for so many (actors=), or add nodes"
+            )
+        rounds: list[list[Place]] = []
+        while count:
+            left = [node for node in usable if len(rounds) < (node.gpus if on_gpu[node] else 1)][:count]
+            rounds.append([Place(node, on_gpu[node]) for node in left])
+            count -= len(left)
+        return rounds
+
+    def disconnect(self) -> None:
+        """Leaves the cluster, unless this process was in it before. Idempotent."""
+        self._undo.close()
+
+
+def _import_ray() -> ModuleType:
+    try:
+        import ray
+    except ImportError as error:
+        raise EdgeMoEError(f"--ray needs Ray ({error}): pip install 'edgemoe[ray]'") from error
+    return ray
+
+
+def _check_reachable(address: str) -> None:
+    """Raises EdgeMoEError for an address of another form, and at once for one where nobody listens."""
+    if address == "auto":
+        return
+    match = re.fullmatch(r"(?:ray://)?\[?([^\[\]/]+?)\]?:(\d{1,5})/?", address)
+    if match is None:
+        raise EdgeMoEError(f"{address!r} is no address of a Ray cluster: give --ray auto, HOST:PORT or ray://HOST:PORT")
+    try:
+        socket.create_connection((match[1], int(match[2])), REACH_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise _unreachable(address, str(error)) from error
+
+
+def _probe(address: str) -> None:
+    """Lets another process connect first, so that this one neither waits without end nor gets Ray's messages."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", PROBE, address, *sys.path],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=PROBE_SECONDS,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise _unreachable(address, f"nothing in {PROBE_SECONDS:.0f} s") from error
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        raise _unreachable(address, said[-1] if said else f"exit status {done.returncode}")
+
+
+def _connect(ray: ModuleType, address: str) -> None:
+    """Raises EdgeMoEError when that fails."""
+    try:
+        # Ray's server for clients loses the process it starts for a new one now and then; the next attempt succeeds.
+        for attempts_left in (1, 0):
+            try:
+                ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
+                return
+            except ConnectionAbortedError:
+                if not attempts_left:
+                    raise
+    except Exception as error:
+        raise _unreachable(address, " ".join(str(error).split())) from error
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Restores what Ray sets in this process as it is imported and connects; keeps its warnings off the terminal."""
+    hook, debugger = sys.excepthook, os.environ.get("PYTHONBREAKPOINT")
+    in_main = threading.current_thread() is threading.main_thread()
+    on_terminate = signal.getsignal(signal.SIGTERM) if in_main else None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        sys.excepthook = hook
+        os.environ.pop("PYTHONBREAKPOINT", None)
+        if debugger is not None:
+            os.environ["PYTHONBREAKPOINT"] = debugger
+        if on_terminate is not None:
+            signal.signal(signal.SIGTERM, on_terminate)
+
+
+@contextmanager
+def _silent(ray: ModuleType) -> Iterator[None]:
+    """Keeps Ray's messages off the terminal, and what nodes report off standard output, where results may go."""
+    logger, reports = logging.getLogger("ray"), ray._private.worker
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    # `log_to_driver` does not mean these, and no option does.
+    reports._worker_logs_enabled = False
+    try:
+        yield
+    finally:
+        reports._worker_logs_enabled = True
+        logger.setLevel(level)
+
+
+def _unreachable(address: str, why: str) -> EdgeMoEError:
+    return EdgeMoEError(
+        f"no Ray cluster can be used at {address} ({why}): start one with 'ray start --head', or correct --ray"
+    )
+
+
+def _node(entry: dict[str, object]) -> Node:
+    host, ip = str(entry["NodeManagerHostname"]), str(entry["NodeManagerAddress"])
+    resources = entry["Resources"]
+    assert isinstance(resources, dict)
+    return Node(
+        identity=str(entry["NodeID"]),
+        name=host if host == ip else f"{host} ({ip})",
+        cpus=int(resources.get("CPU", 0)),
+        gpus=int(resources.get("GPU", 0)),
+    )

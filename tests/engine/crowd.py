@@ -1,0 +1,163 @@
+"""A batch over a tiny model, driven step by step, and the plain loop that its replies are compared with."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from checkpoints import Running, random_ids
+
+from bench.byte_tokenizer import byte_tokenizer
+from edgemoe.batch import Batch
+from edgemoe.batch_size import BatchSize
+from edgemoe.decoder import Work
+from edgemoe.generation import Cancels, Generation
+from edgemoe.joint_decoder import JointDecoder
+from edgemoe.kv_size import KvSize, measure_kv
+from edgemoe.results import Completion
+from edgemoe.sampling import Sampling, resolve
+
+Request = tuple[list[int], dict[str, Any]]
+"""A prompt and what it asks for beyond the crowd's own settings."""
+
+
+def tokenizer() -> Any:
+    """The byte tokenizer as transformers wraps it, so that replies have text."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer(), pad_token="<pad>", eos_token="<eos>")
+
+
+TOKENIZER = tokenizer()
+
+
+def generation(number: int, prompt: Sequence[int], cancels: Cancels, **settings: Any) -> Generation:
+    """A request for 8 tokens, unless `settings` say otherwise."""
+    asked = Sampling(**{"ignore_eos": True, "max_tokens": 8, **settings})
+    return Generation(number, prompt, resolve(asked, None, 1024, 10_000), TOKENIZER, cancels)
+
+
+def completion(done: Generation) -> Completion:
+    """The reply of a request that has finished."""
+    assert done.error is None
+    assert done.finished
+    return Completion.from_chunks(list(done.chunks), done.tokens[: done.prompt_length])
+
+
+def alone(own: Running, prompt: Sequence[int], **settings: Any) -> Completion:
+    """The reply without a batch: one sequence, its prompt in one pass, then token by token."""
+    decoder = own.decoder(prefill_chunk=10_000)
+    single = generation(0, prompt, Cancels(), **settings)
+    past = decoder.start(len(prompt))
+    single.begin(past, 0)
+    while not single.finished:
+        single.advance(decoder.step(past, single.tokens[past.tokens :]))
+    return completion(single)
+
+
+def assert_same_reply(found: Completion, expected: Completion) -> None:
+    """Token for token, and in all that follows from the tokens."""
+    assert found.token_ids == expected.token_ids
+    assert (found.text, found.finish_reason) == (expected.text, expected.finish_reason)
+    assert found.prompt_token_ids == expected.prompt_token_ids
+    assert (found.logprobs is None) == (expected.logprobs is None)
+    for one, other in zip(found.logprobs or (), expected.logprobs or (), strict=True):
+        assert (one.token_id, one.token) == (other.token_id, other.token)
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-3)
+        assert [value for _, _, value in one.top] == pytest.approx([value for _, _, value in other.top], abs=1e-3)
+
+
+def mixed_requests(count: int, longest: int, seed: int = 0) -> list[Request]:
+    """Requests that differ in everything that a request may say; the shortest has 1 token, the longest `longest`."""
+    draw = random.Random(seed)
+    lengths = [1, longest, *(round(longest ** draw.random()) for _ in range(count - 2))]
+    draw.shuffle(lengths)
+    requests = []
+    for number, length in enumerate(lengths):
+        settings: dict[str, Any] = {
+            "max_tokens": draw.choice([1, 2, 7, 15, 30]),
+            "temperature": draw.choice([0.0, 0.0, 0.7, 1.5]),
+            "seed": number,
+            "top_k": draw.choice([None, 5]),
+            "top_p": draw.choice([None, 0.8]),
+            "repetition_penalty": draw.choice([None, None, 1.3]),
+            "logprobs": draw.choice([None, None, 0, 3]),
+            "stop": draw.choice([(), tuple("aeinorst"), ("Z", "\n", "0", "7", "K", "x")]),
+        }
+        requests.append((random_ids(length, seed=1000 * seed + number), settings))
+    return requests
+
+
+class Crowd:
+    """A batch and a look at it after every step: the pasts within the room, the tokens within the budget."""
+
+    def __init__(
+        self,
+        own: Running,
+        *,
+        room: Callable[[KvSize], int] = lambda size: 64 * size.nbytes(512),
+        step_tokens: int = 64,
+        limit: int = 8,
+        patience: int = 64,
+        in_chunks: bool = True,
+    ) -> None:
+        kv = measure_kv(own.blueprint)
+        self.room_nbytes = room(kv)
+        self.decoder = own.decoder(prefill_chunk=step_tokens)
+        self.joint = JointDecoder(self.decoder)
+        size = BatchSize(limit, automatic=False)
+        self.batch = Batch(self.joint, kv, self.room_nbytes, step_tokens, size, patience)
+        self.cancels = Cancels()
+        self.requests: list[Generation] = []
+        self.steps: list[list[int]] = []
+        """Tokens of each sequence, for each pass."""
+        self._counters = own.cache.counters
+        self._limit = limit
+        self._step_tokens = step_tokens
+        self._in_chunks = in_chunks
+        self._run = self.joint.run
+        self.joint.run = self._watched_run  # type: ignore[method-assign]
+
+    @property
+    def computed(self) -> int:
+        """Tokens that have been through the model."""
+        return sum(map(sum, self.steps))
+
+    def ask(self, prompt: Sequence[int], **settings: Any) -> Generation:
+        """Puts a request in the line."""
+        asked = generation(len(self.requests), prompt, self.cancels, **settings)
+        self.requests.append(asked)
+        self.batch.add(asked)
+        return asked
+
+    def step(self) -> None:
+        """One step, after which everything that is promised must hold."""
+        done = len(self.steps)
+        try:
+            self.batch.step(self._counters)
+        finally:
+            assert self.batch.nbytes <= self.room_nbytes
+            assert self.batch.running <= self._limit
+            for tokens in self.steps[done:]:
+                bound = max(self._step_tokens, len(tokens) + self._step_tokens // 4)
+                assert sum(tokens) <= bound or not self._in_chunks
+
+    def finish(self) -> None:
+        """Steps until nobody is left."""
+        steps = 0
+        while self.batch.running or self.batch.waiting:
+            self.step()
+            steps += 1
+            assert steps < 3000, "somebody waits for ever"
+
+    def reply(self, prompt: Sequence[int], **settings: Any) -> Completion:
+        """Asks and finishes."""
+        asked = self.ask(prompt, **settings)
+        self.finish()
+        return completion(asked)
+
+    def _watched_run(self, work: Sequence[Work]) -> Any:
+        self.steps.append([len(item.tokens) for item in work])
+        return self._run(work)

@@ -1,0 +1,187 @@
+"""Copies and cuts of a sequence's past go on like a fresh computation, whatever kind of past a family has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import Running, Zoo, random_ids, running, spread
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
+
+from edgemoe.decoder import Decoder
+from edgemoe.kv_size import measure_kv
+from edgemoe.past import ROOM_STEP, Past, room_for
+from edgemoe.quiet import quiet_transformers
+
+PLAIN = ["mixtral", "deepseek_v2"]
+WINDOWED = ["qwen2_moe", "gpt_oss"]
+"""All layers, or every second, with a window of 6 tokens."""
+RECURRENT = ["nemotron_h", "qwen3_next", "minimax", "jamba", "lfm2_moe"]
+TOKENS = random_ids(20)
+OTHERS = random_ids(6, seed=1)
+
+
+@pytest.fixture(params=[*PLAIN, *WINDOWED, *RECURRENT])
+def own(request: pytest.FixtureRequest, zoo: Zoo) -> Iterator[Running]:
+    with running(zoo(request.param)) as loaded, quiet_transformers():
+        yield loaded
+
+
+def after(decoder: Decoder, tokens: Sequence[int], room: int = 8) -> Past:
+    """The past of `tokens`, computed in one pass."""
+    past = decoder.start(room)
+    decoder.step(past, tokens)
+    return past
+
+
+def assert_goes_on_after(decoder: Decoder, past: Past, tokens: Sequence[int]) -> None:
+    """Whether `past` gives what a fresh computation of `tokens` gives, over several further tokens."""
+    assert past.tokens == len(tokens)
+    fresh = after(decoder, tokens)
+    for token in OTHERS:
+        expected, found = decoder.step(fresh, [token]), decoder.step(past, [token])
+        assert (expected - found).abs().max() <= 1e-4 * spread(expected)
+
+
+def test_a_whole_copy_goes_on_like_the_original_which_it_does_not_touch(own: Running) -> None:
+    decoder = own.decoder()
+    past = after(decoder, TOKENS)
+    copies = [past.fork(len(TOKENS), room) for room in (len(TOKENS), 64)]
+    # Each goes its own way before the next is looked at.
+    decoder.step(copies[0], [99])
+    decoder.step(past, [98])
+    assert_goes_on_after(decoder, copies[1], TOKENS)
+    assert_goes_on_after(decoder, copies[0], [*TOKENS, 99])
+    assert_goes_on_after(decoder, past, [*TOKENS, 98])
+
+
+def test_a_copy_of_a_copy_outlives_both(own: Running) -> None:
+    decoder = own.decoder()
+    past = after(decoder, TOKENS)
+    copy = past.fork(len(TOKENS), 32)
+    last = copy.fork(len(TOKENS), 32)
+    for other in (past, copy):
+        decoder.step(other, [99])
+    del past, copy, other
+    assert_goes_on_after(decoder, last, TOKENS)
+
+
+@pytest.mark.parametrize("family", PLAIN)
+@pytest.mark.parametrize("kept", [1, 7, 19])
+def test_rows_are_copied_and_cut_to_any_length(family: str, kept: int, zoo: Zoo) -> None:
+    with running(zoo(family)) as own, quiet_transformers():
+        decoder = own.decoder()
+        past = after(decoder, TOKENS)
+        assert past.can_cut()
+        assert past.can_always_cut()
+        copy = past.fork(kept, 64)
+        decoder.step(past, [99])
+        assert_goes_on_after(decoder, copy, TOKENS[:kept])
+        past.cut(kept)
+        assert_goes_on_after(decoder, past, TOKENS[:kept])
+
+
+@pytest.mark.parametrize("family", WINDOWED)
+@pytest.mark.parametrize("kept", [1, 3, 5])
+def test_until_a_window_is_full_it_is_cut_like_rows(family: str, kept: int, zoo: Zoo) -> None:
+    with running(zoo(family)) as own, quiet_transformers():
+        decoder = own.decoder()
+        past = after(decoder, TOKENS[:5])
+        assert past.can_cut()
+        assert not past.can_always_cut()
+        copy = past.fork(kept, 64)
+        assert_goes_on_after(decoder, copy, TOKENS[:kept])
+        past.cut(kept)
+        assert_goes_on_after(decoder, past, TOKENS[:kept])
+
+
+@pytest.mark.parametrize("family", WINDOWED)
+@pytest.mark.parametrize("tokens", [6, 7, 20])
+def test_a_window_that_is_full_is_copied_whole_or_not_at_all(family: str, tokens: int, zoo: Zoo) -> None:
+    with running(zoo(family)) as own, quiet_transformers():
+        decoder = own.decoder()
+        past = after(decoder, TOKENS[:tokens])
+        assert not past.can_cut()
+        with pytest.raises(ValueError, match=f"has {tokens} tokens, not {tokens - 1}"):
+            past.fork(tokens - 1, 64)
+        assert_goes_on_after(decoder, past.fork(tokens, 64), TOKENS[:tokens])
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_a_state_is_copied_whole_or_not_at_all(family: str, zoo: Zoo) -> None:
+    with running(zoo(family)) as own, quiet_transformers():
+        past = after(own.decoder(), TOKENS[:3])
+        assert not past.can_cut()
+        assert not past.can_always_cut()
+        with pytest.raises(ValueError, match="cannot be cut has 3 tokens, not 2"):
+            past.fork(2, 64)
+
+
+def test_a_past_that_was_cut_is_appended_to_in_chunks(zoo: Zoo) -> None:
+    with running(zoo("mixtral")) as own, quiet_transformers():
+        decoder = own.decoder()
+        past = after(decoder, TOKENS)
+        past.cut(4)
+        decoder.step(past, OTHERS)
+        assert_goes_on_after(decoder, past, [*TOKENS[:4], *OTHERS])
+
+
+def held_nbytes(value: Any, seen: set[int]) -> int:
+    """Bytes of the memory behind every tensor in `value`, views counted with all that they keep alive."""
+    if isinstance(value, torch.Tensor):
+        storage = value.untyped_storage()
+        new = storage.data_ptr() not in seen
+        seen.add(storage.data_ptr())
+        return storage.nbytes() if new else 0
+    if isinstance(value, dict):
+        return sum(held_nbytes(inner, seen) for inner in value.values())
+    if isinstance(value, (list, tuple)):
+        return sum(held_nbytes(inner, seen) for inner in value)
+    if isinstance(value, (CacheLayerMixin, LinearAttentionCacheLayerMixin)):
+        return held_nbytes(vars(value), seen)
+    return 0
+
+
+@pytest.mark.parametrize("length", [4, 40])
+def test_a_copy_holds_no_more_memory_than_it_is_charged_with(length: int, own: Running) -> None:
+    """A window's rows are views of the last chunk's: a copy of them must not take the chunk along."""
+    decoder = own.decoder()
+    copy = after(decoder, random_ids(length), room=length).fork(length, length)
+    size = measure_kv(own.blueprint)
+    bookkeeping = 64 * len(copy.cache.layers)
+    assert held_nbytes(vars(copy.cache), set()) <= size.nbytes(copy.room) + bookkeeping
+
+
+def test_growing_stays_within_the_room_that_was_given(zoo: Zoo) -> None:
+    with running(zoo("mixtral")) as own, quiet_transformers():
+        decoder = own.decoder()
+        size = measure_kv(own.blueprint)
+        past = after(decoder, TOKENS, room=20)
+        for room in (22, 22, 40):
+            past.make_room(room)
+            assert past.room == room
+            while past.tokens < room:
+                decoder.step(past, [5])
+            assert held_nbytes(vars(past.cache), set()) == size.nbytes(room)
+        past.make_room(30)
+        assert past.room == 40, "what it has buffers for is still charged"
+
+
+def test_room_is_a_little_more_than_needed_and_never_more_than_the_limit() -> None:
+    for tokens in range(1, 600):
+        for limit in (tokens, tokens + 1, 600, 10_000):
+            room = room_for(tokens, limit)
+            assert tokens <= room <= max(tokens, limit)
+            assert room <= tokens + tokens // 8 + ROOM_STEP
+            if limit > tokens:
+                assert room > tokens
+
+
+def test_a_long_sequence_grows_rarely() -> None:
+    room, grown = 1, 0
+    for tokens in range(1, 100_000):
+        if tokens > room:
+            room, grown = room_for(tokens, 1_000_000), grown + 1
+    assert grown < 70
