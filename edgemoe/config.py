@@ -37,7 +37,7 @@ class EngineConfig:
     """Most sequences that "auto" decodes together."""
     kv_share: float = 0.1
     """Share of the free memory that keys and values of several sequences may take, where one takes less."""
-    patience: int = 64
+    patience: int = 256
     """Requests that may be taken before one that came earlier, so that those with the same beginning run together."""
     prefill_workspace: int = 128 * MIB
     """Bytes that a prefill chunk's activations may take; decides how many tokens a chunk has."""

@@ -46,13 +46,16 @@ class Decoder:
         prefill_chunk: int,
         threads: int,
         nbytes_per_token: int,
+        expert_share: float = 1.0,
     ) -> None:
+        """`expert_share` is the share of a layer's experts that a token uses."""
         self.model = model
         self.layers = layers
         self.device = device
         self.prefill_chunk = prefill_chunk
         self._threads = threads
         self._nbytes_per_token = nbytes_per_token
+        self._expert_share = expert_share
         self.keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._few_tokens = few_tokens(model.dtype) if device.type == "cpu" else 0
         self._extends_in_chunks: bool | None = None
@@ -100,11 +103,15 @@ class Decoder:
         small = tokens * self._nbytes_per_token < WORTH_THREADS and sum(item.past.tokens for item in work) < LONG_PAST
         # Either our kernels have the cores or PyTorch has: its threads go on spinning after an operation, on the
         # very cores that ours would run on next.
-        alone = tokens <= self._few_tokens or small
+        alone = small or tokens <= self._few_tokens or self._spread_thin(tokens)
         quiet = nullcontext() if kind in self._seen else quiet_transformers()
         self._seen.add(kind)
         with torch.inference_mode(), torch_threads(1 if alone else self._threads), quiet:
             yield
+
+    def _spread_thin(self, tokens: int) -> bool:
+        """Whether each expert gets so few of `tokens` that kernels save more on experts than they cost elsewhere."""
+        return tokens <= 4 * self._few_tokens and tokens * self._expert_share <= self._few_tokens / 4
 
     def can_chunk(self, prompt: Sequence[int]) -> bool:
         """Whether a prompt may be run in parts.

@@ -28,8 +28,10 @@ from edgemoe.sampling import ResolvedSampling, Sampling, resolve
 from edgemoe.tokenizing import Prompt, load_generation_config, load_tokenizer, prompt_tokens, render_chat
 
 DEFAULTS = EngineConfig()
-READ_AHEAD = 4
-"""Batches of requests that are in flight at most, so that those that begin alike can be found."""
+READ_AHEAD = 16
+"""Batches of requests that are in flight at most, so that those that begin alike can be found ..."""
+MOST_AHEAD = 1024
+"""... and requests, where that is less; two batches are always."""
 
 
 class Engine:
@@ -61,6 +63,7 @@ class Engine:
             plan.prefill_chunk,
             plan.threads,
             plan.nbytes_per_token,
+            plan.layers * plan.top_k / plan.experts,
         )
         size = BatchSize(plan.batch, automatic=str(self._config.batch).strip().lower() == "auto")
         joint = JointDecoder(decoder)
@@ -266,7 +269,8 @@ class Engine:
     def _most_flying(self) -> int:
         with self._device:
             self._loaded()
-            return READ_AHEAD * self._batch.size.limit
+            limit = self._batch.size.limit
+            return max(2 * limit, min(READ_AHEAD * limit, MOST_AHEAD))
 
     def _step(self, unless: Callable[[], bool]) -> None:
         """Computes one step of the batch, but not when another thread's step has brought what was waited for."""

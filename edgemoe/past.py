@@ -64,10 +64,8 @@ class Past:
         """Gives back the memory of rows that windows have dropped: those kept are views of the last chunk's."""
         with torch.inference_mode():
             for layer in getattr(self.cache, "layers", ()):
-                if type(layer) is DynamicSlidingWindowLayer and layer.is_initialized:
-                    assert layer.keys is not None
-                    assert layer.values is not None
-                    layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+                if not isinstance(layer, GrowingLayer):
+                    _own(vars(layer))
 
     def _copied(self, tokens: int, room: int) -> Any:
         if type(self.cache) is not DynamicCache:
@@ -89,6 +87,15 @@ def room_for(tokens: int, limit: int) -> int:
     """The room that a sequence of `tokens` tokens is given, when it will have at most `limit`."""
     wanted = max(tokens + tokens // 8, tokens + 1)
     return max(tokens, min(limit, -(-wanted // ROOM_STEP) * ROOM_STEP))
+
+
+def _own(values: dict[Any, Any]) -> None:
+    """Puts a copy in the place of every tensor that is a part of a larger one."""
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() > value.nbytes:
+            values[name] = value.clone()
+        elif isinstance(value, dict):
+            _own(value)
 
 
 def _keeps_all_rows(layer: Any) -> bool:

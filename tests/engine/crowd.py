@@ -103,12 +103,12 @@ class Crowd:
         patience: int = 64,
         in_chunks: bool = True,
     ) -> None:
-        kv = measure_kv(own.blueprint)
-        self.room_nbytes = room(kv)
+        self._kv = measure_kv(own.blueprint)
+        self.room_nbytes = room(self._kv)
         self.decoder = own.decoder(prefill_chunk=step_tokens)
         self.joint = JointDecoder(self.decoder)
         size = BatchSize(limit, automatic=False)
-        self.batch = Batch(self.joint, kv, self.room_nbytes, step_tokens, size, patience)
+        self.batch = Batch(self.joint, self._kv, self.room_nbytes, step_tokens, size, patience)
         self.cancels = Cancels()
         self.requests: list[Generation] = []
         self.steps: list[list[int]] = []
@@ -138,7 +138,7 @@ class Crowd:
         try:
             self.batch.step(self._counters)
         finally:
-            assert self.batch.nbytes <= self.room_nbytes
+            assert self.batch.nbytes == self._held_nbytes() <= self.room_nbytes
             assert self.batch.running <= self._limit
             for tokens in self.steps[done:]:
                 bound = max(self._step_tokens, len(tokens) + self._step_tokens // 4)
@@ -157,6 +157,12 @@ class Crowd:
         asked = self.ask(prompt, **settings)
         self.finish()
         return completion(asked)
+
+    def _held_nbytes(self) -> int:
+        """What the pasts there are take by their room, whatever they are charged with."""
+        pasts = [request.past for request in self.requests if request.past is not None]
+        pasts += [kept.past for kept in self.batch._prefixes._kept]
+        return sum(self._kv.nbytes(past.room) for past in pasts)
 
     def _watched_run(self, work: Sequence[Work]) -> Any:
         self.steps.append([len(item.tokens) for item in work])

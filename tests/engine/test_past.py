@@ -145,13 +145,15 @@ def held_nbytes(value: Any, seen: set[int]) -> int:
 
 
 @pytest.mark.parametrize("length", [4, 40])
-def test_a_copy_holds_no_more_memory_than_it_is_charged_with(length: int, own: Running) -> None:
+@pytest.mark.parametrize("family", [*PLAIN, *WINDOWED, *RECURRENT, "inkling2_text", "deepseek_v4"])
+def test_a_copy_holds_no_more_memory_than_it_is_charged_with(family: str, length: int, zoo: Zoo) -> None:
     """A window's rows are views of the last chunk's: a copy of them must not take the chunk along."""
-    decoder = own.decoder()
-    copy = after(decoder, random_ids(length), room=length).fork(length, length)
-    size = measure_kv(own.blueprint)
-    bookkeeping = 64 * len(copy.cache.layers)
-    assert held_nbytes(vars(copy.cache), set()) <= size.nbytes(copy.room) + bookkeeping
+    with running(zoo(family)) as own, quiet_transformers():
+        decoder = own.decoder()
+        copy = after(decoder, random_ids(length), room=length).fork(length, length)
+        bookkeeping = 64 * len(copy.cache.layers)
+        assert held_nbytes(vars(copy.cache), set()) <= measure_kv(own.blueprint).nbytes(length) + bookkeeping
+        assert_goes_on_after(decoder, copy, random_ids(length))
 
 
 def test_growing_stays_within_the_room_that_was_given(zoo: Zoo) -> None:

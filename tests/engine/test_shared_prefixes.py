@@ -185,15 +185,18 @@ def test_only_the_latest_are_kept(zoo: Zoo) -> None:
 def test_what_is_kept_holds_no_more_memory_than_it_is_charged_with(zoo: Zoo) -> None:
     """A reply of one token ends where the window's rows are still views of the whole prompt's."""
     with running(zoo("gpt_oss")) as own, quiet_transformers():
-        crowd = Crowd(own)
-        crowd.reply(random_ids(60), max_tokens=1)
+        crowd = Crowd(own, step_tokens=200)
+        for seed in range(2):
+            crowd.ask(random_ids(60, seed), max_tokens=1)
+        crowd.finish()
+        assert crowd.steps == [[60, 60]]
         held = {
             rows.untyped_storage().data_ptr(): rows.untyped_storage().nbytes()
             for kept in crowd.batch._prefixes._kept
             for layer in kept.past.cache.layers
             for rows in (layer.keys, layer.values)
         }
-        assert len(held) == 2 * 2 * 4, "one past and the copy before its last token"
+        assert len(held) == 2 * 2 * 4, "keys and values of both in four layers"
         assert sum(held.values()) <= crowd.batch.nbytes
 
 

@@ -80,6 +80,19 @@ def test_streams_of_one_thread_run_together(engine: Engine, expected: dict[str, 
     assert engine.stats.requests == 4
 
 
+def test_what_other_streams_steps_have_brought_is_given_without_a_step(engine: Engine) -> None:
+    """Each of four has begun with a step of its own, which was one for those before it too."""
+    streams = [engine.stream(prompt, SETTINGS) for prompt in PROMPTS[:4]]
+    for stream in streams:
+        next(stream)
+    assert engine.stats.steps == 4
+    for _ in range(3):
+        next(streams[0])
+    assert engine.stats.steps == 4
+    next(streams[0])
+    assert engine.stats.steps == 5
+
+
 def test_a_generate_within_a_stream_of_the_same_thread_neither_waits_nor_disturbs(
     engine: Engine, expected: dict[str, tuple[int, ...]]
 ) -> None:
