@@ -101,6 +101,8 @@ class Batch:
             generation.give_up_past()
         while self._prefixes.drop_oldest():
             pass
+        # It holds the model. What is counted may still be read, by a thread that did not see the end coming.
+        del self.decoder
 
     def step(self, counters: CacheCounters) -> None:
         """Lets in whom there is room for and computes one pass; `counters` are the cache's, for each one's share.

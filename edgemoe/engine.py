@@ -240,7 +240,6 @@ class Engine:
             runtime, self._runtime = self._runtime, None
             if runtime is not None:
                 self._batch.close()
-                del self._batch
                 runtime.close()
 
     def __enter__(self) -> Engine:

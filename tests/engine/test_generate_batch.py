@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from edgemoe import CheckpointError, Completion, EdgeMoEError, Engine, RequestError, Sampling
-from edgemoe.engine import READ_AHEAD
+from edgemoe.engine import MOST_AHEAD, READ_AHEAD
 
 LIMIT = 2
 
@@ -71,6 +71,14 @@ def test_input_is_read_a_few_batches_ahead_and_no_further(engine: Engine) -> Non
     replies.close()
 
 
+@pytest.mark.parametrize(("batch", "ahead"), [(1, READ_AHEAD), (100, MOST_AHEAD), (600, 1200)])
+def test_a_large_batch_is_not_read_that_many_times_ahead(batch: int, ahead: int, talker: Path) -> None:
+    """What waits takes memory; but the next batch is always there when this one ends."""
+    assert MOST_AHEAD < 100 * READ_AHEAD
+    with Engine.load(talker, expert_cache=8, threads=1, batch=batch) as engine:
+        assert engine._most_flying() == ahead
+
+
 def test_an_input_of_nothing_has_no_replies(engine: Engine) -> None:
     assert list(engine.generate_batch([])) == []
     assert engine.stats.steps == 0
@@ -125,7 +133,7 @@ def test_a_conversation_is_a_prompt(engine: Engine) -> None:
 
 def test_requests_that_begin_alike_run_together_though_they_came_apart(engine: Engine) -> None:
     headers = ["A" * 100, "B" * 100, "C" * 100]
-    requests = [(f"{headers[number % 3]}{number}", wants(1)) for number in range(READ_AHEAD * LIMIT)]
+    requests = [(f"{headers[number % 3]}{number}", wants(1)) for number in range(8)]
     order = [number % 3 for number, _ in engine.generate_batch(requests)]
     assert [set(order[pair : pair + LIMIT]) for pair in range(0, 8, LIMIT)] == [{0}, {0, 1}, {1}, {2}]
 
