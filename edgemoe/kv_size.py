@@ -14,7 +14,8 @@ from edgemoe.blueprint import Blueprint
 from edgemoe.kv_cache import new_cache
 from edgemoe.quiet import quiet_transformers
 
-PROBE_TOKENS = 4
+PROBES = (4, 132)
+"""Tokens of two passes: what grows between them grows with the tokens."""
 
 
 @dataclass(frozen=True)
@@ -37,30 +38,41 @@ class KvSize:
 
 
 def measure_kv(blueprint: Blueprint) -> KvSize:
-    """The size of `blueprint`'s cache, from a pass over the skeleton; from the configuration where that cannot run."""
+    """The size of `blueprint`'s cache, from passes over the skeleton; from the configuration where they cannot run."""
     skeleton = blueprint.skeleton
     for site in blueprint.sites:
         site.module(skeleton).forward = lambda hidden_states, *arguments, **named: torch.empty_like(hidden_states)
     try:
         with quiet_transformers(), torch.no_grad(), torch.device("meta"):
-            ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long)
-            cache = new_cache(skeleton, PROBE_TOKENS)
-            cache = skeleton(input_ids=ids, past_key_values=cache, use_cache=True).past_key_values
+            short, long = (_probe(skeleton, tokens) for tokens in PROBES)
     except Exception:
         # A family may read values in its forward, which a pass without data has not.
         return _from_config(blueprint)
+    layers, beside = short
+    # What lies beside keys and values may grow, too: an indexer's keys, rows that sum up several tokens.
+    grown = -(-max(0, long[1] - beside) // (PROBES[1] - PROBES[0]))
+    if grown:
+        layers.append((grown, None))
+    return KvSize(max(0, beside - PROBES[0] * grown), tuple(layers))
+
+
+def _probe(skeleton: Any, tokens: int) -> tuple[list[tuple[int, int | None]], int]:
+    """Each layer's bytes of keys and values a token, with its window; and the bytes of all else after `tokens`."""
+    cache = new_cache(skeleton, tokens)
+    ids = torch.zeros(1, tokens, dtype=torch.long)
+    cache = skeleton(input_ids=ids, past_key_values=cache, use_cache=True).past_key_values
     # Some families keep states beside the layers.
     own = {name: value for name, value in vars(cache).items() if name != "layers"}
-    fixed, layers = sum(tensor.nbytes for tensor in _tensors(own)), []
+    beside, layers = sum(tensor.nbytes for tensor in _tensors(own)), []
     for layer in cache.layers:
         nbytes = sum(tensor.nbytes for tensor in _tensors(vars(layer)))
         if getattr(layer, "keys", None) is not None:
-            growing = sum(tensor.nbytes for tensor in (layer.keys, layer.values))
+            rows = sum(tensor.nbytes for tensor in (layer.keys, layer.values))
             window = layer.sliding_window if getattr(layer, "is_sliding", False) else None
-            layers.append((growing // PROBE_TOKENS, window))
-            nbytes = max(0, nbytes - growing)
-        fixed += nbytes
-    return KvSize(fixed, tuple(layers))
+            layers.append((rows // layer.keys.shape[-2], window))
+            nbytes = max(0, nbytes - rows)
+        beside += nbytes
+    return layers, beside
 
 
 def _from_config(blueprint: Blueprint) -> KvSize:

@@ -97,7 +97,9 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 6, 7, 40])
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v2", "nemotron_h", "qwen3_next", "minimax"])
+@pytest.mark.parametrize(
+    "family", ["mixtral", "qwen2_moe", "deepseek_v2", "deepseek_v32", "nemotron_h", "qwen3_next", "minimax"]
+)
 def test_the_measured_size_is_what_a_sequence_takes(family: str, tokens: int, zoo: Zoo) -> None:
     """The plan's numbers are the run's numbers, windows and states included, whoever makes the cache."""
     with running(zoo(family)) as own:
