@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -15,12 +16,12 @@ from bench.measurement import Measurement
 NAME = "batch-memory"
 BAR = "peak RSS with 100,000 lines <= 1.05 x that with 100"
 FEW, MANY = 100, 100_000
-BATCH = 64
+BATCH = 16
 """Stated, so that both runs decode as many together: the few lines end before "auto" has measured much."""
 
 
 def run() -> Measurement:
-    """Short prompts and replies of one or two tokens: what grows with the input is then the command's own doing."""
+    """Prompts of one length, replies of one or two tokens: only the number of lines differs."""
     with tempfile.TemporaryDirectory() as folder:
         _peak(Path(folder), FEW)  # compiles the kernels, which takes memory of its own
         few, _ = _peak(Path(folder), FEW)
@@ -40,8 +41,10 @@ def _peak(folder: Path, lines: int) -> tuple[int, float]:
     """The largest resident set of a run, in KiB, and its seconds. Raises RuntimeError unless it served every line."""
     prompts, out = folder / f"{lines}.jsonl", folder / "out.jsonl"
     with prompts.open("w") as file:
+        draw = random.Random(0)
         for number in range(lines):
-            request = {"custom_id": f"request-{number}", "prompt": f"{number} ", "max_tokens": 1 + number % 2}
+            prompt = f"{draw.randrange(10**6):06} "
+            request = {"custom_id": f"request-{number:06}", "prompt": prompt, "max_tokens": 1 + number % 2}
             file.write(json.dumps(request) + "\n")
     command = [str(Path(sys.executable).parent / "edgemoe"), "run", str(prompts), "-o", str(out), "--overwrite"]
     started = time.perf_counter()

@@ -19,10 +19,13 @@ from edgemoe.torch_threads import torch_threads
 AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 3e-2}
 """How far logits may differ, relative to their spread, for two ways of computing the same thing."""
 
-WORTH_THREADS = 64 << 20
+WORTH_THREADS = 2 << 30
 """Tokens times the weight bytes that each one multiplies; a pass with less is done sooner by one thread ..."""
-LONG_PAST = 256
-"""... unless there are more tokens than this to attend to."""
+WORTH_PAIRS = 1 << 16
+"""... unless more pairs of tokens than this attend to one another.
+
+Threads that share little work mostly wait for each other, and for long where other programs run on the cores.
+"""
 
 PROBE_TOKENS = 8
 """Tokens that are run both ways to see whether two ways agree."""
@@ -100,7 +103,8 @@ class Decoder:
         Silent is the first pass of each `kind`, since that is when transformers tells what it falls back on.
         """
         tokens = sum(len(item.tokens) for item in work)
-        small = tokens * self._nbytes_per_token < WORTH_THREADS and sum(item.past.tokens for item in work) < LONG_PAST
+        pairs = sum(len(item.tokens) * (item.past.tokens + len(item.tokens)) for item in work)
+        small = tokens * self._nbytes_per_token < WORTH_THREADS and pairs < WORTH_PAIRS
         # Either our kernels have the cores or PyTorch has: its threads go on spinning after an operation, on the
         # very cores that ours would run on next.
         alone = small or tokens <= self._few_tokens or self._spread_thin(tokens)
