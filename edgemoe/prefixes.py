@@ -8,7 +8,7 @@ from heapq import merge
 from typing import NamedTuple
 
 from edgemoe.past import Past
-from edgemoe.token_key import shared_tokens, token_key
+from edgemoe.token_key import WIDTH, shared_tokens, token_key
 
 
 class Kept(NamedTuple):
@@ -83,32 +83,34 @@ class Prefixes:
 
         At least one token of the prompt is left over, whose logits start the reply.
         """
-        found = [Match(kept.past, self._usable(key, kept.key, kept.past), kept) for kept in self._kept]
+        found = [
+            Match(kept.past, self._usable(key, shared_tokens(key, kept.key), kept.past), kept) for kept in self._kept
+        ]
         best = max(found, key=lambda match: match.tokens, default=None)
-        for shared, number, other in self._alike(key):
+        for shared, number in self._alike(key):
             if best is not None and shared <= best.tokens:
                 break
             past = self._pasts[number]
             if past.can_cut():
-                match = Match(past, self._usable(key, other, past), None)
+                match = Match(past, self._usable(key, shared, past), None)
                 best = max(best or match, match, key=lambda match: match.tokens)
         return best if best is not None and best.tokens > 0 else None
 
     def coming(self, key: bytes) -> tuple[int, int] | None:
         """The running request whose prompt shares most with `key`, and how many tokens, computed or not yet."""
-        tokens, number, _ = next(self._alike(key), (0, -1, b""))
+        tokens, number = next(self._alike(key), (0, -1))
         return (number, tokens) if tokens else None
 
-    def _alike(self, key: bytes) -> Iterator[tuple[int, int, bytes]]:
-        """The running prompts, those first that share most with `key`: tokens, number and key of each."""
+    def _alike(self, key: bytes) -> Iterator[tuple[int, int]]:
+        """The running prompts, those first that share most with `key`: tokens and number of each."""
         at = bisect_left(self._running, (key, -1))
         # In the order of tokens, what is shared falls off to both sides.
         sides = reversed(self._running[:at]), self._running[at:]
-        shared = [((shared_tokens(key, other), number, other) for other, number in side) for side in sides]
+        shared = [((shared_tokens(key, other), number) for other, number in side) for side in sides]
         return merge(*shared, key=lambda each: each[0], reverse=True)
 
     @staticmethod
-    def _usable(key: bytes, other: bytes, past: Past) -> int:
+    def _usable(key: bytes, shared: int, past: Past) -> int:
         # The past of a running prompt may be shorter than the prompt, or longer by the reply, which is not in its key.
-        shared = min(shared_tokens(key, other), past.tokens, len(key) // 4 - 1)
+        shared = min(shared, past.tokens, len(key) // WIDTH - 1)
         return shared if shared == past.tokens or past.can_cut() else 0
