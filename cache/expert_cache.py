@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from edgemoe.cache.counters import CacheCounters
@@ -59,12 +60,19 @@ class ExpertCache:
         self._link = link
         self._policy = policy
         self._held: dict[ExpertId, _Resident] = {}
+        self._experts = sum(store.experts)
+        self._prefetches: list[Transfer] = []
+        self._numbers: list[set[int]] = [set() for _ in store.experts]
         self._free = list(range(pool.count - 1, -1, -1))
         # A layer that needs more experts than its share of the slots passes the others through these few.
         self._stay = max(0, pool.count // len(store.experts) - PASSING_SLOTS)
         self._staying: set[ExpertId] = set()
+        self.recording: list[list[ExpertId]] | None = None
+        """When it is a list, what every pass asks for is appended to it: a trace."""
 
-    def borrow(self, layer: int, experts: Sequence[int]) -> Iterator[Loan]:
+    def borrow(
+        self, layer: int, experts: Sequence[int], meanwhile: Callable[[], None] | None = None
+    ) -> Iterator[Loan]:
         """Yields loans that cover `experts` (distinct) of `layer` once each: hits first, misses as they arrive.
 
         Misses are put on the link before the hits are yielded, in the given order. When there are fewer
@@ -74,6 +82,9 @@ class ExpertCache:
         be read. Close the iterator (or exhaust it) before the next call.
         """
         wanted = [ExpertId(layer, index) for index in experts]
+        if self.recording is not None:
+            self.recording.append(wanted)
+        self._policy.wanted(layer, experts)
         # Asked once each: what arrives in between must be in one of the two.
         resident = {expert: self.is_resident(expert) for expert in wanted}
         hits = [expert for expert in wanted if resident[expert]]
@@ -89,6 +100,8 @@ class ExpertCache:
             self._settle(hits)
             self._promote(misses, on_the_way, pinned)
             self._demand(misses, on_the_way, pinned)
+            if meanwhile is not None:
+                meanwhile()
             if hits:
                 yield self._loan(hits)
                 self._unpin(hits, pinned)
@@ -104,6 +117,24 @@ class ExpertCache:
                 if expert in self._held:
                     self._policy.used(expert)
 
+    @contextmanager
+    def lend(self, layer: int, experts: Sequence[int]) -> Iterator[Loan]:
+        """A loan of `experts` of `layer`, all of them resident, for the block; KeyError when one is not.
+
+        For drafts: nothing is loaded, counted or remembered as used.
+        """
+        wanted = [ExpertId(layer, index) for index in experts]
+        pinned: list[ExpertId] = []
+        try:
+            for expert in wanted:
+                if not self.is_resident(expert):
+                    raise KeyError(expert)
+                self._pin(expert, pinned)
+            self._settle(wanted)
+            yield self._loan(wanted)
+        finally:
+            self._unpin(list(pinned), pinned)
+
     def prefetch(self, experts: Sequence[ExpertId], wanted_sooner: Collection[ExpertId] = ()) -> int:
         """Puts `experts` on the link, in this order, behind every demanded load; returns how many were started.
 
@@ -117,9 +148,39 @@ class ExpertCache:
             slot = self._take_slot(expert.layer, keep)
             if slot is None:
                 break
-            self._load(expert, slot, Priority.PREFETCH).fresh_prefetch = True
+            held = self._load(expert, slot, Priority.PREFETCH)
+            held.fresh_prefetch = True
+            assert held.transfer is not None
+            self._prefetches.append(held.transfer)
             started += 1
         return started
+
+    def call_off(self, experts: Collection[ExpertId]) -> None:
+        """Takes those prefetches of `experts` of which nothing has moved yet off the link and frees their slots."""
+        for expert in experts:
+            held = self._held.get(expert)
+            transfer = held.transfer if held is not None and held.fresh_prefetch else None
+            if transfer is not None and not transfer.done and self._link.cancel(transfer):
+                self._drop(expert)
+
+    @property
+    def prefetching(self) -> int:
+        """Prefetches that are on the way and that nothing has asked for yet."""
+        self._prefetches = [
+            transfer
+            for transfer in self._prefetches
+            if not transfer.done and transfer.priority is Priority.PREFETCH and self._holds(transfer)
+        ]
+        return len(self._prefetches)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every expert there is has a slot."""
+        return len(self._held) == self._experts
+
+    def holds(self, expert: ExpertId) -> bool:
+        """Whether the expert has a slot, loaded or loading."""
+        return expert in self._held
 
     def is_resident(self, expert: ExpertId) -> bool:
         """Whether the record is in a slot now, whole."""
@@ -128,7 +189,8 @@ class ExpertCache:
 
     def residents(self, layer: int) -> list[int]:
         """The resident experts of a layer, in no order."""
-        return [expert.number for expert in self._held if expert.layer == layer and self.is_resident(expert)]
+        held = self._numbers[layer]
+        return [number for number in held if self.is_resident(ExpertId(layer, number))]
 
     @property
     def free_slots(self) -> int:
@@ -156,7 +218,7 @@ class ExpertCache:
         """Takes what is on the link already off `misses`, and pins it before any slot is taken."""
         for expert in list(misses):
             held = self._held.get(expert)
-            if held is None or held.transfer is None or held.transfer.error is not None:
+            if held is None or held.transfer is None or (held.transfer.done and held.transfer.error is not None):
                 continue
             self._link.promote(held.transfer)
             self._policy.used(expert)
@@ -209,6 +271,7 @@ class ExpertCache:
     def _load(self, expert: ExpertId, slot: int, priority: Priority) -> _Resident:
         transfer = self._link.start(expert, slot, self.pool.memory[slot], priority)
         held = self._held[expert] = _Resident(slot, transfer)
+        self._numbers[expert.layer].add(expert.number)
         self._policy.inserted(expert)
         return held
 
@@ -254,8 +317,13 @@ class ExpertCache:
         self.counters.link_wait_seconds += time.perf_counter() - started
         return self._take_slot(layer, ())
 
+    def _holds(self, transfer: Transfer) -> bool:
+        held = self._held.get(transfer.expert)
+        return held is not None and held.transfer is transfer
+
     def _drop(self, expert: ExpertId) -> None:
         self._free.append(self._held.pop(expert).slot)
+        self._numbers[expert.layer].discard(expert.number)
         self._policy.removed(expert)
 
     def _pin(self, expert: ExpertId, pinned: list[ExpertId]) -> None:

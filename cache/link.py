@@ -40,7 +40,7 @@ class Link(ABC):
     """Moves records into slots. `start`, `promote` and `wait_any` are called from one thread."""
 
     busy_seconds: float = 0.0
-    """Time in which something was on its way, where the link can tell."""
+    """Time in which something was on its way, up to the last arrival, where the link can tell."""
     bytes_moved: int = 0
     """Bytes that have arrived in that time; over it, the bandwidth reached."""
 

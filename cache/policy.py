@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from edgemoe.cache.record import ExpertId
 
@@ -14,6 +14,12 @@ Evictable = Callable[[ExpertId], bool]
 
 class EvictionPolicy(ABC):
     """Keeps an order over the resident experts. Not thread-safe: its cache calls it from one thread."""
+
+    def wanted(self, layer: int, experts: Sequence[int]) -> None:  # noqa: B027
+        """A pass asks for `experts` of `layer`, distinct, the hottest last. Told once a pass, before anything else of it.
+
+        What follows of the same pass (`inserted` and `used`, which may come twice for an expert) is no further wish.
+        """
 
     @abstractmethod
     def inserted(self, expert: ExpertId) -> None:
@@ -30,6 +36,13 @@ class EvictionPolicy(ABC):
     @abstractmethod
     def victim(self, layer: int, evictable: Evictable) -> ExpertId | None:
         """The expert that should leave for one of `layer`, or None when none may. Changes nothing."""
+
+    def heat(self) -> Mapping[ExpertId, float]:
+        """How wanted experts have been, more is hotter, resident or not; empty for a policy that does not tell."""
+        return {}
+
+    def warm(self, heat: Mapping[ExpertId, float]) -> None:  # noqa: B027
+        """Takes over what `heat` gave in an earlier run, before anything is inserted."""
 
 
 class GlobalLRU(EvictionPolicy):

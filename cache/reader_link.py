@@ -137,12 +137,14 @@ class ReaderLink(Link):
                 job.waiting.clear()
             if job.unfinished == 0:
                 job.done = True
-                self.bytes_moved += job.nbytes
+                if job.error is None:
+                    self.bytes_moved += job.nbytes
                 self._ended()
                 self._arrival.notify_all()
 
     def _ended(self) -> None:
-        """One transfer less is on its way. The lock is held."""
+        """One transfer less is on its way: until now the link was busy. The lock is held."""
+        now = time.perf_counter()
+        self.busy_seconds += now - self._busy_since
+        self._busy_since = now
         self._outstanding -= 1
-        if self._outstanding == 0:
-            self.busy_seconds += time.perf_counter() - self._busy_since

@@ -80,6 +80,28 @@ class SafetensorsStore(ExpertStore):
             for piece in self._cut(extent, memory[extent.slot_offset : extent.slot_offset + extent.nbytes])
         ]
 
+    def read(self, expert: ExpertId, start: int, into: torch.Tensor) -> None:
+        """Fills `into`, uint8 on the host, with the record's bytes from `start` on, in the calling thread.
+
+        Padding between parts is left as it was. For what needs a part of a record only: reads nothing else, but where
+        the record must be assembled. Raises OSError when it cannot be read.
+        """
+        source = self._sources[expert]
+        stop = start + len(into)
+        if source.assemble is not None:
+            record = torch.zeros(self.record_nbytes(expert), dtype=torch.uint8)
+            self._assemble(source, self.layouts[expert.layer], record)
+            into.copy_(record[start:stop])
+            return
+        memory = host_bytes(into)
+        for extent in source.extents:
+            if extent.slot_offset is not None:
+                first = max(start, extent.slot_offset)
+                last = min(stop, extent.slot_offset + extent.nbytes)
+                if first < last:
+                    at = extent.offset + first - extent.slot_offset
+                    self._read(extent.file, at, memory[first - start : last - start])
+
     def _cut(self, extent: Extent, memory: memoryview) -> list[Piece]:
         def piece(start: int, stop: int) -> Piece:
             return stop - start, lambda: self._read(extent.file, extent.offset + start, memory[start:stop])

@@ -2,44 +2,59 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from edgemoe.cache.policy import EvictionPolicy
 from edgemoe.cache.record import ExpertId
 
 Trace = Sequence[Sequence[ExpertId]]
-"""One entry a layer pass: the experts it asked for, all of which must be resident together."""
+"""One entry a layer pass: the experts of one layer that it asked for, distinct, the hottest last.
+
+What an entry names must be resident together, if it fits the slots. A larger one, such as a long prompt's, passes
+through them: what is resident when it begins is a hit, and the others take turns.
+"""
 
 
 def replay(trace: Trace, policy: EvictionPolicy, slots: int) -> int:
-    """The misses that `policy` has on `trace` with `slots` slots. Each entry must fit the slots."""
+    """The misses that `policy` has on `trace` with `slots` slots, told what `ExpertCache` tells it."""
     resident: set[ExpertId] = set()
     misses = 0
     for wanted in trace:
-        needed = set(wanted)
+        if not wanted:
+            continue
+        policy.wanted(wanted[0].layer, [expert.number for expert in wanted])
+        together = set(wanted) if len(wanted) <= slots else set()
+        missing = [expert for expert in wanted if expert not in resident]
+        misses += len(missing)
         for expert in wanted:
             if expert in resident:
                 policy.used(expert)
-                continue
-            misses += 1
+        for expert in missing:
             if len(resident) >= slots:
-                leaving = policy.victim(expert.layer, _outside(needed))
-                if leaving is None:
-                    raise ValueError(f"an entry of {len(needed)} experts does not fit {slots} slots")
+                leaving = policy.victim(expert.layer, _outside(together))
+                assert leaving is not None, "something that is not needed must be resident"
                 policy.removed(leaving)
                 resident.discard(leaving)
             policy.inserted(expert)
             resident.add(expert)
+        for expert in wanted:
+            if expert in resident:
+                policy.used(expert)
     return misses
 
 
-def _outside(needed: set[ExpertId]) -> Callable[[ExpertId], bool]:
+def _outside(needed: Collection[ExpertId]) -> Callable[[ExpertId], bool]:
     return lambda expert: expert not in needed
 
 
 def belady_misses(trace: Trace, slots: int) -> int:
-    """The fewest misses any policy can have (Belady 1966): evict what is wanted again the latest."""
+    """The fewest misses any policy can have (Belady 1966): evict what is wanted again the latest.
+
+    After an entry that does not fit, it keeps the best of what was resident and what passed through, as if the slot
+    of the last one were free at once: no policy can do better, and none quite as well.
+    """
     wanted_at: dict[ExpertId, list[int]] = defaultdict(list)
     for time, wanted in enumerate(trace):
         for expert in wanted:
@@ -53,9 +68,8 @@ def belady_misses(trace: Trace, slots: int) -> int:
         needed = set(wanted)
         for expert in needed:
             next_use[expert] = next(upcoming[expert], never)
-        for expert in needed - resident:
-            misses += 1
-            if len(resident) >= slots:
-                resident.remove(max(resident - needed, key=next_use.__getitem__))
-            resident.add(expert)
+        misses += len(needed - resident)
+        resident |= needed
+        candidates = resident - needed if len(needed) <= slots else resident
+        resident -= set(heapq.nlargest(len(resident) - slots, candidates, key=next_use.__getitem__))
     return misses

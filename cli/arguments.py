@@ -12,11 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from edgemoe.cli.exits import UsageError
+from edgemoe.config import EngineConfig
 from edgemoe.errors import RequestError
 from edgemoe.sampling import Sampling
 from edgemoe.sizes import parse_bytes
 
+_DEFAULTS = EngineConfig()
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
+_SPECULATE = ("auto", "off", "ngram", "self", "model", "ngram+self", "ngram+model")
+_SHAPES = ("tree", "chain")
+_RULES = ("reselect", "affinity", "fewer")
 _SHARE = re.compile(r"\d+(\.\d+)?%")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _WORDS_FOR = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
@@ -189,12 +194,57 @@ def add_model_options(parser: Parser) -> None:
         metavar="SIZE",
         help="room for experts on the device: auto, bytes (6GiB), a share of the experts (40%%) or slots (96)",
     )
-    parser.switch("--offline", help="use only what is on this machine")
+    add_offline_option(parser)
     parser.option(
         "--link-gbps",
         convert=speed,
         metavar="N",
         help="simulate a link between host and device of N gigabytes a second",
+    )
+    _add_draft_options(parser)
+
+
+def _add_draft_options(parser: Parser) -> None:
+    """What drafts tokens ahead, and what is brought in ahead."""
+    parser.option(
+        "--speculate",
+        convert=one_of(*_SPECULATE),
+        metavar="WHAT",
+        help=f"what drafts tokens: {', '.join(_SPECULATE)}; auto drafts what pays, a named drafter always drafts",
+    )
+    parser.option(
+        "--draft-model",
+        convert=text,
+        metavar="MODEL",
+        help="smaller checkpoint with the same tokenizer, which drafts with --speculate auto or model",
+    )
+    parser.option(
+        "--draft-nodes",
+        convert=counted,
+        metavar="N",
+        help=f"most drafted tokens that are checked at once ({_DEFAULTS.draft_nodes})",
+    )
+    parser.option(
+        "--draft-depth",
+        convert=counted,
+        metavar="N",
+        help=f"most drafted tokens that follow one another ({_DEFAULTS.draft_depth})",
+    )
+    parser.option(
+        "--draft-shape", convert=one_of(*_SHAPES), metavar="SHAPE", help="tree, or chain for drafts without branches"
+    )
+    parser.option(
+        "--draft-rule",
+        convert=one_of(*_RULES),
+        metavar="RULE",
+        help="how --speculate self does without an expert that is not there: "
+        "with the next best (reselect), the most similar (affinity), or the best two that are there (fewer)",
+    )
+    parser.option(
+        "--prefetch",
+        convert=one_of("auto", "off"),
+        metavar="WHAT",
+        help="bring in experts before they are asked for: auto (while that pays) or off",
     )
 
 
@@ -206,6 +256,21 @@ def add_model_option(parser: Parser) -> None:
         convert=text,
         metavar="MODEL",
         help="folder or hub name of a checkpoint; without it, the small demo model that ships with edgemoe",
+    )
+
+
+def add_offline_option(parser: Parser) -> None:
+    """Where a model may come from."""
+    parser.switch("--offline", help="use only what is on this machine")
+
+
+def add_state_option(parser: Parser) -> None:
+    """Where to keep what was learnt about a model."""
+    parser.option(
+        "--state-folder",
+        convert=text,
+        metavar="DIR",
+        help="keep small files about the model in DIR, not in the user's cache folder; none keeps nothing",
     )
 
 
@@ -233,6 +298,7 @@ def add_generation_options(parser: Parser) -> None:
     """Everything that generating takes: the model, the sampling, the system prompt, and what is said of it."""
     parser.option("-sys", "--system-prompt", convert=text, metavar="TEXT", help="system prompt of conversations")
     add_model_options(parser)
+    add_state_option(parser)
     add_sampling_options(parser)
     parser.switch("-v", "--verbose", help="say more on standard error: the plan, the timings of each reply")
 
@@ -261,6 +327,14 @@ _MODEL_FIELDS = {
     "offline": "offline",
     "link_gbps": "link_gbps",
     "batch": "batch",
+    "state_folder": "state_folder",
+    "speculate": "speculate",
+    "draft_model": "draft_model",
+    "draft_nodes": "draft_nodes",
+    "draft_depth": "draft_depth",
+    "draft_shape": "draft_shape",
+    "draft_rule": "draft_rule",
+    "prefetch": "prefetch",
 }
 
 

@@ -16,7 +16,7 @@ from edgemoe.cli.history import line_editing
 from edgemoe.cli.interruption import Interruption
 from edgemoe.cli.loading import open_engine, say
 from edgemoe.cli.output import put
-from edgemoe.cli.render import speeds
+from edgemoe.cli.render import Counts, measured
 from edgemoe.cli.repl import Repl
 from edgemoe.cli.slash import Session, read_text
 from edgemoe.cli.surface import EngineFactory
@@ -65,11 +65,13 @@ def _answer_once(session: Session, message: str, *, verbose: bool) -> int:
     """One answer on standard output, and nothing else there."""
     session.conversation.say(message)
     messages = session.conversation.messages
+    before = Counts.of(session.engine.stats)
     with Interruption(session.engine.cancel) as interruption:
         answer = ask(session.engine, messages, session.sampling, interruption, lambda chunk: put(chunk.text))
         put("" if answer.text.endswith("\n") else "\n")
     if verbose:
-        say(speeds(answer.timings))
+        for line in measured(answer.timings, session.engine.stats, before):
+            say(line)
     if interruption.requested:
         raise KeyboardInterrupt
     return Exit.OK

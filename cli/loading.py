@@ -61,7 +61,7 @@ def open_ray_engines(arguments: argparse.Namespace) -> BatchEngineView:
 
 def _open(arguments: argparse.Namespace, loader: Callable[[], Callable[..., Loaded]]) -> Loaded:
     say_which_model(arguments)
-    with _progress() as on_progress:
+    with progress_bar() as on_progress:
         loaded = loader()(**model_settings(arguments), on_progress=on_progress)
     say_simulation(loaded.plan)
     if arguments.verbose:
@@ -70,8 +70,8 @@ def _open(arguments: argparse.Namespace, loader: Callable[[], Callable[..., Load
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Callable[[LoadProgress], None] | None]:
-    """A bar on standard error while loading, when that is a terminal."""
+def progress_bar() -> Iterator[Callable[[LoadProgress], None] | None]:
+    """A bar on standard error within the block, when that is a terminal."""
     if not sys.stderr.isatty():
         yield None
         return

@@ -67,6 +67,7 @@ def build_parser() -> options.Parser:
     _add_run(commands)
     _add_chat(commands)
     _add_plan(commands)
+    _add_affinity(commands)
     _add_doctor(commands)
     return parser
 
@@ -129,6 +130,18 @@ def _add_plan(commands: _Commands) -> None:
     options.add_batch_option(parser)
 
 
+def _add_affinity(commands: _Commands) -> None:
+    parser = _add_command(
+        commands,
+        "affinity",
+        help="find out which experts resemble one another",
+        description="Compare the experts of a model, and keep for each which others resemble it most.",
+    )
+    options.add_model_option(parser)
+    options.add_offline_option(parser)
+    options.add_state_option(parser)
+
+
 def _add_doctor(commands: _Commands) -> None:
     parser = _add_command(
         commands,
@@ -159,6 +172,8 @@ def _dispatch(argv: Sequence[str] | None, engine: EngineFactory | None) -> int:
         from edgemoe.cli.chat import chat as command
     elif arguments.command == "plan":
         from edgemoe.cli.plan import plan as command
+    elif arguments.command == "affinity":
+        from edgemoe.cli.affinity import affinity as command
     else:
         from edgemoe.cli.doctor import doctor as command
     return command(arguments, engine)

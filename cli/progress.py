@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from edgemoe.cli.loading import say
 from edgemoe.cli.outbox import Outcome
-from edgemoe.cli.render import counted, duration
+from edgemoe.cli.render import Counts, counted, drafts, duration, steps
 from edgemoe.cli.surface import BatchEngineView
 from edgemoe.sizes import format_bytes
 
@@ -36,8 +36,8 @@ class Tally:
         self.finished += 1
         self.failed += failed
 
-    def summary(self, skipped: int = 0) -> list[str]:
-        """The whole run in a few lines; `skipped` requests had a result before."""
+    def summary(self, skipped: int = 0, *, verbose: bool = False) -> list[str]:
+        """The whole run in a few lines, one more with `verbose`; `skipped` requests had a result before."""
         took = time.monotonic() - self._started
         counts = f"{counted(self.finished, 'request')}, {self.failed} failed, in {duration(took)}"
         if skipped:
@@ -57,7 +57,9 @@ class Tally:
         saved = stats.prefix_tokens - before.prefix_tokens
         if saved:
             batch += f"; {counted(saved, 'prompt token')} shared with another request"
-        return [counts, speeds, batch]
+        done = Counts.of(stats).since(Counts.of(before))
+        more = [steps(done)] if verbose else []
+        return [counts, speeds, batch, *more, drafts(done, stats.speculation)]
 
     def now(self) -> str:
         """A few words for the live display."""

@@ -3,12 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from edgemoe.sizes import format_bytes
 
 if TYPE_CHECKING:
     from edgemoe import Timings
+    from edgemoe.cli.surface import StatsView
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What an engine counted over a stretch of work, or since it was loaded."""
+
+    hits: int
+    misses: int
+    bytes_demanded: int
+    bytes_prefetched_used: int
+    bytes_prefetched_late: int
+    bytes_prefetched_wasted: int
+    link_wait_seconds: float
+    steps: int
+    cycles: int
+    drafted: int
+    accepted: int
+    draft_seconds: float
+    verify_seconds: float
+
+    @classmethod
+    def of(cls, stats: StatsView) -> Counts:
+        """Since the engine was loaded."""
+        return cls(**{entry.name: getattr(stats, entry.name) for entry in fields(cls)})
+
+    def since(self, before: Counts) -> Counts:
+        """What was counted after `before`."""
+        return Counts(*(getattr(self, entry.name) - getattr(before, entry.name) for entry in fields(self)))
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the experts asked for that were resident."""
+        return self.hits / max(1, self.hits + self.misses)
+
+    def a_step(self, total: float) -> float:
+        """A total of these, divided by the steps."""
+        return total / max(1, self.steps)
+
+    def a_cycle(self, total: float) -> float:
+        """A total of these, divided by the cycles."""
+        return total / max(1, self.cycles)
 
 
 def duration(seconds: float) -> str:
@@ -19,6 +62,11 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def milliseconds(seconds: float) -> str:
+    """A short time, such as `0.42 ms` or `12.3 ms`."""
+    return f"{seconds * 1000:.{2 if seconds < 0.01 else 1}f} ms"
 
 
 def counted(number: int, noun: str) -> str:
@@ -33,10 +81,97 @@ def experts(timings: Timings) -> str:
 
 def speeds(timings: Timings) -> str:
     """How fast it was, such as `prompt 12 tokens at 340.0/s, generated 34 tokens at 56.7/s, hit rate …`."""
-    return (
+    said = (
         f"prompt {counted(timings.prompt_tokens, 'token')} at {timings.prompt_per_second:.1f}/s, generated "
         f"{counted(timings.generated_tokens, 'token')} at {timings.generated_per_second:.1f}/s, {experts(timings)}"
     )
+    if timings.drafted:
+        said += f", {timings.accepted} of {counted(timings.drafted, 'drafted token')} accepted"
+    return said
+
+
+def steps(counts: Counts) -> str:
+    """What a step moved and waited for, such as `120 steps, each 1.2 MiB demanded, …, link wait 2.10 ms`."""
+    moved = (
+        (counts.bytes_demanded, "demanded"),
+        (counts.bytes_prefetched_used, "prefetched in time"),
+        (counts.bytes_prefetched_late, "late"),
+        (counts.bytes_prefetched_wasted, "in vain"),
+    )
+    sizes = ", ".join(f"{format_bytes(counts.a_step(nbytes))} {word}" for nbytes, word in moved)
+    wait = milliseconds(counts.a_step(counts.link_wait_seconds))
+    return f"{counted(counts.steps, 'step')}, each {sizes}, link wait {wait}"
+
+
+def drafts(counts: Counts, speculation: str) -> str:
+    """What a cycle gave, such as `45 cycles of speculation, each 3.40 tokens drafted, …`, or why there was none."""
+    if not counts.cycles:
+        off = speculation.startswith("off")
+        return f"speculation {speculation}" if off else f"speculation by {speculation}: nothing drafted"
+    each = counts.a_cycle
+    return (
+        f"{counted(counts.cycles, 'cycle')} of speculation, each {each(counts.drafted):.2f} tokens drafted, "
+        f"{each(counts.accepted):.2f} accepted, {each(counts.accepted + counts.cycles):.2f} generated, "
+        f"draft {milliseconds(each(counts.draft_seconds))}, verify {milliseconds(each(counts.verify_seconds))}"
+    )
+
+
+def measured(timings: Timings, stats: StatsView, before: Counts) -> list[str]:
+    """Everything about one reply: its own timings, and what the engine has counted since `before`."""
+    counts = Counts.of(stats).since(before)
+    return [speeds(timings), steps(counts), drafts(counts, stats.speculation)]
+
+
+def totals(stats: StatsView) -> list[tuple[str, str, str]]:
+    """All that an engine counted, as rows of what, how much, and what that is of or for each."""
+    counts = Counts.of(stats)
+    asked, shared = counts.hits + counts.misses, stats.prefix_tokens
+    rows = [
+        ("requests", str(stats.requests), f"{stats.preemptions} computed again" if stats.preemptions else ""),
+        ("prompt tokens", str(stats.tokens_prompt), f"{shared} shared with another request" if shared else ""),
+        ("generated tokens", str(stats.tokens_generated), ""),
+        ("batch", str(stats.batch), stats.batch_reason),
+        ("steps", str(counts.steps), f"in {duration(stats.seconds)}"),
+        ("expert cache", counted(stats.slots, "slot"), f"for {counted(stats.experts, 'expert')}"),
+        ("hit rate", f"{counts.hit_rate:.1%}", f"{counts.hits} of {counted(asked, 'expert')} asked for"),
+    ]
+    for what, nbytes in (
+        ("demanded", counts.bytes_demanded),
+        ("prefetched in time", counts.bytes_prefetched_used),
+        ("prefetched late", counts.bytes_prefetched_late),
+        ("prefetched in vain", counts.bytes_prefetched_wasted),
+    ):
+        rows.append((what, format_bytes(nbytes), f"{format_bytes(counts.a_step(nbytes))} a step"))
+    wait = counts.link_wait_seconds
+    return [
+        *rows,
+        ("link wait", duration(wait), f"{milliseconds(counts.a_step(wait))} a step"),
+        *_foretold("lookahead", stats.lookahead_recall, stats.lookahead_precision),
+        *_drafts(counts, stats),
+    ]
+
+
+def _drafts(counts: Counts, stats: StatsView) -> list[tuple[str, str, str]]:
+    what, _, why = stats.speculation.partition(": " if stats.speculation.startswith("off") else ", ")
+    rows = [("speculation", what, why)]
+    if not counts.cycles:
+        return rows
+    each = counts.a_cycle
+    rows.append(("cycles", str(counts.cycles), ""))
+    for name, tokens in (("drafted", counts.drafted), ("accepted", counts.accepted)):
+        rows.append((name, counted(tokens, "token"), f"{each(tokens):.2f} a cycle"))
+    given = counts.accepted + counts.cycles
+    rows.append(("generated by cycles", counted(given, "token"), f"{each(given):.2f} a cycle"))
+    for name, seconds in (("draft", counts.draft_seconds), ("verify", counts.verify_seconds)):
+        rows.append((name, duration(seconds), f"{milliseconds(each(seconds))} a cycle"))
+    return [*rows, *_foretold("forecast", stats.forecast_recall, stats.forecast_precision)]
+
+
+def _foretold(name: str, recall: float, precision: float) -> list[tuple[str, str, str]]:
+    """What a predictor of experts was worth, where it had anything to say."""
+    if not recall and not precision:
+        return []
+    return [(name, f"{recall:.1%}", f"of the missing experts foretold, {precision:.1%} of the foretold asked for")]
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from edgemoe.cli.answers import ask
 from edgemoe.cli.interruption import Interruption
-from edgemoe.cli.render import speeds
+from edgemoe.cli.render import Counts, measured
 from edgemoe.cli.slash import Next, Session, execute
 from edgemoe.errors import EdgeMoEError
 
@@ -107,6 +107,7 @@ class Repl:
     def _reply(self) -> Completion | None:
         """Stream a reply to the conversation as it stands; None when that failed (which is said) or was broken off."""
         session = self._session
+        before = Counts.of(session.engine.stats)
         try:
             messages = session.conversation.messages
             with Interruption(session.engine.cancel) as interruption:
@@ -122,7 +123,8 @@ class Repl:
         self._out.flush()
         session.timings = answer.timings
         if self._verbose:
-            self._note(speeds(answer.timings))
+            for line in measured(answer.timings, session.engine.stats, before):
+                self._note(line)
         return answer
 
     def _show(self, chunk: Chunk) -> None:

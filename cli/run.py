@@ -97,6 +97,6 @@ def _serve_and_sum_up(
         say(f"interrupted; {results.name} keeps what was finished{go_on}")
         return Exit.INTERRUPTED
     finally:
-        for line in tally.summary(jobs.skipped):
+        for line in tally.summary(jobs.skipped, verbose=verbose):
             say(line)
     return Exit.FAILED if tally.failed else Exit.OK

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgemoe.cli.conversation import Conversation
 from edgemoe.cli.exits import FileTrouble, why
-from edgemoe.cli.render import columns, counted, speeds
+from edgemoe.cli.render import columns, counted, speeds, totals
 from edgemoe.cli.surface import EngineView
 from edgemoe.errors import EdgeMoEError
 from edgemoe.sampling import Sampling
@@ -141,12 +141,11 @@ def _show(session: Session, argument: str) -> Outcome:
 
 
 def _stats(session: Session, argument: str) -> Outcome:
-    rows = [(name, f"{value:.3f}" if isinstance(value, float) else str(value))
-            for name, value in session.engine.stats.to_dict().items()]  # fmt: skip
+    text = columns(totals(session.engine.stats))
     if session.timings is not None:
-        rows.append(("last reply", speeds(session.timings)))
-        rows.append(("first token after", f"{session.timings.time_to_first_token:.3f} s"))
-    return Outcome(columns(rows))
+        text += f"\nlast reply: {speeds(session.timings)}"
+        text += f"\nfirst token after {session.timings.time_to_first_token:.3f} s"
+    return Outcome(text)
 
 
 def _read(session: Session, argument: str) -> Outcome:

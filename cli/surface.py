@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -61,6 +62,14 @@ class StatsView(Protocol):
     """The engine's counters: totals since it was loaded, what is in flight included."""
 
     @property
+    def slots(self) -> int:
+        """Experts that the cache has room for."""
+
+    @property
+    def experts(self) -> int:
+        """Experts of the model."""
+
+    @property
     def hits(self) -> int:
         """Experts asked for that were resident."""
 
@@ -71,6 +80,30 @@ class StatsView(Protocol):
     @property
     def bytes_loaded(self) -> int:
         """Expert bytes that crossed the link."""
+
+    @property
+    def bytes_demanded(self) -> int:
+        """Those of them that were brought because they were asked for."""
+
+    @property
+    def bytes_prefetched_used(self) -> int:
+        """Those that were there before they were asked for."""
+
+    @property
+    def bytes_prefetched_late(self) -> int:
+        """Those that were asked for while on their way."""
+
+    @property
+    def bytes_prefetched_wasted(self) -> int:
+        """Those that went again before they were asked for."""
+
+    @property
+    def link_wait_seconds(self) -> float:
+        """Time in which computing stood still for the link."""
+
+    @property
+    def requests(self) -> int:
+        """Requests so far."""
 
     @property
     def tokens_prompt(self) -> int:
@@ -85,6 +118,14 @@ class StatsView(Protocol):
         """Tokens of prompts that need not be computed, since another request begins alike."""
 
     @property
+    def steps(self) -> int:
+        """Passes over the model."""
+
+    @property
+    def seconds(self) -> float:
+        """Time in them."""
+
+    @property
     def batch(self) -> int:
         """How many sequences are decoded together."""
 
@@ -92,8 +133,49 @@ class StatsView(Protocol):
     def batch_reason(self) -> str:
         """Why that many."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
+    @property
+    def preemptions(self) -> int:
+        """Requests that had to be computed again for lack of room."""
+
+    @property
+    def speculation(self) -> str:
+        """What drafts, or why nothing does."""
+
+    @property
+    def cycles(self) -> int:
+        """Verifications of a draft, each of one sequence."""
+
+    @property
+    def drafted(self) -> int:
+        """Tokens that were drafted for them."""
+
+    @property
+    def accepted(self) -> int:
+        """Drafted tokens that are in a reply."""
+
+    @property
+    def draft_seconds(self) -> float:
+        """Time in drafting."""
+
+    @property
+    def verify_seconds(self) -> float:
+        """Time in passes that verified a draft."""
+
+    @property
+    def forecast_recall(self) -> float:
+        """Share of the missing experts that drafts foretold."""
+
+    @property
+    def forecast_precision(self) -> float:
+        """Share of what they foretold that was asked for."""
+
+    @property
+    def lookahead_recall(self) -> float:
+        """Share of the missing experts that the layer before foretold."""
+
+    @property
+    def lookahead_precision(self) -> float:
+        """Share of what it foretold that was asked for."""
 
 
 class BatchEngineView(Protocol):
@@ -153,6 +235,14 @@ class EngineFactory(Protocol):
         offline: bool = ...,
         link_gbps: float | None = ...,
         batch: str | int = ...,
+        state_folder: str | os.PathLike[str] | None = ...,
+        speculate: str = ...,
+        draft_model: str | os.PathLike[str] | None = ...,
+        draft_nodes: int = ...,
+        draft_depth: int = ...,
+        draft_shape: str = ...,
+        draft_rule: str = ...,
+        prefetch: str = ...,
         on_progress: Callable[[LoadProgress], None] | None = ...,
     ) -> EngineView:
         """Load a model. Raises CheckpointError and PlanError."""
@@ -169,5 +259,13 @@ class EngineFactory(Protocol):
         offline: bool = ...,
         link_gbps: float | None = ...,
         batch: str | int = ...,
+        state_folder: str | os.PathLike[str] | None = ...,
+        speculate: str = ...,
+        draft_model: str | os.PathLike[str] | None = ...,
+        draft_nodes: int = ...,
+        draft_depth: int = ...,
+        draft_shape: str = ...,
+        draft_rule: str = ...,
+        prefetch: str = ...,
     ) -> PlanView:
         """Plan without loading. Raises CheckpointError and PlanError."""

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+import torch
 
 from edgemoe.batch_size import BatchSize
 from edgemoe.cache import CacheCounters
 from edgemoe.decoder import Work
+from edgemoe.draft_tree import DraftTree
 from edgemoe.generation import Generation
-from edgemoe.joint_decoder import JointDecoder
+from edgemoe.joint_decoder import JointDecoder, tree_work
 from edgemoe.kv_size import KvSize
 from edgemoe.past import Past, room_for
 from edgemoe.prefixes import Match, Prefixes
+from edgemoe.speculation import Speculation
 from edgemoe.waiting_line import WaitingLine
 
 WORTH_SHARING = 8
@@ -59,13 +63,22 @@ class Batch:
     - A sequence for which there is no room any more loses its past and its place, the youngest first. It
       is computed again from its tokens, before anybody else is let in.
     - `step_tokens` bounds the tokens of a step. Decoding goes first; what is left is shared equally by
-      the prompts under way, so that a long one holds nobody up.
+      the prompts under way, so that a long one holds nobody up, and then by drafts. Of both the first quarter
+      is never taken away by what goes before.
     """
 
     def __init__(
-        self, decoder: JointDecoder, kv: KvSize, room_nbytes: int, step_tokens: int, size: BatchSize, patience: int
+        self,
+        decoder: JointDecoder,
+        speculation: Speculation,
+        kv: KvSize,
+        room_nbytes: int,
+        step_tokens: int,
+        size: BatchSize,
+        patience: int,
     ) -> None:
         self.totals = BatchTotals()
+        self.speculation = speculation
         self.size = size
         self.decoder = decoder
         self._kv = kv
@@ -101,8 +114,9 @@ class Batch:
             generation.give_up_past()
         while self._prefixes.drop_oldest():
             pass
-        # It holds the model. What is counted may still be read, by a thread that did not see the end coming.
+        # They hold the model. What is counted may still be read, by a thread that did not see the end coming.
         del self.decoder
+        self.speculation.close()
 
     def step(self, counters: CacheCounters) -> None:
         """Lets in whom there is room for and computes one pass; `counters` are the cache's, for each one's share.
@@ -117,7 +131,7 @@ class Batch:
             return
         started, generated = time.perf_counter(), self.totals.tokens_generated
         try:
-            self._compute(shares, counters)
+            self._compute(shares, self._draft(shares), counters)
         except BaseException as error:
             for generation, _ in shares:
                 generation.fail(error)
@@ -237,6 +251,7 @@ class Batch:
 
     def _leave(self, generation: Generation) -> None:
         self._running.remove(generation)
+        self.speculation.forget(generation)
         self._prefixes.unwatch(generation.key, generation.number)
 
     # --- what a step computes ----------------------------------------------------------------------
@@ -268,23 +283,69 @@ class Batch:
             return share
         return wanted if first else 0
 
-    def _compute(self, shares: Sequence[Share], counters: CacheCounters) -> None:
+    def _draft(self, shares: Sequence[Share]) -> Mapping[Generation, DraftTree]:
+        """What may follow those that decode, as far as there is room for it."""
+        decoding = [generation for generation, count in shares if count == 1 == generation.missing]
+        if not any(each.generated for each in decoding) or not self.speculation.active:
+            return {}
+        # However much of the step is taken, drafts get on, as newcomers do.
+        left = max(self._step_tokens - sum(count for _, count in shares), self._step_tokens // 4)
+        most = left // len(decoding)
+        rooms = {each: min(most, self._room_to_draft(each)) for each in decoding if each.generated}
+        return self.speculation.grow(rooms)
+
+    def _compute(self, shares: Sequence[Share], trees: Mapping[Generation, DraftTree], counters: CacheCounters) -> None:
         """Runs the pass and hands its logits to those whose tokens are all computed."""
-        work = []
+        work, bases = [], {}
         for generation, count in shares:
-            past = generation.past
+            past, tree = generation.past, trees.get(generation)
             assert past is not None
-            work.append(Work(past, generation.tokens[past.tokens : past.tokens + count]))
-        before = counters.copy()
+            if tree is None:
+                work.append(Work(past, generation.tokens[past.tokens : past.tokens + count]))
+            else:
+                bases[generation] = past.tokens
+                past.draft()
+                work.append(tree_work(past, tree, range(len(tree)), ()))
+        started, before = time.perf_counter(), counters.copy()
         results = self.decoder.run(work)
+        seconds = time.perf_counter() - started
         # Before the chunks are made, which say what has been moved for them.
         self._account(shares, before, counters)
         for (generation, _), logits in zip(shares, results, strict=True):
             if generation.past is not None and generation.past.tokens == generation.pause_at:
                 self._keep_copy(generation)
-            if generation.missing == 0:
+            if generation in trees:
+                self._verify(generation, trees[generation], logits, bases[generation])
+            elif generation.missing == 0:
                 generation.advance(logits)
                 self.totals.tokens_generated += 1
+        self.speculation.stepped(work, bool(trees), seconds)
+
+    def _verify(self, generation: Generation, tree: DraftTree, logits: torch.Tensor, base: int) -> None:
+        """Adds what the pass says of `tree` to the reply, and keeps of its keys and values what belongs to it."""
+        assert generation.past is not None
+        before = generation.generated
+        path = generation.verify(tree, logits)
+        made = generation.generated - before
+        generation.past.keep(base, path[:made])
+        self.speculation.learn(tree, path, made)
+        self.totals.tokens_generated += made
+
+    def _room_to_draft(self, generation: Generation) -> int:
+        """Nodes that its past may take beside the last token, without anybody else's past having to go."""
+        past = generation.past
+        assert past is not None
+        left = generation.most_tokens - past.tokens - 2
+        turn = self.decoder.most_depth(past.tokens)
+        left = left if turn is None else min(left, turn)
+        wanted = past.tokens + 1 + min(self.speculation.most_nodes, left)
+        if wanted > past.room:
+            room = room_for(wanted, generation.most_tokens)
+            nbytes = self._kv.nbytes(room)
+            if self.nbytes + nbytes - generation.nbytes <= self._room_nbytes:
+                past.make_room(room)
+                generation.nbytes = nbytes
+        return max(0, min(left, past.room - past.tokens - 1))
 
     def _account(self, shares: Sequence[Share], before: CacheCounters, after: CacheCounters) -> None:
         """Divides what the step asked for and moved by the tokens that each had in it."""

@@ -7,6 +7,7 @@ that have shapes and no data: what is missing, surplus or misshapen shows before
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ import torch
 
 from edgemoe.cache.record import ExpertId
 from edgemoe.cache.safetensors_store import RecordSource
-from edgemoe.checkpoint import WEIGHT_DTYPES, Checkpoint
+from edgemoe.checkpoint import WEIGHT_DTYPES, Checkpoint, open_checkpoint
+from edgemoe.demo import DEMO_NAME, demo_folder
 from edgemoe.errors import CheckpointError
 from edgemoe.expert_site import ExpertSite, require_sites
 from edgemoe.expert_sources import ExpertSources
@@ -51,6 +53,18 @@ class Blueprint:
         """The longest sequence that the configuration allows, in tokens; None when it names none."""
         limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def open_blueprint(
+    model: str | os.PathLike[str] | None = None, dtype: str = "auto", *, offline: bool = False
+) -> Blueprint:
+    """The blueprint of `model`, a checkpoint's folder or Hugging Face id; None is the model that ships with edgemoe.
+
+    Raises CheckpointError as `open_checkpoint` and `read_blueprint` do.
+    """
+    if model is None:
+        return read_blueprint(open_checkpoint(demo_folder(), name=DEMO_NAME), dtype)
+    return read_blueprint(open_checkpoint(model, offline=offline), dtype)
 
 
 def read_blueprint(checkpoint: Checkpoint, dtype: str = "auto") -> Blueprint:

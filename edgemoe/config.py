@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 GIB = 1 << 30
@@ -27,8 +28,26 @@ class EngineConfig:
     link_gbps: float | None = None
     """Simulates a link of so many GB/s (1e9 bytes); None measures the real one."""
 
+    state_folder: str | os.PathLike[str] | None = None
+    """Where small files about each checkpoint are kept: None is the user's cache folder, "none" keeps nothing."""
+
     batch: str | int = "auto"
     """Sequences that are decoded together at most: "auto" (as many as make more tokens a second), or a number."""
+
+    speculate: str = "auto"
+    """What drafts: "auto" (what pays), "off", or drafters that always do: "ngram", "self", "model", "ngram+self"."""
+    draft_model: str | os.PathLike[str] | None = None
+    """A second, smaller checkpoint with the same tokenizer, for the drafter "model"."""
+    draft_nodes: int = 16
+    """Most drafted tokens of a sequence that one pass verifies."""
+    draft_depth: int = 8
+    """Most drafted tokens that follow one another."""
+    draft_shape: str = "tree"
+    """"tree", or "chain" for no branches."""
+    draft_rule: str = "reselect"
+    """What a self-draft does with an expert that is not resident: "reselect", "affinity" or "fewer"."""
+    prefetch: str = "auto"
+    """Loading experts before they are asked for: "auto" (while it pays) or "off"."""
 
     default_context: int = 8192
     default_max_tokens: int = 1024
@@ -43,6 +62,8 @@ class EngineConfig:
     """Bytes that a prefill chunk's activations may take; decides how many tokens a chunk has."""
     prefill_chunk: int = 2048
     """Most tokens of a prefill chunk."""
+    file_reads: str = "auto"
+    """How the checkpoint's files are read: "direct" past the page cache, "cached" through it, "auto" as memory says."""
     reader_threads: int = 8
     """Reads in flight from the checkpoint's files."""
     reserve: int = 256 * MIB

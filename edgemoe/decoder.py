@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from edgemoe.branches import Branches, additive
 from edgemoe.expert_layer import ExpertLayers
 from edgemoe.kernels import few_tokens
 from edgemoe.kv_cache import has_recurrent_state
@@ -36,6 +37,22 @@ class Work(NamedTuple):
 
     past: Past
     tokens: Sequence[int]
+    every: bool = False
+    """Whether the logits of all of them are wanted, [tokens, vocabulary], and not the last one's alone."""
+    branches: Branches | None = None
+    """How they lie beside the past where they do not simply follow one another."""
+
+    @property
+    def outputs(self) -> int:
+        """Tokens of which the logits are wanted."""
+        return len(self.tokens) if self.every else 1
+
+    @property
+    def places(self) -> Sequence[int]:
+        """The tokens' positions."""
+        if self.branches is not None:
+            return self.branches.places
+        return range(self.past.tokens, self.past.tokens + len(self.tokens))
 
 
 class Decoder:
@@ -80,21 +97,47 @@ class Decoder:
 
     def step(self, sequence: Past, tokens: Sequence[int]) -> torch.Tensor:
         """Appends `tokens` to `sequence` and returns the last one's logits, float32 [vocabulary] on the CPU."""
-        with self.passing([Work(sequence, tokens)], kind=len(tokens) > 1):
-            return self.forward(sequence, tokens)
+        return self.run([Work(sequence, tokens)])[0]
 
     def run(self, work: Sequence[Work]) -> list[torch.Tensor]:
-        """As `step` for each, one after the other: the reference for everything that runs several at once."""
-        return [self.step(item.past, item.tokens) for item in work]
+        """Runs `work`, one after the other: the reference for everything that runs several at once.
 
-    def forward(self, sequence: Past, tokens: Sequence[int]) -> torch.Tensor:
-        """The pass of `step`, for callers that are inside of `passing` already."""
-        ids = torch.tensor([list(tokens)], device=self.device)
-        extra = {"logits_to_keep": 1} if self.keeps_last else {}
+        For each its last token's logits, float32 [vocabulary] on the CPU, or all of its tokens' where `every`.
+        """
+        results = []
+        for item in work:
+            with self.passing([item], kind=(len(item.tokens) > 1, item.branches is None)):
+                results.append(self.forward(item))
+        return results
+
+    def forward(self, work: Work) -> torch.Tensor:
+        """The pass of `run` for one, for callers that are inside of `passing` already."""
+        sequence = work.past
+        ids = torch.tensor([list(work.tokens)], device=self.device)
+        extra: dict[str, Any] = {"logits_to_keep": work.outputs} if self.keeps_last else {}
+        if work.branches is not None:
+            extra["position_ids"] = torch.tensor([work.places], device=self.device)
+            extra["attention_mask"] = self._masks(sequence, work.branches)
         output = self.model(input_ids=ids, past_key_values=sequence.cache, use_cache=True, **extra)
         sequence.cache = output.past_key_values
-        sequence.tokens += len(tokens)
-        return output.logits[0, -1].float().cpu()  # type: ignore[no-any-return]
+        sequence.tokens += len(work.tokens)
+        logits = output.logits[0, -work.outputs :].float().cpu()
+        return logits if work.every else logits[-1]  # type: ignore[no-any-return]
+
+    def _masks(self, sequence: Past, branches: Branches) -> Any:
+        """A 4-D mask, or one for each kind of attention where the model has several, [1, 1, tokens, keys]."""
+        text = self.model.config.get_text_config(decoder=True)
+        layers = sequence.cache.layers
+        kinds = list(getattr(text, "layer_types", None) or ["full_attention"] * len(layers))
+        masks = {}
+        for kind, layer in zip(kinds, layers, strict=False):
+            if kind in masks:
+                continue
+            keys, _ = layer.get_mask_sizes(len(branches.seen))
+            window = layer.sliding_window if layer.is_sliding else None
+            visible = branches.visible(keys, window).to(self.device)
+            masks[kind] = additive(visible, self.model.dtype)[None, None]
+        return masks if len(masks) > 1 else next(iter(masks.values()))
 
     @contextmanager
     def passing(self, work: Sequence[Work], *, kind: object) -> Iterator[None]:

@@ -12,11 +12,12 @@ import torch
 
 from edgemoe.batch import Batch
 from edgemoe.batch_size import BatchSize
-from edgemoe.blueprint import Blueprint, read_blueprint
-from edgemoe.checkpoint import open_checkpoint
+from edgemoe.blueprint import Blueprint, open_blueprint
 from edgemoe.config import EngineConfig
 from edgemoe.decoder import Decoder
-from edgemoe.demo import DEMO_NAME, demo_folder
+from edgemoe.draft_model import DraftModel
+from edgemoe.draft_settings import draft_settings
+from edgemoe.drafters import speculation_for
 from edgemoe.errors import CheckpointError, EdgeMoEError, RequestError
 from edgemoe.generation import Cancels, Generation
 from edgemoe.joint_decoder import JointDecoder
@@ -42,19 +43,24 @@ class Engine:
     """
 
     def __init__(self, blueprint: Blueprint, config: EngineConfig, on_progress: Callable[[Progress], None]) -> None:
-        self.plan: Plan = make_plan(blueprint, config)
+        draft_model = _draft_model(blueprint, config)
+        self.plan: Plan = make_plan(blueprint, config, draft_model)
         self._config = config
         self._checkpoint = blueprint.checkpoint
         self._tokenizer = load_tokenizer(blueprint.checkpoint)
         self._defaults = load_generation_config(blueprint)
         self._vocabulary = blueprint.config.get_text_config().vocab_size
         self._runtime: Runtime | None = Runtime(blueprint, self.plan, config, on_progress)
-        self._batch = self._new_batch(self._runtime)
+        try:
+            self._batch = self._new_batch(self._runtime, draft_model)
+        except BaseException:
+            self._runtime.close()
+            raise
         self._device = threading.Lock()
         self._cancels = Cancels()
         self._requests = 0
 
-    def _new_batch(self, runtime: Runtime) -> Batch:
+    def _new_batch(self, runtime: Runtime, draft_model: DraftModel | None) -> Batch:
         plan = self.plan
         decoder = Decoder(
             runtime.model,
@@ -67,7 +73,8 @@ class Engine:
         )
         size = BatchSize(plan.batch, automatic=str(self._config.batch).strip().lower() == "auto")
         joint = JointDecoder(decoder)
-        return Batch(joint, plan.kv, plan.kv_nbytes, plan.prefill_chunk, size, self._config.patience)
+        speculation = speculation_for(draft_settings(self._config), joint, runtime, plan, draft_model)
+        return Batch(joint, speculation, plan.kv, plan.kv_nbytes, plan.prefill_chunk, size, self._config.patience)
 
     @classmethod
     def load(
@@ -82,12 +89,21 @@ class Engine:
         offline: bool = DEFAULTS.offline,
         link_gbps: float | None = DEFAULTS.link_gbps,
         batch: str | int = DEFAULTS.batch,
+        state_folder: str | os.PathLike[str] | None = DEFAULTS.state_folder,
+        speculate: str = DEFAULTS.speculate,
+        draft_model: str | os.PathLike[str] | None = DEFAULTS.draft_model,
+        draft_nodes: int = DEFAULTS.draft_nodes,
+        draft_depth: int = DEFAULTS.draft_depth,
+        draft_shape: str = DEFAULTS.draft_shape,
+        draft_rule: str = DEFAULTS.draft_rule,
+        prefetch: str = DEFAULTS.prefetch,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Engine:
         """Loads `model`, a checkpoint's folder or Hugging Face id; None is the model that ships with edgemoe.
 
         `expert_cache` is "auto", bytes ("6GiB"), a share ("40%") or slots in all (an int). `batch` is how many
-        sequences are decoded together at most, or "auto". `on_progress` may be called from other threads.
+        sequences are decoded together at most, or "auto". `state_folder` is where small files about the checkpoint are
+        kept: None is the user's cache folder, "none" keeps nothing. `on_progress` may be called from other threads.
         Raises CheckpointError or PlanError before any weight is read.
         """
         config = EngineConfig(
@@ -99,8 +115,16 @@ class Engine:
             offline=offline,
             link_gbps=link_gbps,
             batch=batch,
+            state_folder=state_folder,
+            speculate=speculate,
+            draft_model=draft_model,
+            draft_nodes=draft_nodes,
+            draft_depth=draft_depth,
+            draft_shape=draft_shape,
+            draft_rule=draft_rule,
+            prefetch=prefetch,
         )
-        return cls(_blueprint(model, config), config, on_progress or _ignore)
+        return cls(open_blueprint(model, dtype, offline=offline), config, on_progress or _ignore)
 
     @staticmethod
     def plan_for(
@@ -114,6 +138,14 @@ class Engine:
         offline: bool = DEFAULTS.offline,
         link_gbps: float | None = DEFAULTS.link_gbps,
         batch: str | int = DEFAULTS.batch,
+        state_folder: str | os.PathLike[str] | None = DEFAULTS.state_folder,
+        speculate: str = DEFAULTS.speculate,
+        draft_model: str | os.PathLike[str] | None = DEFAULTS.draft_model,
+        draft_nodes: int = DEFAULTS.draft_nodes,
+        draft_depth: int = DEFAULTS.draft_depth,
+        draft_shape: str = DEFAULTS.draft_shape,
+        draft_rule: str = DEFAULTS.draft_rule,
+        prefetch: str = DEFAULTS.prefetch,
     ) -> Plan:
         """The plan that `load` would use now, without loading anything. Raises as `load` does."""
         config = EngineConfig(
@@ -125,8 +157,17 @@ class Engine:
             offline=offline,
             link_gbps=link_gbps,
             batch=batch,
+            state_folder=state_folder,
+            speculate=speculate,
+            draft_model=draft_model,
+            draft_nodes=draft_nodes,
+            draft_depth=draft_depth,
+            draft_shape=draft_shape,
+            draft_rule=draft_rule,
+            prefetch=prefetch,
         )
-        return make_plan(_blueprint(model, config), config)
+        blueprint = open_blueprint(model, dtype, offline=offline)
+        return make_plan(blueprint, config, _draft_model(blueprint, config))
 
     @property
     def has_tokenizer(self) -> bool:
@@ -141,8 +182,9 @@ class Engine:
     @property
     def stats(self) -> Stats:
         """Totals since loading, requests in flight included; readable from any thread, and after `close` no more."""
-        counters, batch = self._loaded().cache.counters, self._batch
-        totals = batch.totals
+        runtime, batch = self._loaded(), self._batch
+        counters, totals, speculation = runtime.cache.counters, batch.totals, batch.speculation
+        forecast, lookahead = runtime.foresight.forecast, runtime.foresight.ahead
         return Stats(
             slots=self.plan.slots,
             experts=self.plan.experts,
@@ -156,6 +198,12 @@ class Engine:
             batch_reason=batch.size.reason,
             preemptions=totals.preemptions,
             prefix_tokens=totals.tokens_shared,
+            speculation=speculation.reason,
+            **vars(speculation.totals),
+            forecast_recall=forecast.recall,
+            forecast_precision=forecast.precision,
+            lookahead_recall=lookahead.recall,
+            lookahead_precision=lookahead.precision,
         )
 
     def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
@@ -320,10 +368,11 @@ class Engine:
         return resolve(sampling, self._defaults, self._config.default_max_tokens, room)
 
 
-def _blueprint(model: str | os.PathLike[str] | None, config: EngineConfig) -> Blueprint:
-    if model is None:
-        return read_blueprint(open_checkpoint(demo_folder(), name=DEMO_NAME), config.dtype)
-    return read_blueprint(open_checkpoint(model, offline=config.offline), config.dtype)
+def _draft_model(blueprint: Blueprint, config: EngineConfig) -> DraftModel | None:
+    """The checkpoint that drafts for `blueprint`, where the settings want one."""
+    if "model" not in draft_settings(config).drafters or config.draft_model is None:
+        return None
+    return DraftModel(config.draft_model, blueprint, offline=config.offline)
 
 
 def _ignore(progress: Progress) -> None:

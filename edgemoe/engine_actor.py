@@ -39,6 +39,9 @@ NOT_BEGUN = Completion(
         bytes_loaded=0,
         hits=0,
         misses=0,
+        cycles=0,
+        drafted=0,
+        accepted=0,
     ),
     prompt_token_ids=(),
 )

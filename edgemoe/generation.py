@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from edgemoe.draft_tree import DraftTree
 from edgemoe.past import Past
 from edgemoe.results import Chunk, Timings, TokenLogprob
 from edgemoe.sampling import ResolvedSampling, Sampler
@@ -60,6 +61,7 @@ class Generation:
         self._begun_at = 0.0
         self._first_at = 0.0
         self._hits = self._misses = self._bytes_loaded = 0.0
+        self._cycles = self._drafted = self._accepted = 0
 
     @property
     def missing(self) -> int:
@@ -80,6 +82,11 @@ class Generation:
     def generated(self) -> int:
         """Tokens of the reply so far."""
         return len(self.tokens) - self.prompt_length
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end the reply."""
+        return self._settings.eos
 
     @property
     def cancelled(self) -> bool:
@@ -110,11 +117,36 @@ class Generation:
 
     def advance(self, logits: torch.Tensor) -> None:
         """Draws the next token from `logits`, float32 [vocabulary] on the CPU, and adds its chunk."""
-        token = self._sampler.draw(self.tokens, logits)
-        self._first_at = self._first_at or time.perf_counter()
-        self.tokens.append(token)
-        self._reason, text = self._follow(token)
-        self._add(text, (token,), self._logprobs(token, logits))
+        self._append(self._draw(logits), logits)
+
+    def verify(self, tree: DraftTree, logits: torch.Tensor) -> list[int]:
+        """Adds the tokens that `logits`, [nodes, vocabulary], give along `tree`, whose root is the last token.
+
+        They are drawn as `advance` draws them, so that the reply is what it would be without a tree. Returns the
+        nodes whose tokens are in the reply, root first: what its past is to keep.
+        """
+        path = [0]
+        self._cycles += 1
+        self._drafted += tree.drafted
+        while True:
+            after = logits[path[-1]]
+            token = self._draw(after)
+            child = tree.child(path[-1], token)
+            if child is not None:
+                self._accepted += 1
+                path.append(child)
+            self._append(token, after)
+            if child is None or self.finished:
+                return path
+
+    def candidates(self, tree: DraftTree, node: int, logits: torch.Tensor, most: int) -> list[tuple[int, float]]:
+        """The `most` likeliest draws after `node`, were `logits` the model's: tokens, and how far each stands out.
+
+        The latter as shares of a softmax, noise included where the request is sampled.
+        """
+        scores = self._sampler.scores(self.tokens + tree.text(node), logits, ahead=tree.depths[node])
+        best = scores.softmax(-1).topk(min(most, len(scores)))
+        return [(int(token), float(share)) for share, token in zip(*best, strict=True)]
 
     def cancel(self) -> None:
         """Ends it with what there is."""
@@ -124,6 +156,15 @@ class Generation:
     def fail(self, error: BaseException) -> None:
         """Ends it with an error, which its consumer gets."""
         self.error = error
+
+    def _draw(self, logits: torch.Tensor) -> int:
+        return self._sampler.draw(self.tokens, logits)
+
+    def _append(self, token: int, logits: torch.Tensor) -> None:
+        self._first_at = self._first_at or time.perf_counter()
+        self.tokens.append(token)
+        self._reason, text = self._follow(token)
+        self._add(text, (token,), self._logprobs(token, logits))
 
     def _follow(self, token: int) -> tuple[str | None, str]:
         """Why the reply ends after `token`, if it does, and the text that may be given out."""
@@ -167,5 +208,8 @@ class Generation:
             bytes_loaded=round(self._bytes_loaded),
             hits=round(self._hits),
             misses=round(self._misses),
+            cycles=self._cycles,
+            drafted=self._drafted,
+            accepted=self._accepted,
         )
         self.chunks.append(Chunk(text, tokens, self._reason, logprobs, timings))

@@ -7,9 +7,12 @@ from functools import partial
 
 import torch
 
-from edgemoe.decoder import Decoder, Work
-from edgemoe.packed import PackedDecoder
+from edgemoe.branches import Branches
+from edgemoe.decoder import PROBE_TOKENS, Decoder, Work
+from edgemoe.draft_tree import DraftTree
+from edgemoe.packed import PackedDecoder, turning_points
 from edgemoe.past import Past
+from edgemoe.quiet import quiet_transformers
 
 
 class JointDecoder:
@@ -22,11 +25,30 @@ class JointDecoder:
     def __init__(self, plain: Decoder) -> None:
         self.plain = plain
         self._packed = PackedDecoder(plain)
+        self._verifies: str | None = None
+        self._turns = turning_points(plain.model)
 
     @property
     def packs(self) -> bool:
         """Whether sequences run in one pass; the first look tries it on the model."""
         return self._packed.works()
+
+    @property
+    def verifies(self) -> str:
+        """What one pass can verify: a "tree", a "chain", or "" where nothing drafted can be taken back.
+
+        The first look tries it on the model, with a few tokens and without experts.
+        """
+        if self._verifies is None:
+            self._verifies = next((shape for shape in ("tree", "chain") if self._verified(shape)), "")
+        return self._verifies
+
+    def most_depth(self, tokens: int) -> int | None:
+        """How many tokens may be drafted one after the other, behind a past of `tokens` and one more; None is any.
+
+        Where positions are scaled by how long a pass reaches, no draft may take one beyond the turn before its time.
+        """
+        return min((turn - tokens - 1 for turn in self._turns if turn > tokens), default=None)
 
     def start(self, room: int) -> Past:
         """An empty sequence with room for `room` tokens."""
@@ -47,4 +69,45 @@ class JointDecoder:
 
     def _side_by_side(self, work: Sequence[Work]) -> list[torch.Tensor]:
         with self.plain.passing(work, kind="meeting"), self.plain.layers.meeting() as meeting:
-            return meeting.run([partial(self.plain.forward, *item) for item in work])
+            return meeting.run([partial(self.plain.forward, item) for item in work])
+
+    def _verified(self, shape: str) -> bool:
+        """Whether drafted tokens get the logits that they get one after the other, and leave the same past."""
+        plain = self.plain
+        vocabulary = plain.model.config.get_text_config(decoder=True).vocab_size
+        prompt = [(17 * place + 3) % vocabulary for place in range(PROBE_TOKENS)]
+        tree = DraftTree(5 % vocabulary)
+        first = tree.add(0, 11 % vocabulary, 1.0)
+        if shape == "tree":
+            tree.add(0, 13 % vocabulary, 1.0)
+        last = tree.add(first, 7 % vocabulary, 1.0)
+        tree.add(last, 13 % vocabulary, 1.0)
+        past, other = plain.start(4 * PROBE_TOKENS), plain.start(4 * PROBE_TOKENS)
+        if not past.can_draft:
+            return False
+        with plain.layers.silenced(), quiet_transformers():
+            try:
+                for each in (past, other):
+                    plain.step(each, prompt)
+                past.draft()
+                found = self.run([tree_work(past, tree, range(len(tree)), [])])[0]
+                path = tree.path(last)
+                expected = [plain.step(other, [tree.tokens[node]]) for node in path]
+                past.keep(len(prompt), path)
+                after = self.run([Work(past, [3])])[0]
+            except Exception:
+                # Whatever a family's forward makes of masks and positions that it was not written for.
+                return False
+            pairs = [*zip(expected, found[path], strict=True), (plain.step(other, [3]), after)]
+        return all(plain.agree(*pair) for pair in pairs)
+
+
+def tree_work(past: Past, tree: DraftTree, nodes: Sequence[int], drafted: Sequence[int]) -> Work:
+    """The pass over `nodes` of `tree`, whose nodes `drafted` have been appended to `past` already, in that order."""
+    order = [*drafted, *nodes]
+    tokens = [tree.tokens[node] for node in nodes]
+    if order == list(range(len(order))) and tree.is_chain:
+        return Work(past, tokens, every=True)
+    depths = [tree.depths[node] for node in order]
+    seen = tree.ancestry()[list(nodes)][:, order]
+    return Work(past, tokens, True, Branches(past.tokens - len(drafted), depths, seen))

@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from edgemoe.branches import Branches
+from edgemoe.branches import additive as added
 from edgemoe.decoder import PROBE_TOKENS, Decoder, Work
-from edgemoe.kv_cache import GrowingLayer
 from edgemoe.quiet import quiet_transformers
 
 NAME = "edgemoe_packed"
@@ -33,6 +34,7 @@ class Row(NamedTuple):
     cache: DynamicCache
     first: int
     last: int
+    branches: Branches | None
 
 
 class Pack:
@@ -40,7 +42,7 @@ class Pack:
 
     def __init__(self) -> None:
         self.rows: Sequence[Row] = ()
-        self._masks: dict[tuple[int, int, int | None], torch.Tensor | None] = {}
+        self._masks: dict[object, torch.Tensor] = {}
 
     @contextmanager
     def holding(self, rows: Sequence[Row]) -> Iterator[None]:
@@ -52,31 +54,32 @@ class Pack:
             self.rows = ()
             self._masks.clear()
 
-    def mask(self, queries: int, keys: torch.Tensor, window: int | None, *, additive: bool) -> torch.Tensor | None:
-        """Which of `keys`, [1, heads, keys, width], each of the last `queries` tokens sees; None where that is plain.
+    def mask(self, row: Row, keys: torch.Tensor, window: int | None, *, additive: bool) -> torch.Tensor | None:
+        """Which of `keys`, [1, heads, keys, width], each token of `row` sees; None where that is plain.
 
         Bool [1, 1, queries, keys], or 0 and the smallest number of the dtype where `additive`.
         """
-        count = keys.shape[-2]
+        queries, count = row.last - row.first, keys.shape[-2]
         plain = queries == 1 or (queries == count and not additive)
         # With a mask transformers puts the heads that share keys into the places of queries; without one
         # PyTorch is left to it, which on a CPU takes fifteen times as long for a single query.
         one_on_cpu = queries == 1 and not additive and keys.device.type == "cpu"
-        if plain and not one_on_cpu and (window is None or count <= window):
+        if row.branches is None and plain and not one_on_cpu and (window is None or count <= window):
             return None
-        key = (queries, count, window)
+        # Rows without branches that are equally long share a mask.
+        key = (row.first if row.branches else -queries, count, window)
         if key not in self._masks:
-            places = torch.arange(count, device=keys.device)
-            own = places[count - queries :, None]
-            seen = places <= own if window is None else (places <= own) & (places > own - window)
-            if additive:
-                hidden = torch.finfo(keys.dtype).min
-                self._masks[key] = torch.zeros(seen.shape, dtype=keys.dtype, device=keys.device).masked_fill(
-                    ~seen, hidden
-                )[None, None]
-            else:
-                self._masks[key] = seen[None, None]
+            seen = row.branches.visible(count, window) if row.branches else _causal(queries, count, window)
+            seen = seen.to(keys.device)
+            self._masks[key] = (added(seen, keys.dtype) if additive else seen)[None, None]
         return self._masks[key]
+
+
+def _causal(queries: int, count: int, window: int | None) -> torch.Tensor:
+    """Bool [queries, count]: the last `queries` of `count` tokens, each of which sees what came before it."""
+    places = torch.arange(count)
+    own = places[count - queries :, None]
+    return places <= own if window is None else (places <= own) & (places > own - window)
 
 
 class PackedDecoder:
@@ -102,15 +105,15 @@ class PackedDecoder:
             rows: list[Row] = []
             ids: list[int] = []
             places: list[int] = []
-            last: list[int] = []
-            for past, tokens in work:
-                rows.append(Row(past.cache, len(ids), len(ids) + len(tokens)))
-                places += range(past.tokens, past.tokens + len(tokens))
-                ids += tokens
-                last.append(len(ids) - 1)
+            wanted: list[int] = []
+            for item in work:
+                rows.append(Row(item.past.cache, len(ids), len(ids) + len(item.tokens), item.branches))
+                places += item.places
+                ids += item.tokens
+                wanted += range(len(ids) - item.outputs, len(ids))
             device = decoder.device
-            wanted = torch.tensor(last, device=device)
-            extra = {"logits_to_keep": wanted} if decoder.keeps_last else {}
+            index = torch.tensor(wanted, device=device)
+            extra = {"logits_to_keep": index} if decoder.keeps_last else {}
             with self._pack.holding(rows), self._attending():
                 logits = decoder.model(
                     input_ids=torch.tensor([ids], device=device),
@@ -118,19 +121,17 @@ class PackedDecoder:
                     use_cache=False,
                     **extra,
                 ).logits[0]
-            for past, tokens in work:
-                past.tokens += len(tokens)
-            logits = logits if decoder.keeps_last else logits[wanted]
-            return list(logits.float().cpu())
+            for item in work:
+                item.past.tokens += len(item.tokens)
+            logits = (logits if decoder.keeps_last else logits[index]).float().cpu()
+            parts = logits.split([item.outputs for item in work])
+            return [part if item.every else part[0] for item, part in zip(work, parts, strict=True)]
 
     def _attach(self) -> bool:
         """Tells the attention modules where to look; False where the model cannot be packed at all."""
         model = self._decoder.model
-        cache = self._decoder.start(1).cache
         kinds = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or KINDS)
-        plain = type(cache) is DynamicCache and all(
-            type(layer) in (GrowingLayer, DynamicSlidingWindowLayer) for layer in cache.layers
-        )
+        plain = self._decoder.start(1).can_draft
         # Positions that are scaled by how long the longest sequence is would tie companions together.
         scaled = any(_scales_with_length(config) for config in self._configs)
         if not plain or scaled or not kinds <= KINDS or not getattr(model, "_supports_attention_backend", False):
@@ -187,11 +188,12 @@ def attend(
     """
     pack, base, additive = vars(module)["edgemoe_attention"]
     outputs = []
-    for cache, first, last in pack.rows:
-        keys, values = cache.update(key[:, :, first:last], value[:, :, first:last], module.layer_idx)
-        layer = cache.layers[module.layer_idx]
+    for row in pack.rows:
+        first, last = row.first, row.last
+        keys, values = row.cache.update(key[:, :, first:last], value[:, :, first:last], module.layer_idx)
+        layer = row.cache.layers[module.layer_idx]
         window = layer.sliding_window if layer.is_sliding else None
-        mask = pack.mask(last - first, keys, window, additive=additive)
+        mask = pack.mask(row, keys, window, additive=additive)
         outputs.append(base(module, query[:, :, first:last], keys, values, mask, **options)[0])
     return torch.cat(outputs, dim=1), None
 
@@ -211,7 +213,17 @@ def _configs(model: Any) -> list[Any]:
     return list(found.values())
 
 
+def turning_points(model: Any) -> list[int]:
+    """Lengths beyond which all positions of a pass are scaled otherwise, as Phi-3.5-MoE's are ("longrope")."""
+    kinds = [kind for config in _configs(model) for kind in _rope_kinds(config) if kind.get("rope_type") == "longrope"]
+    return sorted({int(kind["original_max_position_embeddings"]) for kind in kinds})
+
+
 def _scales_with_length(config: Any) -> bool:
+    return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in _rope_kinds(config))
+
+
+def _rope_kinds(config: Any) -> list[dict[str, Any]]:
+    """The rotary settings of `config`: one, or one for each kind of attention."""
     rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [rope, *(each for each in rope.values() if isinstance(each, dict))]
-    return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
+    return [rope, *(each for each in rope.values() if isinstance(each, dict))]

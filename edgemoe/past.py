@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache
 
-from edgemoe.kv_cache import GrowingLayer, new_cache
+from edgemoe.kv_cache import GrowingLayer, WindowLayer, new_cache
 
 ROOM_STEP = 64
 """Tokens; room grows in multiples of this, and by at least an eighth, so that growing copies little."""
@@ -51,6 +52,28 @@ class Past:
         for layer in self.cache.layers:
             layer.crop(tokens - self.tokens)
         self.tokens = tokens
+
+    @property
+    def can_draft(self) -> bool:
+        """Whether tokens may be appended on trial: all of it is rows, which `keep` can drop again."""
+        return type(self.cache) is DynamicCache and all(
+            type(layer) in (GrowingLayer, WindowLayer) for layer in self.cache.layers
+        )
+
+    def draft(self) -> None:
+        """Marks the present end: what is appended now stays only as far as `keep` says. Only where `can_draft`."""
+        for layer in self.cache.layers:
+            layer.draft()
+
+    def keep(self, base: int, rows: Sequence[int] = ()) -> None:
+        """Keeps the `base` tokens that there were at `draft` and, of those appended since, the ones at `rows`.
+
+        `rows` are ascending and counted from `base`; afterwards they follow one another.
+        """
+        with torch.inference_mode():
+            for layer in self.cache.layers:
+                layer.keep(base, rows)
+        self.tokens = base + len(rows)
 
     def fork(self, tokens: int, room: int) -> Past:
         """A copy of the first `tokens` tokens with room for `room`. Fewer than all only where `can_cut`."""
@@ -99,6 +122,6 @@ def _own(values: dict[Any, Any]) -> None:
 
 
 def _keeps_all_rows(layer: Any) -> bool:
-    if type(layer) is DynamicSlidingWindowLayer:
+    if type(layer) is WindowLayer:
         return bool(layer.get_seq_length() < layer.sliding_window)
     return type(layer) is GrowingLayer

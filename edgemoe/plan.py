@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -35,6 +36,10 @@ class Plan:
     """What a sequence's keys, values and states take."""
     kv_nbytes: int
     """Room for the keys, values and states of all sequences: at least one of `context` tokens."""
+    draft_weights_nbytes: int
+    """Weights of the draft model; 0 without one."""
+    draft_kv_nbytes: int
+    """Room for the draft model's keys and values."""
     workspace_nbytes: int
     """Activations of a prefill chunk; while loading, the second copy of the largest weight."""
     reserve_nbytes: int
@@ -53,11 +58,14 @@ class Plan:
     """Whether the files are read past the page cache, because it could not hold the experts anyway."""
     prefill_chunk: int
     link_gbps: float | None
+    speculation: str
+    """What drafts tokens ahead, and when: "ngram, while it pays, ..." or "off: ..."."""
 
     @property
     def total_nbytes(self) -> int:
         """Everything the device holds."""
-        return self.dense_nbytes + self.kv_nbytes + self.workspace_nbytes + self.cache_nbytes
+        draft = self.draft_weights_nbytes + self.draft_kv_nbytes
+        return self.dense_nbytes + self.kv_nbytes + draft + self.workspace_nbytes + self.cache_nbytes
 
     @property
     def nbytes_per_token(self) -> int:
@@ -83,6 +91,12 @@ class Plan:
         whole = max(1, self.kv_nbytes // max(1, one))
         return f"up to {self.batch} sequences, {whole} of them with {self.context} tokens"
 
+    def _draft_model(self, memory: str) -> list[tuple[str, str, str]]:
+        if not self.draft_weights_nbytes:
+            return []
+        nbytes = self.draft_weights_nbytes + self.draft_kv_nbytes
+        return [("draft model", format_bytes(nbytes), f"{memory}, its keys and values included")]
+
     def lines(self) -> list[tuple[str, str, str]]:
         """Rows for people: what, how much, where and why."""
         memory = "VRAM" if self.device.startswith("cuda") else "RAM"
@@ -94,6 +108,7 @@ class Plan:
             ("device", self.device, f"{size(self.device_free)} {memory} free, {threads}, {self.dtype}"),
             ("non-expert weights", size(self.dense_nbytes), memory),
             ("KV cache", size(self.kv_nbytes), f"{memory}, {self._sequences()}"),
+            *self._draft_model(memory),
             ("workspace", size(self.workspace_nbytes), f"{memory}, prefill chunks of {self.prefill_chunk} tokens"),
             ("expert cache", size(self.cache_nbytes), f"{memory}, {slots}"),
             ("total", size(self.total_nbytes), f"{memory}, {size(self.reserve_nbytes)} more are left untouched"),
@@ -106,6 +121,9 @@ class Plan:
         else:
             rows.append(("pinned RAM", size(self.pinned_nbytes), "records and staging, page-locked"))
             rows.append(("pageable RAM", size(self.pageable_nbytes), "records beyond the page-locked ones"))
+        # What drafts comes first, then when, or why nothing does.
+        what, why = re.split(": |, ", self.speculation, maxsplit=1)
+        rows.append(("speculation", what, why))
         if self.simulation:
             rows.append(("link", f"{self.link_gbps:g} GB/s", "simulated"))
         return rows

@@ -9,23 +9,28 @@ import torch
 
 from edgemoe.blueprint import Blueprint
 from edgemoe.config import EngineConfig
+from edgemoe.draft_model import DraftModel
+from edgemoe.draft_settings import draft_settings
 from edgemoe.errors import PlanError
 from edgemoe.kv_size import measure_kv
 from edgemoe.memory import cores, ram_free
 from edgemoe.plan import Plan
 from edgemoe.sizes import format_bytes, parse_bytes
 
+DRAFTED_FOR = 4
+"""Sequences of full length that a draft model has room for; for others, while these run, nothing drafts."""
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "moe_top_k")
 """The names under which configurations give the experts that a token uses."""
 
 
-def make_plan(blueprint: Blueprint, config: EngineConfig) -> Plan:
+def make_plan(blueprint: Blueprint, config: EngineConfig, draft_model: DraftModel | None = None) -> Plan:
     """The plan for `blueprint` under `config` on this machine, now.
 
     Raises PlanError, naming the smallest change that fits, when it cannot be done.
     """
     if config.link_gbps is not None and not config.link_gbps > 0:
         raise PlanError(f"a simulated link of {config.link_gbps} GB/s moves nothing: give more than 0 with --link-gbps")
+    drafts = draft_settings(config)
     device = choose_device(config.device)
     free = _device_free(device)
     text = blueprint.config.get_text_config()
@@ -53,6 +58,8 @@ def make_plan(blueprint: Blueprint, config: EngineConfig) -> Plan:
         batch=_most_sequences(config),
         kv=kv,
         kv_nbytes=kv.nbytes(context),
+        draft_weights_nbytes=draft_model.weight_nbytes if draft_model else 0,
+        draft_kv_nbytes=DRAFTED_FOR * draft_model.kv.nbytes(context) if draft_model else 0,
         workspace_nbytes=workspace,
         reserve_nbytes=reserve,
         cache_nbytes=0,
@@ -63,6 +70,7 @@ def make_plan(blueprint: Blueprint, config: EngineConfig) -> Plan:
         direct_reads=False,
         prefill_chunk=chunk,
         link_gbps=config.link_gbps,
+        speculation=drafts.describe(),
     )
     if config.context is None:
         draft = _shrink_context(draft)
@@ -72,7 +80,8 @@ def make_plan(blueprint: Blueprint, config: EngineConfig) -> Plan:
     if device.type == "cuda":
         plan = _host_tier(plan, config)
     left = ram_free() - plan.pinned_nbytes - plan.pageable_nbytes - (plan.total_nbytes if device.type == "cpu" else 0)
-    return replace(plan, direct_reads=plan.slots < plan.experts and plan.file_nbytes > left)
+    direct = plan.slots < plan.experts and plan.file_nbytes > left
+    return replace(plan, direct_reads=direct if config.file_reads == "auto" else config.file_reads == "direct")
 
 
 def choose_device(name: str) -> torch.device:

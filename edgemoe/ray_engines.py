@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from edgemoe.tokenizing import Prompt
 
 DEFAULTS = EngineConfig()
+SHARES = ("forecast_recall", "forecast_precision", "lookahead_recall", "lookahead_precision")
+"""The fields of `Stats` that are shares, which cannot be summed."""
 
 
 class RayEngines:
@@ -59,13 +61,21 @@ class RayEngines:
         offline: bool = DEFAULTS.offline,
         link_gbps: float | None = DEFAULTS.link_gbps,
         batch: str | int = DEFAULTS.batch,
+        state_folder: str | os.PathLike[str] | None = DEFAULTS.state_folder,
+        speculate: str = DEFAULTS.speculate,
+        draft_model: str | os.PathLike[str] | None = DEFAULTS.draft_model,
+        draft_nodes: int = DEFAULTS.draft_nodes,
+        draft_depth: int = DEFAULTS.draft_depth,
+        draft_shape: str = DEFAULTS.draft_shape,
+        draft_rule: str = DEFAULTS.draft_rule,
+        prefetch: str = DEFAULTS.prefetch,
         on_progress: Callable[[Progress], None] | None = None,
         factory: type[Engine] | None = None,
     ) -> RayEngines:
         """Loads `model` on `actors` nodes (None: on every one) of the running Ray cluster at `address`.
 
-        `address` is "auto", "HOST:PORT" or "ray://HOST:PORT". A folder must be there on every node, by the same
-        path. `factory` stands in for the class `Engine` on the nodes; all else is as for `Engine.load`. Where
+        `address` is "auto", "HOST:PORT" or "ray://HOST:PORT". A model's folder must be there on every node, by the
+        same path. `factory` stands in for the class `Engine` on the nodes; all else is as for `Engine.load`. Where
         `context` is None, the smallest that a node picks holds for all. Raises EdgeMoEError when Ray or the
         cluster cannot be used, and CheckpointError and PlanError with the node's name.
         """
@@ -78,18 +88,37 @@ class RayEngines:
             "offline": offline,
             "link_gbps": link_gbps,
             "batch": batch,
+            "state_folder": state_folder,
+            "speculate": speculate,
+            "draft_model": _everywhere(draft_model),
+            "draft_nodes": draft_nodes,
+            "draft_depth": draft_depth,
+            "draft_shape": draft_shape,
+            "draft_rule": draft_rule,
+            "prefetch": prefetch,
         }
-        cluster = RayCluster.connect(address)
+        return cls._load(RayCluster.connect(address), actors, _everywhere(model), settings, on_progress, factory)
+
+    @classmethod
+    def _load(
+        cls,
+        cluster: RayCluster,
+        actors: int | None,
+        model: str | None,
+        settings: dict[str, Any],
+        on_progress: Callable[[Progress], None] | None,
+        factory: type[Engine] | None,
+    ) -> RayEngines:
         engines: list[RemoteEngine] = []
         try:
-            rounds = [[_started(place, engines) for place in places] for places in cluster.places(device, actors)]
+            everywhere = cluster.places(settings["device"], actors)
+            rounds = [[_started(place, engines) for place in places] for places in everywhere]
             for engine in engines:
                 engine.check_version()
-            path = _everywhere(model)
-            settings["context"] = _common_context(engines, factory, path, settings)
+            settings["context"] = _common_context(engines, factory, model, settings)
             # The plan of an engine must see what those on the same node have taken.
             for side_by_side in rounds:
-                load_engines(side_by_side, factory, path, settings, on_progress)
+                load_engines(side_by_side, factory, model, settings, on_progress)
         except BaseException:
             cls(cluster, engines).close()
             raise
@@ -112,12 +141,11 @@ class RayEngines:
 
     @property
     def stats(self) -> Stats:
-        """The sums over all engines, lost ones included, as of their last answers; `batch_reason` is the first's."""
-        known = [engine.stats for engine in self._engines if engine.stats is not None]
-        names = [entry.name for entry in fields(Stats) if entry.name != "batch_reason"]
-        sums = {name: sum(getattr(stats, name) for stats in known) for name in names}
-        reason = f"over {len(known)} engines; the first: " if len(known) > 1 else ""
-        return Stats(**sums, batch_reason=reason + known[0].batch_reason)
+        """The sums over all engines, lost ones included, as of their last answers.
+
+        `batch_reason` and `speculation` are the first's, and recall and precision the means, weighted by steps.
+        """
+        return _total([engine.stats for engine in self._engines if engine.stats is not None])
 
     def generate_batch(self, requests: Iterable[tuple[Prompt, Sampling]]) -> Generator[Outcome, None, None]:
         """As `Engine.generate_batch`, over all engines. Raises EdgeMoEError when none is left."""
@@ -173,6 +201,19 @@ def _started(place: Place, engines: list[RemoteEngine]) -> RemoteEngine:
     """A new engine, which is added to `engines` as well, so that a failure finds it there."""
     engines.append(RemoteEngine(place))
     return engines[-1]
+
+
+def _total(known: Sequence[Stats]) -> Stats:
+    over = f"over {len(known)} engines; the first: " if len(known) > 1 else ""
+    said: dict[str, Any] = {"batch_reason": over + known[0].batch_reason, "speculation": known[0].speculation}
+    sums = {
+        entry.name: sum(getattr(stats, entry.name) for stats in known)
+        for entry in fields(Stats)
+        if entry.name not in said
+    }
+    for name in SHARES:
+        sums[name] = sum(getattr(stats, name) * stats.steps for stats in known) / max(1, sums["steps"])
+    return Stats(**sums, **said)
 
 
 def _everywhere(model: str | os.PathLike[str] | None) -> str | None:

@@ -29,6 +29,17 @@ class Timings:
     """Expert bytes that crossed the link. What a step moves for several requests is divided by their tokens in it."""
     hits: int
     misses: int
+    cycles: int
+    """Verifications of at least one drafted token."""
+    drafted: int
+    """Tokens that were drafted for it."""
+    accepted: int
+    """Drafted tokens that are in the reply."""
+
+    @property
+    def tokens_per_cycle(self) -> float:
+        """Tokens that a verification of a draft gave, the one beside the draft included; 0 where there was none."""
+        return (self.accepted + self.cycles) / max(1, self.cycles)
 
     @property
     def prompt_per_second(self) -> float:
@@ -101,7 +112,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far loading is: a stage ("weights" or "experts") and its bytes."""
+    """How far loading, or comparing experts, is: a stage ("weights", "experts" or "affinity") and its bytes."""
 
     stage: str
     done: int
@@ -137,6 +148,29 @@ class Stats:
     """Requests that lost their keys and values for lack of room, and were computed again."""
     prefix_tokens: int
     """Prompt tokens that were not computed, since another request had computed them."""
+    speculation: str
+    """What drafts, or why nothing does."""
+    cycles: int
+    """Verifications of at least one drafted token, each of one sequence."""
+    drafted: int
+    """Tokens that were drafted for them."""
+    accepted: int
+    """Drafted tokens that are in a reply."""
+    draft_seconds: float
+    verify_seconds: float
+    """Steps that verified something, whatever else they computed."""
+    forecast_recall: float
+    """Share of the experts missing at a draft's beginning that its routing named before they were asked for."""
+    forecast_precision: float
+    """Share of the missing experts that it named that were asked for."""
+    lookahead_recall: float
+    """The same two of the lookahead from each layer to the next."""
+    lookahead_precision: float
+
+    @property
+    def tokens_per_cycle(self) -> float:
+        """Tokens that a verification of a draft gave, the one beside the draft included; 0 before there was one."""
+        return (self.accepted + self.cycles) / max(1, self.cycles)
 
     @property
     def hit_rate(self) -> float:
@@ -151,7 +185,8 @@ class Stats:
 
     def to_dict(self) -> dict[str, Any]:
         """The totals and the rates as JSON can hold them."""
-        return dict(vars(self)) | {"hit_rate": self.hit_rate, "bytes_loaded": self.bytes_loaded}
+        rates = {"hit_rate": self.hit_rate, "tokens_per_cycle": self.tokens_per_cycle}
+        return dict(vars(self)) | rates | {"bytes_loaded": self.bytes_loaded}
 
 
 def chat_completion(completion: Completion, model: str) -> dict[str, Any]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 
-from edgemoe import expert_layer, few_token_linear
+from edgemoe import expert_layer, few_token_linear, heat_file
 from edgemoe.blueprint import Blueprint
 from edgemoe.cache import BalancedLRU, ExpertCache, ExpertId, Link, SlotPool, Throttle
 from edgemoe.cache.cuda_link import CudaLink, CudaStreams
@@ -17,15 +17,23 @@ from edgemoe.cache.reader_link import ReaderLink
 from edgemoe.cache.safetensors_store import SafetensorsStore
 from edgemoe.cache.store import ExpertStore
 from edgemoe.config import EngineConfig
+from edgemoe.foresight import Foresight
 from edgemoe.loading import load_dense
+from edgemoe.lookahead import Lookahead
 from edgemoe.plan import Plan
 from edgemoe.prefetch.fill import fill_order
+from edgemoe.prefetch.link_gauge import LinkGauge
+from edgemoe.prefetch.prefetcher import Prefetcher
 from edgemoe.results import Progress
+from edgemoe.state_folder import StateFolder
 from edgemoe.workers import Workers
 
 
 class Runtime:
-    """A loaded model whose experts live behind a cache. Everything taken is given back by `close`."""
+    """A loaded model whose experts live behind a cache. Everything taken is given back by `close`.
+
+    What was hot is read from the checkpoint's state folder at the start, and written to it by `close`.
+    """
 
     def __init__(
         self, blueprint: Blueprint, plan: Plan, config: EngineConfig, on_progress: Callable[[Progress], None]
@@ -51,13 +59,24 @@ class Runtime:
         link = self._link(files, plan, config, throttle, on_progress)
         self._stack.callback(link.close)
         self.link = link
-        self.cache = ExpertCache(files, link, pool, BalancedLRU(plan.layers, plan.slots))
-        workers = Workers(plan.threads)
+        policy = BalancedLRU(plan.layers, plan.slots)
+        self.cache = ExpertCache(files, link, pool, policy)
+        workers = self.workers = Workers(plan.threads)
         self._stack.callback(workers.close)
-        self.layers = expert_layer.install(self.model, blueprint.sites, self.cache, workers)
+        self.foresight = self._foresight(blueprint, files.experts, config)
+        self.layers = expert_layer.install(self.model, blueprint.sites, self.cache, workers, self.foresight)
         if device.type == "cpu":
             few_token_linear.install(self.model, workers)
-        self.cache.prefetch([ExpertId(*expert) for expert in fill_order(files.experts, plan.slots)])
+        self.state = StateFolder.of(blueprint.checkpoint, config.state_folder)
+        heat = heat_file.read(self.state, files.experts)
+        policy.warm(heat)
+        self.cache.prefetch([ExpertId(*expert) for expert in fill_order(files.experts, plan.slots, heat)])
+        self._stack.callback(lambda: heat_file.write(self.state, files.experts, policy.heat()))
+
+    def _foresight(self, blueprint: Blueprint, experts: Sequence[int], config: EngineConfig) -> Foresight:
+        prefetcher = Prefetcher(self.cache, len(experts), LinkGauge(self.link, self.cache.counters))
+        lookahead = Lookahead(self.model, blueprint.sites)
+        return Foresight(self.cache, prefetcher, lookahead, experts, enabled=config.prefetch == "auto")
 
     def _link(
         self,

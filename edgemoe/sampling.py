@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -125,7 +126,13 @@ def resolve(sampling: Sampling, defaults: Any, default_max_tokens: int, room: in
 
 
 class Sampler:
-    """Draws tokens for one request, with transformers' own logits processors in its order."""
+    """Draws tokens for one request, with transformers' own logits processors in its order.
+
+    A draw is the greatest of the processed logits plus Gumbel noise, which is a sample of their softmax. The noise
+    of the draws to come is there before they are: whoever drafts with the same noise drafts what will be drawn as
+    far as its logits are right, and what is drawn does not depend on what was drafted (Daliri, Musco and Suresh
+    2024, "Coupling without communication and drafter-invariant speculative decoding").
+    """
 
     def __init__(self, settings: ResolvedSampling) -> None:
         import torch
@@ -140,6 +147,7 @@ class Sampler:
 
         self.greedy = settings.temperature < GREEDY_BELOW
         self._generator = torch.Generator().manual_seed(settings.seed)
+        self._noise: deque[torch.Tensor] = deque()
         steps: list[Any] = []
         if settings.repetition_penalty != 1:
             steps.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
@@ -156,11 +164,21 @@ class Sampler:
 
     def draw(self, tokens: Sequence[int], logits: torch.Tensor) -> int:
         """The next token after `tokens` (prompt and reply), given its logits [vocabulary], float32 on the CPU."""
+        token = int(self.scores(tokens, logits).argmax())
+        if not self.greedy:
+            self._noise.popleft()
+        return token
+
+    def scores(self, tokens: Sequence[int], logits: torch.Tensor, ahead: int = 0) -> torch.Tensor:
+        """The values, [vocabulary], whose greatest is drawn after `tokens`, which has `ahead` tokens not drawn yet."""
         import torch
 
         scores = logits[None]
         if self._processors:
             scores = self._processors(torch.tensor([tokens]), scores)  # type: ignore[arg-type]
         if self.greedy:
-            return int(scores[0].argmax())
-        return int(torch.multinomial(scores[0].softmax(-1), 1, generator=self._generator))
+            return scores[0]
+        while len(self._noise) <= ahead:
+            exponential = torch.empty(len(logits)).exponential_(generator=self._generator)
+            self._noise.append(-exponential.log())
+        return scores[0] + self._noise[ahead]

@@ -37,18 +37,35 @@ class FakePlan:
 
 @dataclass(frozen=True)
 class FakeStats:
+    slots: int = 4
+    experts: int = 16
     hits: int = 0
     misses: int = 0
     bytes_loaded: int = 0
+    bytes_demanded: int = 0
+    bytes_prefetched_used: int = 0
+    bytes_prefetched_late: int = 0
+    bytes_prefetched_wasted: int = 0
+    link_wait_seconds: float = 0.25
+    requests: int = 0
     tokens_prompt: int = 0
     tokens_generated: int = 0
     prefix_tokens: int = 0
+    steps: int = 0
+    seconds: float = 0.0
     batch: int = 2
     batch_reason: str = "as asked for"
-    link_wait_seconds: float = 0.25
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"hits": self.hits, "link_wait_seconds": self.link_wait_seconds}
+    preemptions: int = 0
+    speculation: str = "off: asked for"
+    cycles: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    forecast_recall: float = 0.0
+    forecast_precision: float = 0.0
+    lookahead_recall: float = 0.0
+    lookahead_precision: float = 0.0
 
 
 def echo(text: str) -> str:
@@ -61,12 +78,14 @@ class FakeEngine:
     """Replies with `replies`, an error where that is one, else with an echo. `before_word` sees each word's number.
 
     Of a batch, `stats.batch` replies grow by a word a step, and as many requests again wait; so the short ones
-    overtake the long ones.
+    overtake the long ones. With `drafts`, every word is a cycle: 3 tokens are drafted and 1 is accepted, in 2 ms,
+    and verified in 10 ms.
     """
 
     replies: Mapping[str, str | Exception] = field(default_factory=dict)
     has_chat_template: bool = True
     has_tokenizer: bool = True
+    drafts: bool = False
     plan: FakePlan = field(default_factory=FakePlan)
     stats: FakeStats = field(default_factory=FakeStats)
     before_word: Callable[[int], None] = lambda number: None
@@ -140,7 +159,7 @@ class FakeEngine:
         reply = self.replies.get(asked, echo(asked))
         if isinstance(reply, Exception):
             raise reply
-        self._count(tokens_prompt=len(text), bytes_loaded=len(text) * 1024)
+        self._count(requests=1, tokens_prompt=len(text), bytes_loaded=len(text) * 1024)
         yield from self._words(reply, len(text), sampling)
 
     def _words(self, reply: str, prompt_tokens: int, sampling: Sampling) -> Iterator[Chunk]:
@@ -153,16 +172,25 @@ class FakeEngine:
             if number + 1 == min(limit, len(words)):
                 reason = "stop" if limit >= len(words) else "length"
             if self.cancelled:
-                yield Chunk("", (), "cancelled", None, timings(prompt_tokens, number))
+                yield Chunk("", (), "cancelled", None, self._timings(prompt_tokens, number))
                 return
             logprobs = None
             if sampling.logprobs is not None:
                 top = tuple((rank, f"{piece}{rank}", -float(rank)) for rank in range(sampling.logprobs))
                 logprobs = (TokenLogprob(number, piece, -0.5, top),)
-            self._count(tokens_generated=1, bytes_loaded=1024, hits=3, misses=1)
-            yield Chunk(piece, (number,), reason, logprobs, timings(prompt_tokens, number + 1))
+            self._count(
+                tokens_generated=1, bytes_loaded=1024, bytes_demanded=512, bytes_prefetched_used=256,
+                bytes_prefetched_late=192, bytes_prefetched_wasted=64, hits=3, misses=1, steps=1, seconds=0.02,
+                link_wait_seconds=0.001,
+            )  # fmt: skip
+            if self.drafts:
+                self._count(cycles=1, drafted=3, accepted=1, draft_seconds=0.002, verify_seconds=0.01)
+            yield Chunk(piece, (number,), reason, logprobs, self._timings(prompt_tokens, number + 1))
 
-    def _count(self, **more: int) -> None:
+    def _timings(self, prompt_tokens: int, generated: int) -> Timings:
+        return timings(prompt_tokens, generated, cycles=generated if self.drafts else 0)
+
+    def _count(self, **more: float) -> None:
         self.stats = replace(self.stats, **{name: getattr(self.stats, name) + each for name, each in more.items()})
 
     def cancel(self, *, running: bool = True) -> None:
@@ -174,8 +202,11 @@ class FakeEngine:
         self.closed = True
 
 
-def timings(prompt_tokens: int, generated: int) -> Timings:
-    """Ten prompt tokens a second, then after the first four generated ones; three hits a miss; 1 KiB for a token."""
+def timings(prompt_tokens: int, generated: int, cycles: int = 0) -> Timings:
+    """Ten prompt tokens a second, then after the first four generated ones; three hits a miss; 1 KiB for a token.
+
+    Of three tokens drafted in each of the `cycles`, one is accepted.
+    """
     return Timings(
         prompt_tokens=prompt_tokens,
         shared_tokens=0,
@@ -187,6 +218,9 @@ def timings(prompt_tokens: int, generated: int) -> Timings:
         bytes_loaded=(prompt_tokens + generated) * 1024,
         hits=generated * 3,
         misses=generated,
+        cycles=cycles,
+        drafted=3 * cycles,
+        accepted=cycles,
     )
 
 

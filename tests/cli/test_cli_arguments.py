@@ -1,12 +1,20 @@
 from __future__ import annotations
 
 import argparse
+import inspect
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+from edgemoe import Engine
+from edgemoe.cli import arguments as options
 from edgemoe.cli.arguments import model_settings, read_command_line, sampling_from
 from edgemoe.cli.exits import UsageError
 from edgemoe.cli.main import build_parser
+from edgemoe.config import EngineConfig
+from edgemoe.draft_settings import RULES, SHAPES, draft_settings
+from edgemoe.ray_engines import RayEngines
 from edgemoe.sampling import Sampling
 
 
@@ -48,11 +56,45 @@ def test_every_sampling_option_reaches_its_field() -> None:
 def test_every_model_option_reaches_its_keyword() -> None:
     arguments = typed(
         "run - -m some/model -c 4096 -t 3 --device cuda:1 --dtype float16 --expert-cache 6GiB --offline "
-        "--link-gbps 12.5 --batch 8"
+        "--link-gbps 12.5 --batch 8 --state-folder /some/where --speculate ngram+model --draft-model small/model "
+        "--draft-nodes 12 --draft-depth 4 --draft-shape chain --draft-rule fewer --prefetch off"
     )
     assert model_settings(arguments) == {
         "model": "some/model", "context": 4096, "threads": 3, "device": "cuda:1", "dtype": "float16",
-        "expert_cache": "6GiB", "offline": True, "link_gbps": 12.5, "batch": 8,
+        "expert_cache": "6GiB", "offline": True, "link_gbps": 12.5, "batch": 8, "state_folder": "/some/where",
+        "speculate": "ngram+model", "draft_model": "small/model", "draft_nodes": 12, "draft_depth": 4,
+        "draft_shape": "chain", "draft_rule": "fewer", "prefetch": "off",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("takes", [Engine.load, Engine.plan_for, RayEngines.load])
+def test_every_keyword_is_taken_and_a_setting_of_the_engine_with_its_default(takes: Callable[..., Any]) -> None:
+    parameters = inspect.signature(takes).parameters
+    for name in set(options._MODEL_FIELDS.values()) - {"model"}:
+        assert parameters[name].default == getattr(EngineConfig(), name)
+
+
+def test_the_choices_of_drafts_are_those_of_the_library() -> None:
+    assert (options._SHAPES, options._RULES) == (SHAPES, RULES)
+    for words in options._SPECULATE:
+        drafters = draft_settings(
+            EngineConfig(speculate=words, draft_model="small/model" if "model" in words else None)
+        )
+        assert words in ("auto", "off") or drafters.drafters == set(words.split("+"))
+
+
+@pytest.mark.parametrize("command", ["run -", "chat", "plan"])
+def test_drafts_are_settings_of_every_command_that_plans(command: str) -> None:
+    environment = {
+        "EDGEMOE_SPECULATE": "self", "EDGEMOE_DRAFT_MODEL": "small", "EDGEMOE_DRAFT_NODES": "3",
+        "EDGEMOE_DRAFT_DEPTH": "2", "EDGEMOE_DRAFT_SHAPE": "tree", "EDGEMOE_DRAFT_RULE": "affinity",
+        "EDGEMOE_PREFETCH": "auto",
+    }  # fmt: skip
+    settings = model_settings(parse(*command.split(), "--speculate", "off", **environment))
+    settings.pop("batch", None)
+    assert settings == {
+        "speculate": "off", "draft_model": "small", "draft_nodes": 3, "draft_depth": 2, "draft_shape": "tree",
+        "draft_rule": "affinity", "prefetch": "auto",
     }  # fmt: skip
 
 
@@ -91,6 +133,12 @@ def test_what_is_no_size_is_refused_with_the_forms_there_are(text: str) -> None:
         ("--batch=some", "'some' is no size of a batch; give auto, or a number such as 16"),
         ("--order=any", "'any' is not known; give one of finish, input"),
         ("--link-gbps=nan", "nan is not above 0"),
+        ("--speculate=all", "'all' is not known; give one of auto, off, ngram, self, model, ngram+self, ngram+model"),
+        ("--draft-nodes=0", "0 is below 1"),
+        ("--draft-depth=deep", "'deep' is not a whole number"),
+        ("--draft-shape=bush", "'bush' is not known; give one of tree, chain"),
+        ("--draft-rule=none", "'none' is not known; give one of reselect, affinity, fewer"),
+        ("--prefetch=on", "'on' is not known; give one of auto, off"),
     ],
 )
 def test_bad_values_are_the_same_error_from_flag_and_environment(option: str, said: str) -> None:
@@ -139,7 +187,7 @@ def test_a_switch_in_the_environment_that_is_neither_yes_nor_no() -> None:
         parse("chat", EDGEMOE_VERBOSE="maybe")
 
 
-@pytest.mark.parametrize("command", ["run", "chat", "plan", "doctor"])
+@pytest.mark.parametrize("command", ["run", "chat", "plan", "affinity", "doctor"])
 def test_help_names_the_variable_of_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(command, "--help")

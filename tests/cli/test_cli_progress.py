@@ -12,7 +12,7 @@ import pytest
 from fake_engine import FakeEngine, FakeStats
 
 from edgemoe.cli.progress import Tally
-from edgemoe.cli.render import columns, duration
+from edgemoe.cli.render import columns, duration, milliseconds
 
 HERE = Path(__file__).parent
 
@@ -72,13 +72,33 @@ def test_a_tally_tells_what_the_engine_did_since_it_began(monkeypatch: pytest.Mo
     assert tally.now() == ""
     engine.stats = FakeStats(
         tokens_prompt=27, tokens_generated=11, hits=175, misses=125, bytes_loaded=(1 << 30) + 15 * 1024,
-        prefix_tokens=6, batch=16, batch_reason="32 made no more",
+        prefix_tokens=6, batch=16, batch_reason="32 made no more", speculation="ngram, while it pays",
     )  # fmt: skip
     assert tally.now() == "2.5 tokens/s, hit rate 75.0%"
     assert tally.summary(skipped=3) == [
         "2 requests, 1 failed, in 4.00 s; 3 more had a result already",
         "prompt 20 tokens at 5.0/s, generated 10 tokens at 2.5/s, hit rate 75.0%, 1.5 KiB moved for a generated token",
         "batch 16: 32 made no more; 6 prompt tokens shared with another request",
+        "speculation by ngram, while it pays: nothing drafted",
+    ]
+
+
+def test_a_tally_tells_of_each_cycle_and_with_verbose_of_each_step() -> None:
+    engine = FakeEngine(stats=FakeStats(tokens_generated=9, steps=100, cycles=50, drafted=1000, link_wait_seconds=9.0))
+    tally = Tally(engine)
+    engine.stats = FakeStats(
+        tokens_generated=39, hits=9, misses=3, steps=120, link_wait_seconds=9.5, bytes_demanded=30 << 20,
+        bytes_prefetched_used=10 << 20, bytes_prefetched_late=20 << 10, bytes_prefetched_wasted=5,
+        speculation="self, always", cycles=60, drafted=1045, accepted=16, draft_seconds=0.02, verify_seconds=1.0,
+    )  # fmt: skip
+    cycles = (
+        "10 cycles of speculation, each 4.50 tokens drafted, 1.60 accepted, 2.60 generated, "
+        "draft 2.00 ms, verify 100.0 ms"
+    )
+    assert tally.summary()[3:] == [cycles]
+    assert tally.summary(verbose=True)[3:] == [
+        "20 steps, each 1.5 MiB demanded, 512.0 KiB prefetched in time, 1.0 KiB late, 0 B in vain, link wait 25.0 ms",
+        cycles,
     ]
 
 
@@ -94,6 +114,11 @@ def test_a_tally_of_failures_has_no_speed() -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0.00 ms"), (0.00042, "0.42 ms"), (0.0123, "12.3 ms")])
+def test_short_durations(seconds: float, text: str) -> None:
+    assert milliseconds(seconds) == text
 
 
 def test_columns() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -269,12 +270,28 @@ def test_verbose_adds_the_timings_outside_standard_output() -> None:
         ">>> Hi\n"
         "You said Hi\n"
         "prompt 8 tokens at 10.0/s, generated 3 tokens at 4.0/s, hit rate 75.0%, 1.0 KiB a token\n"
+        "3 steps, each 512 B demanded, 256 B prefetched in time, 192 B late, 64 B in vain, link wait 1.00 ms\n"
+        "speculation off: asked for\n"
         ">>> \n"
     )
     assert terminal.out.getvalue() == "You said Hi\n"
 
 
+def test_verbose_tells_of_the_drafts_of_each_reply_alone() -> None:
+    transcript, _, _ = chat(FakeEngine(drafts=True), "Hi", "Go on please", verbose=True)
+    assert re.findall("^.*draft.*$", transcript, re.MULTILINE) == [
+        "prompt 8 tokens at 10.0/s, generated 3 tokens at 4.0/s, hit rate 75.0%, 1.0 KiB a token, "
+        "3 of 9 drafted tokens accepted",
+        "3 cycles of speculation, each 3.00 tokens drafted, 1.00 accepted, 2.00 generated, "
+        "draft 2.00 ms, verify 10.0 ms",
+        "prompt 48 tokens at 10.0/s, generated 5 tokens at 4.0/s, hit rate 75.0%, 1.0 KiB a token, "
+        "5 of 15 drafted tokens accepted",
+        "5 cycles of speculation, each 3.00 tokens drafted, 1.00 accepted, 2.00 generated, "
+        "draft 2.00 ms, verify 10.0 ms",
+    ]
+
+
 def test_stats_tell_of_the_last_reply() -> None:
     transcript, _, _ = chat(FakeEngine(), "Hi", "/stats")
-    assert "hits               9\n" in transcript
-    assert "last reply         prompt 8 tokens" in transcript
+    assert re.search("^hit rate +75.0% +9 of 12 experts asked for$", transcript, re.MULTILINE)
+    assert "\nlast reply: prompt 8 tokens" in transcript

@@ -18,7 +18,8 @@ from edgemoe.sampling import Sampling
 SUMMARY = re.compile(
     r"edgemoe: (\d+) requests?, (\d+) failed, in \d+\.\d\d s\n"
     r"(?:edgemoe: prompt (\d+) tokens at [\d.]+/s, generated (\d+) tokens at [\d.]+/s, (.*)\n"
-    r"edgemoe: (batch .*)\n)?"
+    r"edgemoe: (batch .*)\n"
+    r"edgemoe: (?:speculation|\d+ cycles? of speculation).*\n)?"
 )
 
 
@@ -66,6 +67,7 @@ def test_a_line_a_result_and_a_bad_line_does_not_stop_the_run(
     assert stdout == ""
     match = SUMMARY.fullmatch(stderr)
     assert match, stderr
+    assert stderr.endswith("edgemoe: speculation off: asked for\n")
     # Prompts of 3 and 7 tokens, two replies of 3 tokens, 3 hits a miss and 1 KiB a token.
     assert match.groups() == (
         "3", "1", "10", "6", "hit rate 75.0%, 2.7 KiB moved for a generated token", "batch 2: as asked for",
@@ -212,13 +214,29 @@ def test_verbose_shows_the_plan_and_a_line_a_request(
     prompts: Path, out: Path, factory: FakeFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["run", str(prompts), "-o", str(out), "-m", "x", "-v"], engine=factory)
-    assert capsys.readouterr().err.splitlines()[:-3] == [
+    assert capsys.readouterr().err.splitlines()[:-5] == [
         "experts        1.0 GiB  memory",
         "dense weights  96 MiB   memory, always resident",
         "edgemoe: line-2: failed: line 2: n is 0; give 1 to 128",
         "edgemoe: line-1: prompt 3 tokens at 10.0/s, generated 3 tokens at 4.0/s, hit rate 75.0%, 1.0 KiB a token",
         "edgemoe: line-3: prompt 7 tokens at 10.0/s, generated 3 tokens at 4.0/s, hit rate 75.0%, 1.0 KiB a token",
     ]
+
+
+def test_what_was_drafted_is_told_of_each_request_and_of_the_run(
+    prompts: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    factory = FakeFactory(FakeEngine(drafts=True))
+    main(["run", str(prompts), "-o", str(out), "-m", "x", "-v", "--speculate", "ngram"], engine=factory)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.endswith(", 3 of 9 drafted tokens accepted") for line in lines[3:5]] == [True, True]
+    assert lines[-2:] == [
+        "edgemoe: 6 steps, each 512 B demanded, 256 B prefetched in time, 192 B late, 64 B in vain, link wait 1.00 ms",
+        "edgemoe: 6 cycles of speculation, each 3.00 tokens drafted, 1.00 accepted, 2.00 generated, "
+        "draft 2.00 ms, verify 10.0 ms",
+    ]
+    assert factory.asked == [{"model": "x", "speculate": "ngram"}]
+    assert SUMMARY.fullmatch("\n".join([*lines[5:8], lines[-1], ""]))
 
 
 def test_an_empty_file_is_a_run_of_nothing(

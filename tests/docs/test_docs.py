@@ -97,7 +97,8 @@ def test_no_page_names_an_unknown_option(page: Path) -> None:
     text = page.read_text("utf-8")
     lines = [line for line in text.splitlines() if "edgemoe " in line or page == COMMAND_LINE]
     if page != COMMAND_LINE:
-        lines = [line[line.index("edgemoe ") :] for line in lines if re.search(r"edgemoe (run|chat|plan|doctor)", line)]
+        called = rf"edgemoe ({'|'.join(commands())})"
+        lines = [line[line.index("edgemoe ") :] for line in lines if re.search(called, line)]
     named = set(re.findall(r"(?<![\w-])(--?[a-zA-Z][\w-]*)(?![\w-])", "\n".join(lines)))
     assert named <= known
 
@@ -139,11 +140,11 @@ def test_every_key_of_the_plan_is_documented() -> None:
 
 
 def test_every_setting_and_field_of_the_library_is_documented() -> None:
-    from edgemoe import Completion, Sampling, Stats
+    from edgemoe import Completion, Sampling, Stats, Timings
 
     page = ROOT / "docs" / "library.md"
     words = {name.strip("` ") for cell in listed(page) for name in cell.split(",")}
-    assert {entry.name for kind in (Sampling, Completion, Stats) for entry in fields(kind)} <= words
+    assert {entry.name for kind in (Sampling, Completion, Stats, Timings) for entry in fields(kind)} <= words
 
 
 @pytest.mark.parametrize("folder", ["cache", "prefetch", "edgemoe", "cli"])

@@ -12,12 +12,20 @@ from checkpoints import Running, random_ids
 from bench.byte_tokenizer import byte_tokenizer
 from edgemoe.batch import Batch
 from edgemoe.batch_size import BatchSize
+from edgemoe.config import EngineConfig
 from edgemoe.decoder import Work
+from edgemoe.draft_settings import draft_settings
+from edgemoe.foresight import Foresight
 from edgemoe.generation import Cancels, Generation
 from edgemoe.joint_decoder import JointDecoder
 from edgemoe.kv_size import KvSize, measure_kv
+from edgemoe.lookahead import Lookahead
+from edgemoe.pass_drafter import SelfDrafter
+from edgemoe.prefetch.link_gauge import LinkGauge
+from edgemoe.prefetch.prefetcher import Prefetcher
 from edgemoe.results import Completion
 from edgemoe.sampling import Sampling, resolve
+from edgemoe.speculation import Speculation
 
 Request = tuple[list[int], dict[str, Any]]
 """A prompt and what it asks for beyond the crowd's own settings."""
@@ -69,6 +77,17 @@ def assert_same_reply(found: Completion, expected: Completion) -> None:
         assert [value for _, _, value in one.top] == pytest.approx([value for _, _, value in other.top], abs=1e-3)
 
 
+def speculating(own: Running, joint: JointDecoder, **options: Any) -> Speculation:
+    """What drafts for `own` under `options` of an engine's configuration."""
+    settings = draft_settings(EngineConfig(**options))
+    experts = own.store.experts
+    prefetcher = Prefetcher(own.cache, len(experts), LinkGauge(own.cache._link))
+    foresight = Foresight(own.cache, prefetcher, Lookahead(own.model, own.blueprint.sites), experts, enabled=False)
+    drafts = "self" in settings.drafters
+    passes = SelfDrafter(joint, own.cache, experts, settings.rule, None) if drafts else None
+    return Speculation(settings, joint, passes, foresight)
+
+
 def mixed_requests(count: int, longest: int, seed: int = 0) -> list[Request]:
     """Requests that differ in everything that a request may say; the shortest has 1 token, the longest `longest`."""
     draw = random.Random(seed)
@@ -102,13 +121,16 @@ class Crowd:
         limit: int = 8,
         patience: int = 64,
         in_chunks: bool = True,
+        speculate: str = "off",
+        **drafts: Any,
     ) -> None:
         self._kv = measure_kv(own.blueprint)
         self.room_nbytes = room(self._kv)
         self.decoder = own.decoder(prefill_chunk=step_tokens)
         self.joint = JointDecoder(self.decoder)
         size = BatchSize(limit, automatic=False)
-        self.batch = Batch(self.joint, self._kv, self.room_nbytes, step_tokens, size, patience)
+        self.speculation = speculating(own, self.joint, speculate=speculate, **drafts)
+        self.batch = Batch(self.joint, self.speculation, self._kv, self.room_nbytes, step_tokens, size, patience)
         self.cancels = Cancels()
         self.requests: list[Generation] = []
         self.steps: list[list[int]] = []
@@ -117,6 +139,7 @@ class Crowd:
         self._limit = limit
         self._step_tokens = step_tokens
         self._in_chunks = in_chunks
+        self._drafts = 0 if speculate == "off" else step_tokens // 4
         self._run = self.joint.run
         self.joint.run = self._watched_run  # type: ignore[method-assign]
 
@@ -141,7 +164,7 @@ class Crowd:
             assert self.batch.nbytes == self._held_nbytes() <= self.room_nbytes
             assert self.batch.running <= self._limit
             for tokens in self.steps[done:]:
-                bound = max(self._step_tokens, len(tokens) + self._step_tokens // 4)
+                bound = max(self._step_tokens, len(tokens) + self._step_tokens // 4) + self._drafts
                 assert sum(tokens) <= bound or not self._in_chunks
 
     def finish(self) -> None:

@@ -120,10 +120,10 @@ def test_every_layer_acquires_its_experts_once_a_step(family: str, zoo: Zoo) -> 
         asked: list[int] = []
         borrow = own.cache.borrow
 
-        def counting(layer: int, experts: Sequence[int]) -> Iterator[Any]:
+        def counting(layer: int, experts: Sequence[int], meanwhile: Any = None) -> Iterator[Any]:
             asked.append(layer)
             assert len(set(experts)) == len(experts)
-            return borrow(layer, experts)
+            return borrow(layer, experts, meanwhile)
 
         own.cache.borrow = counting  # type: ignore[method-assign]
         for tokens in ([[9]] * 5, [[9], [8, 7, 6, 5], [1], [2], [3, 3]]):

@@ -1,0 +1,77 @@
+"""What a token more in a step costs, and what a step for one token each costs, learnt while running."""
+
+from __future__ import annotations
+
+FIRST_GUESS = 0.35
+"""What one more token costs, as a share of a step of one token, before it was measured ..."""
+GUESS_WEIGHT = 16.0
+"""... and how many measured tokens that guess counts for. It comes back slowly where nothing is measured."""
+MEMORY = 32.0
+"""Plain steps that an average is made of."""
+CALM = 2.0
+"""A step that took so many times the average, or so much less, counts as this: other programs run too."""
+
+
+class Plain:
+    """Steps of one token a sequence, for about the same number of sequences, and what more tokens cost there."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._seen = 0
+        self._more_seconds = 0.0
+        self._more_tokens = 0.0
+
+    def saw(self, seconds: float) -> None:
+        """A step of one token a sequence; the very first one is a warm-up."""
+        self._seen += 1
+        if self._seen == 1:
+            return
+        if self.seconds:
+            seconds = min(max(seconds, self.seconds / CALM), self.seconds * CALM)
+        self.seconds += (seconds - self.seconds) / min(self._seen - 1, MEMORY)
+        self._fade(1 / (4 * MEMORY))
+
+    def saw_more(self, tokens: int, seconds: float) -> None:
+        """A step with `tokens` tokens more than that."""
+        self._fade(tokens / (4 * MEMORY + tokens))
+        self._more_tokens += tokens
+        self._more_seconds += min(max(0.0, seconds - self.seconds), CALM * tokens * self.seconds)
+
+    @property
+    def token(self) -> float:
+        """Seconds that one more token costs."""
+        guessed = GUESS_WEIGHT * FIRST_GUESS * self.seconds
+        return (self._more_seconds + guessed) / (self._more_tokens + GUESS_WEIGHT)
+
+    def _fade(self, share: float) -> None:
+        self._more_seconds *= 1 - share
+        self._more_tokens *= 1 - share
+
+
+class CycleCost:
+    """Prices drafts in seconds. Steps for few and for many sequences are kept apart, by powers of two."""
+
+    def __init__(self) -> None:
+        self._plain: dict[int, Plain] = {}
+        self._draft = Plain()
+
+    def of(self, sequences: int) -> Plain:
+        """What steps for `sequences` cost."""
+        return self._plain.setdefault(sequences.bit_length(), Plain())
+
+    def saw_step(self, sequences: int, tokens: int, seconds: float) -> None:
+        """A step of `tokens` tokens for `sequences` that all decode took `seconds`, waiting for the link included."""
+        plain = self.of(sequences)
+        if tokens == sequences:
+            plain.saw(seconds)
+        elif plain.seconds:
+            plain.saw_more(tokens - sequences, seconds)
+
+    def saw_draft(self, seconds: float) -> None:
+        """A drafting pass took `seconds`."""
+        self._draft.saw(seconds)
+
+    @property
+    def draft(self) -> float:
+        """Seconds of a drafting pass; 0 before one was measured."""
+        return self._draft.seconds

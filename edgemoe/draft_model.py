@@ -1,0 +1,88 @@
+"""A second, smaller checkpoint that drafts for the first: checked, sized and loaded by transformers itself."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from edgemoe.blueprint import Blueprint
+from edgemoe.checkpoint import Checkpoint, open_checkpoint
+from edgemoe.decoder import Decoder
+from edgemoe.errors import CheckpointError
+from edgemoe.expert_layer import ExpertLayers
+from edgemoe.joint_decoder import JointDecoder
+from edgemoe.kv_size import KvSize
+from edgemoe.plan import Plan
+from edgemoe.quiet import quiet_transformers
+from edgemoe.routing import WhereWeAre
+from edgemoe.tokenizing import load_tokenizer
+
+
+class DraftModel:
+    """A checkpoint that can draft for a target: what it takes before it is loaded, and then its decoder."""
+
+    def __init__(self, name: str | os.PathLike[str], target: Blueprint, *, offline: bool) -> None:
+        """Raises CheckpointError when it cannot be read, or does not have the target's vocabulary."""
+        from transformers import AutoConfig
+
+        self.checkpoint = open_checkpoint(name, offline=offline)
+        self._dtype = target.dtype
+        with quiet_transformers():
+            self._config = AutoConfig.from_pretrained(self.checkpoint.folder, local_files_only=True)
+        if _vocabulary(self.checkpoint, self._config) != _vocabulary(target.checkpoint, target.config):
+            raise CheckpointError(
+                f"{self.checkpoint.name} has another vocabulary than {target.checkpoint.name}, so it cannot draft "
+                f"for it: give a checkpoint with the same tokenizer with --draft-model"
+            )
+
+    @property
+    def weight_nbytes(self) -> int:
+        """Bytes of its weights as they are loaded."""
+        return sum(
+            entry.nbytes // entry.dtype.itemsize * self._dtype.itemsize for entry in self.checkpoint.tensors.values()
+        )
+
+    @property
+    def kv(self) -> KvSize:
+        """What its past takes: keys and values of all layers, as if none had a window."""
+        text = self._config.get_text_config()
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        each = 2 * heads * width * self._dtype.itemsize
+        return KvSize(0, tuple((each, None) for _ in range(text.num_hidden_layers)))
+
+    def load(self, plan: Plan) -> JointDecoder:
+        """Its decoder, on the plan's device. Raises CheckpointError when transformers cannot load it."""
+        from transformers import AutoModelForCausalLM
+
+        device = torch.device(plan.device)
+        try:
+            with quiet_transformers(), torch.random.fork_rng(devices=[]):
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    self.checkpoint.folder, dtype=self._dtype, local_files_only=True
+                )
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise CheckpointError(
+                f"{self.checkpoint.name} cannot draft, since transformers cannot load it ({reason}): "
+                f"give another checkpoint with --draft-model"
+            ) from error
+        model: Any = loaded.to(device).requires_grad_(False).eval()
+        layers = ExpertLayers(WhereWeAre(model, []))
+        decoder = JointDecoder(Decoder(model, layers, device, plan.prefill_chunk, plan.threads, self.weight_nbytes))
+        if not decoder.verifies:
+            raise CheckpointError(
+                f"{self.checkpoint.name} cannot draft: its past has a state that cannot be taken back: "
+                f"give a checkpoint of another family with --draft-model"
+            )
+        return decoder
+
+
+def _vocabulary(checkpoint: Checkpoint, config: Any) -> object:
+    """What two models must have in common: their tokens, or as many where they have no tokenizer."""
+    tokenizer = load_tokenizer(checkpoint)
+    if tokenizer is not None:
+        return tokenizer.get_vocab()
+    return config.get_text_config().vocab_size

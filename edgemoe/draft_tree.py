@@ -1,0 +1,81 @@
+"""Tokens that may follow a sequence, as a tree that one pass verifies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+
+class DraftTree:
+    """Drafted tokens, each after its parent. Node 0 is the root: the sequence's last token, which is certain.
+
+    Nodes are numbered in the order of their adding, so that a parent comes before its children, and a chain is
+    a tree whose every parent is the node before. `tokens`, `parents` and `depths` (0 for the root) have one
+    entry a node; `probabilities` are path probabilities, the drafter's estimate that everything from the root
+    down to the node is accepted.
+    """
+
+    def __init__(self, root: int) -> None:
+        self.tokens = [root]
+        self.parents = [-1]
+        self.depths = [0]
+        self.probabilities = [1.0]
+        self._children: list[dict[int, int]] = [{}]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def drafted(self) -> int:
+        """Nodes beside the root."""
+        return len(self.tokens) - 1
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether no node has two children."""
+        return all(parent == node - 1 for node, parent in enumerate(self.parents))
+
+    def add(self, parent: int, token: int, probability: float) -> int:
+        """The child of `parent` with `token`, made where there is none; it keeps the greater path probability."""
+        known = self._children[parent].get(token)
+        if known is not None:
+            self.probabilities[known] = max(self.probabilities[known], probability)
+            return known
+        node = len(self.tokens)
+        self.tokens.append(token)
+        self.parents.append(parent)
+        self.depths.append(self.depths[parent] + 1)
+        self.probabilities.append(probability)
+        self._children.append({})
+        self._children[parent][token] = node
+        return node
+
+    def child(self, parent: int, token: int) -> int | None:
+        """The node that continues `parent` with `token`, if it was drafted."""
+        return self._children[parent].get(token)
+
+    def children(self, parent: int) -> Sequence[int]:
+        """The nodes after `parent`, in the order of their adding."""
+        return list(self._children[parent].values())
+
+    def path(self, node: int) -> list[int]:
+        """The nodes from the root down to `node`, both included."""
+        upwards = list(self._upwards(node))
+        return upwards[::-1]
+
+    def text(self, node: int) -> list[int]:
+        """The drafted tokens down to `node`, without the root's."""
+        return [self.tokens[each] for each in self.path(node)[1:]]
+
+    def ancestry(self) -> torch.Tensor:
+        """Bool [nodes, nodes]: whether the column's node is on the way from the root to the row's, itself included."""
+        seen = torch.eye(len(self), dtype=torch.bool)
+        for node, parent in enumerate(self.parents[1:], start=1):
+            seen[node] |= seen[parent]
+        return seen
+
+    def _upwards(self, node: int) -> Iterator[int]:
+        while node >= 0:
+            yield node
+            node = self.parents[node]

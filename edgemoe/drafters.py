@@ -1,0 +1,44 @@
+"""Makes what drafts for an engine, as its settings say."""
+
+from __future__ import annotations
+
+from edgemoe import affinity_file, few_token_linear
+from edgemoe.draft_model import DraftModel
+from edgemoe.draft_settings import DraftSettings
+from edgemoe.errors import PlanError
+from edgemoe.joint_decoder import JointDecoder
+from edgemoe.pass_drafter import ModelDrafter, PassDrafter, SelfDrafter
+from edgemoe.plan import Plan
+from edgemoe.runtime import Runtime
+from edgemoe.speculation import Speculation
+
+
+def speculation_for(
+    settings: DraftSettings, decoder: JointDecoder, runtime: Runtime, plan: Plan, draft_model: DraftModel | None
+) -> Speculation:
+    """The speculation of the model that `decoder` runs and `runtime` holds.
+
+    Raises PlanError when the rule "affinity" has no table, CheckpointError when the draft model cannot be loaded.
+    """
+    passes: PassDrafter | None = None
+    if "self" in settings.drafters:
+        passes = _self_drafter(settings, decoder, runtime)
+    elif draft_model is not None:
+        own = draft_model.load(plan)
+        if plan.device == "cpu":
+            few_token_linear.install(own.plain.model, runtime.workers)
+        passes = ModelDrafter(own, draft_model.kv, plan.draft_kv_nbytes, plan.prefill_chunk)
+    return Speculation(settings, decoder, passes, runtime.foresight)
+
+
+def _self_drafter(settings: DraftSettings, decoder: JointDecoder, runtime: Runtime) -> SelfDrafter:
+    experts = runtime.cache.store.experts
+    if settings.rule != "affinity":
+        return SelfDrafter(decoder, runtime.cache, experts, settings.rule, None)
+    affinity = affinity_file.read(runtime.state, experts)
+    if affinity is None:
+        raise PlanError(
+            "--draft-rule affinity needs the similarities of the model's experts, which are not there yet: "
+            "compute them with edgemoe affinity, or give --draft-rule reselect"
+        )
+    return SelfDrafter(decoder, runtime.cache, experts, settings.rule, affinity.nearest)

@@ -1,0 +1,104 @@
+"""What a model's MoE layers tell the prefetcher on their way, and what it is told about the next ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from edgemoe.cache import ExpertCache
+from edgemoe.lookahead import RANKS, Lookahead
+from edgemoe.prefetch.forecast import BINS, Forecast
+from edgemoe.prefetch.prefetcher import Prefetcher
+from edgemoe.prefetch.scorecard import PredictionTotals
+
+DRAFT, LOOKAHEAD = "draft", "lookahead"
+LISTEN_EVERY = 16
+"""A silenced lookahead is tried on one pass in so many, to notice when it would be right."""
+
+
+class Foresight:
+    """Two predictors over one prefetcher: the routing of drafts, and the lookahead from layer to layer."""
+
+    def __init__(
+        self,
+        cache: ExpertCache,
+        prefetcher: Prefetcher,
+        lookahead: Lookahead,
+        experts: Sequence[int],
+        *,
+        enabled: bool = True,
+    ) -> None:
+        """Without `enabled` drafts are still scored, and nothing is brought."""
+        self._enabled = enabled
+        self._cache = cache
+        self._prefetcher = prefetcher
+        self._lookahead = lookahead
+        self._experts = experts
+        self._draft = prefetcher.watch(DRAFT, BINS, prior=0.7)
+        self._ahead = prefetcher.watch(LOOKAHEAD, RANKS, prior=0.4)
+        self._passes = 0
+        self._forecast: Forecast | None = None
+        self._resident: list[list[int]] = []
+
+    @property
+    def forecast(self) -> PredictionTotals:
+        """The record of the drafts' routing."""
+        return self._draft.totals
+
+    @property
+    def ahead(self) -> PredictionTotals:
+        """The record of the lookahead."""
+        return self._ahead.totals
+
+    @property
+    def link_bound(self) -> bool:
+        """Whether passes wait for the link more than they compute, so that knowing sooner is worth computing for."""
+        return self._enabled and not self._cache.complete and self._prefetcher.link_busy > 0.5
+
+    # --- drafts ------------------------------------------------------------------------------------
+
+    def begin_cycle(self) -> None:
+        """A draft begins: what is resident now needs no forecast."""
+        if not self._cache.complete:
+            self._forecast = Forecast(self._experts)
+            self._resident = [self._cache.residents(layer) for layer in range(len(self._experts))]
+
+    def foretell(self, layer: int, shares: torch.Tensor, certain: torch.Tensor) -> None:
+        """Nodes with the path probabilities `certain`, [nodes], gave `shares`, [nodes, experts], to `layer`."""
+        if self._forecast is not None:
+            self._forecast.add(layer, shares, certain)
+            self._prefetcher.foretell(DRAFT, layer, self._forecast.bins(layer), self._resident[layer])
+
+    def bring(self) -> None:
+        """Lets the link begin with what is foretold."""
+        if self._enabled:
+            self._prefetcher.bring()
+
+    def end_cycle(self) -> None:
+        """The pass that was foretold is over."""
+        self._forecast = None
+        self._prefetcher.drop()
+
+    # --- passes ------------------------------------------------------------------------------------
+
+    def reach(self, layer: int, wanted: Sequence[int], hidden: torch.Tensor) -> None:
+        """A pass asks for `wanted` of `layer`, whose experts `hidden`, [tokens, hidden size], enters."""
+        self._prefetcher.reach(layer, wanted)
+        self._passes += layer == 0
+        if self._enabled and not self._cache.complete:
+            self._lookahead.reach(layer, hidden)
+
+    def look(self, layer: int, hidden: torch.Tensor, top_k: int) -> None:
+        """With the loads of `layer` on the link, foretells the next one from its input, [tokens, hidden size]."""
+        if not self._enabled or self._cache.complete:
+            return
+        if self._lookahead.names(layer + 1) and self._listens(self._lookahead.ranks(layer + 1, top_k)):
+            named = self._lookahead.look(layer + 1, hidden, top_k)
+            if named:
+                self._prefetcher.foretell(LOOKAHEAD, layer + 1, named, self._cache.residents(layer + 1))
+        self._prefetcher.bring(layer)
+
+    def _listens(self, ranks: int) -> bool:
+        least = self._prefetcher.worth_bringing(1)
+        return self._passes % LISTEN_EVERY == 0 or any(self._ahead.rate(rank) >= least for rank in range(ranks))

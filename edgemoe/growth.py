@@ -1,0 +1,69 @@
+"""One sequence's draft tree while it grows: what may come next, best first, within bounds."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from edgemoe.draft_tree import DraftTree
+from edgemoe.generation import Generation
+
+
+class Candidate(NamedTuple):
+    """A token that may be added after node `parent`, with its path probability."""
+
+    parent: int
+    token: int
+    probability: float
+    bin: int | None = None
+    """Which kind of foretelling it is, for who learns how often these are right."""
+
+
+class Growth:
+    """A tree, its bounds, and the candidates of a drafter that runs passes, best first by path probability."""
+
+    def __init__(self, generation: Generation, most_nodes: int, most_depth: int, *, chain: bool) -> None:
+        self.generation = generation
+        self.tree = DraftTree(generation.tokens[-1])
+        self.bins: dict[int, int] = {}
+        """The nodes that were added with a bin."""
+        self.fresh = [0]
+        """Nodes that no pass has run yet."""
+        self._most_nodes = most_nodes
+        self._most_depth = most_depth
+        self._chain = chain
+        self._heap: list[tuple[float, int, Candidate]] = []
+        self._pushed = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether no node fits any more."""
+        return self.tree.drafted >= self._most_nodes
+
+    def fits(self, parent: int) -> bool:
+        """Whether a child of `parent` is within the bounds."""
+        if self.full or self.tree.depths[parent] >= self._most_depth:
+            return False
+        return not self._chain or parent == len(self.tree) - 1
+
+    def add(self, candidate: Candidate) -> None:
+        """Makes the candidate a node; one that is there already only keeps the greater probability."""
+        before = len(self.tree)
+        node = self.tree.add(candidate.parent, candidate.token, candidate.probability)
+        if node == before:
+            self.fresh.append(node)
+            if candidate.bin is not None:
+                self.bins[node] = candidate.bin
+
+    def offer(self, candidate: Candidate) -> None:
+        """A candidate for `best_offers`."""
+        heapq.heappush(self._heap, (-candidate.probability, self._pushed, candidate))
+        self._pushed += 1
+
+    def best_offers(self) -> Iterator[Candidate]:
+        """Takes out what was offered, best first; what does not fit any more is left out."""
+        while self._heap:
+            candidate = heapq.heappop(self._heap)[2]
+            if self.fits(candidate.parent) and self.tree.child(candidate.parent, candidate.token) is None:
+                yield candidate

@@ -1,0 +1,239 @@
+"""Drafts what followed the longest earlier match in prompt and reply: speculation without a model's pass.
+
+Prompt lookup (Saxena 2023) in the incremental form of SAM-Decoding (arXiv 2411.10666). Every drafted token has a
+probability: the hit rate of matches of its kind, which is measured in all that the model writes.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Collection, Iterator, Sequence
+from itertools import islice
+from typing import NamedTuple
+
+from edgemoe.draft_tree import DraftTree
+from edgemoe.suffix_automaton import Follower, Match, SuffixAutomaton
+
+LENGTHS = (1, 2, 3, 4, 6, 9, 14, 24)
+"""The longest match of each bucket of lengths but the last, which has no end."""
+_BUCKET = tuple(sum(length > longest for longest in LENGTHS) for length in range(LENGTHS[-1] + 2))
+_PRIOR = {
+    (True, False, True): (0.30, 0.60, 0.70, 0.75, 0.80, 0.85, 0.85, 0.90, 0.90),
+    (True, False, False): (0.20, 0.40, 0.50, 0.55, 0.65, 0.75, 0.80, 0.85, 0.90),
+    (True, True, True): (0.15, 0.30, 0.35, 0.40, 0.40, 0.40, 0.40, 0.40, 0.40),
+    (True, True, False): (0.08, 0.15, 0.15, 0.15, 0.15, 0.15, 0.15, 0.15, 0.15),
+    (False, False, True): (0.12, 0.20, 0.20, 0.20, 0.20, 0.20, 0.20, 0.20, 0.20),
+    (False, False, False): (0.06, 0.10, 0.12, 0.12, 0.12, 0.12, 0.12, 0.12, 0.12),
+    (False, True, True): (0.18, 0.30, 0.30, 0.30, 0.30, 0.30, 0.30, 0.30, 0.30),
+    (False, True, False): (0.06, 0.12, 0.15, 0.15, 0.15, 0.15, 0.15, 0.15, 0.15),
+}
+"""Hit rates before anything is measured, by bucket of lengths: those of source files and of changes to them.
+
+A row is for followers that are told first or not, have a rival or not, and are repeated or not.
+"""
+PRIOR_WEIGHT = 4
+"""Observations that a prior counts for ..."""
+SHARED_WEIGHT = 16
+"""... and what all sequences have shown, against a sequence's own."""
+HALF_LIFE = 256
+"""Observations of its kind after which one counts for half."""
+_KEPT = 0.5 ** (1 / HALF_LIFE)
+MOST_FOLLOWERS = 3
+"""Tokens that may be drafted after any one; a fourth is next to never right."""
+
+
+class HitRate:
+    """Hits out of tries, of which the latest count most."""
+
+    __slots__ = ("hits", "tries")
+
+    def __init__(self) -> None:
+        self.hits = self.tries = 0.0
+
+    def observe(self, hit: bool) -> None:
+        """Counts one try."""
+        self.hits = self.hits * _KEPT + hit
+        self.tries = self.tries * _KEPT + 1
+
+    def blended(self, prior: float, weight: float) -> float:
+        """The mean of the Beta distribution that `prior`, worth `weight` tries, becomes by these."""
+        return (self.hits + weight * prior) / (self.tries + weight)
+
+
+class Kind(NamedTuple):
+    """What hit rates are kept by: they differ much between these and little within them."""
+
+    bucket: int
+    """Of the length that was matched."""
+    rank: int
+    """Followers told before it; the later ones count as one rank."""
+    rival: bool
+    """Whether another token followed the same; of those told later, whether it followed what the first did."""
+    repeated: bool
+
+    @classmethod
+    def of(cls, rank: int, follower: Follower, longest: int) -> Kind:
+        """The kind of the follower told after `rank` others, of which the first followed a suffix of `longest`."""
+        rival = follower.length == longest if rank else not follower.sole
+        return cls(_BUCKET[min(follower.length, LENGTHS[-1] + 1)], min(rank, 2), rival, follower.repeated)
+
+    @property
+    def prior(self) -> float:
+        """The hit rate before anything is measured."""
+        return _PRIOR[self.rank == 0, self.rival, self.repeated][self.bucket]
+
+
+class NgramCalibration:
+    """Hit rates of all sequences of an engine. One thread at a time may use it."""
+
+    def __init__(self) -> None:
+        self._rates: dict[Kind, HitRate] = {}
+
+    def rate(self, kind: Kind) -> float:
+        """The share of this kind that hit, from 0 to 1."""
+        measured = self._rates.get(kind)
+        return kind.prior if measured is None else measured.blended(kind.prior, PRIOR_WEIGHT)
+
+    def observe(self, kind: Kind, hit: bool) -> None:
+        """Counts one follower that was, or was not, the model's token."""
+        self._rates.setdefault(kind, HitRate()).observe(hit)
+
+
+class Candidate(NamedTuple):
+    """A node that a tree may get."""
+
+    parent: int
+    token: int
+    probability: float
+    """That everything from the root down to it is accepted."""
+
+
+class NgramDrafter:
+    """Drafts for one sequence; what it drafts is measured in every token the model writes, speculated or not.
+
+    `ends` are the tokens that end a reply. In a prompt something follows them, in the reply nothing will.
+    """
+
+    def __init__(self, calibration: NgramCalibration, ends: Collection[int] = ()) -> None:
+        self.ends = frozenset(ends)
+        self._calibration = calibration
+        self._own: dict[Kind, HitRate] = {}
+        self._automaton = SuffixAutomaton()
+
+    def __len__(self) -> int:
+        """Tokens of prompt and reply so far."""
+        return len(self._automaton)
+
+    def read(self, prompt: Sequence[int]) -> None:
+        """Appends tokens that the model did not write: how they repeat themselves is no measure of how it does."""
+        for token in prompt:
+            self._automaton.append(token)
+
+    def extend(self, reply: Sequence[int]) -> None:
+        """Appends tokens that the model wrote, and measures what would have been drafted for each."""
+        for token in reply:
+            for drafted, kind in self._followers(self._automaton.match):
+                hit = drafted == token
+                self._calibration.observe(kind, hit)
+                self._own.setdefault(kind, HitRate()).observe(hit)
+                if hit:
+                    break
+            self._automaton.append(token)
+
+    def frontier(
+        self, tree: DraftTree, *, branching: bool = True, most_depth: int, least_probability: float
+    ) -> NgramFrontier:
+        """What `tree`, whose root is the last token of the sequence, may grow by; it holds until the sequence grows."""
+        return NgramFrontier(self, tree, branching, most_depth, least_probability)
+
+    def grow(
+        self, tree: DraftTree, most_nodes: int, most_depth: int, least_probability: float, *, branching: bool = True
+    ) -> None:
+        """Adds the likeliest nodes to `tree`, `most_nodes` at most, each of `least_probability` at least."""
+        frontier = self.frontier(tree, branching=branching, most_depth=most_depth, least_probability=least_probability)
+        for _ in range(most_nodes):
+            best = frontier.best()
+            if best is None:
+                break
+            tree.add(*best)
+
+    @property
+    def match(self) -> Match:
+        """Where the sequence stands."""
+        return self._automaton.match
+
+    def advance(self, match: Match, token: int) -> Match:
+        """Where it would stand with `token` drafted after `match`."""
+        return self._automaton.advance(match, token)
+
+    def predictions(self, match: Match) -> Iterator[tuple[int, float]]:
+        """Tokens that may come next, and the probability of each.
+
+        A hit rate is that of a follower whose predecessors in the list were wrong, so the probabilities of all are
+        at most 1 together.
+        """
+        left = 1.0
+        for token, kind in self._followers(match):
+            rate = self._rate(kind)
+            yield token, left * rate
+            left *= 1 - rate
+
+    def _followers(self, match: Match) -> Iterator[tuple[int, Kind]]:
+        longest = 0
+        for rank, follower in enumerate(islice(self._automaton.followers(match), MOST_FOLLOWERS)):
+            longest = longest or follower.length
+            yield follower.token, Kind.of(rank, follower, longest)
+
+    def _rate(self, kind: Kind) -> float:
+        shared, own = self._calibration.rate(kind), self._own.get(kind)
+        return shared if own is None else own.blended(shared, SHARED_WEIGHT)
+
+
+class NgramFrontier:
+    """The nodes that a tree may grow by, the likeliest first.
+
+    Whoever takes a candidate adds it to the tree. Nodes that others add are continued too, at the probability they
+    came with. Without `branching` only nodes without children are continued.
+    """
+
+    def __init__(
+        self, drafter: NgramDrafter, tree: DraftTree, branching: bool, most_depth: int, least_probability: float
+    ) -> None:
+        self._drafter = drafter
+        self._tree = tree
+        self._branching = branching
+        self._most_depth = most_depth
+        self._least = least_probability
+        self._matches: list[Match] = []
+        self._waiting: list[tuple[float, int, int]] = []
+
+    def best(self) -> Candidate | None:
+        """The likeliest candidate that is not in the tree, if there is one."""
+        for node in range(len(self._matches), len(self._tree)):
+            self._meet(node)
+        while self._waiting:
+            negative, parent, token = self._waiting[0]
+            if self._is_open(parent, token):
+                return Candidate(parent, token, -negative)
+            heapq.heappop(self._waiting)
+        return None
+
+    def _meet(self, node: int) -> None:
+        tree, drafter = self._tree, self._drafter
+        parent = tree.parents[node]
+        match = drafter.match if parent < 0 else drafter.advance(self._matches[parent], tree.tokens[node])
+        self._matches.append(match)
+        if tree.depths[node] >= self._most_depth or tree.tokens[node] in drafter.ends:
+            return
+        left = tree.probabilities[node]
+        for token, probability in drafter.predictions(match):
+            path = tree.probabilities[node] * probability
+            if path >= self._least:
+                heapq.heappush(self._waiting, (-path, node, token))
+            left -= path
+            if left < self._least:
+                break
+
+    def _is_open(self, parent: int, token: int) -> bool:
+        tree = self._tree
+        return tree.child(parent, token) is None and (self._branching or not tree.children(parent))

@@ -1,0 +1,236 @@
+"""Drafting for a batch: grows every sequence's tree, says which experts its verification will want, and learns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+
+from edgemoe.cycle_cost import CycleCost
+from edgemoe.decoder import Work
+from edgemoe.draft_settings import DraftSettings
+from edgemoe.draft_tree import DraftTree
+from edgemoe.foresight import Foresight
+from edgemoe.generation import Generation
+from edgemoe.growth import Candidate, Growth
+from edgemoe.hit_rates import HitRates
+from edgemoe.joint_decoder import JointDecoder
+from edgemoe.ngram_drafter import NgramCalibration, NgramDrafter
+from edgemoe.pass_drafter import Branch, PassDrafter
+
+WIDTH = 4
+"""Tokens that may follow a node, and nodes that a drafting pass runs for each sequence, in a tree."""
+LEAST_PROBABILITY = 0.02
+"""Path probability below which nothing is drafted, however much room there is."""
+MARGIN = 1.2
+"""How many times its cost a priced node must be worth: prices and probabilities are estimates."""
+SHARE_BINS = 10
+"""Bins of how far a drafted token stands out among the others."""
+
+
+@dataclass
+class SpeculationTotals:
+    """What was drafted and what came of it, since the engine was loaded."""
+
+    cycles: int = 0
+    """Verifications of at least one drafted token, each of one sequence."""
+    drafted: int = 0
+    accepted: int = 0
+    """Drafted tokens that are in a reply."""
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    """Passes that verified something, whatever else they computed."""
+
+
+class Speculation:
+    """Grows draft trees and learns from what became of them. Used by one thread at a time.
+
+    The trees of a step: n-grams first, which cost nothing, then rounds of the drafter that runs passes, where there
+    is one. Where nodes are priced, one is added only while its path probability, times what a token is worth, is
+    more than what it adds to the step.
+    """
+
+    def __init__(
+        self, settings: DraftSettings, decoder: JointDecoder, passes: PassDrafter | None, foresight: Foresight
+    ) -> None:
+        self.totals = SpeculationTotals()
+        self.reason = settings.describe()
+        """What drafts, or why nothing does."""
+        self._settings = settings
+        self._decoder = decoder
+        self._passes = passes
+        self._foresight = foresight
+        self._cost = CycleCost()
+        self._plain = self._cost.of(1)
+        self._ngrams: dict[Generation, NgramDrafter] = {}
+        self._ngram_rates = NgramCalibration()
+        # How often a drafted token of each bin is the one: at first what its share says.
+        self._shares = HitRates([(number + 0.5) / SHARE_BINS for number in range(SHARE_BINS)])
+        self._bins: dict[DraftTree, dict[int, int]] = {}
+
+    @property
+    def active(self) -> bool:
+        """Whether anything drafts, and the model can take drafts back; the first look may try that on the model."""
+        if not self._settings.drafters:
+            return False
+        if not self._decoder.verifies:
+            self.reason = "off: this family's past has a state that cannot be taken back"
+        return bool(self._decoder.verifies)
+
+    @property
+    def _chain(self) -> bool:
+        return "chain" in (self._decoder.verifies, self._settings.shape)
+
+    @property
+    def most_nodes(self) -> int:
+        """Nodes that a tree gets at most."""
+        return self._settings.nodes
+
+    def grow(self, rooms: Mapping[Generation, int]) -> dict[Generation, DraftTree]:
+        """A tree for each sequence with at least one node drafted; `rooms` are the most nodes of each."""
+        if not rooms or not self.active:
+            return {}
+        started = time.perf_counter()
+        growths = [
+            Growth(generation, min(room, self._settings.nodes), self._settings.depth, chain=self._chain)
+            for generation, room in rooms.items()
+        ]
+        self._plain = self._cost.of(len(growths))
+        worth = self._plain.seconds / len(growths)
+        if "ngram" in self._settings.drafters:
+            for growth in growths:
+                self._grow_ngrams(growth, worth)
+        if self._passes is not None:
+            open_ = [growth for growth in growths if not growth.full and self._passes.takes(growth.generation)]
+            self._grow_by_passes(self._passes, open_, worth)
+        self._bins = {growth.tree: growth.bins for growth in growths}
+        trees = {growth.generation: growth.tree for growth in growths if growth.tree.drafted}
+        self.totals.draft_seconds += time.perf_counter() - started
+        return trees
+
+    def learn(self, tree: DraftTree, path: Sequence[int], made: int) -> None:
+        """`path` are the nodes of `tree` that the reply has, root first; after the first `made` the model was heard."""
+        self.totals.cycles += 1
+        self.totals.drafted += tree.drafted
+        self.totals.accepted += len(path) - 1
+        there, heard = set(path), set(path[:made])
+        for node, number in self._bins.pop(tree, {}).items():
+            # Only below what was accepted did the model say whether a node is right.
+            if tree.parents[node] in heard:
+                self._shares.saw(number, node in there)
+
+    def stepped(self, work: Sequence[Work], verified: bool, seconds: float) -> None:
+        """A step ran `work` in `seconds`; `verified` says whether there was a draft in it."""
+        if verified:
+            self.totals.verify_seconds += seconds
+        decoding = [item for item in work if item.every or len(item.tokens) == 1]
+        if len(decoding) == len(work):
+            self._cost.saw_step(len(work), sum(len(item.tokens) for item in work), seconds)
+        self._foresight.end_cycle()
+
+    def forget(self, generation: Generation) -> None:
+        """`generation` is over, or has lost its place: what it wrote last is learnt from."""
+        if generation in self._ngrams:
+            self._ngram_drafter(generation)
+            if generation.finished:
+                del self._ngrams[generation]
+        if self._passes is not None:
+            self._passes.forget(generation)
+
+    def close(self) -> None:
+        """Lets go of the models that draft."""
+        del self._decoder
+        self._passes = None
+
+    # --- n-grams -----------------------------------------------------------------------------------
+
+    def _grow_ngrams(self, growth: Growth, worth: float) -> None:
+        frontier = self._ngram_drafter(growth.generation).frontier(
+            growth.tree,
+            branching=not self._chain,
+            most_depth=self._settings.depth,
+            least_probability=LEAST_PROBABILITY,
+        )
+        while not growth.full and (best := frontier.best()) is not None and self._pays(best.probability, worth):
+            growth.add(Candidate(*best))
+
+    def _ngram_drafter(self, generation: Generation) -> NgramDrafter:
+        """The sequence's drafter, which has read all of its tokens."""
+        drafter = self._ngrams.get(generation)
+        if drafter is None:
+            drafter = self._ngrams[generation] = NgramDrafter(self._ngram_rates, generation.ends)
+            drafter.read(generation.tokens[: generation.prompt_length])
+        drafter.extend(generation.tokens[len(drafter) :])
+        return drafter
+
+    # --- passes ------------------------------------------------------------------------------------
+
+    def _grow_by_passes(self, passes: PassDrafter, growths: list[Growth], worth: float) -> None:
+        if not growths:
+            return
+        self._foresight.begin_cycle()
+        passes.begin([growth.generation for growth in growths])
+        try:
+            growing = growths
+            while growing and self._round_pays(growing, worth):
+                growing = self._round(passes, growing, worth)
+            self._run_leaves(passes, [growth for growth in growths if growth.fresh and growth.tree.drafted])
+        finally:
+            passes.end()
+
+    def _round(self, passes: PassDrafter, growths: list[Growth], worth: float) -> list[Growth]:
+        """Runs what is fresh and adds the best of what follows; the growths that have something fresh again."""
+        started = time.perf_counter()
+        branches = [Branch(growth.generation, growth.tree, growth.fresh) for growth in growths]
+        logits = passes.run(branches)
+        self._cost.saw_draft(time.perf_counter() - started)
+        self._foretell(passes, branches)
+        for growth, after in zip(growths, logits, strict=True):
+            self._offer(growth, after)
+            growth.fresh = []
+            # Not one more: what is taken out is not offered again.
+            for candidate in islice(growth.best_offers(), 1 if self._chain else WIDTH):
+                if not self._pays(candidate.probability, worth):
+                    break
+                growth.add(candidate)
+        return [growth for growth in growths if any(map(growth.fits, growth.fresh))]
+
+    def _run_leaves(self, passes: PassDrafter, growths: list[Growth]) -> None:
+        """Runs what is still fresh for its routing alone, where cycles wait for the link more than for anything."""
+        if growths and passes.foretells and self._foresight.link_bound:
+            branches = [Branch(growth.generation, growth.tree, growth.fresh) for growth in growths]
+            passes.run(branches)
+            self._foretell(passes, branches)
+
+    def _offer(self, growth: Growth, logits: torch.Tensor) -> None:
+        """Offers what may follow the fresh nodes, given the logits after each of them."""
+        tree = growth.tree
+        for node, after in zip(growth.fresh, logits, strict=True):
+            for token, share in growth.generation.candidates(tree, node, after, 1 if self._chain else WIDTH):
+                number = min(int(share * SHARE_BINS), SHARE_BINS - 1)
+                path = tree.probabilities[node] * self._shares.rate(number)
+                growth.offer(Candidate(node, token, path, number))
+
+    def _round_pays(self, growths: list[Growth], worth: float) -> bool:
+        if not self._settings.priced:
+            return True
+        gain = sum(max(growth.tree.probabilities[node] for node in growth.fresh) for growth in growths) * worth
+        return gain * self._shares.rate(SHARE_BINS - 1) >= self._cost.draft
+
+    def _pays(self, probability: float, worth: float) -> bool:
+        """Whether a node is worth more than it costs: S2-MoE's rule, with measured seconds on both sides."""
+        if probability < LEAST_PROBABILITY:
+            return False
+        if not self._settings.priced:
+            return True
+        return 0 < MARGIN * self._plain.token <= probability * worth
+
+    def _foretell(self, passes: PassDrafter, branches: Sequence[Branch]) -> None:
+        """Tells the foresight which experts the nodes that were just run wanted."""
+        certain = torch.tensor([branch.tree.probabilities[node] for branch in branches for node in branch.nodes])
+        for layer, wanted in enumerate(passes.wanted):
+            self._foresight.foretell(layer, wanted, certain)
+        self._foresight.bring()
