@@ -17,12 +17,11 @@ BAR = (
     "copying, all resident, n-grams >= 1.5x"
 )
 COPYING = ("repeat", "replace")
-SETTINGS = Sampling(temperature=0, max_tokens=64)
+SETTINGS = Sampling(temperature=0, max_tokens=40)
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": PLAIN,
     "default": {},
     "drafts": {"prefetch": "off"},
-    "prefetch": {"speculate": "off"},
 }
 
 

@@ -16,8 +16,8 @@ LINK_GBPS = 1.0
 TOKENS = 40
 DRAFTS: dict[str, dict[str, Any]] = {
     "no drafts": {"speculate": "off"},
-    "n-grams": {"speculate": "ngram"},
     "self": {"speculate": "self"},
+    "both": {"speculate": "ngram+self"},
 }
 CHAINS = {"draft_shape": "chain", "draft_nodes": 4}
 

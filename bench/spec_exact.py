@@ -49,16 +49,8 @@ class Drafting:
         return " ".join(filter(None, (self.speculate, self.model, self.shape, self.rule)))
 
 
-NGRAM, SELF, BOTH = Drafting("ngram"), Drafting("self"), Drafting("ngram+self", rule="affinity")
-MAIN = (NGRAM, SELF, BOTH)
-"""These see all prompts at both extremes of the cache."""
-COVERED = (
-    *(Drafting("ngram", shape) for shape in SHAPES),
-    *(Drafting(who, shape, rule) for who in ("self", "ngram+self") for shape in SHAPES for rule in RULES),
-    *(Drafting("model", shape, model="other") for shape in SHAPES),
-    *(Drafting(who, shape, model="same") for who in ("model", "ngram+model") for shape in SHAPES),
-    Drafting("auto", model="same"),
-)
+NGRAM, SELF = Drafting("ngram"), Drafting("self")
+"""The main ways: they see every prompt, and both extremes of the cache."""
 REFUSING = (NGRAM, SELF, Drafting("model", model="foreign"))
 """What a family is asked for that cannot take drafts back: it must say so and decode plainly."""
 
@@ -156,16 +148,31 @@ def requests(number: int) -> list[tuple[list[int], Sampling]]:
     ]
 
 
+def ways(number: int) -> list[Drafting]:
+    """Every way of drafting but the main ones. In the `number`th family; the shapes of some take turns."""
+    shape, other = SHAPES[number % 2], SHAPES[1 - number % 2]
+    passes = [Drafting(who, form, rule) for who in ("self", "ngram+self") for rule in RULES for form in SHAPES]
+    return [
+        Drafting("ngram", "chain"),
+        *(way for way in passes if way != SELF),
+        Drafting("model", shape, model="other"),
+        Drafting("model", other, model="same"),
+        Drafting("ngram+model", shape, model="same"),
+        Drafting("auto", other, model="same"),
+        Drafting("auto+self", shape, "auto"),
+    ]
+
+
 def covering(number: int, sizes: tuple[int, int, int]) -> Iterator[Case]:
-    """The main ways with all prompts at both extremes; every way once, sizes, prompts and batches taking turns."""
-    everything = tuple(range(len(LENGTHS) + len(PERIODS)))
-    for drafting in MAIN:
-        for slots in (sizes[0], sizes[2]):
-            yield Case(drafting, slots, TOGETHER, everything, {} if drafting.speculate == "ngram" else SHALLOW)
-    for place, drafting in enumerate(COVERED):
+    """The main ways at both extremes, then every other way once; sizes, prompts and batches take turns."""
+    count = len(LENGTHS) + len(PERIODS)
+    for first, slots in enumerate((sizes[0], sizes[2])):
+        yield Case(NGRAM, slots, TOGETHER, tuple(range(count)), {})
+        yield Case(SELF, slots, TOGETHER, tuple(range(first, count, 2)), SHALLOW if number % 2 else {})
+    for place, drafting in enumerate(ways(number)):
         turn = number + place
         alone = turn // len(sizes) % 2 == 0
-        prompts = tuple((3 * turn + step) % len(everything) for step in (0, 5, 2)[: 1 if alone else 3])
+        prompts = tuple((3 * turn + step) % count for step in (0, 5, 2)[: 1 if alone else 3])
         bounds = {} if drafting.speculate == "ngram" or turn % 4 == 0 else SHALLOW
         yield Case(drafting, sizes[turn % len(sizes)], 1 if alone else TOGETHER, prompts, bounds)
 
@@ -173,7 +180,7 @@ def covering(number: int, sizes: tuple[int, int, int]) -> Iterator[Case]:
 def plainly(sizes: tuple[int, int, int]) -> Iterator[Case]:
     """What is asked of a family that refuses."""
     for place, drafting in enumerate(REFUSING):
-        yield Case(drafting, sizes[place], TOGETHER, (2, 5, 6, 7), {})
+        yield Case(drafting, sizes[place], TOGETHER, (2, 5, 7), {})
 
 
 def case_result(

@@ -15,7 +15,7 @@ from edgemoe import Engine, Sampling
 
 NAME = "spec-floor"
 BAR = "time of a cycle <= 1.3x max(bytes moved / link bandwidth, bytes read / memory bandwidth) in every cell"
-SETTINGS = Sampling(temperature=0, max_tokens=64)
+SETTINGS = Sampling(temperature=0, max_tokens=40)
 
 
 def run() -> Measurement:

@@ -70,9 +70,7 @@ class ExpertCache:
         self.recording: list[list[ExpertId]] | None = None
         """When it is a list, what every pass asks for is appended to it: a trace."""
 
-    def borrow(
-        self, layer: int, experts: Sequence[int], meanwhile: Callable[[], None] | None = None
-    ) -> Iterator[Loan]:
+    def borrow(self, layer: int, experts: Sequence[int], meanwhile: Callable[[], None] | None = None) -> Iterator[Loan]:
         """Yields loans that cover `experts` (distinct) of `layer` once each: hits first, misses as they arrive.
 
         Misses are put on the link before the hits are yielded, in the given order. When there are fewer

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numba import njit
+from numpy.typing import NDArray
 
 KEPT = 1024
 """Moments remembered; twice as many add little, half as many lose some of a mixed file's phrases."""
@@ -32,8 +33,7 @@ class Moments:
     About 2 KiB an expert. The kernels run in the calling thread.
     """
 
-    def __init__(self, experts: Sequence[int], discount: float, kept: int = KEPT) -> None:
-        """An expert wanted n moments later counts `discount ** (n - 1)`."""
+    def __init__(self, experts: Sequence[int], kept: int = KEPT) -> None:
         layers, most = len(experts), max(experts)
         self._had = np.zeros((layers, most, kept), np.uint8)
         self._until = np.zeros((layers, most, kept), np.uint8)
@@ -43,30 +43,28 @@ class Moments:
         self._alike = np.zeros(kept, np.float32)
         self._last_use = np.full((layers, most), -1, np.int64)
         self._last_pass = np.full(layers, -1, np.int64)
-        self._worth = np.array([0.0] + [discount**ahead for ahead in range(REACH)], np.float32)
+        self._worth = np.zeros(REACH + 1, np.float32)
         self._now = -1
-        self._layer = len(experts)
 
-    def follow(self, layer: int, wanted: np.ndarray, soon: np.ndarray) -> float:
-        """A pass asks for `wanted`, int64 [experts], of `layer`. Returns how much is known of what comes next.
+    def begin(self, discount: float) -> None:
+        """The next moment begins. In it an expert wanted n moments later counts `discount ** (n - 1)`."""
+        self._now += 1
+        self._worth[1:] = discount ** np.arange(REACH)
+        # What was like the last moment makes its successor like this one.
+        oldest = self._alike[-1]
+        self._alike[1:] = self._alike[:-1]
+        self._alike[0] = oldest
+
+    def follow(self, layer: int, wanted: NDArray[np.int64], soon: NDArray[np.float32]) -> float:
+        """In this moment a pass asks for `wanted`, int64 [experts], of `layer`. Returns how much it reminds of.
 
         `soon`, float32 [most experts of any layer], is overwritten with the sum over the moments recalled of their
         weight times how soon they were followed by each expert; the sum of the weights is returned.
         """
-        if layer <= self._layer:
-            self._begin()
-        self._layer = layer
         now = self._now
         _note(now, wanted, layer, self._had, self._until, self._sizes, self._last_use, self._last_pass)
         _compare(now, wanted, self._had[layer], self._sizes[layer], self._alike)
         return float(_recall(min(now + 1, len(self._alike)), self._until[layer], self._alike, self._worth, soon))
-
-    def _begin(self) -> None:
-        """The next moment: what was like the last one makes its successor like this one."""
-        self._now += 1
-        oldest = self._alike[-1]
-        self._alike[1:] = self._alike[:-1]
-        self._alike[0] = oldest
 
 
 _options: dict[str, Any] = {"cache": True, "boundscheck": False, "error_model": "numpy"}

@@ -16,7 +16,7 @@ class EvictionPolicy(ABC):
     """Keeps an order over the resident experts. Not thread-safe: its cache calls it from one thread."""
 
     def wanted(self, layer: int, experts: Sequence[int]) -> None:  # noqa: B027
-        """A pass asks for `experts` of `layer`, distinct, the hottest last. Told once a pass, before anything else of it.
+        """A pass asks for `experts` of `layer`, distinct, the hottest last. Told once a pass, before all else of it.
 
         What follows of the same pass (`inserted` and `used`, which may come twice for an expert) is no further wish.
         """
@@ -69,7 +69,7 @@ class GlobalLRU(EvictionPolicy):
 
 
 class BalancedLRU(EvictionPolicy):
-    """Least recently used within the layer that holds most beyond its equal share. The default.
+    """Least recently used within the layer that holds most beyond its equal share.
 
     A prefill asks for most experts of every layer, one layer after the other. Under one global order the
     last layers would crowd the first ones out, which the next token asks for first; equal shares keep
@@ -77,7 +77,7 @@ class BalancedLRU(EvictionPolicy):
     """
 
     def __init__(self, layers: int, slots: int) -> None:
-        self._orders = [GlobalLRU() for _ in range(layers)]
+        self._orders: list[EvictionPolicy] = [GlobalLRU() for _ in range(layers)]
         self._held = [0] * layers
         self._share = slots / layers
 

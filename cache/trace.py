@@ -71,5 +71,6 @@ def belady_misses(trace: Trace, slots: int) -> int:
         misses += len(needed - resident)
         resident |= needed
         candidates = resident - needed if len(needed) <= slots else resident
-        resident -= set(heapq.nlargest(len(resident) - slots, candidates, key=next_use.__getitem__))
+        leaving = heapq.nlargest(len(resident) - slots, candidates, key=next_use.__getitem__)
+        resident.difference_update(leaving)
     return misses

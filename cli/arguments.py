@@ -19,9 +19,9 @@ from edgemoe.sizes import parse_bytes
 
 _DEFAULTS = EngineConfig()
 _DTYPES = ("auto", "bfloat16", "float16", "float32")
-_SPECULATE = ("auto", "off", "ngram", "self", "model", "ngram+self", "ngram+model")
+_SPECULATE = ("auto", "auto+self", "off", "ngram", "self", "model", "ngram+self", "ngram+model")
 _SHAPES = ("tree", "chain")
-_RULES = ("reselect", "affinity", "fewer")
+_RULES = ("auto", "reselect", "affinity", "fewer")
 _SHARE = re.compile(r"\d+(\.\d+)?%")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _WORDS_FOR = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
@@ -238,7 +238,8 @@ def _add_draft_options(parser: Parser) -> None:
         convert=one_of(*_RULES),
         metavar="RULE",
         help="how --speculate self does without an expert that is not there: "
-        "with the next best (reselect), the most similar (affinity), or the best two that are there (fewer)",
+        "with the next best (reselect), the most similar (affinity), the best two that are there (fewer), "
+        "or whichever of these turns out best (auto)",
     )
     parser.option(
         "--prefetch",

@@ -130,8 +130,10 @@ class Batch:
         if not shares:
             return
         started, generated = time.perf_counter(), self.totals.tokens_generated
+        # What a draft prefetches is part of the step that it is for.
+        before = counters.copy()
         try:
-            self._compute(shares, self._draft(shares), counters)
+            self._compute(shares, self._draft(shares), before, counters)
         except BaseException as error:
             for generation, _ in shares:
                 generation.fail(error)
@@ -294,7 +296,13 @@ class Batch:
         rooms = {each: min(most, self._room_to_draft(each)) for each in decoding if each.generated}
         return self.speculation.grow(rooms)
 
-    def _compute(self, shares: Sequence[Share], trees: Mapping[Generation, DraftTree], counters: CacheCounters) -> None:
+    def _compute(
+        self,
+        shares: Sequence[Share],
+        trees: Mapping[Generation, DraftTree],
+        before: CacheCounters,
+        counters: CacheCounters,
+    ) -> None:
         """Runs the pass and hands its logits to those whose tokens are all computed."""
         work, bases = [], {}
         for generation, count in shares:
@@ -306,9 +314,9 @@ class Batch:
                 bases[generation] = past.tokens
                 past.draft()
                 work.append(tree_work(past, tree, range(len(tree)), ()))
-        started, before = time.perf_counter(), counters.copy()
+        started = time.perf_counter()
         results = self.decoder.run(work)
-        seconds = time.perf_counter() - started
+        seconds, waited = time.perf_counter() - started, counters.link_wait_seconds - before.link_wait_seconds
         # Before the chunks are made, which say what has been moved for them.
         self._account(shares, before, counters)
         for (generation, _), logits in zip(shares, results, strict=True):
@@ -319,7 +327,7 @@ class Batch:
             elif generation.missing == 0:
                 generation.advance(logits)
                 self.totals.tokens_generated += 1
-        self.speculation.stepped(work, bool(trees), seconds)
+        self.speculation.stepped(work, bool(trees), seconds, waited)
 
     def _verify(self, generation: Generation, tree: DraftTree, logits: torch.Tensor, base: int) -> None:
         """Adds what the pass says of `tree` to the reply, and keeps of its keys and values what belongs to it."""

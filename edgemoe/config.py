@@ -35,7 +35,8 @@ class EngineConfig:
     """Sequences that are decoded together at most: "auto" (as many as make more tokens a second), or a number."""
 
     speculate: str = "auto"
-    """What drafts: "auto" (what pays), "off", or drafters that always do: "ngram", "self", "model", "ngram+self"."""
+    """What drafts: "auto" or "auto+self" (what pays), "off", or what always does: "ngram", "self", "model",
+    "ngram+self" or "ngram+model"."""
     draft_model: str | os.PathLike[str] | None = None
     """A second, smaller checkpoint with the same tokenizer, for the drafter "model"."""
     draft_nodes: int = 16
@@ -44,8 +45,9 @@ class EngineConfig:
     """Most drafted tokens that follow one another."""
     draft_shape: str = "tree"
     """"tree", or "chain" for no branches."""
-    draft_rule: str = "reselect"
-    """What a self-draft does with an expert that is not resident: "reselect", "affinity" or "fewer"."""
+    draft_rule: str = "auto"
+    """What a self-draft does with an expert that is not resident: "reselect", "affinity" or "fewer"; "auto" is the
+    best of them, as measured."""
     prefetch: str = "auto"
     """Loading experts before they are asked for: "auto" (while it pays) or "off"."""
 

@@ -18,24 +18,29 @@ class Plain:
     def __init__(self) -> None:
         self.seconds = 0.0
         self._seen = 0
+        self._waited = 0.0
         self._more_seconds = 0.0
+        self._more_waited = 0.0
         self._more_tokens = 0.0
 
-    def saw(self, seconds: float) -> None:
-        """A step of one token a sequence; the very first one is a warm-up."""
+    def saw(self, seconds: float, waited: float = 0.0) -> None:
+        """A step of one token a sequence, of which it `waited` for the link; the very first one is a warm-up."""
         self._seen += 1
         if self._seen == 1:
             return
         if self.seconds:
             seconds = min(max(seconds, self.seconds / CALM), self.seconds * CALM)
         self.seconds += (seconds - self.seconds) / min(self._seen - 1, MEMORY)
+        self._waited += (min(waited, seconds) - self._waited) / min(self._seen - 1, MEMORY)
         self._fade(1 / (4 * MEMORY))
 
-    def saw_more(self, tokens: int, seconds: float) -> None:
+    def saw_more(self, tokens: int, seconds: float, waited: float = 0.0) -> None:
         """A step with `tokens` tokens more than that."""
         self._fade(tokens / (4 * MEMORY + tokens))
+        more = min(max(0.0, seconds - self.seconds), CALM * tokens * self.seconds)
         self._more_tokens += tokens
-        self._more_seconds += min(max(0.0, seconds - self.seconds), CALM * tokens * self.seconds)
+        self._more_seconds += more
+        self._more_waited += min(max(0.0, waited - self._waited), more)
 
     @property
     def token(self) -> float:
@@ -43,8 +48,15 @@ class Plain:
         guessed = GUESS_WEIGHT * FIRST_GUESS * self.seconds
         return (self._more_seconds + guessed) / (self._more_tokens + GUESS_WEIGHT)
 
+    @property
+    def computing(self) -> float:
+        """What of that is not waiting for the link."""
+        guessed = GUESS_WEIGHT * FIRST_GUESS * (self.seconds - self._waited)
+        return (self._more_seconds - self._more_waited + guessed) / (self._more_tokens + GUESS_WEIGHT)
+
     def _fade(self, share: float) -> None:
         self._more_seconds *= 1 - share
+        self._more_waited *= 1 - share
         self._more_tokens *= 1 - share
 
 
@@ -59,13 +71,13 @@ class CycleCost:
         """What steps for `sequences` cost."""
         return self._plain.setdefault(sequences.bit_length(), Plain())
 
-    def saw_step(self, sequences: int, tokens: int, seconds: float) -> None:
-        """A step of `tokens` tokens for `sequences` that all decode took `seconds`, waiting for the link included."""
+    def saw_step(self, sequences: int, tokens: int, seconds: float, waited: float = 0.0) -> None:
+        """A step of `tokens` tokens for `sequences` that all decode took `seconds`, `waited` of them for the link."""
         plain = self.of(sequences)
         if tokens == sequences:
-            plain.saw(seconds)
+            plain.saw(seconds, waited)
         elif plain.seconds:
-            plain.saw_more(tokens - sequences, seconds)
+            plain.saw_more(tokens - sequences, seconds, waited)
 
     def saw_draft(self, seconds: float) -> None:
         """A drafting pass took `seconds`."""

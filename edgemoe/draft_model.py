@@ -27,7 +27,11 @@ class DraftModel:
         """Raises CheckpointError when it cannot be read, or does not have the target's vocabulary."""
         from transformers import AutoConfig
 
-        self.checkpoint = open_checkpoint(name, offline=offline)
+        try:
+            self.checkpoint = open_checkpoint(name, offline=offline)
+        except CheckpointError as error:
+            # It says so of any checkpoint, and of the first one -m is right.
+            raise CheckpointError(str(error).replace("with -m", "with --draft-model")) from error
         self._dtype = target.dtype
         with quiet_transformers():
             self._config = AutoConfig.from_pretrained(self.checkpoint.folder, local_files_only=True)

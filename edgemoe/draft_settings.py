@@ -10,6 +10,7 @@ from edgemoe.errors import PlanError
 
 DRAFTERS = ("ngram", "self", "model")
 SHAPES = ("tree", "chain")
+RULE_CHOICES = ("auto", *RULES)
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class DraftSettings:
     shape: str
     """"tree" or "chain"."""
     rule: str
-    """What a self-draft does with an expert that is not resident, one of `RULES`."""
+    """What a self-draft does with an expert that is not resident: one of `RULES`, or "auto" for the best of them."""
     nodes: int
     """Most drafted tokens of a sequence and cycle."""
     depth: int
@@ -34,17 +35,20 @@ class DraftSettings:
         if not self.drafters:
             return "off: asked for"
         when = "while it pays" if self.priced else "always"
-        return f"{' and '.join(sorted(self.drafters))}, {when}, {self.shape}s of at most {self.nodes} tokens"
+        tokens = f"{self.nodes} token{'s' if self.nodes > 1 else ''}"
+        return f"{' and '.join(sorted(self.drafters))}, {when}, {self.shape}s of at most {tokens}"
 
 
 def draft_settings(config: EngineConfig) -> DraftSettings:
     """The settings that `config` asks for; PlanError names what is wrong with it.
 
-    "auto" drafts what pays: n-grams, and with a draft model that one too. Drafters that are named always draft.
+    "auto" drafts what pays: n-grams, and with a draft model that one too; "auto+self" has the model itself beside
+    the n-grams. Drafters that are named without "auto" always draft.
     """
     asked = config.speculate.strip().lower()
-    if asked == "auto":
-        drafters = {"ngram"} | ({"model"} if config.draft_model else set())
+    priced = asked in ("auto", "auto+self")
+    if priced:
+        drafters = {"ngram"} | ({"model"} if config.draft_model else set()) | set(asked.split("+")[1:])
     elif asked == "off":
         drafters = set()
     else:
@@ -56,13 +60,13 @@ def draft_settings(config: EngineConfig) -> DraftSettings:
     if "model" in drafters and not config.draft_model:
         raise PlanError("--speculate model needs a second checkpoint: name it with --draft-model")
     _one_of("--draft-shape", config.draft_shape, SHAPES)
-    _one_of("--draft-rule", config.draft_rule, RULES)
+    _one_of("--draft-rule", config.draft_rule, RULE_CHOICES)
     for option, value in (("--draft-nodes", config.draft_nodes), ("--draft-depth", config.draft_depth)):
         if not 1 <= value <= MOST_NODES:
             raise PlanError(f"{option} {value} is not possible: give a number from 1 to {MOST_NODES}")
     return DraftSettings(
         drafters=frozenset(drafters),
-        priced=asked == "auto",
+        priced=priced,
         shape=config.draft_shape,
         rule=config.draft_rule,
         nodes=config.draft_nodes,
@@ -71,7 +75,7 @@ def draft_settings(config: EngineConfig) -> DraftSettings:
 
 
 MOST_NODES = 256
-_CHOICES = "auto, off, ngram, self, model, ngram+self, ngram+model"
+_CHOICES = "auto, auto+self, off, ngram, self, model, ngram+self, ngram+model"
 
 
 def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from edgemoe import affinity_file, few_token_linear
 from edgemoe.draft_model import DraftModel
+from edgemoe.draft_routing import RULES
 from edgemoe.draft_settings import DraftSettings
 from edgemoe.errors import PlanError
 from edgemoe.joint_decoder import JointDecoder
@@ -33,12 +34,13 @@ def speculation_for(
 
 def _self_drafter(settings: DraftSettings, decoder: JointDecoder, runtime: Runtime) -> SelfDrafter:
     experts = runtime.cache.store.experts
-    if settings.rule != "affinity":
-        return SelfDrafter(decoder, runtime.cache, experts, settings.rule, None)
     affinity = affinity_file.read(runtime.state, experts)
-    if affinity is None:
+    if settings.rule == "affinity" and affinity is None:
         raise PlanError(
             "--draft-rule affinity needs the similarities of the model's experts, which are not there yet: "
-            "compute them with edgemoe affinity, or give --draft-rule reselect"
+            "compute them with edgemoe affinity, or give --draft-rule auto"
         )
-    return SelfDrafter(decoder, runtime.cache, experts, settings.rule, affinity.nearest)
+    rules = [settings.rule]
+    if settings.rule == "auto":
+        rules = [rule for rule in RULES if rule != "affinity" or affinity is not None]
+    return SelfDrafter(decoder, runtime.cache, experts, rules, affinity.nearest if affinity else None)

@@ -26,10 +26,15 @@ class Foresight:
         prefetcher: Prefetcher,
         lookahead: Lookahead,
         experts: Sequence[int],
+        top_k: int,
         *,
         enabled: bool = True,
     ) -> None:
-        """Without `enabled` drafts are still scored, and nothing is brought."""
+        """`experts[layer]` is how many a layer has, of which a token takes `top_k`.
+
+        Without `enabled` drafts are still scored, and nothing is brought.
+        """
+        self._top_k = top_k
         self._enabled = enabled
         self._cache = cache
         self._prefetcher = prefetcher
@@ -56,6 +61,11 @@ class Foresight:
         """Whether passes wait for the link more than they compute, so that knowing sooner is worth computing for."""
         return self._enabled and not self._cache.complete and self._prefetcher.link_busy > 0.5
 
+    @property
+    def load_seconds(self) -> float:
+        """How long a pass waits for an expert that it lacks, as measured lately."""
+        return self._prefetcher.load_seconds
+
     # --- drafts ------------------------------------------------------------------------------------
 
     def begin_cycle(self) -> None:
@@ -64,11 +74,19 @@ class Foresight:
             self._forecast = Forecast(self._experts)
             self._resident = [self._cache.residents(layer) for layer in range(len(self._experts))]
 
-    def foretell(self, layer: int, shares: torch.Tensor, certain: torch.Tensor) -> None:
-        """Nodes with the path probabilities `certain`, [nodes], gave `shares`, [nodes, experts], to `layer`."""
-        if self._forecast is not None:
-            self._forecast.add(layer, shares, certain)
-            self._prefetcher.foretell(DRAFT, layer, self._forecast.bins(layer), self._resident[layer])
+    def foretell(self, layer: int, shares: torch.Tensor, certain: torch.Tensor) -> torch.Tensor:
+        """Nodes with the path probabilities `certain`, [nodes], gave `shares`, [nodes, experts], to `layer`.
+
+        Returns how many experts each chose that are neither resident nor wanted by nodes before, int64 [nodes].
+        """
+        if self._forecast is None:
+            return torch.zeros(len(shares), dtype=torch.long)
+        shares = shares.cpu()
+        new = self._forecast.news(layer, shares, self._top_k)
+        new[:, self._resident[layer]] = False
+        self._forecast.add(layer, shares, certain)
+        self._prefetcher.foretell(DRAFT, layer, self._forecast.bins(layer), self._resident[layer])
+        return new.sum(1)
 
     def bring(self) -> None:
         """Lets the link begin with what is foretold."""
@@ -100,5 +118,5 @@ class Foresight:
         self._prefetcher.bring(layer)
 
     def _listens(self, ranks: int) -> bool:
-        least = self._prefetcher.worth_bringing(1)
+        least = self._prefetcher.worth_bringing(1, in_pass=True)
         return self._passes % LISTEN_EVERY == 0 or any(self._ahead.rate(rank) >= least for rank in range(ranks))

@@ -28,6 +28,8 @@ class Growth:
         self.tree = DraftTree(generation.tokens[-1])
         self.bins: dict[int, int] = {}
         """The nodes that were added with a bin."""
+        self.loads: dict[int, int] = {}
+        """The experts that nodes add to those that are resident or wanted by others, where a pass has told."""
         self.fresh = [0]
         """Nodes that no pass has run yet."""
         self._most_nodes = most_nodes

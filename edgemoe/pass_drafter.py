@@ -18,6 +18,7 @@ from edgemoe.generation import Generation
 from edgemoe.joint_decoder import JointDecoder, tree_work
 from edgemoe.kv_size import KvSize
 from edgemoe.past import Past
+from edgemoe.rule_choice import RuleChoice
 
 
 class Branch(NamedTuple):
@@ -50,6 +51,9 @@ class PassDrafter(ABC):
 
     def forget(self, generation: Generation) -> None:  # noqa: B027
         """`generation` is over, or has lost its place."""
+
+    def saw(self, tokens: int, seconds: float) -> None:  # noqa: B027
+        """The last cycle gave `tokens` in `seconds`, draft and verification."""
 
     def begin(self, generations: Sequence[Generation]) -> None:
         """Starts a cycle: the pasts stand before each one's last token."""
@@ -95,15 +99,33 @@ class SelfDrafter(PassDrafter):
     foretells = True
 
     def __init__(
-        self, decoder: JointDecoder, cache: ExpertCache, experts: Sequence[int], rule: str, nearest: Nearest | None
+        self,
+        decoder: JointDecoder,
+        cache: ExpertCache,
+        experts: Sequence[int],
+        rules: Sequence[str],
+        nearest: Nearest | None,
     ) -> None:
-        """`experts[layer]` is how many experts a layer has; `nearest` serves the rule "affinity"."""
+        """`experts[layer]` is how many experts a layer has; of several `rules` the best is found by measuring.
+
+        `nearest` serves the rule "affinity".
+        """
         super().__init__(decoder)
         self._cache = cache
         self._experts = experts
-        self._rule = rule
+        self._choice = RuleChoice(rules)
+        self._rule = rules[0]
         self._nearest = nearest
         self._layers: ExpertLayers = decoder.plain.layers
+
+    def begin(self, generations: Sequence[Generation]) -> None:
+        """See the base class."""
+        super().begin(generations)
+        self._rule = self._choice.next()
+
+    def saw(self, tokens: int, seconds: float) -> None:
+        """See the base class."""
+        self._choice.saw(self._rule, tokens, seconds)
 
     def run(self, branches: Sequence[Branch]) -> list[torch.Tensor]:
         """See the base class."""

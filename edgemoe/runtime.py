@@ -10,9 +10,10 @@ import torch
 
 from edgemoe import expert_layer, few_token_linear, heat_file
 from edgemoe.blueprint import Blueprint
-from edgemoe.cache import BalancedLRU, ExpertCache, ExpertId, Link, SlotPool, Throttle
+from edgemoe.cache import ExpertCache, ExpertId, Link, SlotPool, Throttle
 from edgemoe.cache.cuda_link import CudaLink, CudaStreams
 from edgemoe.cache.host_store import HostStore
+from edgemoe.cache.hot_temporal import HotTemporal
 from edgemoe.cache.reader_link import ReaderLink
 from edgemoe.cache.safetensors_store import SafetensorsStore
 from edgemoe.cache.store import ExpertStore
@@ -59,11 +60,11 @@ class Runtime:
         link = self._link(files, plan, config, throttle, on_progress)
         self._stack.callback(link.close)
         self.link = link
-        policy = BalancedLRU(plan.layers, plan.slots)
+        policy = HotTemporal(files.experts)
         self.cache = ExpertCache(files, link, pool, policy)
         workers = self.workers = Workers(plan.threads)
         self._stack.callback(workers.close)
-        self.foresight = self._foresight(blueprint, files.experts, config)
+        self.foresight = self._foresight(blueprint, files.experts, plan, config)
         self.layers = expert_layer.install(self.model, blueprint.sites, self.cache, workers, self.foresight)
         if device.type == "cpu":
             few_token_linear.install(self.model, workers)
@@ -73,10 +74,10 @@ class Runtime:
         self.cache.prefetch([ExpertId(*expert) for expert in fill_order(files.experts, plan.slots, heat)])
         self._stack.callback(lambda: heat_file.write(self.state, files.experts, policy.heat()))
 
-    def _foresight(self, blueprint: Blueprint, experts: Sequence[int], config: EngineConfig) -> Foresight:
+    def _foresight(self, blueprint: Blueprint, experts: Sequence[int], plan: Plan, config: EngineConfig) -> Foresight:
         prefetcher = Prefetcher(self.cache, len(experts), LinkGauge(self.link, self.cache.counters))
         lookahead = Lookahead(self.model, blueprint.sites)
-        return Foresight(self.cache, prefetcher, lookahead, experts, enabled=config.prefetch == "auto")
+        return Foresight(self.cache, prefetcher, lookahead, experts, plan.top_k, enabled=config.prefetch == "auto")
 
     def _link(
         self,

@@ -25,7 +25,7 @@ WIDTH = 4
 """Tokens that may follow a node, and nodes that a drafting pass runs for each sequence, in a tree."""
 LEAST_PROBABILITY = 0.02
 """Path probability below which nothing is drafted, however much room there is."""
-MARGIN = 1.2
+MARGIN = 1.4
 """How many times its cost a priced node must be worth: prices and probabilities are estimates."""
 SHARE_BINS = 10
 """Bins of how far a drafted token stands out among the others."""
@@ -70,6 +70,8 @@ class Speculation:
         # How often a drafted token of each bin is the one: at first what its share says.
         self._shares = HitRates([(number + 0.5) / SHARE_BINS for number in range(SHARE_BINS)])
         self._bins: dict[DraftTree, dict[int, int]] = {}
+        self._made = 0
+        self._draft_seconds = 0.0
 
     @property
     def active(self) -> bool:
@@ -108,11 +110,13 @@ class Speculation:
             self._grow_by_passes(self._passes, open_, worth)
         self._bins = {growth.tree: growth.bins for growth in growths}
         trees = {growth.generation: growth.tree for growth in growths if growth.tree.drafted}
-        self.totals.draft_seconds += time.perf_counter() - started
+        self._draft_seconds = time.perf_counter() - started
+        self.totals.draft_seconds += self._draft_seconds
         return trees
 
     def learn(self, tree: DraftTree, path: Sequence[int], made: int) -> None:
         """`path` are the nodes of `tree` that the reply has, root first; after the first `made` the model was heard."""
+        self._made += made
         self.totals.cycles += 1
         self.totals.drafted += tree.drafted
         self.totals.accepted += len(path) - 1
@@ -122,13 +126,16 @@ class Speculation:
             if tree.parents[node] in heard:
                 self._shares.saw(number, node in there)
 
-    def stepped(self, work: Sequence[Work], verified: bool, seconds: float) -> None:
-        """A step ran `work` in `seconds`; `verified` says whether there was a draft in it."""
+    def stepped(self, work: Sequence[Work], verified: bool, seconds: float, waited: float) -> None:
+        """A step ran `work` in `seconds`, `waited` of them for the link; `verified`: there was a draft in it."""
         if verified:
             self.totals.verify_seconds += seconds
+            if self._passes is not None:
+                self._passes.saw(self._made, self._draft_seconds + seconds)
+        self._made = 0
         decoding = [item for item in work if item.every or len(item.tokens) == 1]
         if len(decoding) == len(work):
-            self._cost.saw_step(len(work), sum(len(item.tokens) for item in work), seconds)
+            self._cost.saw_step(len(work), sum(len(item.tokens) for item in work), seconds, waited)
         self._foresight.end_cycle()
 
     def forget(self, generation: Generation) -> None:
@@ -187,13 +194,13 @@ class Speculation:
         branches = [Branch(growth.generation, growth.tree, growth.fresh) for growth in growths]
         logits = passes.run(branches)
         self._cost.saw_draft(time.perf_counter() - started)
-        self._foretell(passes, branches)
+        self._foretell(passes, growths)
         for growth, after in zip(growths, logits, strict=True):
             self._offer(growth, after)
             growth.fresh = []
             # Not one more: what is taken out is not offered again.
             for candidate in islice(growth.best_offers(), 1 if self._chain else WIDTH):
-                if not self._pays(candidate.probability, worth):
+                if not self._pays(candidate.probability, worth, growth.loads.get(candidate.parent)):
                     break
                 growth.add(candidate)
         return [growth for growth in growths if any(map(growth.fits, growth.fresh))]
@@ -203,7 +210,7 @@ class Speculation:
         if growths and passes.foretells and self._foresight.link_bound:
             branches = [Branch(growth.generation, growth.tree, growth.fresh) for growth in growths]
             passes.run(branches)
-            self._foretell(passes, branches)
+            self._foretell(passes, growths)
 
     def _offer(self, growth: Growth, logits: torch.Tensor) -> None:
         """Offers what may follow the fresh nodes, given the logits after each of them."""
@@ -220,17 +227,33 @@ class Speculation:
         gain = sum(max(growth.tree.probabilities[node] for node in growth.fresh) for growth in growths) * worth
         return gain * self._shares.rate(SHARE_BINS - 1) >= self._cost.draft
 
-    def _pays(self, probability: float, worth: float) -> bool:
-        """Whether a node is worth more than it costs: S2-MoE's rule, with measured seconds on both sides."""
+    def _pays(self, probability: float, worth: float, loads: int | None = None) -> bool:
+        """Whether a node is worth more than it costs: S2-MoE's rule, with measured seconds on both sides.
+
+        `loads` are the experts that it is likely to add to those that are resident or wanted already, where that is
+        known; else it is taken to cost what nodes did on the average.
+        """
         if probability < LEAST_PROBABILITY:
             return False
         if not self._settings.priced:
             return True
-        return 0 < MARGIN * self._plain.token <= probability * worth
+        cost = self._plain.token
+        if loads is not None:
+            cost = self._plain.computing + loads * self._foresight.load_seconds
+        return 0 < MARGIN * cost <= probability * worth
 
-    def _foretell(self, passes: PassDrafter, branches: Sequence[Branch]) -> None:
-        """Tells the foresight which experts the nodes that were just run wanted."""
-        certain = torch.tensor([branch.tree.probabilities[node] for branch in branches for node in branch.nodes])
+    def _foretell(self, passes: PassDrafter, growths: Sequence[Growth]) -> None:
+        """Tells the foresight which experts the nodes that were just run want, and notes which of these are new.
+
+        Text that follows a node wants much of what the node wants, so that this prices the node's children.
+        """
+        if not passes.foretells:
+            return
+        nodes = [(growth, node) for growth in growths for node in growth.fresh]
+        certain = torch.tensor([growth.tree.probabilities[node] for growth, node in nodes])
+        loads = torch.zeros(len(nodes), dtype=torch.long)
         for layer, wanted in enumerate(passes.wanted):
-            self._foresight.foretell(layer, wanted, certain)
+            loads += self._foresight.foretell(layer, wanted, certain)
+        for (growth, node), count in zip(nodes, loads.tolist(), strict=True):
+            growth.loads[node] = count
         self._foresight.bring()

@@ -19,6 +19,12 @@ class Forecast:
         """`experts[layer]` is how many experts a layer has."""
         self._amounts = [torch.zeros(count) for count in experts]
 
+    def news(self, layer: int, shares: torch.Tensor, top_k: int) -> torch.Tensor:
+        """Bool [nodes, experts]: which of each node's `top_k` greatest shares no node before wanted."""
+        chosen = shares.topk(min(top_k, shares.shape[-1]), dim=-1).indices
+        new = torch.zeros_like(shares, dtype=torch.bool).scatter(-1, chosen, True)
+        return new & (shares > 0) & (self._amounts[layer] < LEAST)
+
     def add(self, layer: int, shares: torch.Tensor, certain: torch.Tensor) -> None:
         """More nodes: `shares`, float32 [nodes, experts], and their path probabilities, [nodes] on the CPU."""
         self._amounts[layer] += (shares.cpu() * certain[:, None]).sum(0)

@@ -22,7 +22,7 @@ class LinkGauge:
         self.busy = 0.0
         """Share of the time in which it moves something."""
         self.waited_for = 1.0
-        """Share of that time in which a pass stood still for it; where it computed meanwhile, coming sooner saves less."""
+        """Share of that time in which a pass stood still for it; what computes meanwhile saves less by it."""
         self._counters = counters
         self._waited = counters.link_wait_seconds if counters else 0.0
         self._link = link

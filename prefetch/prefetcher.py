@@ -48,6 +48,12 @@ class Prefetcher:
         """Share of the last moments in which the link moved something."""
         return self._gauge.busy
 
+    @property
+    def load_seconds(self) -> float:
+        """How long a pass waits for one expert that it lacks; 0 while no load was measured."""
+        gauge = self._gauge
+        return gauge.waited_for * self._cache.pool.slot_nbytes / gauge.speed if gauge.speed else 0.0
+
     def watch(self, predictor: str, bins: int, prior: float) -> Scorecard:
         """The scorecard of a new predictor whose foretellings fall into `bins` bins."""
         self._scorecards[predictor] = Scorecard(bins, prior)
@@ -65,13 +71,16 @@ class Prefetcher:
         self._likely[layer] = likely
         self._queues[layer] = deque(sorted(likely, key=lambda expert: -likely[expert]))
 
-    def worth_bringing(self, distance: int) -> float:
+    def worth_bringing(self, distance: int, *, in_pass: bool = False) -> float:
         """How likely an expert of a layer `distance` layers ahead must be for its load to pay.
 
-        A right load saves the part of its time for which the pass would have waited. A wrong one takes the link from
-        others, as far as it is busy, and an expert from its slot.
+        A right load saves the part of its time for which the pass would have waited. While a draft grows the link has
+        nothing else to do; `in_pass` it saves only what the link would have idled for, since the load is made anyway.
+        A wrong load takes the link from others, as far as it is busy, and an expert from its slot.
         """
         saved = min(1.0, self._in_time(distance)) * self._gauge.waited_for
+        if in_pass:
+            saved *= 1 - self._gauge.busy
         lost = self._gauge.busy + VICTIM_WANTED
         return lost / (lost + saved)
 
@@ -96,11 +105,12 @@ class Prefetcher:
         queues = self._queues[after + 1 :]
         if not any(queues):
             return
-        least = self.worth_bringing(1)
+        in_pass = after >= 0
+        least = self.worth_bringing(1, in_pass=in_pass)
         # What is there already as well: it must not leave for what is wanted later.
         keep = {expert for likely in self._likely[after + 1 :] for expert, rate in likely.items() if rate >= least}
         for distance, queue in enumerate(queues, start=1):
-            least = self.worth_bringing(distance)
+            least = self.worth_bringing(distance, in_pass=in_pass)
             while queue and self._likely[queue[0].layer][queue[0]] >= least:
                 if self._cache.prefetching >= min(MOST_ON_THE_WAY, max(1, int(self._in_time(distance)))):
                     return

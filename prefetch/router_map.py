@@ -49,7 +49,14 @@ class RouterMap:
     def _fit(self) -> None:
         share = RIDGE + DOUBT * len(self._squares) / self._seen
         ridge = torch.diag(share * self._squares.diagonal() + 1e-6)
-        self._map = torch.linalg.solve(self._squares + ridge, self._products)
+        fitted = torch.linalg.solve(self._squares + ridge, self._products)
+        if not bool(fitted.isfinite().all()):
+            # A token overflowed its dtype: what was summed up with it is of no use any more.
+            self._squares.zero_()
+            self._products.zero_()
+            self._seen, self._next_fit = 0.0, float(FIRST_FIT)
+            return
+        self._map = fitted
         if self._seen > MEMORY:
             for kept in (self._squares, self._products):
                 kept *= MEMORY / self._seen

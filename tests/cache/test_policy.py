@@ -6,8 +6,9 @@ import pytest
 
 from edgemoe.cache.policy import BalancedLRU, EvictionPolicy, GlobalLRU, ReferenceLRU
 from edgemoe.cache.record import ExpertId
+from edgemoe.cache.rival_policies import LRFU, BalancedLRFU
 
-POLICIES = [GlobalLRU, ReferenceLRU, lambda: BalancedLRU(3, 6)]
+POLICIES = [GlobalLRU, ReferenceLRU, lambda: BalancedLRU(3, 6), lambda: LRFU(4), lambda: BalancedLRFU(3, 6, 4)]
 
 
 def anything(expert: ExpertId) -> bool:

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Sequence
 from functools import cache
 
 import pytest
 
+from edgemoe.cache.hot_temporal import HotTemporal
 from edgemoe.cache.policy import BalancedLRU, EvictionPolicy, GlobalLRU, ReferenceLRU
 from edgemoe.cache.record import ExpertId
+from edgemoe.cache.rival_policies import LRFU
 from edgemoe.cache.trace import belady_misses, replay
 from edgemoe.prefetch.fill import fill_order
 
@@ -20,7 +23,7 @@ def one_by_one(text: str) -> Steps:
 
 
 def fewest_by_brute_force(trace: Steps, slots: int) -> int:
-    """Every possible choice of what leaves, tried."""
+    """Every possible choice of what leaves, tried. What does not fit passes through, and any of it may stay."""
 
     @cache
     def fewest(time: int, resident: frozenset[ExpertId]) -> int:
@@ -28,9 +31,10 @@ def fewest_by_brute_force(trace: Steps, slots: int) -> int:
             return 0
         needed = frozenset(trace[time])
         missing = needed - resident
-        others = resident - needed
-        kept = min(len(others), slots - len(needed))
-        after = [needed | frozenset(chosen) for chosen in itertools.combinations(sorted(others), kept)]
+        fixed = needed if len(needed) <= slots else frozenset()
+        others = (resident | needed) - fixed
+        kept = min(len(others), slots - len(fixed))
+        after = [fixed | frozenset(chosen) for chosen in itertools.combinations(sorted(others), kept)]
         return len(missing) + min(fewest(time + 1, state) for state in after)
 
     return fewest(0, frozenset())
@@ -75,16 +79,42 @@ def test_a_hit_late_in_an_entry_is_not_evicted_by_a_miss_before_it() -> None:
     assert replay([[A], [B], [C, A]], GlobalLRU(), 2) == 3
 
 
-def test_an_entry_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match="3 experts does not fit 2 slots"):
-        replay([[A, B, C]], GlobalLRU(), 2)
+def test_an_entry_that_does_not_fit_passes_through() -> None:
+    """What is resident at its start is a hit, and those that come last are what stays."""
+    assert replay([[A], [B, A, C]], GlobalLRU(), 2) == 3
+    assert replay([[A, B, C], [B, C]], GlobalLRU(), 2) == 3
+    assert replay([[A, B, C], [A]], GlobalLRU(), 2) == 4
+    assert replay([[A, B, C], [A, B, C]], GlobalLRU(), 1) == 5, "C is a hit although the others take its slot"
+    assert belady_misses([[A, B, C], [A], [C]], 2) == 3
+    assert belady_misses([[A, B, C], [A, B]], 1) == 4
 
 
-@pytest.mark.parametrize("seed", range(40))
+def test_a_policy_is_told_what_a_cache_tells_it() -> None:
+    told: list[object] = []
+
+    class Listener(GlobalLRU):
+        def wanted(self, layer: int, experts: Sequence[int]) -> None:
+            told.append((layer, list(experts)))
+
+        def inserted(self, expert: ExpertId) -> None:
+            told.append(("inserted", expert))
+            super().inserted(expert)
+
+        def used(self, expert: ExpertId) -> None:
+            told.append(("used", expert))
+            super().used(expert)
+
+    replay([[A], [], [B, A]], Listener(), 2)
+    assert told == [(0, [0]), ("inserted", A), ("used", A)] + [
+        (0, [1, 0]), ("used", A), ("inserted", B), ("used", B), ("used", A)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(60))
 def test_belady_equals_brute_force_on_tiny_traces(seed: int) -> None:
     draw = random.Random(seed)
-    trace = random_trace(draw, layers=1, experts=4, top_k=2, passes=7)
-    slots = draw.randint(2, 3)
+    trace = random_trace(draw, layers=1, experts=4, top_k=2 + seed % 2, passes=7)
+    slots = draw.randint(1, 3)
     assert belady_misses(trace, slots) == fewest_by_brute_force(trace, slots)
 
 
@@ -92,13 +122,13 @@ def test_belady_equals_brute_force_on_tiny_traces(seed: int) -> None:
 def test_no_policy_beats_belady_and_the_reference_agrees(seed: int) -> None:
     draw = random.Random(seed)
     trace = random_trace(draw, layers=3, experts=6, top_k=3, passes=40)
-    for slots in (3, 5, 9, 18):
+    for slots in (2, 3, 5, 9, 18):
         best = belady_misses(trace, slots)
-        policies: list[EvictionPolicy] = [GlobalLRU(), BalancedLRU(3, slots)]
+        policies: list[EvictionPolicy] = [GlobalLRU(), BalancedLRU(3, slots), HotTemporal([6] * 3), LRFU(4)]
         misses = [replay(trace, policy, slots) for policy in policies]
         assert best <= min(misses)
         assert misses[0] == replay(trace, ReferenceLRU(), slots)
-    assert misses == [best, best], "with a slot for each, every policy only has the first misses"
+    assert misses == [best] * 4, "with a slot for each, every policy only has the first misses"
 
 
 def test_fill_order_spreads_evenly_and_goes_in_layer_order() -> None:

@@ -13,7 +13,7 @@ from edgemoe.cli.arguments import model_settings, read_command_line, sampling_fr
 from edgemoe.cli.exits import UsageError
 from edgemoe.cli.main import build_parser
 from edgemoe.config import EngineConfig
-from edgemoe.draft_settings import RULES, SHAPES, draft_settings
+from edgemoe.draft_settings import RULE_CHOICES, SHAPES, draft_settings
 from edgemoe.ray_engines import RayEngines
 from edgemoe.sampling import Sampling
 
@@ -75,12 +75,12 @@ def test_every_keyword_is_taken_and_a_setting_of_the_engine_with_its_default(tak
 
 
 def test_the_choices_of_drafts_are_those_of_the_library() -> None:
-    assert (options._SHAPES, options._RULES) == (SHAPES, RULES)
+    assert (options._SHAPES, options._RULES) == (SHAPES, RULE_CHOICES)
     for words in options._SPECULATE:
         drafters = draft_settings(
             EngineConfig(speculate=words, draft_model="small/model" if "model" in words else None)
         )
-        assert words in ("auto", "off") or drafters.drafters == set(words.split("+"))
+        assert words in ("auto", "auto+self", "off") or drafters.drafters == set(words.split("+"))
 
 
 @pytest.mark.parametrize("command", ["run -", "chat", "plan"])
@@ -133,11 +133,14 @@ def test_what_is_no_size_is_refused_with_the_forms_there_are(text: str) -> None:
         ("--batch=some", "'some' is no size of a batch; give auto, or a number such as 16"),
         ("--order=any", "'any' is not known; give one of finish, input"),
         ("--link-gbps=nan", "nan is not above 0"),
-        ("--speculate=all", "'all' is not known; give one of auto, off, ngram, self, model, ngram+self, ngram+model"),
+        (
+            "--speculate=all",
+            "'all' is not known; give one of auto, auto+self, off, ngram, self, model, ngram+self, ngram+model",
+        ),
         ("--draft-nodes=0", "0 is below 1"),
         ("--draft-depth=deep", "'deep' is not a whole number"),
         ("--draft-shape=bush", "'bush' is not known; give one of tree, chain"),
-        ("--draft-rule=none", "'none' is not known; give one of reselect, affinity, fewer"),
+        ("--draft-rule=none", "'none' is not known; give one of auto, reselect, affinity, fewer"),
         ("--prefetch=on", "'on' is not known; give one of auto, off"),
     ],
 )

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from edgemoe.errors import CheckpointError, PlanError, RequestError
 from edgemoe.results import Completion, Progress, Stats
 from edgemoe.sampling import Sampling
 
-TOTALS = Stats(*[0] * 15, batch=4, batch_reason="as asked for", preemptions=0, prefix_tokens=0)  # type: ignore[misc]
+_WORDS = {"batch": 4, "batch_reason": "as asked for", "speculation": "off: asked for"}
+TOTALS = Stats(**{field.name: 0 for field in fields(Stats)} | _WORDS)
 
 
 @dataclass(frozen=True)

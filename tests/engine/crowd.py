@@ -82,9 +82,10 @@ def speculating(own: Running, joint: JointDecoder, **options: Any) -> Speculatio
     settings = draft_settings(EngineConfig(**options))
     experts = own.store.experts
     prefetcher = Prefetcher(own.cache, len(experts), LinkGauge(own.cache._link))
-    foresight = Foresight(own.cache, prefetcher, Lookahead(own.model, own.blueprint.sites), experts, enabled=False)
+    foresight = Foresight(own.cache, prefetcher, Lookahead(own.model, own.blueprint.sites), experts, 2, enabled=False)
+    rules = ["reselect", "fewer"] if settings.rule == "auto" else [settings.rule]
     drafts = "self" in settings.drafters
-    passes = SelfDrafter(joint, own.cache, experts, settings.rule, None) if drafts else None
+    passes = SelfDrafter(joint, own.cache, experts, rules, None) if drafts else None
     return Speculation(settings, joint, passes, foresight)
 
 

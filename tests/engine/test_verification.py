@@ -12,6 +12,7 @@ from checkpoints import Running, Zoo, random_ids, running, spread
 from edgemoe.decoder import Decoder, Work
 from edgemoe.draft_tree import DraftTree
 from edgemoe.joint_decoder import JointDecoder, tree_work
+from edgemoe.packed import PackedDecoder
 from edgemoe.past import Past
 from edgemoe.quiet import quiet_transformers
 
@@ -77,7 +78,8 @@ def test_a_tree_gives_what_its_paths_give_one_after_the_other(family: str, zoo: 
             past = started(joint.plain, text)
             past.draft()
             first = 0
-            for last in (draw.randint(1, 5), len(tree)):
+            # The last pass is of one node, which has seen no sibling.
+            for last in (draw.randint(1, 5), len(tree) - 1, len(tree)):
                 logits = joint.run([tree_work(past, tree, range(first, last), range(first))])[0]
                 assert_close(logits, expected[first:last])
                 first = last
@@ -87,6 +89,26 @@ def test_a_tree_gives_what_its_paths_give_one_after_the_other(family: str, zoo: 
             path = tree.path(draw.randrange(len(tree)))
             past.keep(length, path)
             assert_goes_on_after(joint, past, [*text, *(tree.tokens[node] for node in path)])
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen2_moe"])
+def test_windows_are_masked_where_sequences_are_not_packed_too(
+    family: str, zoo: Zoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for checkpoints whose positions are scaled by their length."""
+    monkeypatch.setattr(PackedDecoder, "works", lambda self: False)
+    with running(zoo(family)) as own, quiet_transformers():
+        joint = JointDecoder(own.decoder())
+        assert joint.verifies == "tree"
+        for length in (3, 20):
+            text, tree = random_ids(length, seed=length), random_tree(random.Random(length), 10, root=5)
+            past = started(joint.plain, text)
+            past.draft()
+            for first, last in ((0, 4), (4, len(tree))):
+                logits = joint.run([tree_work(past, tree, range(first, last), range(first))])[0]
+                assert_close(logits, sequential(joint.plain, text, tree)[first:last])
+            past.keep(length, tree.path(7))
+            assert_goes_on_after(joint, past, [*text, *(tree.tokens[node] for node in tree.path(7))])
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3"])

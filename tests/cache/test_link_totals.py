@@ -1,0 +1,101 @@
+"""What a link tells of itself: how long it was busy, and what it moved in that time."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from fakes import FakeStore, wait_until
+
+from edgemoe.cache import ExpertId, Throttle
+from edgemoe.cache.link import Priority
+from edgemoe.cache.reader_link import ReaderLink
+
+NBYTES = 1024
+
+
+def load(link: ReaderLink, store: FakeStore, *numbers: int) -> None:
+    """Loads experts, one after the other, and waits for them."""
+    for number in numbers:
+        memory = torch.zeros(store.slot_nbytes, dtype=torch.uint8)
+        link.wait_any([link.start(ExpertId(0, number), 0, memory, Priority.DEMAND)])
+
+
+def begin(link: ReaderLink, store: FakeStore, *numbers: int) -> list[ExpertId]:
+    experts = [ExpertId(0, number) for number in numbers]
+    for expert in experts:
+        link.start(expert, 0, torch.zeros(store.slot_nbytes, dtype=torch.uint8), Priority.PREFETCH)
+    return experts
+
+
+def test_both_grow_while_it_is_still_busy() -> None:
+    """Whoever looks now and then must find them in step, or a link that never rests would seem idle."""
+    store = FakeStore([8], NBYTES)
+    store.hold(*(ExpertId(0, number) for number in range(4)))
+    link = ReaderLink(store, 1)
+    experts = begin(link, store, 0, 1, 2, 3)
+    for done, expert in enumerate(experts[:3], start=1):
+        before = link.busy_seconds
+        time.sleep(0.01)
+        store.let(expert)
+        wait_until(lambda: link.bytes_moved == done * NBYTES)  # noqa: B023
+        wait_until(lambda: link.busy_seconds >= before + 0.01)  # noqa: B023
+    store.let(experts[3])
+    link.close()
+
+
+def test_time_in_which_nothing_is_on_its_way_is_not_busy() -> None:
+    store = FakeStore([8], NBYTES)
+    link = ReaderLink(store, 2)
+    load(link, store, 0, 1)
+    busy = link.busy_seconds
+    time.sleep(0.2)
+    load(link, store, 2)
+    assert link.busy_seconds - busy < 0.15
+    link.close()
+
+
+def test_loads_at_the_same_time_are_busy_once() -> None:
+    store = FakeStore([8], NBYTES)
+    store.hold(*(ExpertId(0, number) for number in range(4)))
+    link = ReaderLink(store, 4)
+    started = time.perf_counter()
+    experts = begin(link, store, 0, 1, 2, 3)
+    time.sleep(0.02)
+    store.let(*experts)
+    wait_until(lambda: link.bytes_moved == 4 * NBYTES)
+    assert 0.02 <= link.busy_seconds <= time.perf_counter() - started
+    link.close()
+
+
+def test_one_over_the_other_is_the_bandwidth() -> None:
+    store = FakeStore([20], 10_000, pieces=2)
+    link = ReaderLink(store, 2, Throttle(1_000_000))
+    load(link, store, *range(8))
+    assert link.bytes_moved / link.busy_seconds == pytest.approx(1_000_000, rel=0.3)
+    link.close()
+
+
+def test_what_failed_or_was_called_off_was_not_moved() -> None:
+    store = FakeStore([8], NBYTES)
+    link = ReaderLink(store, 1)
+    store.faults[ExpertId(0, 0)] = OSError("disk gone")
+    load(link, store, 0, 1)
+    store.hold(ExpertId(0, 2))
+    running, queued = (
+        link.start(ExpertId(0, number), 0, torch.zeros(store.slot_nbytes, dtype=torch.uint8), Priority.PREFETCH)
+        for number in (2, 3)
+    )
+    wait_until(lambda: store.started[-1] == (0, 2))
+    assert not link.cancel(running)
+    assert link.cancel(queued)
+    assert not link.cancel(queued), "it is off the link already"
+    store.let(ExpertId(0, 2))
+    link.wait_any([running])
+    assert link.bytes_moved == 2 * NBYTES
+    busy = link.busy_seconds
+    time.sleep(0.2)
+    load(link, store, 4)
+    assert link.busy_seconds - busy < 0.15, "nothing was on its way in between"
+    link.close()

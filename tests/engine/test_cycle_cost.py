@@ -1,0 +1,123 @@
+"""What more tokens in a step cost, from steps of which some are disturbed."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from edgemoe.cycle_cost import CALM, FIRST_GUESS, CycleCost, Plain
+
+
+def after_plain(seconds: float, steps: int = 20) -> Plain:
+    plain = Plain()
+    for _ in range(steps + 1):
+        plain.saw(seconds)
+    return plain
+
+
+def test_nothing_is_known_before_the_second_step() -> None:
+    plain = Plain()
+    assert (plain.seconds, plain.token) == (0.0, 0.0)
+    plain.saw(100.0)
+    assert plain.seconds == 0.0, "the first one is a warm-up"
+    plain.saw(2.0)
+    assert plain.seconds == 2.0
+    assert plain.token == pytest.approx(2.0 * FIRST_GUESS)
+
+
+def test_a_plain_step_is_an_average() -> None:
+    draw, plain = random.Random(1), Plain()
+    for _ in range(400):
+        plain.saw(draw.uniform(0.9, 1.1))
+    assert plain.seconds == pytest.approx(1.0, rel=0.05)
+    for _ in range(100):
+        plain.saw(draw.uniform(2.9, 3.1))
+    assert plain.seconds == pytest.approx(3.0, rel=0.1), "it follows what has changed"
+
+
+def test_a_disturbed_step_counts_little() -> None:
+    plain = after_plain(1.0, steps=40)
+    plain.saw(1000.0)
+    assert plain.seconds == pytest.approx(1 + (CALM - 1) / 32)
+    plain = after_plain(1.0, steps=40)
+    plain.saw(0.0)
+    assert plain.seconds == pytest.approx(1 - (1 - 1 / CALM) / 32)
+
+
+@pytest.mark.parametrize("each", [0.0, 0.05, 0.7])
+def test_the_cost_of_a_token_is_measured(each: float) -> None:
+    """From steps with few and with many more tokens, beside plain ones, whatever was guessed at first."""
+    draw, plain = random.Random(2), after_plain(1.0)
+    for _ in range(60):
+        tokens = draw.randint(1, 16)
+        plain.saw_more(tokens, 1.0 + each * tokens)
+        plain.saw(1.0)
+    assert plain.token == pytest.approx(each, abs=0.05)
+
+
+def test_the_guess_comes_back_where_nothing_is_measured() -> None:
+    plain = after_plain(1.0)
+    for _ in range(20):
+        plain.saw_more(8, 1.0)
+    assert plain.token < 0.1
+    measured = plain.token
+    for _ in range(2000):
+        plain.saw(1.0)
+    assert measured < plain.token == pytest.approx(FIRST_GUESS, rel=0.05)
+
+
+def test_what_a_disturbed_step_makes_of_a_token_is_bounded() -> None:
+    plain, disturbed = after_plain(1.0), after_plain(1.0)
+    plain.saw_more(4, 1 + 4 * CALM)
+    disturbed.saw_more(4, 1000.0)
+    assert disturbed.token == pytest.approx(plain.token)
+    quick = after_plain(1.0)
+    quick.saw_more(4, 0.1)
+    assert 0 < quick.token < FIRST_GUESS, "a step that was faster with more tokens makes them free, not cheaper"
+
+
+def test_what_a_token_waits_for_the_link_is_told_apart() -> None:
+    plain = Plain()
+    for _ in range(21):
+        plain.saw(1.0, waited=0.6)
+    assert plain.computing == pytest.approx(0.4 * FIRST_GUESS), "the guess is taken to wait as plain steps do"
+    for _ in range(200):
+        plain.saw_more(8, 1 + 8 * 0.3, waited=0.6 + 8 * 0.25)
+        plain.saw(1.0, waited=0.6)
+    assert plain.token == pytest.approx(0.3, abs=0.02)
+    assert plain.computing == pytest.approx(0.05, abs=0.02)
+    plain.saw_more(8, 1.0, waited=50.0)
+    assert 0 < plain.computing < plain.token, "nothing waits for longer than it takes"
+
+
+def test_many_sequences_have_prices_of_their_own() -> None:
+    cost = CycleCost()
+    for _ in range(3):
+        cost.saw_step(1, 1, 1.0)
+        cost.saw_step(6, 6, 3.0)
+    assert (cost.of(1).seconds, cost.of(6).seconds) == (1.0, 3.0)
+    assert cost.of(4) is cost.of(7)
+    assert len({id(cost.of(sequences)) for sequences in (1, 2, 4, 8)}) == 4
+    assert cost.of(2).seconds == 0.0
+
+
+def test_steps_with_drafts_price_the_tokens_beyond_one_each() -> None:
+    cost = CycleCost()
+    cost.saw_step(2, 30, 9.0)
+    assert cost.of(2).token == 0.0, "nothing to compare with yet"
+    for _ in range(3):
+        cost.saw_step(2, 2, 1.0)
+    for _ in range(100):
+        cost.saw_step(2, 12, 2.0)
+    assert cost.of(2).token == pytest.approx(0.1, abs=0.03)
+    assert cost.of(2).seconds == 1.0
+
+
+def test_drafting_passes_are_timed_apart() -> None:
+    cost = CycleCost()
+    assert cost.draft == 0.0
+    for seconds in (50.0, 0.5, 0.5):
+        cost.saw_draft(seconds)
+    assert cost.draft == 0.5
+    assert cost.of(1).seconds == 0.0

@@ -1,0 +1,294 @@
+"""The next layer's router on this layer's input: which routers are recognised, what is named, what is learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from types import SimpleNamespace
+
+import pytest
+import torch
+from checkpoints import Running, Zoo, running
+from torch import nn
+
+from bench.zoo import config
+from edgemoe.cache import Part, RecordLayout
+from edgemoe.demo import demo_folder
+from edgemoe.demo.score import HELD_OUT_SEED
+from edgemoe.demo.tasks import TASKS
+from edgemoe.expert_site import ExpertSite, find_sites
+from edgemoe.lookahead import MOST_LEARNT, MOST_TOKENS, RANKS, Lookahead
+from edgemoe.tokenizing import load_tokenizer
+
+HIDDEN = 16
+
+ROUTERS = {
+    "mixtral": "gate.weight",
+    "qwen2_moe": "gate.weight",
+    "deepseek_v3": "gate.weight",
+    "gpt_oss": "router.weight",
+    "phimoe": "router.weight",
+    "afmoe": "router.gate.weight",
+    "granitemoe": "router.weight",
+    "jamba": "router.weight",
+    "nemotron_h": "gate.weight",
+    "ernie4_5_moe": "gate.weight",
+    "qwen3_5_moe": "gate.weight",
+}
+"""Where, beside its experts, a family has its router."""
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+class Model(nn.Module):
+    """Layers of so many experts each, with routers of random weights beside them."""
+
+    def __init__(self, experts: Sequence[int], widths: Sequence[int] | None = None) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=HIDDEN))
+        self.layers = nn.ModuleList()
+        generator = torch.Generator().manual_seed(7)
+        for count, width in zip(experts, widths or [HIDDEN] * len(experts), strict=True):
+            block = nn.Module()
+            block.gate = nn.Linear(HIDDEN, count, bias=False)
+            block.gate.weight.copy_(torch.randn(count, HIDDEN, generator=generator))
+            block.experts = nn.Module()
+            block.experts.is_transposed = False
+            block.experts.down_proj = nn.Parameter(torch.zeros(count, width, 4))
+            self.layers.append(block)
+        self.sites = [
+            ExpertSite(f"layers.{number}.experts", count, RecordLayout([Part("down_proj", (width, 4), torch.float32)]))
+            for number, (count, width) in enumerate(zip(experts, widths or [HIDDEN] * len(experts), strict=True))
+        ]
+
+    def weight(self, layer: int) -> torch.Tensor:
+        weight: torch.Tensor = self.layers[layer].gate.weight  # type: ignore[union-attr, assignment]
+        return weight
+
+
+def made(model: Model) -> Lookahead:
+    return Lookahead(model, model.sites)
+
+
+def hidden_of(tokens: int, seed: int = 0, width: int = HIDDEN) -> torch.Tensor:
+    return torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed))
+
+
+def best_ranks(scores: torch.Tensor, count: int) -> dict[int, int]:
+    """The plain form: each token's `count` best experts, and the best rank that each has for any."""
+    ranks: dict[int, int] = {}
+    for row in scores.tolist():
+        for rank, expert in enumerate(sorted(range(len(row)), key=lambda expert: -row[expert])[:count]):
+            ranks[expert] = min(rank, ranks.get(expert, rank))
+    return ranks
+
+
+# --- routers ---------------------------------------------------------------------------------------
+
+
+def of_family(family: str, **how: int) -> tuple[nn.Module, list[ExpertSite], Lookahead]:
+    """A family's model without weights, and the lookahead over it."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    auto = AutoModelForImageTextToText if family == "qwen3_5_moe" else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = auto.from_config(config(family, **how))
+    sites = find_sites(model)
+    return model, sites, Lookahead(model, sites)
+
+
+@pytest.mark.parametrize("family", ROUTERS)
+def test_routers_are_recognised_beside_their_experts(family: str) -> None:
+    model, sites, lookahead = of_family(family)
+    for site, router in zip(sites, lookahead._routers, strict=True):
+        assert router is not None
+        block = site.name.rpartition(".")[0]
+        assert router[0] is model.get_parameter(f"{block}.{ROUTERS[family]}")
+    assert [lookahead.names(layer) for layer in range(-1, len(sites) + 1)] == [
+        False,
+        False,
+        *[True] * (len(sites) - 1),
+        False,
+    ]
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "nemotron_h", "glm4_moe", "minimax_m2"])
+def test_what_corrects_a_familys_choice_is_found(family: str) -> None:
+    model, sites, lookahead = of_family(family)
+    for site, router in zip(sites, lookahead._routers, strict=True):
+        assert router is not None
+        assert router[1] is not None
+        assert router[1].shape == (site.experts,)
+    assert all(router is not None and router[1] is None for router in of_family("mixtral")[2]._routers)
+
+
+@pytest.mark.parametrize(
+    ("family", "how"),
+    [
+        ("zaya", {}),
+        ("inkling_text", {}),
+        ("nemotron_h", {"moe_latent_size": 32}),
+        ("gemma4_text", {"hidden_size_per_layer_input": 8}),
+    ],
+    ids=["a-network", "one-row-more", "latent-experts", "two-candidates"],
+)
+def test_layers_with_another_kind_of_router_are_not_foretold(family: str, how: dict[str, int]) -> None:
+    _, sites, lookahead = of_family(family, **how)
+    assert len(sites) > 1
+    assert not any(lookahead.names(layer) for layer in range(len(sites)))
+
+
+def test_a_router_of_another_kind_leaves_out_its_layer_and_the_next() -> None:
+    lookahead = made(Model([4] * 6, widths=[HIDDEN, HIDDEN, 8, HIDDEN, HIDDEN, HIDDEN]))
+    assert [lookahead.names(layer) for layer in range(6)] == [False, True, False, False, True, True]
+    lookahead.reach(2, hidden_of(3, width=8))
+    lookahead.reach(3, hidden_of(3))
+
+
+# --- what is named ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [1, 5, MOST_TOKENS])
+@pytest.mark.parametrize(("experts", "top_k"), [((12, 12), 2), ((12, 12), 5), ((6, 20), 3), ((20, 3), 2)])
+def test_before_it_has_learnt_it_names_what_the_next_router_chooses(
+    experts: tuple[int, int], top_k: int, tokens: int
+) -> None:
+    model = Model(experts)
+    lookahead = made(model)
+    hidden = hidden_of(tokens)
+    count = min(RANKS, 2 * top_k, experts[1])
+    assert lookahead.ranks(1, top_k) == count
+    assert lookahead.look(1, hidden, top_k) == best_ranks(hidden @ model.weight(1).t(), count)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_so_it_does_on_a_checkpoint(family: str, zoo: Zoo) -> None:
+    with running(zoo(family)) as own:
+        sites = own.blueprint.sites
+        lookahead = Lookahead(own.model, sites)
+        hidden = hidden_of(4, width=64)
+        for layer in range(1, len(sites)):
+            gate = own.model.get_submodule(sites[layer].name.rpartition(".")[0]).gate
+            scores = hidden @ gate.weight.t()
+            if family == "deepseek_v3":
+                scores = scores.sigmoid() + gate.e_score_correction_bias
+            assert lookahead.look(layer, hidden, 2) == best_ranks(scores, 4)
+
+
+def test_hidden_states_of_another_dtype_are_taken() -> None:
+    model = Model([8, 8]).to(torch.bfloat16)
+    lookahead = made(model)
+    assert lookahead.look(1, hidden_of(3).to(torch.bfloat16), 2)
+    assert lookahead.look(1, hidden_of(3), 2)
+    lookahead.reach(1, hidden_of(3))
+
+
+# --- what is learnt --------------------------------------------------------------------------------
+
+
+def test_many_tokens_are_learnt_from_and_nothing_is_said_of_them() -> None:
+    model = Model([8, 8])
+    few, many = made(model), made(model)
+    before, after = hidden_of(MOST_TOKENS + 1), hidden_of(MOST_TOKENS + 1, seed=1)
+    assert many.look(1, before, 2) == {}
+    many.reach(1, after)
+    for half in (slice(0, 40), slice(40, None)):
+        assert few.look(1, before[half], 2)
+        few.reach(1, after[half])
+    fresh = hidden_of(10, seed=2)
+    assert many.look(1, fresh, 2) == few.look(1, fresh, 2) != made(model).look(1, fresh, 2)
+
+
+def test_of_very_many_tokens_the_first_are_learnt_from() -> None:
+    model = Model([8, 8])
+    some, all_of_them = made(model), made(model)
+    before, after = hidden_of(MOST_LEARNT + 500), hidden_of(MOST_LEARNT + 500, seed=1)
+    all_of_them.look(1, before, 2)
+    all_of_them.reach(1, after)
+    some.look(1, before[:MOST_LEARNT], 2)
+    some.reach(1, after[:MOST_LEARNT])
+    fresh = hidden_of(30, seed=2)
+    assert some.look(1, fresh, 2) == all_of_them.look(1, fresh, 2)
+    assert some._maps[1] is not None
+    assert some._maps[1]._seen == MOST_LEARNT
+
+
+@pytest.mark.parametrize("what", ["another pass", "twice", "not looked"])
+def test_only_a_pass_that_was_looked_at_is_learnt_from(what: str) -> None:
+    lookahead = made(Model([8, 8]))
+    assert lookahead._maps[1] is not None
+    if what == "another pass":
+        lookahead.look(1, hidden_of(100), 2)
+        lookahead.reach(1, hidden_of(99))
+    elif what == "twice":
+        lookahead.look(1, hidden_of(10), 2)
+        lookahead.reach(1, hidden_of(10))
+        lookahead.reach(1, hidden_of(10))
+        assert lookahead._maps[1]._seen == 10
+        return
+    else:
+        lookahead.reach(1, hidden_of(100))
+    assert lookahead._maps[1]._seen == 0
+
+
+def test_layers_of_different_sizes_are_learnt_apart() -> None:
+    """Each layer adds an offset to what its experts see, so that the next router alone names the wrong ones."""
+    experts = (6, 10, 3, 14)
+    model = Model(experts)
+    learning, fixed = made(model), made(model)
+    generator = torch.Generator().manual_seed(4)
+    offsets = [3 * torch.randn(HIDDEN, generator=generator) for _ in experts]
+    right = {learning: 0, fixed: 0}
+    for step in range(150):
+        hidden = hidden_of(2, seed=step)
+        for layer in range(len(experts) - 1):
+            following = hidden + offsets[layer]
+            wanted = set(best_ranks(following @ model.weight(layer + 1).t(), 1))
+            for lookahead in (learning, fixed):
+                named = lookahead.look(layer + 1, hidden, 1)
+                if step >= 100:
+                    right[lookahead] += len(wanted & {expert for expert, rank in named.items() if rank == 0})
+            learning.reach(layer + 1, following)
+            hidden = following
+    assert right[learning] > 1.5 * right[fixed]
+    assert right[learning] > 0.9 * 50 * 3
+
+
+def passed_through(own: Running, ids: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """For each layer what entered its experts, [tokens, hidden size], and which were chosen, [tokens, top-k]."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def keep(module: nn.Module, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+        seen.append((inputs[0].reshape(len(ids), -1).clone(), inputs[1].clone()))
+
+    for site in own.blueprint.sites:
+        site.module(own.model).register_forward_pre_hook(keep)
+    own.logits(ids)
+    return seen
+
+
+def test_it_gets_better_on_a_text() -> None:
+    """On the model that is shipped, token by token, beside the same without learning."""
+    items = islice(TASKS[0].items(HELD_OUT_SEED, held_out=True), 3)
+    with running(demo_folder()) as own:
+        tokenizer = load_tokenizer(own.blueprint.checkpoint)
+        ids = tokenizer.encode("\n".join(f"{item.user} {item.reply}" for item in items))[:200]
+        seen = passed_through(own, ids)
+        layers = range(1, len(seen))
+        learning, fixed = (Lookahead(own.model, own.blueprint.sites) for _ in range(2))
+        right = {learning: 0, fixed: 0}
+        for token in range(len(ids)):
+            one = slice(token, token + 1)
+            for layer in layers:
+                wanted = set(seen[layer][1][token].tolist())
+                for lookahead in right:
+                    named = lookahead.look(layer, seen[layer - 1][0][one], len(wanted))
+                    if token >= 64:
+                        right[lookahead] += sum(named.get(expert, RANKS) < len(wanted) for expert in wanted)
+                learning.reach(layer, seen[layer][0][one])
+        asked = (len(ids) - 64) * len(layers) * seen[0][1].shape[1]
+    assert right[learning] / asked > right[fixed] / asked + 0.1

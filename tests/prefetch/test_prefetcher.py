@@ -1,0 +1,227 @@
+"""What is brought and in which order, what leaves for it, and what becomes of what was wrong."""
+
+from __future__ import annotations
+
+import pytest
+from instruments import Clock, FakeGauge
+from workbench import LAYERS, LIKELY, NBYTES, SURE, UNLIKELY, Bench, ids
+
+from edgemoe.cache import ExpertId
+from edgemoe.prefetch import prefetcher as module
+from edgemoe.prefetch.prefetcher import VICTIM_WANTED
+from edgemoe.prefetch.scorecard import PredictionTotals
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+# --- order -----------------------------------------------------------------------------------------
+
+
+def test_layers_go_in_their_order_and_the_likeliest_of_a_layer_first(bench: Bench) -> None:
+    bench.say(SURE, 2, 4)
+    bench.say(LIKELY, 0, 7, 1)
+    bench.say(SURE, 0, 9)
+    bench.say(LIKELY, 1, 3)
+    assert bench.bring_all() == [*ids(0, 9, 7, 1), *ids(1, 3), *ids(2, 4)]
+
+
+def test_only_layers_behind_the_one_that_a_pass_is_in(bench: Bench) -> None:
+    for layer in range(LAYERS):
+        bench.say(SURE, layer, layer)
+    assert bench.bring_all(after=1) == [*ids(2, 2), *ids(3, 3)]
+
+
+def test_bins_of_one_predictor_have_rates_of_their_own() -> None:
+    bench = Bench()
+    card = bench.prefetcher.watch("binned", 3, prior=0.5)
+    for _ in range(50):
+        card.settle({0: 0, 1: 1, 2: 2}, [1], [])
+        card.settle({2: 2}, [2], [])
+    assert card.rate(0) < VICTIM_WANTED / (VICTIM_WANTED + 1) < card.rate(2) < card.rate(1)
+    bench.prefetcher.foretell("binned", 0, {5: 0, 6: 2, 7: 1, 8: 2}, [])
+    assert bench.bring_all() == ids(0, 7, 6, 8)
+
+
+def test_of_two_predictors_the_surer_one_counts(bench: Bench) -> None:
+    for first, second in ((SURE, UNLIKELY), (UNLIKELY, SURE)):
+        bench.say(LIKELY, 0, 1)
+        bench.say(first, 0, 2)
+        bench.say(second, 0, 2, 3)
+        assert bench.prefetcher._likely[0] == pytest.approx(
+            {ExpertId(0, 2): 0.9, ExpertId(0, 1): 0.5, ExpertId(0, 3): 0.9 if second == SURE else 0.1}
+        )
+        bench.prefetcher.drop()
+    bench.say(UNLIKELY, 0, 1, 2)
+    bench.say(LIKELY, 0, 2, 4)
+    assert bench.bring_all() == ids(0, 2, 4)
+
+
+def test_what_a_predictor_says_replaces_what_it_said(bench: Bench) -> None:
+    bench.say(SURE, 0, 1, 2)
+    bench.say(LIKELY, 0, 6)
+    bench.say(SURE, 0, 3)
+    assert bench.bring_all() == ids(0, 3, 6)
+    bench.prefetcher.reach(0, [1, 3])
+    assert bench.cards[SURE].totals == PredictionTotals(wanted=2, named=1, right=1, wrong=0)
+
+
+# --- slots -----------------------------------------------------------------------------------------
+
+
+def test_what_is_foretold_does_not_leave_for_what_is_wanted_later() -> None:
+    bench = Bench(slots=2)
+    bench.use(1, 0)
+    bench.use(3, 0)
+    bench.say(SURE, 1, 0)
+    assert bench.bring() == []
+    bench.say(SURE, 2, 5)
+    assert bench.bring() == ids(2, 5)
+    assert bench.cache.residents(1) == [0], "the other one had been used later"
+    bench.say(SURE, 3, 7)
+    assert bench.bring() == []
+
+
+def test_what_is_not_likely_enough_is_not_kept_for() -> None:
+    bench = Bench(slots=2)
+    bench.use(1, 0)
+    bench.use(3, 0)
+    bench.say(UNLIKELY, 1, 0)
+    bench.say(SURE, 2, 5)
+    assert bench.bring() == ids(2, 5)
+    assert bench.cache.residents(1) == []
+
+
+def test_what_found_no_slot_is_tried_again() -> None:
+    bench = Bench(slots=1)
+    bench.use(3, 0)
+    bench.say(SURE, 0, 5)
+    bench.say(LIKELY, 0, 6)
+    with bench.cache.lend(3, [0]):
+        assert bench.bring() == []
+    assert bench.bring() == ids(0, 5)
+
+
+# --- passes ----------------------------------------------------------------------------------------
+
+
+def test_a_prediction_is_settled_once_when_its_layer_is_reached(bench: Bench) -> None:
+    bench.say(SURE, 1, 1, 2, 3, resident=[3])
+    bench.say(LIKELY, 1, 2)
+    bench.prefetcher.reach(0, [1, 2, 3])
+    assert bench.cards[SURE].totals == PredictionTotals()
+    for _ in range(2):
+        bench.prefetcher.reach(1, [1, 3, 5])
+    assert bench.cards[SURE].totals == PredictionTotals(wanted=2, named=1, right=1, wrong=1)
+    assert bench.cards[LIKELY].totals == PredictionTotals(wanted=3, named=0, right=0, wrong=1)
+    assert bench.cards[UNLIKELY].totals == PredictionTotals(), "it said nothing"
+
+
+def test_what_is_said_of_a_reached_layer_is_brought_no_more(bench: Bench) -> None:
+    bench.say(SURE, 0, 1)
+    bench.say(SURE, 1, 2)
+    bench.prefetcher.reach(0, [5])
+    assert bench.bring_all() == ids(1, 2)
+
+
+def test_what_was_wrong_is_called_off_when_its_layer_is_reached(bench: Bench) -> None:
+    """Nobody waits for it, and the link has better to do. What has begun to move, or is wanted, goes on."""
+    bench.say(SURE, 0, 1, 2, 3)
+    bench.say(SURE, 1, 4)
+    bench.prefetcher.bring()
+    bench.link.queued = {*ids(0, 1, 2), *ids(1, 4)}
+    bench.prefetcher.reach(0, [1])
+    assert bench.link.happened("cancel") == ids(0, 2)
+    assert [bench.cache.holds(expert) for expert in ids(0, 1, 2, 3)] == [True, False, True]
+    bench.prefetcher.drop()
+    assert bench.link.happened("cancel") == [*ids(0, 2), *ids(1, 4)], "what belongs to a reached layer is over"
+
+
+def test_what_others_brought_is_not_called_off(bench: Bench) -> None:
+    bench.cache.prefetch(ids(0, 2))
+    bench.link.queued = set(ids(0, 2))
+    bench.say(SURE, 0, 2)
+    bench.prefetcher.bring()
+    bench.prefetcher.reach(0, [])
+    bench.prefetcher.drop()
+    assert bench.link.happened("cancel") == []
+
+
+def test_a_pass_that_is_not_made_is_forgotten(bench: Bench) -> None:
+    bench.say(SURE, 0, 1, 2)
+    bench.say(SURE, 1, *range(8))
+    bench.prefetcher.bring()
+    bench.link.queued = {*ids(0, 1), *ids(1, 0, 1)}
+    bench.prefetcher.drop()
+    assert bench.link.happened("cancel") == [*ids(0, 1), *ids(1, 0, 1)]
+    assert bench.cache.holds(ExpertId(0, 2)), "it has begun to move"
+    assert bench.bring_all() == []
+    bench.prefetcher.reach(0, [1])
+    assert bench.cards[SURE].totals == PredictionTotals()
+    bench.cache.check_integrity()
+
+
+# --- the time of a layer ---------------------------------------------------------------------------
+
+
+def test_a_layer_takes_as_long_as_from_one_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(module, monkeypatch)
+    bench = Bench(gauge=FakeGauge(speed=NBYTES, busy=0.0))
+
+    def seconds() -> float:
+        """By what a link of a record a second would bring in the time."""
+        bar = bench.prefetcher.worth_bringing(1)
+        return 0.25 / bar - 0.25
+
+    def reach(layer: int, after: float) -> None:
+        clock.now += after
+        bench.prefetcher.reach(layer, [])
+
+    reach(0, 5.0)
+    reach(2, 0.3)
+    assert bench.prefetcher.worth_bringing(1) == 0.2, "a layer that was passed over says nothing"
+    reach(3, 0.4)
+    assert seconds() == pytest.approx(0.4)
+    reach(0, 0.9)
+    assert seconds() == pytest.approx(0.4), "between passes anything may happen"
+    reach(1, 0.2)
+    assert seconds() == pytest.approx(0.4 + (0.2 - 0.4) / 16)
+    for _ in range(100):
+        reach(0, 0.9)
+        reach(1, 0.2)
+    assert seconds() == pytest.approx(0.2, rel=0.01)
+
+
+def test_the_gauge_is_read_once_a_pass(bench: Bench) -> None:
+    for _ in range(3):
+        for layer in range(LAYERS):
+            bench.prefetcher.reach(layer, [])
+    assert bench.gauge.readings == 3
+
+
+# --- silence ---------------------------------------------------------------------------------------
+
+
+def loads(bench: Bench, passes: int, *, right: bool) -> int:
+    """Passes in each of which one expert is foretold; how many times it was loaded."""
+    before = len(bench.brought())
+    for _ in range(passes):
+        bench.say(SURE, 0, 1)
+        bench.prefetcher.bring()
+        bench.link.queued = set(ids(0, 1))
+        bench.use(0, 1 if right else 2)
+        bench.use(1, *range(4))
+    return len(bench.brought()) - before
+
+
+def test_a_predictor_that_is_wrong_is_silenced_and_heard_again_when_it_is_right() -> None:
+    bench = Bench(slots=4)
+    assert 5 <= loads(bench, 200, right=False) <= 60
+    assert loads(bench, 50, right=False) == 0
+    assert bench.cards[SURE].rate(0) < bench.prefetcher.worth_bringing(1)
+    loads(bench, 200, right=True)
+    assert bench.cards[SURE].rate(0) > bench.prefetcher.worth_bringing(1)
+    assert loads(bench, 50, right=True) == 50
+    bench.cache.check_integrity()
