@@ -79,7 +79,6 @@ def _note(now, wanted, layer, had, until, sizes, last_use, last_pass):  # type: 
         for expert in range(experts):
             had[layer, expert, moment % kept] = 0
             until[layer, expert, moment % kept] = 0
-        sizes[layer, moment % kept] = 0
     last_pass[layer] = now
     sizes[layer, now % kept] = np.float32(1) / np.sqrt(np.float32(max(1, len(wanted))))
     for expert in wanted:

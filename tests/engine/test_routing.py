@@ -36,8 +36,34 @@ def test_looking_at_the_routers_changes_no_bit(family: str, layers: list[int] | 
             found = own.logits(PROMPT)
         assert torch.equal(found, expected)
         assert seen == (list(range(len(own.blueprint.sites))) if layers is None else layers)
-        own.logits(PROMPT)
-        assert len(seen) == len(set(seen)), "beyond its block nothing is looked at"
+
+
+class Where:
+    """As `WhereWeAre`, without a model."""
+
+    def __init__(self, layer: int | None) -> None:
+        self.layer, self.experts = layer, [4, 6]
+
+
+def test_only_the_first_choice_over_the_experts_of_a_block_is_the_routers() -> None:
+    seen: list[tuple[int, int]] = []
+
+    def choose(layer: int, choice: Choice) -> torch.Tensor:
+        seen.append((layer, choice.top_k))
+        return -choice.scores
+
+    where, scores = Where(1), torch.arange(12.0).view(2, 6)
+    with RouterMode(where, choose):  # type: ignore[arg-type]
+        assert scores[:, :4].topk(2).indices.tolist() == [[3, 2], [3, 2]], "among groups"
+        assert scores.view(2, 1, 6).topk(1).indices.flatten().tolist() == [5, 5]
+        assert seen == []
+        assert torch.topk(scores, k=3, dim=-1).indices.tolist() == [[0, 1, 2], [0, 1, 2]]
+        assert scores.topk(2).indices.tolist() == [[5, 4], [5, 4]], "another of the same block is not"
+        where.layer = 0
+        assert scores[:, :4].topk(1, dim=-1, sorted=False).indices.tolist() == [[0], [0]]
+    where.layer = 1
+    assert scores.topk(2).indices.tolist() == [[5, 4], [5, 4]]
+    assert seen == [(1, 3), (0, 1)]
 
 
 def fill(own: Running, residents: Sequence[int]) -> None:
@@ -124,7 +150,9 @@ def test_with_everything_resident_a_draft_is_the_model_itself(family: str, zoo: 
         for rule in ("reselect", "affinity"):
             with own.layers.drafting(DraftRouting(own.cache, own.store.experts, rule)):
                 assert torch.equal(own.logits(PROMPT), expected)
-        assert torch.equal(own.logits(PROMPT), expected), "and drafting leaves nothing behind"
+        before = counted(own)["hits"]
+        assert torch.equal(own.logits(PROMPT), expected)
+        assert counted(own)["hits"] > before, "drafting leaves nothing behind"
 
 
 def test_an_error_in_a_draft_ends_the_drafting(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +167,9 @@ def test_an_error_in_a_draft_ends_the_drafting(zoo: Zoo, monkeypatch: pytest.Mon
             routing = DraftRouting(own.cache, own.store.experts, "reselect")
             with pytest.raises(RuntimeError, match="no"), own.layers.drafting(routing):
                 own.logits(PROMPT)
+        before = counted(own)["hits"]
         assert torch.equal(own.logits(PROMPT), expected)
+        assert counted(own)["hits"] > before
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
@@ -243,6 +273,8 @@ def test_what_was_wanted_is_kept_whether_the_router_was_seen_or_not() -> None:
     assert [len(each.wanted[0]) for each in (seen, unseen)] == [1, 1]
     assert seen.wanted[0][0][0, 1] == pytest.approx(0.4 / 0.6)
     assert unseen.wanted[0][0][0].tolist() == [0, 0.75, 0, 0.25, 0, 0]
+    seen.substitute(0, index, weights)
+    assert torch.equal(seen.wanted[0][1], unseen.wanted[0][0]), "the next pass is one of its own"
 
 
 @pytest.mark.parametrize("scores", [SCORES, SCORES.clamp_min(1e-6).log()], ids=["probabilities", "logits"])
