@@ -100,6 +100,16 @@ def test_each_layer_is_foretold_from_the_one_before_it(zoo: Zoo) -> None:
         assert (totals.recall, totals.precision) == (0.5, 0.5)
 
 
+def test_what_is_brought_in_a_pass_is_for_the_layers_behind_the_one_that_it_is_in(zoo: Zoo) -> None:
+    """With a draft's forecast of all of them as well."""
+    with seeing(zoo) as seer:
+        after, bring = [], seer.prefetcher.bring
+        seer.prefetcher.bring = lambda layer=-1: (after.append(layer), bring(layer))[1]  # type: ignore[method-assign]
+        seer.told.says = {3: 0}
+        seer.run(1)
+        assert after == [0, 1, 2, 3]
+
+
 def test_what_was_there_already_is_not_counted(zoo: Zoo) -> None:
     with seeing(zoo) as seer:
         seer.run(1, 3)

@@ -14,6 +14,7 @@ from crowd import Crowd, alone, assert_same_reply, completion, mixed_requests
 
 from edgemoe import CheckpointError, Completion, EdgeMoEError, Engine, Sampling
 from edgemoe.cycle_cost import Plain
+from edgemoe.draft_tree import DraftTree
 from edgemoe.expert_layer import ExpertLayer
 from edgemoe.quiet import quiet_transformers
 
@@ -319,13 +320,41 @@ def test_before_a_step_was_timed_nothing_is_worth_its_price(own: Running, monkey
     assert crowd.speculation.totals.cycles > 0
 
 
-def test_how_far_a_draft_stands_out_is_measured_against_what_came_of_it(own: Running) -> None:
-    """Only what the model was asked about counts: not what lies below a wrong guess, nor behind the reply's end."""
-    crowd = Crowd(own, speculate="self", draft_shape="chain", draft_depth=4)
-    seen: list[bool] = []
-    crowd.speculation._shares.saw = lambda number, came_true: seen.append(came_true)  # type: ignore[method-assign]
-    crowd.reply(random_ids(5), max_tokens=20, temperature=1.0)
-    totals = crowd.speculation.totals
-    assert seen.count(True) == totals.accepted
-    assert totals.accepted < totals.drafted
-    assert seen.count(False) <= totals.cycles, "a chain is wrong once"
+@pytest.mark.parametrize(
+    ("path", "made", "expected"),
+    [
+        ([0], 1, {1: False, 2: False}),
+        ([0, 2], 2, {1: False, 2: True, 4: False}),
+        ([0, 1, 3], 3, {1: True, 2: False, 3: True, 5: False}),
+        ([0, 1, 3], 2, {1: True, 2: False, 3: True}),
+        ([0, 1], 1, {1: True, 2: False}),
+    ],
+)
+def test_only_what_the_model_was_asked_about_is_learnt_from(
+    path: list[int], made: int, expected: dict[int, bool], own: Running
+) -> None:
+    """Not what lies below a wrong guess, nor what was drafted behind the reply's end: there, one fewer was made."""
+    speculation = Crowd(own, speculate="self").speculation
+    tree = DraftTree(9)
+    for parent, token in ((0, 1), (0, 2), (1, 3), (2, 4), (3, 5)):
+        tree.add(parent, token, 0.5)
+    seen: dict[int, bool] = {}
+    speculation._shares.saw = seen.__setitem__  # type: ignore[method-assign]
+    speculation._bins = {tree: {node: node for node in range(1, 6)}}
+    speculation.learn(tree, path, made)
+    assert seen == expected
+    totals = speculation.totals
+    assert (totals.cycles, totals.drafted, totals.accepted) == (1, 5, len(path) - 1)
+    assert speculation._bins == {}
+
+
+def test_how_far_a_draft_stands_out_is_measured_against_what_came_of_it(zoo: Zoo) -> None:
+    with running(zoo("mixtral"), slots=5) as own, quiet_transformers():
+        crowd = Crowd(own, speculate="self", draft_shape="chain", draft_depth=4)
+        seen: list[bool] = []
+        crowd.speculation._shares.saw = lambda number, came_true: seen.append(came_true)  # type: ignore[method-assign]
+        crowd.reply(random_ids(5), max_tokens=30, temperature=1.0)
+        totals = crowd.speculation.totals
+        assert seen.count(True) == totals.accepted
+        assert 0 < totals.accepted < totals.drafted
+        assert 0 < seen.count(False) <= totals.cycles, "a chain is wrong once"
