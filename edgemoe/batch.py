@@ -313,7 +313,7 @@ class Batch:
             else:
                 bases[generation] = past.tokens
                 past.draft()
-                work.append(tree_work(past, tree, range(len(tree)), ()))
+                work.append(tree_work(past, tree, range(len(tree)), ())._replace(verifies=True))
         started = time.perf_counter()
         results = self.decoder.run(work)
         seconds, waited = time.perf_counter() - started, counters.link_wait_seconds - before.link_wait_seconds

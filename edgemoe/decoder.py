@@ -41,6 +41,8 @@ class Work(NamedTuple):
     """Whether the logits of all of them are wanted, [tokens, vocabulary], and not the last one's alone."""
     branches: Branches | None = None
     """How they lie beside the past where they do not simply follow one another."""
+    verifies: bool = False
+    """Whether drafts are verified by the logits, which then must not depend on what was drafted."""
 
     @property
     def outputs(self) -> int:
@@ -155,6 +157,15 @@ class Decoder:
         self._seen.add(kind)
         with torch.inference_mode(), torch_threads(1 if alone else self._threads), quiet:
             yield
+
+    def one_by_one(self, work: Sequence[Work]) -> bool:
+        """Whether the tokens of a pass can have, and shall have, the bits that steps over single tokens give.
+
+        They can where the kernels multiply all of them. More tokens than that, other CPUs and GPUs go without: there a
+        loop over tokens would cost more than drafts gain.
+        """
+        tokens = sum(len(item.tokens) for item in work)
+        return 1 < tokens <= self._few_tokens and any(item.verifies for item in work)
 
     def _spread_thin(self, tokens: int) -> bool:
         """Whether each expert gets so few of `tokens` that kernels save more on experts than they cost elsewhere."""

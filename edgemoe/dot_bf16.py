@@ -19,8 +19,11 @@ from numba.extending import intrinsic
 
 VALUES = 32
 """Values that one instruction takes; rows must be a multiple of it."""
-SUMS = 8
-"""Sums kept at once at least, to hide the instruction's latency."""
+UNROLLED = 2
+"""Sums kept at once for each product, to hide the instruction's latency.
+
+As many for every block: a product is summed in the same order, to the same bits, whatever it is computed with.
+"""
 
 WORD = ir.IntType(64)
 SINGLE = ir.FloatType()
@@ -44,10 +47,9 @@ def dot_block(rows: int, tokens: int) -> Callable[..., None]:
     distances in bytes between rows, tokens, and the results of two tokens, and the count of values, a
     multiple of `VALUES`, all int64. The results of a token, float32, lie one after the other.
     """
-    unrolled = max(1, SUMS // (rows * tokens))
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _Block(builder, rows, tokens, unrolled).emit(*arguments)
+        _Block(builder, rows, tokens).emit(*arguments)
         return context.get_dummy_value()
 
     @intrinsic
@@ -62,11 +64,10 @@ def dot_block(rows: int, tokens: int) -> Callable[..., None]:
 class _Block:
     """Writes the instructions of one block."""
 
-    def __init__(self, builder: Any, rows: int, tokens: int, unrolled: int) -> None:
+    def __init__(self, builder: Any, rows: int, tokens: int) -> None:
         self._builder = builder
         self._rows = rows
         self._tokens = tokens
-        self._unrolled = unrolled
         self._instruction = ir.InlineAsm(
             ir.FunctionType(LANES, [LANES, PAIRS, PAIRS]), "vdpbf16ps $3, $2, $0", "=v,0,v,v", False
         )
@@ -77,20 +78,17 @@ class _Block:
         rows = self._steps(row, row_step, self._rows)
         tokens = self._steps(values, token_step, self._tokens)
         zero = ir.Constant(LANES, [0.0] * 16)
-        sums = [
-            [[cgutils.alloca_once_value(builder, zero) for _ in tokens] for _ in rows] for _ in range(self._unrolled)
-        ]
+        sums = [[[cgutils.alloca_once_value(builder, zero) for _ in tokens] for _ in rows] for _ in range(UNROLLED)]
         nbytes = builder.mul(count, WORD(2))
-        stride = 2 * VALUES * self._unrolled
+        stride = 2 * VALUES * UNROLLED
         whole = builder.mul(builder.udiv(nbytes, WORD(stride)), WORD(stride))
         self._loop(WORD(0), whole, sums, rows, tokens)
-        if self._unrolled > 1:
-            self._loop(whole, nbytes, sums[:1], rows, tokens)
+        self._loop(whole, nbytes, sums[:1], rows, tokens)
         places = self._steps(out, out_step, self._tokens)
         for at_row in range(self._rows):
             for at_token, place in enumerate(places):
                 total = builder.load(sums[0][at_row][at_token])
-                for part in range(1, self._unrolled):
+                for part in range(1, UNROLLED):
                     total = builder.fadd(total, builder.load(sums[part][at_row][at_token]))
                 address = builder.inttoptr(builder.add(place, WORD(4 * at_row)), SINGLE.as_pointer())
                 builder.store(self._across(total), address, align=4)

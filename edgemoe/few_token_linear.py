@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from edgemoe.torch_threads import kernels_have_the_cores
 from edgemoe.workers import Workers
 
-SMALLEST = 1 << 16
+SMALLEST = 1 << 12
 """Weights with fewer values than this gain nothing over PyTorch's own product."""
 
 

@@ -13,9 +13,11 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from edgemoe import row_by_row
 from edgemoe.branches import Branches
 from edgemoe.branches import additive as added
 from edgemoe.decoder import PROBE_TOKENS, Decoder, Work
@@ -35,6 +37,8 @@ class Row(NamedTuple):
     first: int
     last: int
     branches: Branches | None
+    one_by_one: bool = False
+    """Whether each of several tokens attends as it does in a step of its own, to the same bits."""
 
 
 class Pack:
@@ -43,6 +47,12 @@ class Pack:
     def __init__(self) -> None:
         self.rows: Sequence[Row] = ()
         self._masks: dict[object, torch.Tensor] = {}
+        self._picks: dict[object, list[slice | torch.Tensor]] = {}
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether some row's tokens shall have the bits of single steps."""
+        return any(row.one_by_one for row in self.rows)
 
     @contextmanager
     def holding(self, rows: Sequence[Row]) -> Iterator[None]:
@@ -53,6 +63,7 @@ class Pack:
         finally:
             self.rows = ()
             self._masks.clear()
+            self._picks.clear()
 
     def mask(self, row: Row, keys: torch.Tensor, window: int | None, *, additive: bool) -> torch.Tensor | None:
         """Which of `keys`, [1, heads, keys, width], each token of `row` sees; None where that is plain.
@@ -61,10 +72,7 @@ class Pack:
         """
         queries, count = row.last - row.first, keys.shape[-2]
         plain = queries == 1 or (queries == count and not additive)
-        # With a mask transformers puts the heads that share keys into the places of queries; without one
-        # PyTorch is left to it, which on a CPU takes fifteen times as long for a single query.
-        one_on_cpu = queries == 1 and not additive and keys.device.type == "cpu"
-        if row.branches is None and plain and not one_on_cpu and (window is None or count <= window):
+        if row.branches is None and plain and (window is None or count <= window):
             return None
         # Rows without branches that are equally long share a mask.
         key = (row.first if row.branches else -queries, count, window)
@@ -73,6 +81,22 @@ class Pack:
             seen = seen.to(keys.device)
             self._masks[key] = (added(seen, keys.dtype) if additive else seen)[None, None]
         return self._masks[key]
+
+    def picks(self, row: Row, count: int, window: int | None) -> list[slice | torch.Tensor]:
+        """For each token of `row` which of the last `count` keys it sees, as a slice where they follow one another."""
+        key = (row.first, count, window)
+        if key not in self._picks:
+            if row.branches:
+                self._picks[key] = [_pick(each.nonzero()[:, 0]) for each in row.branches.visible(count, window)]
+            else:
+                ends = range(count - (row.last - row.first) + 1, count + 1)
+                self._picks[key] = [slice(max(0, end - window) if window else 0, end) for end in ends]
+        return self._picks[key]
+
+
+def _pick(places: torch.Tensor) -> slice | torch.Tensor:
+    first, last = int(places[0]), int(places[-1])
+    return slice(first, last + 1) if last - first + 1 == len(places) else places
 
 
 def _causal(queries: int, count: int, window: int | None) -> torch.Tensor:
@@ -106,8 +130,10 @@ class PackedDecoder:
             ids: list[int] = []
             places: list[int] = []
             wanted: list[int] = []
+            one_by_one = decoder.one_by_one(work)
             for item in work:
-                rows.append(Row(item.past.cache, len(ids), len(ids) + len(item.tokens), item.branches))
+                first, last = len(ids), len(ids) + len(item.tokens)
+                rows.append(Row(item.past.cache, first, last, item.branches, one_by_one and item.verifies))
                 places += item.places
                 ids += item.tokens
                 wanted += range(len(ids) - item.outputs, len(ids))
@@ -142,6 +168,7 @@ class PackedDecoder:
             if base is not None:
                 vars(module)["edgemoe_attention"] = (self._pack, *base)
         ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
+        row_by_row.install(model, lambda: self._pack.one_by_one)
         return True
 
     @contextmanager
@@ -193,9 +220,35 @@ def attend(
         keys, values = row.cache.update(key[:, :, first:last], value[:, :, first:last], module.layer_idx)
         layer = row.cache.layers[module.layer_idx]
         window = layer.sliding_window if layer.is_sliding else None
-        mask = pack.mask(row, keys, window, additive=additive)
-        outputs.append(base(module, query[:, :, first:last], keys, values, mask, **options)[0])
+        folds = not additive and keys.device.type == "cpu" and options.get("position_bias") is None
+        if row.one_by_one or (folds and last - first == 1):
+            single = _single_sdpa if folds else base
+            for place, pick in enumerate(pack.picks(row, keys.shape[-2], window), first):
+                own = query[:, :, place : place + 1]
+                outputs.append(single(module, own, keys[:, :, pick], values[:, :, pick], None, **options)[0])
+        else:
+            mask = pack.mask(row, keys, window, additive=additive)
+            outputs.append(base(module, query[:, :, first:last], keys, values, mask, **options)[0])
     return torch.cat(outputs, dim=1), None
+
+
+def _single_sdpa(
+    module: Any,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    attention_mask: None,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' SDPA for a single query that sees all keys, on a CPU.
+
+    The heads that share keys are put into the places of queries: left to PyTorch that takes fifteen times as long.
+    """
+    heads, width = query.shape[1], query.shape[-1]
+    folded = query.reshape(1, keys.shape[1], heads // keys.shape[1], width)
+    output = F.scaled_dot_product_attention(folded, keys, values, scale=scaling)
+    return output.reshape(1, 1, heads, values.shape[-1]), None
 
 
 def _base_attention(module: Any) -> tuple[Callable[..., Any], bool] | None:

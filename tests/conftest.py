@@ -6,6 +6,7 @@ import itertools
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # Read by huggingface_hub when it is first imported.
@@ -27,3 +28,11 @@ NUMBERS = itertools.count()
 def _nothing_is_kept_from_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
     """... and a folder of its own for each test."""
     monkeypatch.setenv("XDG_CACHE_HOME", os.path.join(CACHES.name, str(next(NUMBERS))))
+
+
+@pytest.fixture(autouse=True)
+def _the_modes_of_the_thread_are_left_as_they_were() -> Iterator[None]:
+    """A test that left one behind would let others fail, far away and only in that order."""
+    yield
+    assert not torch.is_inference_mode_enabled()
+    assert torch.is_grad_enabled()

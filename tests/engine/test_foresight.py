@@ -163,6 +163,7 @@ def test_with_everything_resident_nobody_is_asked(zoo: Zoo) -> None:
         seer.brought.clear()
         seer.run(1, 3)
         seer.foresight.begin_cycle()
+        assert seer.foresight._forecast is None
         seer.foresight.foretell(0, torch.ones(1, 8) / 8, torch.ones(1))
         seer.foresight.bring()
         assert (seer.told.looked, seer.told.reached, seer.brought) == ([], [], [])
