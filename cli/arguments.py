@@ -22,6 +22,8 @@ _DTYPES = ("auto", "bfloat16", "float16", "float32")
 _SPECULATE = ("auto", "auto+self", "off", "ngram", "self", "model", "ngram+self", "ngram+model")
 _SHAPES = ("tree", "chain")
 _RULES = ("auto", "reselect", "affinity", "fewer")
+_BUDGET_RULES = ("sum", "path", "residency")
+_DROPPED = ("substitute", "truncate")
 _SHARE = re.compile(r"\d+(\.\d+)?%")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _WORDS_FOR = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
@@ -247,6 +249,26 @@ def _add_draft_options(parser: Parser) -> None:
         metavar="WHAT",
         help="bring in experts before they are asked for: auto (while that pays) or off",
     )
+    parser.option(
+        "--budget",
+        convert=text,
+        metavar="SIZE",
+        help="lossy: keep each check of drafts to N experts a layer (8), a share of the routing mass (95%%) or "
+        "bytes of experts (64MiB); off is exact",
+    )
+    parser.option(
+        "--budget-rule",
+        convert=one_of(*_BUDGET_RULES),
+        metavar="RULE",
+        help="which experts the budget is for: those with most routing (sum), the same by how likely each draft is "
+        "(path), or path where only what is not there counts (residency)",
+    )
+    parser.option(
+        "--budget-dropped",
+        convert=one_of(*_DROPPED),
+        metavar="HOW",
+        help="what tokens do without an expert that was dropped: take another (substitute) or none (truncate)",
+    )
 
 
 def add_model_option(parser: Parser) -> None:
@@ -336,6 +358,9 @@ _MODEL_FIELDS = {
     "draft_shape": "draft_shape",
     "draft_rule": "draft_rule",
     "prefetch": "prefetch",
+    "budget": "budget",
+    "budget_rule": "budget_rule",
+    "budget_dropped": "budget_dropped",
 }
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
@@ -13,11 +13,13 @@ from edgemoe.batch_size import BatchSize
 from edgemoe.cache import CacheCounters
 from edgemoe.decoder import Work
 from edgemoe.draft_tree import DraftTree
+from edgemoe.expert_budget import BudgetedPasses
 from edgemoe.generation import Generation
 from edgemoe.joint_decoder import JointDecoder, tree_work
 from edgemoe.kv_size import KvSize
 from edgemoe.past import Past, room_for
 from edgemoe.prefixes import Match, Prefixes
+from edgemoe.shares import Share, select
 from edgemoe.speculation import Speculation
 from edgemoe.waiting_line import WaitingLine
 
@@ -30,14 +32,6 @@ A step's cost is in the experts that it loads more than in its tokens, so that s
 """
 KEPT_PASTS = 8
 """Pasts of finished requests that stay while there is room: the turns of a conversation, a file's common header."""
-
-
-class Share(NamedTuple):
-    """What one request computes in a step."""
-
-    generation: Generation
-    tokens: int
-    """How many, the next ones that its past does not have."""
 
 
 @dataclass
@@ -76,9 +70,11 @@ class Batch:
         step_tokens: int,
         size: BatchSize,
         patience: int,
+        budget: BudgetedPasses | None = None,
     ) -> None:
         self.totals = BatchTotals()
         self.speculation = speculation
+        self.budget = budget
         self.size = size
         self.decoder = decoder
         self._kv = kv
@@ -126,7 +122,7 @@ class Batch:
         """
         self._drop_cancelled()
         self._admit()
-        shares = self._make_room(self._select())
+        shares = self._make_room(select(self._running, self._step_tokens, self.decoder.plain.can_chunk))
         if not shares:
             return
         started, generated = time.perf_counter(), self.totals.tokens_generated
@@ -258,33 +254,6 @@ class Batch:
 
     # --- what a step computes ----------------------------------------------------------------------
 
-    def _select(self) -> list[Share]:
-        """Who computes how many tokens: one each for those that decode, shares of what is left for prompts."""
-        decoding = [generation for generation in self._running if generation.missing == 1]
-        prompts = [generation for generation in self._running if generation.missing > 1]
-        shares = [Share(generation, 1) for generation in decoding]
-        # However many decode, newcomers get on.
-        budget = max(self._step_tokens - len(decoding), self._step_tokens // 4, 1)
-        left = budget
-        for place, generation in enumerate(prompts):
-            count = self._chunk(generation, max(1, left // (len(prompts) - place)), first=left == budget)
-            if count:
-                shares.append(Share(generation, count))
-                left = max(0, left - count)
-        return shares
-
-    def _chunk(self, generation: Generation, share: int, *, first: bool) -> int:
-        """Tokens of a prompt for this step. What cannot be run in parts goes whole, one in a step, or waits."""
-        assert generation.past is not None
-        wanted = generation.missing
-        if generation.pause_at is not None and generation.past.tokens < generation.pause_at:
-            wanted = min(wanted, generation.pause_at - generation.past.tokens)
-        if wanted <= share:
-            return wanted
-        if self.decoder.plain.can_chunk(generation.tokens):
-            return share
-        return wanted if first else 0
-
     def _draft(self, shares: Sequence[Share]) -> Mapping[Generation, DraftTree]:
         """What may follow those that decode, as far as there is room for it."""
         decoding = [generation for generation, count in shares if count == 1 == generation.missing]
@@ -315,7 +284,8 @@ class Batch:
                 past.draft()
                 work.append(tree_work(past, tree, range(len(tree)), ())._replace(verifies=True))
         started = time.perf_counter()
-        results = self.decoder.run(work)
+        with self._budgeted(shares, work, trees):
+            results = self.decoder.run(work)
         seconds, waited = time.perf_counter() - started, counters.link_wait_seconds - before.link_wait_seconds
         # Before the chunks are made, which say what has been moved for them.
         self._account(shares, before, counters)
@@ -328,6 +298,15 @@ class Batch:
                 generation.advance(logits)
                 self.totals.tokens_generated += 1
         self.speculation.stepped(work, bool(trees), seconds, waited)
+
+    def _budgeted(
+        self, shares: Sequence[Share], work: Sequence[Work], trees: Mapping[Generation, DraftTree]
+    ) -> AbstractContextManager[None]:
+        """The block in which a pass runs: under the budget of those that verify, where there is one."""
+        if self.budget is None:
+            return nullcontext()
+        drafted = [trees.get(generation) for generation, _ in shares]
+        return self.budget.restricting(work, [tree.probabilities if tree else None for tree in drafted])
 
     def _verify(self, generation: Generation, tree: DraftTree, logits: torch.Tensor, base: int) -> None:
         """Adds what the pass says of `tree` to the reply, and keeps of its keys and values what belongs to it."""

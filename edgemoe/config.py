@@ -51,6 +51,14 @@ class EngineConfig:
     prefetch: str = "auto"
     """Loading experts before they are asked for: "auto" (while it pays) or "off"."""
 
+    budget: str | int = "off"
+    """Lossy. What a verification may use: "off", experts of each layer (8), a share of the routing mass ("95%"), or
+    bytes of a pass ("64MiB")."""
+    budget_rule: str = "residency"
+    """Which experts those are, and what counts: "sum", "path" or "residency" (see `prefetch.budget.RULES`)."""
+    budget_dropped: str = "substitute"
+    """What becomes of a choice outside: "substitute" (the token chooses again inside) or "truncate"."""
+
     default_context: int = 8192
     default_max_tokens: int = 1024
     """Length of a reply, in tokens, where neither the request nor the checkpoint says; the context bounds it too."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from edgemoe.cache import ExpertCache
-from edgemoe.routing import Choice, shares
+from edgemoe.routing import Choice, hidden_score, shares
 
 RULES = ("reselect", "affinity", "fewer")
 """Choose again among the resident ones; take the most similar resident one; choose again, and only the best few."""
@@ -41,10 +41,7 @@ class DraftRouting:
         if self._rule == "affinity":
             return choice.scores
         resident, scores = self.resident(layer, choice.scores.device), choice.scores
-        # Where fewer are resident than are taken, one that is not comes along: among probabilities it must not spoil
-        # the sum that some families divide by.
-        last = float("-inf") if bool((scores < 0).any()) else -torch.finfo(scores.dtype).tiny
-        return scores.masked_fill(~resident, last)
+        return scores.masked_fill(~resident, hidden_score(scores))
 
     def substitute(
         self, layer: int, index: torch.Tensor, weights: torch.Tensor

@@ -13,12 +13,14 @@ import torch
 from edgemoe.batch import Batch
 from edgemoe.batch_size import BatchSize
 from edgemoe.blueprint import Blueprint, open_blueprint
+from edgemoe.budget_routing import BudgetTotals
 from edgemoe.config import EngineConfig
 from edgemoe.decoder import Decoder
 from edgemoe.draft_model import DraftModel
 from edgemoe.draft_settings import draft_settings
 from edgemoe.drafters import speculation_for
 from edgemoe.errors import CheckpointError, EdgeMoEError, RequestError
+from edgemoe.expert_budget import BudgetedPasses, budget_settings
 from edgemoe.generation import Cancels, Generation
 from edgemoe.joint_decoder import JointDecoder
 from edgemoe.plan import Plan
@@ -74,7 +76,12 @@ class Engine:
         size = BatchSize(plan.batch, automatic=str(self._config.batch).strip().lower() == "auto")
         joint = JointDecoder(decoder)
         speculation = speculation_for(draft_settings(self._config), joint, runtime, plan, draft_model)
-        return Batch(joint, speculation, plan.kv, plan.kv_nbytes, plan.prefill_chunk, size, self._config.patience)
+        asked, budget = budget_settings(self._config), None
+        if asked is not None:
+            budget = BudgetedPasses(asked, runtime.layers, runtime.cache, runtime.cache.store.experts)
+        return Batch(
+            joint, speculation, plan.kv, plan.kv_nbytes, plan.prefill_chunk, size, self._config.patience, budget
+        )
 
     @classmethod
     def load(
@@ -97,6 +104,9 @@ class Engine:
         draft_shape: str = DEFAULTS.draft_shape,
         draft_rule: str = DEFAULTS.draft_rule,
         prefetch: str = DEFAULTS.prefetch,
+        budget: str | int = DEFAULTS.budget,
+        budget_rule: str = DEFAULTS.budget_rule,
+        budget_dropped: str = DEFAULTS.budget_dropped,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Engine:
         """Loads `model`, a checkpoint's folder or Hugging Face id; None is the model that ships with edgemoe.
@@ -123,6 +133,9 @@ class Engine:
             draft_shape=draft_shape,
             draft_rule=draft_rule,
             prefetch=prefetch,
+            budget=budget,
+            budget_rule=budget_rule,
+            budget_dropped=budget_dropped,
         )
         return cls(open_blueprint(model, dtype, offline=offline), config, on_progress or _ignore)
 
@@ -146,6 +159,9 @@ class Engine:
         draft_shape: str = DEFAULTS.draft_shape,
         draft_rule: str = DEFAULTS.draft_rule,
         prefetch: str = DEFAULTS.prefetch,
+        budget: str | int = DEFAULTS.budget,
+        budget_rule: str = DEFAULTS.budget_rule,
+        budget_dropped: str = DEFAULTS.budget_dropped,
     ) -> Plan:
         """The plan that `load` would use now, without loading anything. Raises as `load` does."""
         config = EngineConfig(
@@ -165,6 +181,9 @@ class Engine:
             draft_shape=draft_shape,
             draft_rule=draft_rule,
             prefetch=prefetch,
+            budget=budget,
+            budget_rule=budget_rule,
+            budget_dropped=budget_dropped,
         )
         blueprint = open_blueprint(model, dtype, offline=offline)
         return make_plan(blueprint, config, _draft_model(blueprint, config))
@@ -200,6 +219,7 @@ class Engine:
             prefix_tokens=totals.tokens_shared,
             speculation=speculation.reason,
             **vars(speculation.totals),
+            **vars(batch.budget.totals if batch.budget else BudgetTotals()),
             forecast_recall=forecast.recall,
             forecast_precision=forecast.precision,
             lookahead_recall=lookahead.recall,

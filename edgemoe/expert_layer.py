@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from edgemoe.budget_routing import BudgetRouting
 from edgemoe.cache import ExpertCache
 from edgemoe.draft_routing import DraftRouting
 from edgemoe.expert_math import Batch, Experts, FastExperts, PlainExperts
@@ -87,6 +88,7 @@ class ExpertLayers:
         self._where = where
         self._silent = False
         self._draft: DraftRouting | None = None
+        self._budget: BudgetRouting | None = None
         self._meeting: Meeting | None = None
 
     def forward(
@@ -97,6 +99,10 @@ class ExpertLayers:
             return torch.zeros_like(hidden)
         if self._draft is not None:
             return self._drafted(layer, self._draft, hidden, index, weights)
+        if self._budget is not None:
+            top_k = index.shape[-1]
+            found = self._budget.substitute(layer.number, index.reshape(-1, top_k), weights.reshape(-1, top_k))
+            index, weights = (new.view(old.shape) for new, old in zip(found, (index, weights), strict=True))
         if self._meeting is not None:
             return self._meeting.join(layer, hidden, index, weights)
         return layer.compute(hidden, index, weights)
@@ -120,6 +126,16 @@ class ExpertLayers:
                 yield
         finally:
             self._draft = None
+
+    @contextmanager
+    def restricting(self, routing: BudgetRouting) -> Iterator[None]:
+        """In the block passes use the experts that `routing` leaves them."""
+        self._budget = routing
+        try:
+            with RouterMode(self._where, routing.choose):
+                yield
+        finally:
+            self._budget = None
 
     @staticmethod
     def _drafted(

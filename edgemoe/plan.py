@@ -60,6 +60,8 @@ class Plan:
     link_gbps: float | None
     speculation: str
     """What drafts tokens ahead, and when: "ngram, while it pays, ..." or "off: ..."."""
+    lossy: str
+    """What makes replies differ from the model's own; empty where nothing does."""
 
     @property
     def total_nbytes(self) -> int:
@@ -124,6 +126,8 @@ class Plan:
         # What drafts comes first, then when, or why nothing does.
         what, why = re.split(": |, ", self.speculation, maxsplit=1)
         rows.append(("speculation", what, why))
+        if self.lossy:
+            rows.append(("lossy", "yes", self.lossy))
         if self.simulation:
             rows.append(("link", f"{self.link_gbps:g} GB/s", "simulated"))
         return rows

@@ -12,6 +12,7 @@ from edgemoe.config import EngineConfig
 from edgemoe.draft_model import DraftModel
 from edgemoe.draft_settings import draft_settings
 from edgemoe.errors import PlanError
+from edgemoe.expert_budget import budget_settings
 from edgemoe.kv_size import measure_kv
 from edgemoe.memory import cores, ram_free
 from edgemoe.plan import Plan
@@ -30,7 +31,7 @@ def make_plan(blueprint: Blueprint, config: EngineConfig, draft_model: DraftMode
     """
     if config.link_gbps is not None and not config.link_gbps > 0:
         raise PlanError(f"a simulated link of {config.link_gbps} GB/s moves nothing: give more than 0 with --link-gbps")
-    drafts = draft_settings(config)
+    drafts, budget = draft_settings(config), budget_settings(config)
     device = choose_device(config.device)
     free = _device_free(device)
     text = blueprint.config.get_text_config()
@@ -71,6 +72,7 @@ def make_plan(blueprint: Blueprint, config: EngineConfig, draft_model: DraftMode
         prefill_chunk=chunk,
         link_gbps=config.link_gbps,
         speculation=drafts.describe(),
+        lossy=budget.describe() if budget else "",
     )
     if config.context is None:
         draft = _shrink_context(draft)

@@ -159,6 +159,10 @@ class Stats:
     draft_seconds: float
     verify_seconds: float
     """Steps that verified something, whatever else they computed."""
+    budget_choices: int
+    """Experts that nodes of verifications under a budget chose, each for each node and layer."""
+    budget_dropped: int
+    """Those of them that the budget left out."""
     forecast_recall: float
     """Share of the experts missing at a draft's beginning that its routing named before they were asked for."""
     forecast_precision: float

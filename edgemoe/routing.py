@@ -70,6 +70,14 @@ class RouterMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def hidden_score(scores: torch.Tensor) -> float:
+    """What hides an expert among `scores`: it is chosen last, and only where there are too few others.
+
+    Among probabilities it must not spoil the sum that some families divide by.
+    """
+    return float("-inf") if bool((scores < 0).any()) else -torch.finfo(scores.dtype).tiny
+
+
 def shares(choice: Choice) -> torch.Tensor:
     """What `choice` would take, float32 [tokens, experts]: the shares of the best, which sum to 1 over those it takes.
 
