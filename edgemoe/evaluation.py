@@ -11,36 +11,41 @@ accepted; replies lose less, and how much less the score of the tasks shows, who
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, nullcontext
 from typing import Any
 
 import torch
 
-from edgemoe.blueprint import open_blueprint
+from edgemoe.blueprint import Blueprint, open_blueprint
 from edgemoe.config import EngineConfig
-from edgemoe.decoder import Work
 from edgemoe.demo import DEMO_NAME
 from edgemoe.demo.score import TaskScore, score_task
 from edgemoe.demo.tasks import TASKS
 from edgemoe.engine import Engine
-from edgemoe.errors import CheckpointError, RequestError
+from edgemoe.errors import RequestError
 from edgemoe.logits_file import LogitsFile
 from edgemoe.passages import Passage, built_in_texts, conversations, cut, limited
 from edgemoe.quality import EXACT, Quality, QualityMeter, TaskQuality
+from edgemoe.text_reader import TextReader
 from edgemoe.tokenizing import load_tokenizer
+from edgemoe.vocabulary import Vocabulary
 
 TOKENS = 2048
 """Tokens that are predicted at most: the 99th percentile is then still made by twenty of them."""
 QUESTIONS = 20
-"""Questions of each of the shipped model's tasks; with both engines about a minute."""
+"""Questions of each of the shipped model's tasks; with both sides about a minute."""
+ROWS = 64
+"""Tokens whose logits are compared at a time where they are compared with themselves."""
 
+Text = str | Sequence[int]
+"""A text, or its token ids."""
 OnProgress = Callable[[str, int, int], None]
-"""Called with what is under way, and how many of how many tokens or questions of it are done."""
+"""Called with what is under way, and how many tokens or questions of how many are done."""
 
 
 def evaluate(
     engine: Engine,
-    texts: Sequence[str | Sequence[int]] | None = None,
+    texts: Sequence[Text] | None = None,
     *,
     tokens: int = TOKENS,
     questions: int = 0,
@@ -48,60 +53,68 @@ def evaluate(
 ) -> Quality:
     """What the settings of `engine` cost, against the same engine with nothing lossy.
 
-    `texts` are plain texts or token ids, of which at most `tokens` are predicted; None is what `passages_for` says.
-    `questions` held-out questions of each task of the shipped model are answered, which takes a chat template.
-    `on_progress` may raise to give up. Raises RequestError for texts that nothing can be predicted of, and PlanError
-    where the temporary folder has no room for the logits.
+    Of `texts` at most `tokens` are predicted; None is what `passages_for` says. `questions` held-out questions of each
+    of the shipped model's tasks are asked too, which takes a chat template. While the exact side is measured, the
+    engine is exact for everybody. `on_progress` may raise to give up. Raises RequestError for texts of which
+    nothing can be predicted, and PlanError where the temporary folder has no room for the logits.
     """
     with closing(Evaluation(passages_for(engine, texts, tokens), questions, on_progress)) as evaluation:
         evaluation.measure(engine)
         return evaluation.against(engine)
 
 
-def passages_for(
-    engine: Engine, texts: Sequence[str | Sequence[int]] | None = None, tokens: int = TOKENS
-) -> list[Passage]:
+def passages_for(engine: Engine, texts: Sequence[Text] | None = None, tokens: int = TOKENS) -> list[Passage]:
     """What to measure `engine` on: `texts`, or the built-in ones, which mean nothing to the shipped model.
 
-    That one gets the held-out conversations of its tasks. Raises RequestError when there are no three tokens in it.
+    That one gets the held-out conversations of its tasks. Raises RequestError when there is too little of it.
     """
     if texts is None and engine.plan.model == DEMO_NAME:
         return task_passages(engine, tokens)
-    ids = [engine._tokens(text) for text in (built_in_texts() if texts is None else texts)]
-    passages = limited(cut(ids, engine.plan.context, _first_token(engine)), tokens)
+    reader = TextReader(engine)
+    ids = [reader.tokens(text) for text in (built_in_texts() if texts is None else texts)]
+    return _some(limited(cut(ids, engine.plan.context, reader.first_token), tokens))
+
+
+def task_passages(engine: Engine, tokens: int = TOKENS) -> list[Passage]:
+    """Held-out conversations of the shipped model's tasks, for it or one that was made of it.
+
+    Raises RequestError where the model has no chat template, or no conversation fits the context.
+    """
+    reader = TextReader(engine)
+    end = [] if reader.last_token is None else [reader.last_token]
+    passages = conversations(
+        lambda user: engine.chat_prompt([{"role": "user", "content": user}]),
+        lambda reply: [*reader.tokens(reply), *end],
+        tokens,
+    )
+    return _some([passage for passage in passages if len(passage.tokens) <= engine.plan.context])
+
+
+def _some(passages: list[Passage]) -> list[Passage]:
     if not passages:
         raise RequestError(
-            "nothing can be predicted: give a text of three tokens or more, and a context (--ctx-size) and a number "
-            "of tokens (--tokens) to match"
+            "there is nothing to predict: give a text of at least three tokens, a context (--ctx-size) that it fits, "
+            "and at least one token to predict (--tokens)"
         )
     return passages
 
 
-def task_passages(engine: Engine, tokens: int = TOKENS) -> list[Passage]:
-    """Held-out conversations of the shipped model's tasks, for it or a model made of it. RequestError as for a chat."""
-    end = [] if engine._tokenizer is None else [engine._tokenizer.eos_token_id]
-    passages = conversations(
-        lambda user: engine.chat_prompt([{"role": "user", "content": user}]),
-        lambda reply: [*engine._tokens(reply), *end],
-        tokens,
-    )
-    return [passage for passage in passages if len(passage.tokens) <= engine.plan.context]
-
-
-def check_vocabulary(model: Any, against: Any, *, offline: bool = EngineConfig.offline) -> None:
-    """Reads two checkpoints without loading them. CheckpointError when their predictions cannot be compared."""
+def check_comparable(model: Any, against: Any, *, offline: bool = EngineConfig.offline) -> None:
+    """Looks at two checkpoints, names or folders, without loading them; CheckpointError for other vocabularies."""
     one, other = (open_blueprint(name, offline=offline) for name in (model, against))
-    _check_tokens(
-        (one.checkpoint.name, load_tokenizer(one.checkpoint), one.config.get_text_config().vocab_size),
-        (other.checkpoint.name, load_tokenizer(other.checkpoint), other.config.get_text_config().vocab_size),
-    )
+    _vocabulary(one).check_same(_vocabulary(other))
+
+
+def _vocabulary(blueprint: Blueprint) -> Vocabulary:
+    checkpoint = blueprint.checkpoint
+    return Vocabulary(checkpoint.name, load_tokenizer(checkpoint), blueprint.config.get_text_config().vocab_size)
 
 
 class Evaluation:
-    """The measurement of one engine, and then of what it is compared with; both need not be loaded at a time.
+    """The measurement of one engine, and then of what it is compared with, which need not be loaded before.
 
-    The engine that is measured comes first and is run through all of the text before the other is, so that what is
-    resident is what its own passes made so: a budget may depend on that.
+    The engine that is measured runs through all of the text before the other does, so that what is resident is what
+    its own passes made so: a budget may depend on that.
     """
 
     def __init__(self, passages: Sequence[Passage], questions: int = 0, on_progress: OnProgress | None = None) -> None:
@@ -110,44 +123,41 @@ class Evaluation:
         self._questions = questions
         self._on_progress = on_progress or _ignore
         self._total = sum(passage.predicted for passage in passages)
-        self._measured: Engine | None = None
+        self._reader: TextReader | None = None
         self._logits: LogitsFile | None = None
         self._scores: list[TaskScore] = []
 
     def measure(self, engine: Engine) -> None:
-        """Runs `engine` as it is set. Once; `close` gives back what it keeps in the temporary folder."""
-        assert self._measured is None, "an evaluation is of one engine"
-        self._measured = engine
-        self._lossy, self._identity = engine.plan.lossy, _identity(engine)
-        self._logits = LogitsFile(engine._vocabulary, self._total)
+        """Runs `engine` as it is set, once."""
+        assert self._reader is None, "an evaluation is of one engine"
+        self._reader = TextReader(engine)
+        self._logits = LogitsFile(self._reader.vocabulary.size, self._total)
         done = 0
         for passage in self._passages:
-            for logits in predictions(engine, passage):
+            for logits in self._reader.predictions(passage):
                 self._logits.append(logits)
                 done += len(logits)
-                self._on_progress(f"predicting with {engine.plan.model}", done, self._total)
-        self._scores = self._score(engine)
+                self._on_progress(f"text, {_how(engine.plan.lossy)}", done, self._total)
+        self._scores = self._score(engine, _how(engine.plan.lossy))
 
     def against(self, reference: Engine) -> Quality:
-        """Runs `reference` with nothing lossy, which may be the engine that was measured. After `measure`, once.
+        """Compares with `reference` while nothing of it is lossy; it may be the engine that was measured. Once.
 
         Raises CheckpointError when it has another vocabulary.
         """
-        assert self._measured is not None
-        assert self._logits is not None
-        same = reference is self._measured
-        _check_tokens(self._identity, _identity(reference))
-        meter = QualityMeter()
-        self._logits.rewind()
-        with _exact(reference):
-            for passage in self._passages:
-                self._compare(passage, reference, meter, again=bool(self._lossy) or not same)
-            # An engine that is exact has answered already.
-            scores = self._score(reference) if self._lossy or not same else self._scores
+        assert self._reader is not None, "measure an engine first"
+        measured, reader = self._reader, TextReader(reference)
+        measured.vocabulary.check_same(reader.vocabulary)
+        lossy, same = measured.engine.plan.lossy, reference is measured.engine
+        # An engine that is exact has answered already: it is compared with itself.
+        again = bool(lossy) or not same
+        with reader.exactly() if again else nullcontext():
+            meter = self._compare(reader if again else None)
+            scores = self._score(reference, "exact") if again else self._scores
         return Quality(
-            model=self._identity[0],
-            lossy=self._lossy,
-            against=EXACT if same else reference.plan.model,
+            model=measured.vocabulary.model,
+            lossy=lossy,
+            against=EXACT if same else reader.vocabulary.model,
             tokens=meter.tokens,
             perplexity=meter.perplexity,
             exact_perplexity=meter.exact_perplexity,
@@ -164,3 +174,38 @@ class Evaluation:
         """Gives the temporary file back. Idempotent."""
         if self._logits is not None:
             self._logits.close()
+
+    def _compare(self, reader: TextReader | None) -> QualityMeter:
+        """Sets `reader`'s predictions beside those kept; without one these beside themselves."""
+        assert self._logits is not None
+        self._logits.rewind()
+        meter = QualityMeter()
+        for passage in self._passages:
+            following = torch.tensor(passage.tokens[passage.prompt + 1 :])
+            done = 0
+            for exact in self._kept(passage.predicted) if reader is None else reader.predictions(passage):
+                found = exact if reader is None else self._logits.take(len(exact))
+                meter.add(exact, found, following[done : done + len(exact)])
+                done += len(exact)
+                self._on_progress("text, compared" if reader is None else "text, exact", meter.tokens, self._total)
+        return meter
+
+    def _kept(self, tokens: int) -> Iterator[torch.Tensor]:
+        assert self._logits is not None
+        for start in range(0, tokens, ROWS):
+            yield self._logits.take(min(ROWS, tokens - start))
+
+    def _score(self, engine: Engine, how: str) -> list[TaskScore]:
+        scores: list[TaskScore] = []
+        for task in TASKS if self._questions else ():
+            scores.append(score_task(engine, task, self._questions))
+            self._on_progress(f"tasks, {how}", sum(each.asked for each in scores), self._questions * len(TASKS))
+        return scores
+
+
+def _how(lossy: str) -> str:
+    return "lossy" if lossy else "exact"
+
+
+def _ignore(what: str, done: int, total: int) -> None:
+    """The progress callback of those who gave none."""

@@ -28,11 +28,13 @@ class LogitsFile:
         )
         if nbytes > free:
             raise PlanError(self._refusal)
-        self._file = tempfile.TemporaryFile(prefix="edgemoe-logits-", buffering=0)
+        self._file = tempfile.TemporaryFile(prefix="edgemoe-logits-", buffering=0)  # noqa: SIM115 - see close
 
     def append(self, logits: torch.Tensor) -> None:
         """Adds rows, float32 [tokens, vocabulary]. Raises PlanError when the disk has become full."""
-        left = memoryview(logits.contiguous().numpy()).cast("B")
+        if logits.shape[1] != self._vocabulary:
+            raise ValueError(f"rows of {logits.shape[1]} do not go among rows of {self._vocabulary}")
+        left = logits.contiguous().numpy().data.cast("B")
         try:
             # A write that hits the end of the disk is short first, and an error only then.
             while left:
@@ -47,7 +49,7 @@ class LogitsFile:
     def take(self, tokens: int) -> torch.Tensor:
         """The next rows, float32 [tokens, vocabulary]; ValueError when there are fewer."""
         rows = torch.empty(tokens, self._vocabulary)
-        left = memoryview(rows.numpy()).cast("B")
+        left = rows.numpy().data.cast("B")
         while left:
             count = self._file.readinto(left)
             if not count:
