@@ -142,6 +142,26 @@ class StatsView(Protocol):
         """What drafts, or why nothing does."""
 
     @property
+    def speculation_setting(self) -> str:
+        """How far it drafts now."""
+
+    @property
+    def speculation_changes(self) -> int:
+        """How often that has changed."""
+
+    @property
+    def utility(self) -> float:
+        """What cycles give over what they cost, against plain steps."""
+
+    @property
+    def budget_choices(self) -> int:
+        """Experts chosen in verifications under a budget."""
+
+    @property
+    def budget_dropped(self) -> int:
+        """Those of them that the budget left out."""
+
+    @property
     def cycles(self) -> int:
         """Verifications of a draft, each of one sequence."""
 
@@ -243,6 +263,9 @@ class EngineFactory(Protocol):
         draft_shape: str = ...,
         draft_rule: str = ...,
         prefetch: str = ...,
+        budget: str | int = ...,
+        budget_rule: str = ...,
+        budget_dropped: str = ...,
         on_progress: Callable[[LoadProgress], None] | None = ...,
     ) -> EngineView:
         """Load a model. Raises CheckpointError and PlanError."""
@@ -267,5 +290,8 @@ class EngineFactory(Protocol):
         draft_shape: str = ...,
         draft_rule: str = ...,
         prefetch: str = ...,
+        budget: str | int = ...,
+        budget_rule: str = ...,
+        budget_dropped: str = ...,
     ) -> PlanView:
         """Plan without loading. Raises CheckpointError and PlanError."""

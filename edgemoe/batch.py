@@ -286,7 +286,7 @@ class Batch:
         started = time.perf_counter()
         with self._budgeted(shares, work, trees):
             results = self.decoder.run(work)
-        seconds, waited = time.perf_counter() - started, counters.link_wait_seconds - before.link_wait_seconds
+        waited = counters.link_wait_seconds - before.link_wait_seconds
         # Before the chunks are made, which say what has been moved for them.
         self._account(shares, before, counters)
         for (generation, _), logits in zip(shares, results, strict=True):
@@ -297,7 +297,7 @@ class Batch:
             elif generation.missing == 0:
                 generation.advance(logits)
                 self.totals.tokens_generated += 1
-        self.speculation.stepped(work, bool(trees), seconds, waited)
+        self.speculation.stepped(work, bool(trees), time.perf_counter() - started, waited)
 
     def _budgeted(
         self, shares: Sequence[Share], work: Sequence[Work], trees: Mapping[Generation, DraftTree]
@@ -315,7 +315,7 @@ class Batch:
         path = generation.verify(tree, logits)
         made = generation.generated - before
         generation.past.keep(base, path[:made])
-        self.speculation.learn(tree, path, made)
+        self.speculation.learn(generation, tree, path, made)
         self.totals.tokens_generated += made
 
     def _room_to_draft(self, generation: Generation) -> int:

@@ -8,6 +8,8 @@ GUESS_WEIGHT = 16.0
 """... and how many measured tokens that guess counts for. It comes back slowly where nothing is measured."""
 MEMORY = 32.0
 """Plain steps that an average is made of."""
+REFRESH = 64
+"""Steps with drafts in a row after which a plain one is measured again: what drafts are held against must be known."""
 CALM = 2.0
 """A step that took so many times the average, or so much less, counts as this: other programs run too."""
 
@@ -17,7 +19,9 @@ class Plain:
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        """Seconds of such a step; 0 before one was measured."""
         self._seen = 0
+        self._since = 0
         self._waited = 0.0
         self._more_seconds = 0.0
         self._more_waited = 0.0
@@ -26,6 +30,7 @@ class Plain:
     def saw(self, seconds: float, waited: float = 0.0) -> None:
         """A step of one token a sequence, of which it `waited` for the link; the very first one is a warm-up."""
         self._seen += 1
+        self._since = 0
         if self._seen == 1:
             return
         if self.seconds:
@@ -36,11 +41,16 @@ class Plain:
 
     def saw_more(self, tokens: int, seconds: float, waited: float = 0.0) -> None:
         """A step with `tokens` tokens more than that."""
+        self._since += 1
         self._fade(tokens / (4 * MEMORY + tokens))
         more = min(max(0.0, seconds - self.seconds), CALM * tokens * self.seconds)
         self._more_tokens += tokens
         self._more_seconds += more
         self._more_waited += min(max(0.0, waited - self._waited), more)
+
+    def is_stale(self) -> bool:
+        """Whether steps with more tokens have followed one another for so long that a plain one is due."""
+        return self._since >= REFRESH
 
     @property
     def token(self) -> float:

@@ -13,7 +13,7 @@ from edgemoe.decoder import Decoder
 from edgemoe.errors import CheckpointError
 from edgemoe.expert_layer import ExpertLayers
 from edgemoe.joint_decoder import JointDecoder
-from edgemoe.kv_size import KvSize
+from edgemoe.kv_size import KvSize, kv_from_config
 from edgemoe.plan import Plan
 from edgemoe.quiet import quiet_transformers
 from edgemoe.routing import WhereWeAre
@@ -51,11 +51,7 @@ class DraftModel:
     @property
     def kv(self) -> KvSize:
         """What its past takes: keys and values of all layers, as if none had a window."""
-        text = self._config.get_text_config()
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        each = 2 * heads * width * self._dtype.itemsize
-        return KvSize(0, tuple((each, None) for _ in range(text.num_hidden_layers)))
+        return kv_from_config(self._config, self._dtype.itemsize)
 
     def load(self, plan: Plan) -> JointDecoder:
         """Its decoder, on the plan's device. Raises CheckpointError when transformers cannot load it."""

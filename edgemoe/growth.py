@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from edgemoe.draft_tree import DraftTree
 from edgemoe.generation import Generation
+from edgemoe.utility import Setting
 
 
 class Candidate(NamedTuple):
@@ -23,7 +24,11 @@ class Candidate(NamedTuple):
 class Growth:
     """A tree, its bounds, and the candidates of a drafter that runs passes, best first by path probability."""
 
-    def __init__(self, generation: Generation, most_nodes: int, most_depth: int, *, chain: bool) -> None:
+    def __init__(self, generation: Generation, most_nodes: int, setting: Setting) -> None:
+        self.most_depth = setting.depth
+        self.width = setting.width
+        self.passes = setting.passes
+        """Whether a drafter that runs passes may add to it."""
         self.generation = generation
         self.tree = DraftTree(generation.tokens[-1])
         self.bins: dict[int, int] = {}
@@ -33,10 +38,13 @@ class Growth:
         self.fresh = [0]
         """Nodes that no pass has run yet."""
         self._most_nodes = most_nodes
-        self._most_depth = most_depth
-        self._chain = chain
         self._heap: list[tuple[float, int, Candidate]] = []
         self._pushed = 0
+
+    @property
+    def chain(self) -> bool:
+        """Whether no node may have two children."""
+        return self.width == 1
 
     @property
     def full(self) -> bool:
@@ -45,9 +53,9 @@ class Growth:
 
     def fits(self, parent: int) -> bool:
         """Whether a child of `parent` is within the bounds."""
-        if self.full or self.tree.depths[parent] >= self._most_depth:
+        if self.full or self.tree.depths[parent] >= self.most_depth:
             return False
-        return not self._chain or parent == len(self.tree) - 1
+        return not self.chain or parent == len(self.tree) - 1
 
     def add(self, candidate: Candidate) -> None:
         """Makes the candidate a node; one that is there already only keeps the greater probability."""

@@ -47,7 +47,7 @@ def measure_kv(blueprint: Blueprint) -> KvSize:
             short, long = (_probe(skeleton, tokens) for tokens in PROBES)
     except Exception:
         # A family may read values in its forward, which a pass without data has not.
-        return _from_config(blueprint)
+        return kv_from_config(blueprint.config, blueprint.dtype.itemsize)
     layers, beside = short
     # What lies beside keys and values may grow, too: an indexer's keys, rows that sum up several tokens.
     grown = -(-max(0, long[1] - beside) // (PROBES[1] - PROBES[0]))
@@ -75,12 +75,19 @@ def _probe(skeleton: Any, tokens: int) -> tuple[list[tuple[int, int | None]], in
     return layers, beside
 
 
-def _from_config(blueprint: Blueprint) -> KvSize:
-    text = blueprint.config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    each = 2 * heads * width * blueprint.dtype.itemsize
-    return KvSize(0, tuple((each, None) for _ in range(text.num_hidden_layers)))
+def kv_from_config(config: Any, itemsize: int) -> KvSize:
+    """Keys and values of all layers as `config` describes them, `itemsize` bytes a value, as if none had a window."""
+    text = config.get_text_config()
+    # In some families layers differ, and the whole then refuses to speak for them.
+    own = getattr(text, "per_layer_config", None)
+    layers = [own[number] if own else text for number in range(text.num_hidden_layers)]
+    return KvSize(0, tuple((2 * _values_a_token(layer) * itemsize, None) for layer in layers))
+
+
+def _values_a_token(layer: Any) -> int:
+    heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+    width = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+    return int(heads * width)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

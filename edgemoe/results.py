@@ -150,6 +150,12 @@ class Stats:
     """Prompt tokens that were not computed, since another request had computed them."""
     speculation: str
     """What drafts, or why nothing does."""
+    speculation_setting: str
+    """How far the sequence that was drafted for last is drafted for, as found best so far, or why it is not."""
+    speculation_changes: int
+    """How often a setting has changed, of all sequences."""
+    utility: float
+    """Tokens per cycle over the cycle's time in plain steps, of that setting and lately; above 1 drafting wins."""
     cycles: int
     """Verifications of at least one drafted token, each of one sequence."""
     drafted: int

@@ -6,9 +6,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 
+from edgemoe.controllers import Controllers
 from edgemoe.cycle_cost import CycleCost
 from edgemoe.decoder import Work
 from edgemoe.draft_settings import DraftSettings
@@ -70,8 +72,10 @@ class Speculation:
         # How often a drafted token of each bin is the one: at first what its share says.
         self._shares = HitRates([(number + 0.5) / SHARE_BINS for number in range(SHARE_BINS)])
         self._bins: dict[DraftTree, dict[int, int]] = {}
-        self._made = 0
+        self._made: dict[Generation, int] = {}
+        self._drafted: dict[Generation, int] = {}
         self._draft_seconds = 0.0
+        self._controllers: Controllers | None = None
 
     @property
     def active(self) -> bool:
@@ -82,9 +86,15 @@ class Speculation:
             self.reason = "off: this family's past has a state that cannot be taken back"
         return bool(self._decoder.verifies)
 
-    @property
-    def _chain(self) -> bool:
-        return "chain" in (self._decoder.verifies, self._settings.shape)
+    def telemetry(self) -> dict[str, Any]:
+        """What `Stats` tells of it, by name. May be called while a step runs."""
+        controllers = self._controllers
+        return vars(self.totals) | {
+            "speculation": self.reason,
+            "speculation_setting": controllers.describe() if controllers else self.reason,
+            "speculation_changes": controllers.changes if controllers else 0,
+            "utility": controllers.utility if controllers else 1.0,
+        }
 
     @property
     def most_nodes(self) -> int:
@@ -96,27 +106,39 @@ class Speculation:
         if not rooms or not self.active:
             return {}
         started = time.perf_counter()
-        growths = [
-            Growth(generation, min(room, self._settings.nodes), self._settings.depth, chain=self._chain)
-            for generation, room in rooms.items()
-        ]
-        self._plain = self._cost.of(len(growths))
-        worth = self._plain.seconds / len(growths)
+        self._drafted = dict.fromkeys(rooms, 0)
+        self._plain = self._cost.of(len(rooms))
+        growths = [] if self._settings.priced and self._plain.is_stale() else self._growths(rooms)
+        worth = self._plain.seconds / len(rooms)
         if "ngram" in self._settings.drafters:
             for growth in growths:
                 self._grow_ngrams(growth, worth)
         if self._passes is not None:
-            open_ = [growth for growth in growths if not growth.full and self._passes.takes(growth.generation)]
-            self._grow_by_passes(self._passes, open_, worth)
+            open_ = [growth for growth in growths if growth.passes and not growth.full]
+            self._grow_by_passes(
+                self._passes, [growth for growth in open_ if self._passes.takes(growth.generation)], worth
+            )
         self._bins = {growth.tree: growth.bins for growth in growths}
-        trees = {growth.generation: growth.tree for growth in growths if growth.tree.drafted}
+        self._drafted |= {growth.generation: growth.tree.drafted for growth in growths}
         self._draft_seconds = time.perf_counter() - started
         self.totals.draft_seconds += self._draft_seconds
-        return trees
+        return {growth.generation: growth.tree for growth in growths if growth.tree.drafted}
 
-    def learn(self, tree: DraftTree, path: Sequence[int], made: int) -> None:
+    def _growths(self, rooms: Mapping[Generation, int]) -> list[Growth]:
+        """A tree to be grown for each sequence that is to be drafted for, within its setting."""
+        if self._controllers is None:
+            chains = "chain" in (self._decoder.verifies, self._settings.shape)
+            self._controllers = Controllers(self._settings, 1 if chains else WIDTH)
+        found = []
+        for generation, room in rooms.items():
+            setting = self._controllers.setting(generation)
+            if setting is not None:
+                found.append(Growth(generation, min(room, self._settings.nodes), setting))
+        return found
+
+    def learn(self, generation: Generation, tree: DraftTree, path: Sequence[int], made: int) -> None:
         """`path` are the nodes of `tree` that the reply has, root first; after the first `made` the model was heard."""
-        self._made += made
+        self._made[generation] = made
         self.totals.cycles += 1
         self.totals.drafted += tree.drafted
         self.totals.accepted += len(path) - 1
@@ -127,12 +149,18 @@ class Speculation:
                 self._shares.saw(number, node in there)
 
     def stepped(self, work: Sequence[Work], verified: bool, seconds: float, waited: float) -> None:
-        """A step ran `work` in `seconds`, `waited` of them for the link; `verified`: there was a draft in it."""
+        """A step ran `work` in `seconds`, `waited` of them for the link; `verified`: there was a draft in it.
+
+        What became of the tokens is part of these seconds; drafting is not, which came before.
+        """
         if verified:
             self.totals.verify_seconds += seconds
             if self._passes is not None:
-                self._passes.saw(self._made, self._draft_seconds + seconds)
-        self._made = 0
+                self._passes.saw(sum(self._made.values()), self._draft_seconds + seconds)
+        if self._controllers and self._plain.seconds and len(work) == len(self._drafted):
+            plain_steps = (self._draft_seconds + seconds) / self._plain.seconds
+            self._controllers.stepped(self._drafted, self._made, plain_steps)
+        self._made, self._drafted, self._draft_seconds = {}, {}, 0.0
         decoding = [item for item in work if item.every or len(item.tokens) == 1]
         if len(decoding) == len(work):
             self._cost.saw_step(len(work), sum(len(item.tokens) for item in work), seconds, waited)
@@ -144,6 +172,8 @@ class Speculation:
             self._ngram_drafter(generation)
             if generation.finished:
                 del self._ngrams[generation]
+        if generation.finished and self._controllers is not None:
+            self._controllers.forget(generation)
         if self._passes is not None:
             self._passes.forget(generation)
 
@@ -157,8 +187,8 @@ class Speculation:
     def _grow_ngrams(self, growth: Growth, worth: float) -> None:
         frontier = self._ngram_drafter(growth.generation).frontier(
             growth.tree,
-            branching=not self._chain,
-            most_depth=self._settings.depth,
+            branching=not growth.chain,
+            most_depth=growth.most_depth,
             least_probability=LEAST_PROBABILITY,
         )
         while not growth.full and (best := frontier.best()) is not None and self._pays(best.probability, worth):
@@ -199,7 +229,7 @@ class Speculation:
             self._offer(growth, after)
             growth.fresh = []
             # Not one more: what is taken out is not offered again.
-            for candidate in islice(growth.best_offers(), 1 if self._chain else WIDTH):
+            for candidate in islice(growth.best_offers(), growth.width):
                 if not self._pays(candidate.probability, worth, growth.loads.get(candidate.parent)):
                     break
                 growth.add(candidate)
@@ -216,7 +246,7 @@ class Speculation:
         """Offers what may follow the fresh nodes, given the logits after each of them."""
         tree = growth.tree
         for node, after in zip(growth.fresh, logits, strict=True):
-            for token, share in growth.generation.candidates(tree, node, after, 1 if self._chain else WIDTH):
+            for token, share in growth.generation.candidates(tree, node, after, growth.width):
                 number = min(int(share * SHARE_BINS), SHARE_BINS - 1)
                 path = tree.probabilities[node] * self._shares.rate(number)
                 growth.offer(Candidate(node, token, path, number))

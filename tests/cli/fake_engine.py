@@ -57,6 +57,11 @@ class FakeStats:
     batch_reason: str = "as asked for"
     preemptions: int = 0
     speculation: str = "off: asked for"
+    speculation_setting: str = "off: asked for"
+    speculation_changes: int = 0
+    utility: float = 1.0
+    budget_choices: int = 0
+    budget_dropped: int = 0
     cycles: int = 0
     drafted: int = 0
     accepted: int = 0

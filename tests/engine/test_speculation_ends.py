@@ -341,7 +341,7 @@ def test_only_what_the_model_was_asked_about_is_learnt_from(
     seen: dict[int, bool] = {}
     speculation._shares.saw = seen.__setitem__  # type: ignore[method-assign]
     speculation._bins = {tree: {node: node for node in range(1, 6)}}
-    speculation.learn(tree, path, made)
+    speculation.learn(Crowd(own, speculate="self").ask([5, 6]), tree, path, made)
     assert seen == expected
     totals = speculation.totals
     assert (totals.cycles, totals.drafted, totals.accepted) == (1, 5, len(path) - 1)

@@ -1,0 +1,123 @@
+"""The settings of a batch's sequences, and how a step's time is shared by those that drafted in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from checkpoints import Running, Zoo, random_ids, running
+from crowd import Crowd
+
+from edgemoe.config import EngineConfig
+from edgemoe.controllers import Controllers
+from edgemoe.cycle_cost import REFRESH, Plain
+from edgemoe.draft_settings import draft_settings
+from edgemoe.generation import Generation
+from edgemoe.utility import TEST, Setting
+
+
+@pytest.fixture
+def own(zoo: Zoo) -> Iterator[Running]:
+    with running(zoo("mixtral")) as own:
+        yield own
+
+
+@pytest.fixture
+def generations(own: Running) -> list[Generation]:
+    crowd = Crowd(own, speculate="off")
+    return [crowd.ask([5, 6, number]) for number in range(3)]
+
+
+def controllers(width: int = 4, **settings: str | int) -> Controllers:
+    return Controllers(draft_settings(EngineConfig(**settings)), width)  # type: ignore[arg-type]
+
+
+def test_named_drafters_always_draft(generations: list[Generation]) -> None:
+    found = controllers(speculate="ngram", draft_depth=5)
+    for _ in range(200):
+        assert found.setting(generations[0]) == Setting(5, 4, passes=False)
+        found.stepped({generations[0]: 5}, {generations[0]: 1}, 4.0)
+    assert found.changes == 0
+
+
+def test_a_sequence_that_loses_rests_and_the_others_go_on(generations: list[Generation]) -> None:
+    """Two share a step that takes half as long again: one gets three tokens out of it, one nothing."""
+    found = controllers()
+    good, bad, _ = generations
+    resting = 0
+    for _ in range(200):
+        settings = {each: found.setting(each) for each in (good, bad)}
+        assert settings[good] is not None
+        resting += settings[bad] is None
+        drafted = {each: 4 if setting else 0 for each, setting in settings.items()}
+        found.stepped(drafted, {good: 3, bad: 1}, 1.5)
+    assert resting > 100
+    assert found.changes > 1
+
+
+def test_everybody_waits_for_what_one_drafts(generations: list[Generation]) -> None:
+    """Half a step more for one of three is one and a half plain steps lost: two tokens are too few for it."""
+    for tokens, pays in ((2, False), (4, True)):
+        found = controllers()
+        for _ in range(TEST + 1):
+            for each in generations:
+                found.setting(each)
+            drafted = dict.fromkeys(generations, 0) | {generations[0]: 4}
+            found.stepped(drafted, {generations[0]: tokens}, 1.5)
+        controller = found._own[generations[0]]
+        assert (max(controller._tried.values()) > 1) == pays
+        assert max(controller._tried.values()) == pytest.approx(tokens / 2.5)
+
+
+def test_the_next_sequence_begins_with_what_was_best(generations: list[Generation]) -> None:
+    found = controllers()
+    first, second, _ = generations
+    for _ in range(150):
+        setting = found.setting(first)
+        assert setting is not None
+        cost = 1.1 if setting.depth <= 4 else 3.5
+        found.stepped({first: setting.depth}, {first: 3}, cost)
+    changes = found.changes
+    best = found._own[first].best
+    found.forget(first)
+    assert best.depth <= 4
+    assert found.setting(second) == best
+    assert found.changes == changes
+
+
+def test_only_chains_where_only_chains_can_be_verified(generations: list[Generation]) -> None:
+    setting = controllers(width=1).setting(generations[0])
+    assert setting is not None
+    assert setting.width == 1
+
+
+def test_a_plain_step_is_due_after_many_with_drafts() -> None:
+    plain = Plain()
+    for _ in range(5):
+        plain.saw(1.0)
+    for _ in range(REFRESH):
+        assert not plain.is_stale()
+        plain.saw_more(4, 1.5)
+    assert plain.is_stale()
+    plain.saw(1.0)
+    assert not plain.is_stale()
+
+
+def test_what_it_decides_is_told(own: Running) -> None:
+    crowd = Crowd(own, speculate="auto")
+    before = crowd.speculation.telemetry()
+    assert (before["speculation_setting"], before["speculation_changes"], before["utility"]) == (
+        before["speculation"], 0, 1.0,
+    )  # fmt: skip
+    crowd.reply(random_ids(3) * 10, max_tokens=60)
+    after = crowd.speculation.telemetry()
+    assert "depth" in after["speculation_setting"] or after["speculation_setting"].startswith("off")
+    assert after["utility"] > 0
+
+
+def test_a_batch_forgets_the_sequences_that_are_over(own: Running) -> None:
+    crowd = Crowd(own, speculate="auto")
+    for number in range(3):
+        crowd.reply(random_ids(8, seed=number), max_tokens=20)
+    assert crowd.speculation._controllers is not None
+    assert crowd.speculation._controllers._own == {}
