@@ -14,7 +14,7 @@ from edgemoe.cli.conversation import Conversation
 from edgemoe.cli.exits import Exit, FileTrouble, UsageError
 from edgemoe.cli.history import line_editing
 from edgemoe.cli.interruption import Interruption
-from edgemoe.cli.loading import open_engine, say
+from edgemoe.cli.loading import open_engine, say, say_lossy
 from edgemoe.cli.output import put
 from edgemoe.cli.render import Counts, measured
 from edgemoe.cli.repl import Repl
@@ -34,6 +34,7 @@ def chat(arguments: argparse.Namespace, engine: EngineFactory | None = None) -> 
     with closing(open_engine(arguments, engine)) as loaded:
         if not loaded.has_chat_template:
             raise CheckpointError(f"{loaded.plan.model} has no chat template; complete raw prompts with 'edgemoe run'")
+        say_lossy(loaded.plan)
         session = Session(loaded, Conversation(arguments.system_prompt), sampling)
         if interactive:
             return _converse(session, opening, verbose=bool(arguments.verbose))
@@ -45,14 +46,15 @@ def _opening(arguments: argparse.Namespace, interactive: bool) -> str | None:
     """The first message: -p's text, then -f's, then what is piped in. None when there is none and none is needed."""
     parts = [arguments.prompt, read_text(arguments.file) if arguments.file is not None else None]
     if not interactive:
-        parts.append(_piped())
+        parts.append(piped_text())
     message = "\n".join(part for part in parts if part)
     if not message.strip() and not interactive:
         raise UsageError("there is no message: standard input is empty; give one with -p, or start it from a terminal")
     return message or None
 
 
-def _piped() -> str:
+def piped_text() -> str:
+    """What comes in on standard input, without the line ends around it. Raises FileTrouble."""
     if sys.stdin is None:  # started with its input closed
         return ""
     try:

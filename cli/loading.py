@@ -43,6 +43,12 @@ def say_simulation(plan: PlanView) -> None:
         say(plan.simulation)
 
 
+def say_lossy(plan: PlanView) -> None:
+    """Say what makes replies differ from the model's own, and how to see how much."""
+    if plan.lossy:
+        say(f"lossy: {plan.lossy}; 'edgemoe eval' with the same options of the model measures what that costs")
+
+
 def open_engine(arguments: argparse.Namespace, engine: EngineFactory | None) -> EngineView:
     """Load the model that the command line names. The caller closes it. Raises what `Engine.load` raises."""
     return _open(arguments, lambda: factory(engine).load)

@@ -67,6 +67,7 @@ def build_parser() -> options.Parser:
     _add_run(commands)
     _add_chat(commands)
     _add_plan(commands)
+    _add_eval(commands)
     _add_affinity(commands)
     _add_doctor(commands)
     return parser
@@ -130,6 +131,42 @@ def _add_plan(commands: _Commands) -> None:
     options.add_batch_option(parser)
 
 
+def _add_eval(commands: _Commands) -> None:
+    parser = _add_command(
+        commands,
+        "eval",
+        help="measure what lossy settings cost in quality",
+        description="Measure what lossy settings, such as --budget, cost: perplexity, divergence from the exact model, "
+        "and how often both find the same token likeliest.",
+    )
+    # Texts are read one at a time.
+    parser.set_defaults(batch=1)
+    parser.option(
+        "--text",
+        convert=options.text,
+        metavar="FILE",
+        help="measure on this text, not on the built-in ones; - is standard input; repeatable",
+        repeated=True,
+    )
+    parser.option(
+        "--against",
+        convert=options.text,
+        metavar="MODEL",
+        help="compare with this checkpoint of the same vocabulary; exact is the same one with nothing lossy",
+    )
+    parser.option("--tokens", convert=options.counted, metavar="N", help="most tokens of text to predict")
+    parser.option(
+        "--questions",
+        convert=options.whole,
+        metavar="N",
+        help="ask N held-out questions of each task of the demo model; 0 asks none",
+    )
+    parser.switch("--json", help="print the result as JSON")
+    options.add_model_options(parser)
+    options.add_state_option(parser)
+    parser.switch("-v", "--verbose", help="show the plan on standard error")
+
+
 def _add_affinity(commands: _Commands) -> None:
     parser = _add_command(
         commands,
@@ -172,6 +209,8 @@ def _dispatch(argv: Sequence[str] | None, engine: EngineFactory | None) -> int:
         from edgemoe.cli.chat import chat as command
     elif arguments.command == "plan":
         from edgemoe.cli.plan import plan as command
+    elif arguments.command == "eval":
+        from edgemoe.cli.eval import evaluate as command
     elif arguments.command == "affinity":
         from edgemoe.cli.affinity import affinity as command
     else:

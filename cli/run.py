@@ -11,7 +11,7 @@ from edgemoe.cli.exits import Exit, FileTrouble, UsageError
 from edgemoe.cli.finished import Finished, read_finished
 from edgemoe.cli.jobs import Jobs, settings_key
 from edgemoe.cli.ledger import Ledger
-from edgemoe.cli.loading import open_engine, open_ray_engines, say
+from edgemoe.cli.loading import open_engine, open_ray_engines, say, say_lossy
 from edgemoe.cli.outbox import Outbox, Outcome
 from edgemoe.cli.progress import Tally, display
 from edgemoe.cli.render import counted
@@ -47,6 +47,7 @@ def run(arguments: argparse.Namespace, engine: EngineFactory | None = None) -> i
             say("no request is left to answer")
             return Exit.OK
         with closing(_open_engine(arguments, engine)) as loaded:
+            say_lossy(loaded.plan)
             jobs.reader = replace(jobs.reader, chat_lines=loaded.has_chat_template and not arguments.raw)
             _begin(results, finished)
             return _serve_and_sum_up(arguments, loaded, jobs, left, results)

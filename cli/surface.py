@@ -51,6 +51,10 @@ class PlanView(Protocol):
     def simulation(self) -> str | None:
         """What is simulated, when something is."""
 
+    @property
+    def lossy(self) -> str:
+        """What makes replies differ from the model's own; empty where nothing does."""
+
     def lines(self) -> list[tuple[str, str, str]]:
         """Rows of what, how much, and where or why."""
 

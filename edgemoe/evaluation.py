@@ -22,7 +22,7 @@ from edgemoe.demo import DEMO_NAME
 from edgemoe.demo.score import TaskScore, score_task
 from edgemoe.demo.tasks import TASKS
 from edgemoe.engine import Engine
-from edgemoe.errors import RequestError
+from edgemoe.errors import CheckpointError, RequestError
 from edgemoe.logits_file import LogitsFile
 from edgemoe.passages import Passage, built_in_texts, conversations, cut, limited
 from edgemoe.quality import EXACT, Quality, QualityMeter, TaskQuality
@@ -58,9 +58,9 @@ def evaluate(
     engine is exact for everybody. `on_progress` may raise to give up. Raises RequestError for texts of which
     nothing can be predicted, and PlanError where the temporary folder has no room for the logits.
     """
-    with closing(Evaluation(passages_for(engine, texts, tokens), questions, on_progress)) as evaluation:
-        evaluation.measure(engine)
-        return evaluation.against(engine)
+    with closing(Evaluation(passages_for(engine, texts, tokens), questions)) as evaluation:
+        evaluation.measure(engine, on_progress)
+        return evaluation.against(engine, on_progress)
 
 
 def passages_for(engine: Engine, texts: Sequence[Text] | None = None, tokens: int = TOKENS) -> list[Passage]:
@@ -101,7 +101,12 @@ def _some(passages: list[Passage]) -> list[Passage]:
 
 def check_comparable(model: Any, against: Any, *, offline: bool = EngineConfig.offline) -> None:
     """Looks at two checkpoints, names or folders, without loading them; CheckpointError for other vocabularies."""
-    one, other = (open_blueprint(name, offline=offline) for name in (model, against))
+    one = open_blueprint(model, offline=offline)
+    try:
+        other = open_blueprint(against, offline=offline)
+    except CheckpointError as error:
+        # It says so of any checkpoint, and of the first one -m is right.
+        raise CheckpointError(str(error).replace("with -m", "with --against")) from error
     _vocabulary(one).check_same(_vocabulary(other))
 
 
@@ -117,19 +122,20 @@ class Evaluation:
     its own passes made so: a budget may depend on that.
     """
 
-    def __init__(self, passages: Sequence[Passage], questions: int = 0, on_progress: OnProgress | None = None) -> None:
+    def __init__(self, passages: Sequence[Passage], questions: int = 0) -> None:
         """`questions` are asked of each documented task; see `evaluate`."""
         self._passages = passages
         self._questions = questions
-        self._on_progress = on_progress or _ignore
+        self._on_progress: OnProgress = _ignore
         self._total = sum(passage.predicted for passage in passages)
         self._reader: TextReader | None = None
         self._logits: LogitsFile | None = None
         self._scores: list[TaskScore] = []
 
-    def measure(self, engine: Engine) -> None:
+    def measure(self, engine: Engine, on_progress: OnProgress | None = None) -> None:
         """Runs `engine` as it is set, once."""
         assert self._reader is None, "an evaluation is of one engine"
+        self._on_progress = on_progress or _ignore
         self._reader = TextReader(engine)
         self._logits = LogitsFile(self._reader.vocabulary.size, self._total)
         done = 0
@@ -140,12 +146,13 @@ class Evaluation:
                 self._on_progress(f"text, {_how(engine.plan.lossy)}", done, self._total)
         self._scores = self._score(engine, _how(engine.plan.lossy))
 
-    def against(self, reference: Engine) -> Quality:
+    def against(self, reference: Engine, on_progress: OnProgress | None = None) -> Quality:
         """Compares with `reference` while nothing of it is lossy; it may be the engine that was measured. Once.
 
         Raises CheckpointError when it has another vocabulary.
         """
         assert self._reader is not None, "measure an engine first"
+        self._on_progress = on_progress or _ignore
         measured, reader = self._reader, TextReader(reference)
         measured.vocabulary.check_same(reader.vocabulary)
         lossy, same = measured.engine.plan.lossy, reference is measured.engine

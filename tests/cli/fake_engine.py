@@ -27,6 +27,7 @@ class FakePlan:
     dtype: str = "float32"
     context: int = 512
     simulation: str | None = None
+    lossy: str = ""
 
     def lines(self) -> list[tuple[str, str, str]]:
         return [("experts", "1.0 GiB", "memory"), ("dense weights", "96 MiB", "memory, always resident")]
