@@ -69,6 +69,9 @@ class RayEngines:
         draft_shape: str = DEFAULTS.draft_shape,
         draft_rule: str = DEFAULTS.draft_rule,
         prefetch: str = DEFAULTS.prefetch,
+        budget: str | int = DEFAULTS.budget,
+        budget_rule: str = DEFAULTS.budget_rule,
+        budget_dropped: str = DEFAULTS.budget_dropped,
         on_progress: Callable[[Progress], None] | None = None,
         factory: type[Engine] | None = None,
     ) -> RayEngines:
@@ -96,6 +99,9 @@ class RayEngines:
             "draft_shape": draft_shape,
             "draft_rule": draft_rule,
             "prefetch": prefetch,
+            "budget": budget,
+            "budget_rule": budget_rule,
+            "budget_dropped": budget_dropped,
         }
         return cls._load(RayCluster.connect(address), actors, _everywhere(model), settings, on_progress, factory)
 

@@ -40,53 +40,53 @@ class Budget:
     rule: str
     """One of `RULES`."""
 
+    def importance(self, certain: torch.Tensor) -> torch.Tensor:
+        """What nodes with the path probabilities `certain` count for, float32 of the same shape."""
+        return torch.ones_like(certain) if self.rule == "sum" else certain
+
 
 class Demand:
     """What the nodes of a pass ask of one layer.
 
     `probabilities`, float32 [nodes, experts], sum to 1 for each node; `chosen`, bool of the same shape, are its top-k;
-    `certain`, float32 [nodes], its path probability.
+    `importance`, float32 [nodes], is what it counts for.
     """
 
-    def __init__(self, probabilities: torch.Tensor, chosen: torch.Tensor, certain: torch.Tensor) -> None:
+    def __init__(self, probabilities: torch.Tensor, chosen: torch.Tensor, importance: torch.Tensor) -> None:
         taken = probabilities * chosen
         taken = taken / taken.sum(1, keepdim=True).clamp_min(1e-9)
-        self.plain = probabilities.sum(0)
-        """Float32 [experts]: the sum over all nodes."""
-        self.weighed = (probabilities * certain[:, None]).sum(0)
-        """Float32 [experts]: the same by path probability."""
-        self.taken = (taken * certain[:, None]).sum(0)
-        """Float32 [experts]: the weight with which nodes chose each expert, by path probability."""
+        self.scores = (probabilities * importance[:, None]).sum(0)
+        """Float32 [experts]: the sum of probabilities over all nodes."""
+        self.taken = (taken * importance[:, None]).sum(0)
+        """Float32 [experts]: the weight with which nodes chose each expert."""
         self.wanted = chosen.any(0)
         """Bool [experts]: who was chosen at all."""
 
 
-def within(budget: Budget, demand: Demand, free: torch.Tensor, affordable: int) -> torch.Tensor:
+def within(budget: Budget, demand: Demand, free: torch.Tensor, most: int) -> torch.Tensor:
     """Bool [experts]: the set that `budget` allows; never empty where anything is wanted.
 
-    `free`, bool [experts], are those that need not be moved; `affordable` is how many a budget in bytes pays for.
+    `free`, bool [experts], are in it and do not count; `most` is how many others may be in it, where the budget is no
+    share. Where that leaves nobody, the most wanted one is.
     """
-    residency = budget.rule == "residency"
-    rank = demand.plain if budget.rule == "sum" else demand.weighed
-    if residency:
+    rank = demand.scores
+    if budget.rule == "residency":
         # Moving one that nobody chose would only serve nodes that have to do without another.
-        rank = rank.masked_fill(~demand.wanted, -1.0).masked_fill(free, float("inf"))
-    order = rank.argsort(descending=True, stable=True)
-    paid = ~free[order] if residency else torch.ones_like(order, dtype=torch.bool)
-    if budget.unit is Unit.MASS:
+        rank = rank.masked_fill(~demand.wanted, -1.0)
+    order = rank.masked_fill(free, float("inf")).argsort(descending=True, stable=True)
+    counted, wanted = ~free[order], demand.wanted[order]
+    if budget.unit is not Unit.MASS:
+        kept = counted.cumsum(0) <= most
+    elif budget.amount < 1:
         taken = demand.taken[order]
-        before = taken.cumsum(0) - taken
-        kept = ~paid | (before < budget.amount * taken.sum())
-        if budget.amount >= 1:
-            # Rounding may not leave the last one out.
-            kept |= taken > 0
+        kept = taken.cumsum(0) - taken < budget.amount * taken.sum()
     else:
-        most = affordable if budget.unit is Unit.NBYTES else int(budget.amount)
-        kept = ~paid | (paid.cumsum(0) <= most)
-    if residency:
-        kept &= ~paid | demand.wanted[order]
+        # A sum may leave the least of them out, by rounding.
+        kept = wanted
+    if budget.rule == "residency":
+        kept = kept & wanted
     allowed = torch.zeros_like(demand.wanted)
-    allowed[order[kept]] = True
-    if not bool((allowed & demand.wanted).any()) and bool(demand.wanted.any()):
-        allowed[(demand.weighed * demand.wanted).argmax()] = True
+    allowed[order] = kept | ~counted
+    if not bool(allowed.any()) and bool(wanted.any()):
+        allowed[order[wanted][0]] = True
     return allowed

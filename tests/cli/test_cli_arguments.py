@@ -14,6 +14,8 @@ from edgemoe.cli.exits import UsageError
 from edgemoe.cli.main import build_parser
 from edgemoe.config import EngineConfig
 from edgemoe.draft_settings import RULE_CHOICES, SHAPES, draft_settings
+from edgemoe.expert_budget import DROPPED
+from edgemoe.prefetch.budget import RULES as BUDGET_RULES
 from edgemoe.ray_engines import RayEngines
 from edgemoe.sampling import Sampling
 
@@ -57,13 +59,15 @@ def test_every_model_option_reaches_its_keyword() -> None:
     arguments = typed(
         "run - -m some/model -c 4096 -t 3 --device cuda:1 --dtype float16 --expert-cache 6GiB --offline "
         "--link-gbps 12.5 --batch 8 --state-folder /some/where --speculate ngram+model --draft-model small/model "
-        "--draft-nodes 12 --draft-depth 4 --draft-shape chain --draft-rule fewer --prefetch off"
+        "--draft-nodes 12 --draft-depth 4 --draft-shape chain --draft-rule fewer --prefetch off "
+        "--budget 64MiB --budget-rule path --budget-dropped truncate"
     )
     assert model_settings(arguments) == {
         "model": "some/model", "context": 4096, "threads": 3, "device": "cuda:1", "dtype": "float16",
         "expert_cache": "6GiB", "offline": True, "link_gbps": 12.5, "batch": 8, "state_folder": "/some/where",
         "speculate": "ngram+model", "draft_model": "small/model", "draft_nodes": 12, "draft_depth": 4,
         "draft_shape": "chain", "draft_rule": "fewer", "prefetch": "off",
+        "budget": "64MiB", "budget_rule": "path", "budget_dropped": "truncate",
     }  # fmt: skip
 
 
@@ -76,6 +80,7 @@ def test_every_keyword_is_taken_and_a_setting_of_the_engine_with_its_default(tak
 
 def test_the_choices_of_drafts_are_those_of_the_library() -> None:
     assert (options._SHAPES, options._RULES) == (SHAPES, RULE_CHOICES)
+    assert (options._BUDGET_RULES, options._DROPPED) == (BUDGET_RULES, DROPPED)
     for words in options._SPECULATE:
         drafters = draft_settings(
             EngineConfig(speculate=words, draft_model="small/model" if "model" in words else None)
@@ -88,13 +93,15 @@ def test_drafts_are_settings_of_every_command_that_plans(command: str) -> None:
     environment = {
         "EDGEMOE_SPECULATE": "self", "EDGEMOE_DRAFT_MODEL": "small", "EDGEMOE_DRAFT_NODES": "3",
         "EDGEMOE_DRAFT_DEPTH": "2", "EDGEMOE_DRAFT_SHAPE": "tree", "EDGEMOE_DRAFT_RULE": "affinity",
-        "EDGEMOE_PREFETCH": "auto",
+        "EDGEMOE_PREFETCH": "auto", "EDGEMOE_BUDGET": "95%", "EDGEMOE_BUDGET_RULE": "sum",
+        "EDGEMOE_BUDGET_DROPPED": "substitute",
     }  # fmt: skip
     settings = model_settings(parse(*command.split(), "--speculate", "off", **environment))
     settings.pop("batch", None)
     assert settings == {
         "speculate": "off", "draft_model": "small", "draft_nodes": 3, "draft_depth": 2, "draft_shape": "tree",
-        "draft_rule": "affinity", "prefetch": "auto",
+        "draft_rule": "affinity", "prefetch": "auto", "budget": "95%", "budget_rule": "sum",
+        "budget_dropped": "substitute",
     }  # fmt: skip
 
 
