@@ -30,6 +30,8 @@ NAMES = {
     "warm-start": "expert bytes that the first 64 tokens wait for, after an earlier run and without one",
     "batch-resume": "a run that is killed twenty times and resumed, against one that is left alone",
     "batch-memory": "peak memory of a run on 100,000 lines against one on 100",
+    "speedup-model": "predicted speed-ups against cycles that were no part of the fit, over batches, depths and caches",
+    "inverted-u": "speed-up over batch, all experts resident, for sparse and dense routing",
     "inflated-demo": "the widened shipped model says what the shipped one says",
 }
 

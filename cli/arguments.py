@@ -187,6 +187,12 @@ def add_model_options(parser: Parser) -> None:
     """Which model and how to hold it."""
     add_model_option(parser)
     parser.option("-c", "--ctx-size", convert=counted, metavar="N", help="tokens of context to make room for")
+    add_machine_options(parser)
+    _add_draft_options(parser)
+
+
+def add_machine_options(parser: Parser) -> None:
+    """What to compute with, and where from."""
     parser.option("-t", "--threads", convert=counted, metavar="N", help="CPU threads to compute with")
     parser.option("--device", convert=device, metavar="DEVICE", help="auto, cpu, cuda or cuda:N")
     parser.option("--dtype", convert=one_of(*_DTYPES), metavar="DTYPE", help=", ".join(_DTYPES))
@@ -203,7 +209,6 @@ def add_model_options(parser: Parser) -> None:
         metavar="N",
         help="simulate a link between host and device of N gigabytes a second",
     )
-    _add_draft_options(parser)
 
 
 def _add_draft_options(parser: Parser) -> None:

@@ -68,6 +68,7 @@ def build_parser() -> options.Parser:
     _add_chat(commands)
     _add_plan(commands)
     _add_eval(commands)
+    _add_profile(commands)
     _add_affinity(commands)
     _add_doctor(commands)
     return parser
@@ -129,6 +130,7 @@ def _add_plan(commands: _Commands) -> None:
     parser.switch("--json", help="print the plan as JSON")
     options.add_model_options(parser)
     options.add_batch_option(parser)
+    options.add_state_option(parser)
 
 
 def _add_eval(commands: _Commands) -> None:
@@ -165,6 +167,25 @@ def _add_eval(commands: _Commands) -> None:
     options.add_model_options(parser)
     options.add_state_option(parser)
     parser.switch("-v", "--verbose", help="show the plan on standard error")
+
+
+def _add_profile(commands: _Commands) -> None:
+    parser = _add_command(
+        commands,
+        "profile",
+        help="measure when speculation pays on this machine",
+        description="Measure how long passes of a model take on this machine, keep it, and say when speculation pays.",
+    )
+    parser.switch("--json", help="print the profile as JSON")
+    parser.option(
+        "--plot",
+        convert=options.text,
+        metavar="FILE",
+        help="draw measured against predicted, as FILE.png or FILE.svg (needs edgemoe[plot])",
+    )
+    options.add_model_option(parser)
+    options.add_machine_options(parser)
+    options.add_state_option(parser)
 
 
 def _add_affinity(commands: _Commands) -> None:
@@ -211,6 +232,8 @@ def _dispatch(argv: Sequence[str] | None, engine: EngineFactory | None) -> int:
         from edgemoe.cli.plan import plan as command
     elif arguments.command == "eval":
         from edgemoe.cli.eval import evaluate as command
+    elif arguments.command == "profile":
+        from edgemoe.cli.profile import profile as command
     elif arguments.command == "affinity":
         from edgemoe.cli.affinity import affinity as command
     else:

@@ -171,6 +171,14 @@ class Decoder:
         """Whether each expert gets so few of `tokens` that kernels save more on experts than they cost elsewhere."""
         return tokens <= 4 * self._few_tokens and tokens * self._expert_share <= self._few_tokens / 4
 
+    @property
+    def bulk_from(self) -> int:
+        """Tokens from which a pass leaves our kernels for PyTorch's products; 0 where there are no kernels."""
+        if not self._few_tokens:
+            return 0
+        thin = min(4 * self._few_tokens, int(self._few_tokens / 4 / self._expert_share))
+        return max(self._few_tokens, thin, (WORTH_THREADS - 1) // self._nbytes_per_token) + 1
+
     def can_chunk(self, prompt: Sequence[int]) -> bool:
         """Whether a prompt may be run in parts.
 

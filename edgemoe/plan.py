@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from edgemoe.kv_size import KvSize
+from edgemoe.prediction import Prediction
 from edgemoe.sizes import format_bytes
 
 
@@ -62,6 +63,8 @@ class Plan:
     """What drafts tokens ahead, and when: "ngram, while it pays, ..." or "off: ..."."""
     lossy: str
     """What makes replies differ from the model's own; empty where nothing does."""
+    predicted: Prediction | None = None
+    """Tokens a second, where a profile of the model on this machine is kept (see `edgemoe profile`)."""
 
     @property
     def total_nbytes(self) -> int:
@@ -128,6 +131,8 @@ class Plan:
         rows.append(("speculation", what, why))
         if self.lossy:
             rows.append(("lossy", "yes", self.lossy))
+        if self.predicted:
+            rows.append(self.predicted.line())
         if self.simulation:
             rows.append(("link", f"{self.link_gbps:g} GB/s", "simulated"))
         return rows

@@ -16,7 +16,9 @@ from edgemoe.expert_budget import budget_settings
 from edgemoe.kv_size import measure_kv
 from edgemoe.memory import cores, ram_free
 from edgemoe.plan import Plan
+from edgemoe.prediction import predict
 from edgemoe.sizes import format_bytes, parse_bytes
+from edgemoe.state_folder import StateFolder
 
 DRAFTED_FOR = 4
 """Sequences of full length that a draft model has room for; for others, while these run, nothing drafts."""
@@ -84,7 +86,8 @@ def make_plan(blueprint: Blueprint, config: EngineConfig, draft_model: DraftMode
         plan = _host_tier(plan, config)
     left = ram_free() - plan.pinned_nbytes - plan.pageable_nbytes - (plan.total_nbytes if device.type == "cpu" else 0)
     direct = plan.slots < plan.experts and plan.file_nbytes > left
-    return replace(plan, direct_reads=direct if config.file_reads == "auto" else config.file_reads == "direct")
+    plan = replace(plan, direct_reads=direct if config.file_reads == "auto" else config.file_reads == "direct")
+    return replace(plan, predicted=predict(StateFolder.of(blueprint.checkpoint, config.state_folder), plan))
 
 
 def choose_device(name: str) -> torch.device:

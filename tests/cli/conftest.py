@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from fake_engine import FakeEngine, FakeFactory
 
+sys.path.append(str(Path(__file__).parents[1] / "engine"))
+
 
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

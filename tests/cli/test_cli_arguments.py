@@ -197,7 +197,7 @@ def test_a_switch_in_the_environment_that_is_neither_yes_nor_no() -> None:
         parse("chat", EDGEMOE_VERBOSE="maybe")
 
 
-@pytest.mark.parametrize("command", ["run", "chat", "plan", "affinity", "doctor"])
+@pytest.mark.parametrize("command", ["run", "chat", "plan", "profile", "affinity", "doctor"])
 def test_help_names_the_variable_of_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(command, "--help")

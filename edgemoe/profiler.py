@@ -1,0 +1,195 @@
+"""Measures a model on this machine: passes over batches and tokens, with all the slots there are and with few."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+import torch
+
+from edgemoe import fitting, machine_speed
+from edgemoe.blueprint import Blueprint
+from edgemoe.config import EngineConfig
+from edgemoe.decoder import Decoder
+from edgemoe.errors import PlanError
+from edgemoe.joint_decoder import JointDecoder
+from edgemoe.performance_model import MachineSpeed, ModelShape
+from edgemoe.plan import Plan
+from edgemoe.planner import make_plan
+from edgemoe.profile_conditions import ProfileConditions
+from edgemoe.profile_file import Profile
+from edgemoe.profile_point import ProfilePoint
+from edgemoe.results import Progress
+from edgemoe.runtime import Runtime
+from edgemoe.text_passes import SEED, PassReading, TextPasses, conversations
+from edgemoe.tokenizing import load_tokenizer
+from edgemoe.torch_threads import torch_threads
+
+SEQUENCES = 64
+"""Texts that are read side by side, and the largest batch."""
+LENGTH = 288
+"""Tokens of a text."""
+SHAPES = (
+    (1, 1), (1, 2), (1, 4), (1, 9), (2, 1), (4, 1), (4, 4), (8, 1), (8, 9),
+    (16, 1), (16, 4), (16, 9), (32, 1), (64, 1), (64, 4), (64, 9),
+)  # fmt: skip
+"""Batch and tokens of the passes with all the slots there are: up to both ends, and around where products change ..."""
+LEAN_SHAPES = ((1, 1), (1, 4), (1, 9), (8, 1), (8, 4), (16, 9), (64, 1), (64, 4))
+"""... and with few, which make a link that is waited for. Together 24 points; MoESD finds 21 to be enough."""
+LEAN_SHARE = 0.35
+"""Share of the slots that is few."""
+ROUNDS = 3
+"""Times that every shape has its turn: what disturbs one of them disturbs others in the next."""
+ENOUGH_SECONDS = 50.0
+"""Time for each of the two sizes of the cache, after which no more rounds begin, and no larger shapes in the first."""
+READING_SECONDS = 0.25
+"""Time that one turn of a shape goes on for ..."""
+READINGS = (2, 8)
+"""... and how many passes it has at least and at most."""
+WARM = 8
+"""Sequences times passes that come before, while the cache follows the text; at least one pass."""
+
+
+@dataclass
+class Bench:
+    """A loaded model and texts to run through it."""
+
+    plan: Plan
+    runtime: Runtime
+    passes: TextPasses
+    decoder: JointDecoder
+    sequences: int
+
+
+@contextmanager
+def bench(
+    blueprint: Blueprint, config: EngineConfig, on_progress: Callable[[Progress], None], seed: int = SEED
+) -> Iterator[Bench]:
+    """The model with texts to read, gone after the block; `seed` chooses them. It keeps no heat, which would be theirs.
+
+    Raises PlanError where it does not fit, and for families whose past cannot be taken back, which never speculate.
+    """
+    limit = min(LENGTH, blueprint.context_limit or LENGTH)
+    config = replace(config, speculate="off", draft_model=None, state_folder="none", context=limit, batch=SEQUENCES)
+    plan = make_plan(blueprint, config)
+    runtime = Runtime(blueprint, plan, config, on_progress)
+    try:
+        share = plan.layers * plan.top_k / plan.experts
+        device = torch.device(plan.device)
+        plain = Decoder(
+            runtime.model, runtime.layers, device, plan.prefill_chunk, plan.threads, plan.nbytes_per_token, share
+        )
+        decoder = JointDecoder(plain)
+        if not decoder.verifies:
+            raise PlanError(f"{plan.model} cannot take drafts back, so that there is no speculation to profile")
+        sequences = max(1, min(SEQUENCES, plan.kv_nbytes // max(1, plan.kv.nbytes(limit))))
+        vocabulary = blueprint.config.get_text_config().vocab_size
+        texts = conversations(load_tokenizer(blueprint.checkpoint), sequences, limit, vocabulary, seed)
+        yield Bench(plan, runtime, TextPasses(decoder, runtime.cache.counters, texts), decoder, sequences)
+    finally:
+        runtime.close()
+
+
+def take_profile(
+    blueprint: Blueprint, config: EngineConfig, on_progress: Callable[[Progress], None] | None = None
+) -> Profile:
+    """Measures and fits, in a minute or two; loads the model twice. Raises PlanError, CheckpointError as that does."""
+    on_progress = on_progress or _ignore
+    with bench(blueprint, config, on_progress) as full:
+        plan, bulk_from = full.plan, full.decoder.plain.bulk_from
+        points = measure(full, SHAPES)
+        speed = _ceilings(blueprint, full)
+    lean = max(1, int(LEAN_SHARE * plan.slots))
+    if lean < plan.slots:
+        with bench(blueprint, replace(config, expert_cache=lean), on_progress) as few:
+            points += measure(few, LEAN_SHAPES)
+            speed = replace(speed, link=_link_speed(few))
+    model = fitting.fit(shape_of(blueprint, plan), speed, points, bulk_from)
+    taken = datetime.datetime.now().astimezone().date().isoformat()
+    return Profile(taken, ProfileConditions.of(plan), model, tuple(points))
+
+
+def measure(at: Bench, shapes: Sequence[tuple[int, int]]) -> list[ProfilePoint]:
+    """A point for each of `shapes` that there are sequences and time for, in turns."""
+    readings: dict[tuple[int, int], list[PassReading]] = {}
+    # Small ones first: where time runs short, the largest are left out.
+    todo = sorted((shape for shape in shapes if shape[0] <= at.sequences), key=math.prod)
+    started = time.perf_counter()
+    for turn in range(ROUNDS):
+        for batch, tokens in todo:
+            if time.perf_counter() - started > ENOUGH_SECONDS and (turn or len(readings) >= fitting.FEWEST_POINTS):
+                break
+            readings.setdefault((batch, tokens), []).extend(_turn(at, turn, batch, tokens))
+    return [point(at.plan, *shape, found) for shape, found in readings.items()]
+
+
+def _turn(at: Bench, turn: int, batch: int, tokens: int) -> list[PassReading]:
+    """Some passes of one shape. Each turn reads other texts, as far as there are."""
+    first = turn * at.sequences // ROUNDS + batch
+    for _ in range(max(1, WARM // batch)):
+        at.passes.run(first, batch, tokens)
+    found: list[PassReading] = []
+    fewest, most = READINGS
+    while len(found) < fewest or (len(found) < most and sum(each.seconds for each in found) < READING_SECONDS):
+        found.append(at.passes.run(first, batch, tokens))
+    return found
+
+
+def point(plan: Plan, batch: int, tokens: int, readings: Sequence[PassReading]) -> ProfilePoint:
+    """The mean of the middle half of `readings` by their seconds: time and misses are those of the same passes."""
+    ordered = sorted(readings)
+    quarter = len(ordered) // 4
+    middle = ordered[quarter : len(ordered) - quarter]
+    means = PassReading(*(fmean(column) for column in zip(*middle, strict=True)))  # type: ignore[arg-type]
+    return ProfilePoint(
+        batch=batch,
+        tokens=tokens,
+        cache_share=plan.slots / plan.experts,
+        seconds=means.seconds,
+        experts=means.experts / plan.layers,
+        misses=means.misses,
+        draft_seconds=means.draft_seconds,
+        reject_seconds=means.reject_seconds,
+    )
+
+
+def shape_of(blueprint: Blueprint, plan: Plan) -> ModelShape:
+    """What of `blueprint` decides the time of its passes; of layers that differ, the mean."""
+    return ModelShape(
+        layers=plan.layers,
+        experts=round(plan.experts / plan.layers),
+        top_k=plan.top_k,
+        record_nbytes=plan.slot_nbytes,
+        dense_nbytes=plan.dense_nbytes,
+        itemsize=blueprint.dtype.itemsize,
+    )
+
+
+def _ceilings(blueprint: Blueprint, at: Bench) -> MachineSpeed:
+    device = torch.device(at.plan.device)
+    *rows, columns = max((part.shape for site in blueprint.sites for part in site.layout.parts), key=math.prod)
+    with torch.inference_mode(), torch_threads(at.plan.threads):
+        return MachineSpeed(
+            memory=machine_speed.memory_speed(at.runtime.cache.pool.memory),
+            arithmetic=machine_speed.product_speed(math.prod(rows), columns, blueprint.dtype, device),
+            link=_link_speed(at),
+        )
+
+
+def _link_speed(at: Bench) -> float:
+    """Bytes a second while something was on the link; where the link cannot tell, those of a plain copy."""
+    if at.plan.link_gbps is not None:
+        return at.plan.link_gbps * 1e9
+    link = at.runtime.link
+    if link.bytes_moved and link.busy_seconds:
+        return link.bytes_moved / link.busy_seconds
+    return machine_speed.copy_speed(at.plan.slot_nbytes, torch.device(at.plan.device))
+
+
+def _ignore(progress: Progress) -> None:
+    """The progress callback of those who gave none."""

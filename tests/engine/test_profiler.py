@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from checkpoints import Zoo
+from profiles import CONDITIONS, known_profile
+
+from edgemoe import Engine, PlanError, profiler
+from edgemoe.blueprint import open_blueprint
+from edgemoe.config import EngineConfig
+from edgemoe.decoder import WORTH_THREADS
+from edgemoe.demo import demo_folder
+from edgemoe.prediction import predict
+from edgemoe.profile_conditions import ProfileConditions
+from edgemoe.profile_file import read, write
+from edgemoe.profile_picture import draw
+from edgemoe.state_folder import StateFolder
+from edgemoe.text_passes import PROMPT, PassReading, conversations
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A profile of few and small passes: every step of one, in a second."""
+    monkeypatch.setattr(profiler, "SEQUENCES", 4)
+    monkeypatch.setattr(profiler, "SHAPES", ((1, 1), (1, 2), (1, 3), (2, 1), (2, 3), (4, 1), (4, 3)))
+    monkeypatch.setattr(profiler, "LEAN_SHAPES", ((1, 1), (1, 3), (4, 3)))
+    monkeypatch.setattr(profiler, "ROUNDS", 1)
+    monkeypatch.setattr(profiler, "READINGS", (2, 2))
+
+
+def test_a_profile_is_measured_fitted_kept_and_drawn(quick: None, tmp_path: Path) -> None:
+    made = profiler.take_profile(open_blueprint(None), EngineConfig(device="cpu", link_gbps=4.0))
+    shapes = [(point.batch, point.tokens, point.cache_share == 1) for point in made.points]
+    assert sorted(shapes) == sorted(
+        [(*shape, True) for shape in profiler.SHAPES] + [(*shape, False) for shape in profiler.LEAN_SHAPES]
+    )
+    for point in made.points:
+        assert point.seconds > 0
+        assert 4 <= point.experts <= min(32, 4 * point.total)
+        assert (point.misses > 0) == (point.cache_share < 1)
+        assert (point.draft_seconds > 0) == (point.tokens > 1)
+    assert made.model.shape.experts == 32
+    assert made.model.speed.link == 4e9
+    assert made.conditions.link_gbps == 4
+    assert 0.3 < made.model.target_efficiency(1, 2) <= 1.2
+    write(StateFolder(tmp_path), made)
+    assert read(StateFolder(tmp_path), made.conditions) == made
+    draw(made, tmp_path / "profile.svg")
+    assert (tmp_path / "profile.svg").read_text("utf-8").count("<path") > 10
+
+
+def test_a_family_that_cannot_take_drafts_back_is_refused(quick: None, zoo: Zoo) -> None:
+    with pytest.raises(PlanError, match="cannot take drafts back"):
+        profiler.take_profile(open_blueprint(zoo("jamba")), EngineConfig(device="cpu"))
+
+
+def test_no_model_is_left_behind_by_a_failure(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*of: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(profiler, "measure", fail)
+    with pytest.raises(KeyboardInterrupt):
+        profiler.take_profile(open_blueprint(None), EngineConfig(device="cpu"))
+
+
+def test_a_pass_reads_on_and_takes_back_what_is_wrong(quick: None) -> None:
+    with profiler.bench(open_blueprint(None), EngineConfig(device="cpu"), lambda progress: None) as at:
+        readers = at.passes._readers
+        at.passes.run(0, 2, 1)
+        assert [each.past.tokens if each.past else 0 for each in readers] == [PROMPT + 1, PROMPT + 1, 0, 0]
+        at.passes.run(1, 2, 4)
+        assert [each.past.tokens if each.past else 0 for each in readers] == [PROMPT + 1, PROMPT + 5, PROMPT + 4, 0]
+        at.passes.run(0, 2, 4, right=[0, 2])
+        assert [each.past.tokens if each.past else 0 for each in readers[:2]] == [PROMPT + 2, PROMPT + 8]
+        # What is left in the past is the text, as if it had been read token by token.
+        past, text = readers[1].past, readers[1].text
+        assert past is not None
+        other = at.decoder.start(len(text))
+        expected = at.decoder.step(other, text[: past.tokens + 1])
+        assert at.decoder.plain.agree(expected, at.decoder.step(past, [text[past.tokens]]))
+
+
+def test_where_large_products_begin_is_where_the_decoder_changes(quick: None) -> None:
+    with profiler.bench(open_blueprint(None), EngineConfig(device="cpu"), lambda progress: None) as at:
+        plain = at.decoder.plain
+        if plain.bulk_from == 0:
+            pytest.skip("this CPU has no kernels")
+
+        def by_kernels(tokens: int) -> bool:
+            small = tokens * plain._nbytes_per_token < WORTH_THREADS
+            return small or tokens <= plain._few_tokens or plain._spread_thin(tokens)
+
+        assert [by_kernels(plain.bulk_from + more) for more in (-1, 0)] == [True, False]
+
+
+def test_a_text_that_ends_begins_again(quick: None) -> None:
+    with profiler.bench(open_blueprint(None), EngineConfig(device="cpu"), lambda progress: None) as at:
+        tokens = [at.passes.run(0, 1, 100) and at.passes._readers[0].past.tokens for _ in range(4)]  # type: ignore[union-attr]
+    assert tokens == [PROMPT + 100, PROMPT + 200, PROMPT + 100, PROMPT + 200]
+
+
+def test_texts_are_different_conversations_of_the_same_length() -> None:
+    from edgemoe.tokenizing import load_tokenizer
+
+    tokenizer = load_tokenizer(open_blueprint(None).checkpoint)
+    texts = conversations(tokenizer, 9, 100, 1024)
+    assert {len(text) for text in texts} == {100}
+    assert len({tuple(text) for text in texts}) == 9
+    assert conversations(tokenizer, 9, 100, 1024) == texts != conversations(tokenizer, 9, 100, 1024, seed=50)
+    ids = conversations(None, 2, 100, 7)
+    assert {token for text in ids for token in text} == set(range(7))
+
+
+def test_a_point_is_the_middle_half_of_its_readings() -> None:
+    plan = Engine.plan_for(None, device="cpu")
+    readings = [PassReading(seconds, 12, seconds, 0.1, 0.2) for seconds in (1, 2, 3, 100)]
+    found = profiler.point(plan, 2, 3, readings)
+    assert (found.batch, found.tokens, found.seconds, found.misses) == (2, 3, 2.5, 2.5)
+    assert (found.experts, found.cache_share) == (2, 1)
+
+
+def test_the_plan_tells_what_a_profile_of_this_machine_predicts(tmp_path: Path) -> None:
+    blueprint = open_blueprint(None)
+    plan = Engine.plan_for(None, device="cpu", state_folder=tmp_path)
+    assert plan.predicted is None
+    state = StateFolder.of(blueprint.checkpoint, tmp_path)
+    write(state, known_profile(ProfileConditions.of(plan)))
+    found = Engine.plan_for(None, device="cpu", state_folder=tmp_path)
+    assert found.predicted == predict(state, plan)
+    assert found.predicted is not None
+    model = known_profile().model
+    assert found.predicted.plain == pytest.approx(1 / model.step_seconds(1))
+    assert found.predicted.drafted >= max(
+        model.tokens_per_second(1, 1.0, depth, sum(0.7**each for each in range(depth + 1))) for depth in (1, 4, 8)
+    )
+    said = next(why for what, _, why in found.lines() if what == "predicted")
+    assert said.startswith("one sequence; ")
+    assert said.endswith("; from the profile of 2026-01-31")
+    assert found.to_dict()["predicted"]["taken"] == "2026-01-31"
+
+
+def test_the_plan_says_why_a_foreign_profile_predicts_nothing(tmp_path: Path) -> None:
+    write(StateFolder.of(open_blueprint(demo_folder()).checkpoint, tmp_path), known_profile(CONDITIONS))
+    plan = Engine.plan_for(demo_folder(), device="cpu", state_folder=tmp_path)
+    row = next(row for row in plan.lines() if row[0] == "predicted")
+    assert row[1] == "nothing"
+    assert "processor Abacus 9, not " in row[2]
+    assert row[2].endswith("take one for this with edgemoe profile")
