@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,24 +55,33 @@ def profile(arguments: argparse.Namespace, engine: EngineFactory | None = None) 
         settings.pop("model", None), settings.get("dtype", "auto"), offline=bool(arguments.offline)
     )
     state = StateFolder.of(blueprint.checkpoint, arguments.state_folder)
-    say("measuring takes a minute or two; the less else runs meanwhile, the better")
-    try:
-        if not keeps_nothing(arguments.state_folder):
+    keeps = not keeps_nothing(arguments.state_folder)
+    if keeps:
+        with _told(arguments.state_folder):
             state.probe()
-        with progress_bar() as on_progress:
-            made = take_profile(blueprint, replace(EngineConfig(), **settings), on_progress)
-        if not keeps_nothing(arguments.state_folder):
+    say("measuring takes a minute or two; the less else runs meanwhile, the better")
+    with progress_bar() as on_progress:
+        made = take_profile(blueprint, replace(EngineConfig(), **settings), on_progress)
+    if keeps:
+        with _told(arguments.state_folder):
             profile_file.write(state, made)
-            say(f"kept in {state.path}")
-    except OSError as error:
-        folder = arguments.state_folder or "the user's cache folder"
-        raise FileTrouble(
-            f"cannot keep files in {folder}: {why(error)}; give another with --state-folder, or {NONE}"
-        ) from error
+        say(f"kept in {state.path}")
     if picture is not None:
         _draw(made, picture)
     _print(made, as_json=bool(arguments.json))
     return Exit.OK
+
+
+@contextmanager
+def _told(folder: str | None) -> Iterator[None]:
+    """Says which folder takes no files, and what to do about it."""
+    try:
+        yield
+    except OSError as error:
+        place = folder or "the user's cache folder"
+        raise FileTrouble(
+            f"cannot keep files in {place}: {why(error)}; give another with --state-folder, or {NONE}"
+        ) from error
 
 
 def _checked(picture: Path) -> Path:

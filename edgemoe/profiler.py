@@ -16,7 +16,7 @@ from edgemoe import fitting, machine_speed
 from edgemoe.blueprint import Blueprint
 from edgemoe.config import EngineConfig
 from edgemoe.decoder import Decoder
-from edgemoe.errors import PlanError
+from edgemoe.errors import CheckpointError, PlanError
 from edgemoe.joint_decoder import JointDecoder
 from edgemoe.performance_model import MachineSpeed, ModelShape
 from edgemoe.plan import Plan
@@ -26,14 +26,18 @@ from edgemoe.profile_file import Profile
 from edgemoe.profile_point import ProfilePoint
 from edgemoe.results import Progress
 from edgemoe.runtime import Runtime
-from edgemoe.text_passes import SEED, PassReading, TextPasses, conversations
+from edgemoe.text_passes import PROMPT, SEED, PassReading, TextPasses, conversations
 from edgemoe.tokenizing import load_tokenizer
 from edgemoe.torch_threads import torch_threads
 
 SEQUENCES = 64
 """Texts that are read side by side, and the largest batch."""
 LENGTH = 288
-"""Tokens of a text."""
+"""Tokens of a text ..."""
+SHORTEST = 2 * PROMPT
+"""... and those that a model must at least have room for."""
+FEWEST_SEQUENCES = 4
+"""Texts without which there are too few shapes of passes for a fit."""
 SHAPES = (
     (1, 1), (1, 2), (1, 4), (1, 9), (2, 1), (4, 1), (4, 4), (8, 1), (8, 9),
     (16, 1), (16, 4), (16, 9), (32, 1), (64, 1), (64, 4), (64, 9),
@@ -46,7 +50,7 @@ LEAN_SHARE = 0.35
 ROUNDS = 3
 """Times that every shape has its turn: what disturbs one of them disturbs others in the next."""
 ENOUGH_SECONDS = 50.0
-"""Time for each of the two sizes of the cache, after which no more rounds begin, and no larger shapes in the first."""
+"""Time for each size of the cache. After it no more turns begin, but for the smaller half of the shapes, once."""
 READING_SECONDS = 0.25
 """Time that one turn of a shape goes on for ..."""
 READINGS = (2, 8)
@@ -74,9 +78,17 @@ def bench(
 
     Raises PlanError where it does not fit, and for families whose past cannot be taken back, which never speculate.
     """
-    limit = min(LENGTH, blueprint.context_limit or LENGTH)
+    limit, name = min(LENGTH, blueprint.context_limit or LENGTH), blueprint.checkpoint.name
+    if limit < SHORTEST:
+        raise PlanError(f"{name} has a context of {limit} tokens: a profile needs texts of at least {SHORTEST}")
     config = replace(config, speculate="off", draft_model=None, state_folder="none", context=limit, batch=SEQUENCES)
     plan = make_plan(blueprint, config)
+    sequences = min(SEQUENCES, plan.kv_nbytes // max(1, plan.kv.nbytes(limit)))
+    if sequences < FEWEST_SEQUENCES:
+        raise PlanError(
+            f"{name} leaves room for {sequences} sequences of {limit} tokens, of which a profile needs "
+            f"{FEWEST_SEQUENCES}: give a smaller --expert-cache"
+        )
     runtime = Runtime(blueprint, plan, config, on_progress)
     try:
         share = plan.layers * plan.top_k / plan.experts
@@ -86,8 +98,7 @@ def bench(
         )
         decoder = JointDecoder(plain)
         if not decoder.verifies:
-            raise PlanError(f"{plan.model} cannot take drafts back, so that there is no speculation to profile")
-        sequences = max(1, min(SEQUENCES, plan.kv_nbytes // max(1, plan.kv.nbytes(limit))))
+            raise PlanError(f"{name} cannot take drafts back, so that there is no speculation to profile")
         vocabulary = blueprint.config.get_text_config().vocab_size
         texts = conversations(load_tokenizer(blueprint.checkpoint), sequences, limit, vocabulary, seed)
         yield Bench(plan, runtime, TextPasses(decoder, runtime.cache.counters, texts), decoder, sequences)
@@ -99,7 +110,15 @@ def take_profile(
     blueprint: Blueprint, config: EngineConfig, on_progress: Callable[[Progress], None] | None = None
 ) -> Profile:
     """Measures and fits, in a minute or two; loads the model twice. Raises PlanError, CheckpointError as that does."""
-    on_progress = on_progress or _ignore
+    try:
+        return _profile(blueprint, config, on_progress or _ignore)
+    except OSError as error:
+        raise CheckpointError(
+            f"{blueprint.checkpoint.name} cannot be read any more ({error}): fetch it again"
+        ) from error
+
+
+def _profile(blueprint: Blueprint, config: EngineConfig, on_progress: Callable[[Progress], None]) -> Profile:
     with bench(blueprint, config, on_progress) as full:
         plan, bulk_from = full.plan, full.decoder.plain.bulk_from
         points = measure(full, SHAPES)
@@ -122,7 +141,7 @@ def measure(at: Bench, shapes: Sequence[tuple[int, int]]) -> list[ProfilePoint]:
     started = time.perf_counter()
     for turn in range(ROUNDS):
         for batch, tokens in todo:
-            if time.perf_counter() - started > ENOUGH_SECONDS and (turn or len(readings) >= fitting.FEWEST_POINTS):
+            if time.perf_counter() - started > ENOUGH_SECONDS and (turn or len(readings) >= len(todo) // 2):
                 break
             readings.setdefault((batch, tokens), []).extend(_turn(at, turn, batch, tokens))
     return [point(at.plan, *shape, found) for shape, found in readings.items()]

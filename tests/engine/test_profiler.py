@@ -6,7 +6,7 @@ import pytest
 from checkpoints import Zoo
 from profiles import CONDITIONS, known_profile
 
-from edgemoe import Engine, PlanError, profiler
+from edgemoe import CheckpointError, Engine, PlanError, profiler
 from edgemoe.blueprint import open_blueprint
 from edgemoe.config import EngineConfig
 from edgemoe.decoder import WORTH_THREADS
@@ -53,6 +53,33 @@ def test_a_profile_is_measured_fitted_kept_and_drawn(quick: None, tmp_path: Path
 def test_a_family_that_cannot_take_drafts_back_is_refused(quick: None, zoo: Zoo) -> None:
     with pytest.raises(PlanError, match="cannot take drafts back"):
         profiler.take_profile(open_blueprint(zoo("jamba")), EngineConfig(device="cpu"))
+
+
+def test_a_model_without_room_for_texts_is_refused(quick: None, zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PlanError, match="has a context of 64 tokens: a profile needs texts of at least 96"):
+        profiler.take_profile(open_blueprint(zoo("mixtral", max_position_embeddings=64)), EngineConfig(device="cpu"))
+    monkeypatch.setattr(profiler, "SEQUENCES", 2)
+    with pytest.raises(
+        PlanError, match="room for 2 sequences of 288 tokens, of which a profile needs 4: give a smaller"
+    ):
+        profiler.take_profile(open_blueprint(None), EngineConfig(device="cpu"))
+
+
+def test_where_time_runs_short_the_larger_half_is_left_out(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiler, "ENOUGH_SECONDS", 0.0)
+    monkeypatch.setattr(profiler, "ROUNDS", 3)
+    with profiler.bench(open_blueprint(None), EngineConfig(device="cpu"), lambda progress: None) as at:
+        points = profiler.measure(at, profiler.SHAPES)
+    assert [(point.batch, point.tokens) for point in points] == [(1, 1), (1, 2), (2, 1)]
+
+
+def test_a_file_that_is_gone_is_a_checkpoint_error(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*of: object) -> None:
+        raise OSError("gone")
+
+    monkeypatch.setattr(profiler, "measure", fail)
+    with pytest.raises(CheckpointError, match=r"edgemoe-demo cannot be read any more \(gone\): fetch it again"):
+        profiler.take_profile(open_blueprint(None), EngineConfig(device="cpu"))
 
 
 def test_no_model_is_left_behind_by_a_failure(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
