@@ -98,6 +98,7 @@ def test_the_papers_rule_counts_whom_nobody_chose_and_residency_does_not() -> No
     assert chosen("path", 1, of=wants) == [1]
     assert chosen("residency", 1, of=wants) == [0]
     assert chosen("residency", 4, of=wants) == [0, 3]
+    assert [chosen(rule, 0, of=wants) for rule in RULES] == [[0], [0], [0]]
 
 
 def test_what_is_free_does_not_count() -> None:
