@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 FIRST_GUESS = 0.35
-"""What one more token costs, as a share of a step of one token, before it was measured ..."""
+"""What one more token costs, as a share of a step of one token a sequence, before it was measured or profiled ..."""
 GUESS_WEIGHT = 16.0
 """... and how many measured tokens that guess counts for. It comes back slowly where nothing is measured."""
 MEMORY = 32.0
@@ -17,7 +19,9 @@ CALM = 2.0
 class Plain:
     """Steps of one token a sequence, for about the same number of sequences, and what more tokens cost there."""
 
-    def __init__(self) -> None:
+    def __init__(self, guess: float = FIRST_GUESS) -> None:
+        """`guess` is what one more token costs, as a share of such a step, before it was measured."""
+        self._guess = guess
         self.seconds = 0.0
         """Seconds of such a step; 0 before one was measured."""
         self._seen = 0
@@ -55,13 +59,13 @@ class Plain:
     @property
     def token(self) -> float:
         """Seconds that one more token costs."""
-        guessed = GUESS_WEIGHT * FIRST_GUESS * self.seconds
+        guessed = GUESS_WEIGHT * self._guess * self.seconds
         return (self._more_seconds + guessed) / (self._more_tokens + GUESS_WEIGHT)
 
     @property
     def computing(self) -> float:
         """What of that is not waiting for the link."""
-        guessed = GUESS_WEIGHT * FIRST_GUESS * (self.seconds - self._waited)
+        guessed = GUESS_WEIGHT * self._guess * (self.seconds - self._waited)
         return (self._more_seconds - self._more_waited + guessed) / (self._more_tokens + GUESS_WEIGHT)
 
     def _fade(self, share: float) -> None:
@@ -73,13 +77,18 @@ class Plain:
 class CycleCost:
     """Prices drafts in seconds. Steps for few and for many sequences are kept apart, by powers of two."""
 
-    def __init__(self) -> None:
+    def __init__(self, guess: Callable[[int], float] | None = None) -> None:
+        """`guess`, where there is a profile of this machine, tells for so many sequences what one more token costs."""
+        self._guess = guess or (lambda sequences: FIRST_GUESS)
         self._plain: dict[int, Plain] = {}
         self._draft = Plain()
 
     def of(self, sequences: int) -> Plain:
         """What steps for `sequences` cost."""
-        return self._plain.setdefault(sequences.bit_length(), Plain())
+        size = sequences.bit_length()
+        if size not in self._plain:
+            self._plain[size] = Plain(self._guess(sequences))
+        return self._plain[size]
 
     def saw_step(self, sequences: int, tokens: int, seconds: float, waited: float = 0.0) -> None:
         """A step of `tokens` tokens for `sequences` that all decode took `seconds`, `waited` of them for the link."""

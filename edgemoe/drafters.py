@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from edgemoe import affinity_file, few_token_linear
+from collections.abc import Callable
+from contextlib import suppress
+
+from edgemoe import affinity_file, few_token_linear, profile_file
 from edgemoe.draft_model import DraftModel
 from edgemoe.draft_routing import RULES
 from edgemoe.draft_settings import DraftSettings
@@ -10,6 +13,8 @@ from edgemoe.errors import PlanError
 from edgemoe.joint_decoder import JointDecoder
 from edgemoe.pass_drafter import ModelDrafter, PassDrafter, SelfDrafter
 from edgemoe.plan import Plan
+from edgemoe.profile_conditions import ProfileConditions
+from edgemoe.profile_file import ForeignProfile
 from edgemoe.runtime import Runtime
 from edgemoe.speculation import Speculation
 
@@ -29,7 +34,17 @@ def speculation_for(
         if plan.device == "cpu":
             few_token_linear.install(own.plain.model, runtime.workers)
         passes = ModelDrafter(own, draft_model.kv, plan.draft_kv_nbytes, plan.prefill_chunk)
-    return Speculation(settings, decoder, passes, runtime.foresight)
+    return Speculation(settings, decoder, passes, runtime.foresight, _profiled_cost(runtime, plan))
+
+
+def _profiled_cost(runtime: Runtime, plan: Plan) -> Callable[[int], float] | None:
+    """What one more token costs by the profile of this machine, where one is kept, for so many sequences."""
+    with suppress(ForeignProfile):
+        profile = profile_file.read(runtime.state, ProfileConditions.of(plan))
+        if profile is not None:
+            model, share = profile.model, plan.slots / plan.experts
+            return lambda sequences: model.token_cost(sequences, model.hit_rate(share, sequences))
+    return None
 
 
 def _self_drafter(settings: DraftSettings, decoder: JointDecoder, runtime: Runtime) -> SelfDrafter:

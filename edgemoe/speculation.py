@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -56,8 +56,14 @@ class Speculation:
     """
 
     def __init__(
-        self, settings: DraftSettings, decoder: JointDecoder, passes: PassDrafter | None, foresight: Foresight
+        self,
+        settings: DraftSettings,
+        decoder: JointDecoder,
+        passes: PassDrafter | None,
+        foresight: Foresight,
+        guess: Callable[[int], float] | None = None,
     ) -> None:
+        """`guess` is what `CycleCost` begins with."""
         self.totals = SpeculationTotals()
         self.reason = settings.describe()
         """What drafts, or why nothing does."""
@@ -65,7 +71,7 @@ class Speculation:
         self._decoder = decoder
         self._passes = passes
         self._foresight = foresight
-        self._cost = CycleCost()
+        self._cost = CycleCost(guess)
         self._plain = self._cost.of(1)
         self._ngrams: dict[Generation, NgramDrafter] = {}
         self._ngram_rates = NgramCalibration()

@@ -121,3 +121,16 @@ def test_drafting_passes_are_timed_apart() -> None:
         cost.saw_draft(seconds)
     assert cost.draft == 0.5
     assert cost.of(1).seconds == 0.0
+
+
+def test_a_profile_tells_what_a_token_costs_before_it_is_measured() -> None:
+    """For each number of sequences; what is measured takes its place."""
+    costs = CycleCost(lambda sequences: 0.1 * sequences)
+    for sequences in (1, 4):
+        plain = costs.of(sequences)
+        for _ in range(3):
+            costs.saw_step(sequences, sequences, 2.0)
+        assert plain.token == pytest.approx(0.1 * sequences * 2.0)
+    for _ in range(400):
+        costs.saw_step(1, 2, 2.0 + 1.5)
+    assert costs.of(1).token == pytest.approx(1.5, rel=0.15)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoints import Zoo
@@ -9,6 +10,7 @@ from profiles import CONDITIONS, known_profile
 from edgemoe import CheckpointError, Engine, PlanError, profiler
 from edgemoe.blueprint import open_blueprint
 from edgemoe.config import EngineConfig
+from edgemoe.cycle_cost import FIRST_GUESS
 from edgemoe.decoder import WORTH_THREADS
 from edgemoe.demo import demo_folder
 from edgemoe.prediction import predict
@@ -174,3 +176,18 @@ def test_the_plan_says_why_a_foreign_profile_predicts_nothing(tmp_path: Path) ->
     assert row[1] == "nothing"
     assert "processor Abacus 9, not " in row[2]
     assert row[2].endswith("take one for this with edgemoe profile")
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_drafts_are_priced_by_a_profile_of_this_machine_alone(tmp_path: Path, foreign: bool) -> None:
+    """Until they are measured, so that the first seconds of a run are not lost on a wrong guess."""
+    settings: dict[str, Any] = {"device": "cpu", "state_folder": tmp_path, "expert_cache": "50%"}
+    conditions = CONDITIONS if foreign else ProfileConditions.of(Engine.plan_for(None, **settings))
+    write(StateFolder.of(open_blueprint(None).checkpoint, tmp_path), known_profile(conditions))
+    with Engine.load(None, **settings) as engine:
+        plain = engine._batch.speculation._cost.of(3)
+        plain.saw(1.0)
+        plain.saw(1.0)
+        model = known_profile().model
+        expected = FIRST_GUESS if foreign else model.token_cost(3, model.hit_rate(0.5, 3))
+        assert plain.token == pytest.approx(expected)
