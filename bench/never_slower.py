@@ -19,7 +19,7 @@ CELLS = [Cell("25%", None), Cell("25%", 4.0), Cell("50%", None), Cell("50%", 4.0
 TEMPERATURES = {"greedy": 0.0, "temperature 1": 1.0}
 QUESTIONS = 2
 """Of each task and temperature."""
-ROUNDS = 5
+ROUNDS = 3
 """Of which each question's median counts: on a machine where other programs run a single ratio says little."""
 TOKENS = 48
 

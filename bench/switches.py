@@ -1,9 +1,10 @@
-"""`switches`: how soon the setting changes when a stream turns from copying to arithmetic, and back."""
+"""`switches`: how soon what is drafted changes when a stream turns from copying to arithmetic, and back."""
 
 from __future__ import annotations
 
 from itertools import islice
-from typing import Any
+from statistics import mean
+from typing import Any, NamedTuple
 
 from bench.alternating import loaded, questions
 from bench.checkpoints import inflated
@@ -16,37 +17,50 @@ HALVES = (("repeat", "replace"), ("arithmetic",))
 TURNS = 3
 """Times that the stream turns each way."""
 STEPS = 120
-"""Of each half."""
+"""Of each half, of which the second half is what it settles at."""
+WINDOW = 8
+"""Steps over which drafted tokens are averaged: a setting has changed when that crosses the middle of the two levels."""
 SETTINGS = Sampling(temperature=0, max_tokens=64)
+
+
+class Step(NamedTuple):
+    """A step of a stream: the setting after it, and the tokens that were drafted in it."""
+
+    setting: str
+    drafted: int
 
 
 def run() -> Measurement:
     """The shipped model widened, all experts resident; what counts are cycles, not seconds."""
-    counts: list[int] = []
-    seen: list[dict[str, Any]] = []
     with loaded(inflated()) as engine:
-        for turn in range(2 * TURNS + 1):
-            before = engine.stats.speculation_setting
-            settings = _half(engine, HALVES[turn % 2], turn)
-            changed = next((place for place, setting in enumerate(settings) if setting != before), STEPS)
-            if turn:
-                counts.append(changed)
-                seen.append({"to": HALVES[turn % 2], "from_setting": before, "cycles": changed})
-                to = settings[changed] if changed < STEPS else before
-                print(f"to {' and '.join(HALVES[turn % 2]):20} after {changed:3} cycles: {before} -> {to}", flush=True)
+        halves = [_half(engine, HALVES[turn % 2], turn) for turn in range(2 * TURNS + 1)]
+    turns: list[dict[str, Any]] = []
+    for turn, (before, after) in enumerate(zip(halves, halves[1:], strict=False), 1):
+        levels = [mean(step.drafted for step in half[STEPS // 2 :]) for half in (before, after)]
+        middle = sum(levels) / 2
+        drafted = [step.drafted for step in (*before[-WINDOW:], *after)]
+        averages = [mean(drafted[place : place + WINDOW]) for place in range(1, len(after) + 1)]
+        crossed = (place for place, level in enumerate(averages, 1) if (level > middle) == (levels[1] > levels[0]))
+        cycles = next(crossed, STEPS)
+        setting = next((place for place, step in enumerate(after, 1) if step.setting != before[-1].setting), STEPS)
+        to = " and ".join(HALVES[turn % 2])
+        turns.append({"to": to, "cycles": cycles, "setting_told_after": setting, "drafted_per_step": levels})
+        print(f"to {to:20} {levels[0]:.2f} -> {levels[1]:.2f} drafted a step after {cycles} cycles", flush=True)
+    counts = [at["cycles"] for at in turns]
     value = {"worst": max(counts), "median": sorted(counts)[len(counts) // 2]}
-    return Measurement(NAME, value, BAR, max(counts) <= 60, {"turns": seen})
+    return Measurement(NAME, value, BAR, max(counts) <= 60, {"turns": turns})
 
 
-def _half(engine: Engine, tasks: tuple[str, ...], turn: int) -> list[str]:
-    """The setting after each of `STEPS` steps of a stream of `tasks`."""
-    settings: list[str] = []
-    asked = islice(questions(40, tasks), 8 * turn, None)
-    while len(settings) < STEPS:
+def _half(engine: Engine, tasks: tuple[str, ...], turn: int) -> list[Step]:
+    """`STEPS` steps of a stream of `tasks`."""
+    steps: list[Step] = []
+    asked = islice(questions(100, tasks), 12 * turn, None)
+    while len(steps) < STEPS:
         prompt = engine.chat_prompt([{"role": "user", "content": next(asked).text}])
-        before = engine.stats.steps
+        before = engine.stats
         for _ in engine.stream(prompt, SETTINGS):
-            if engine.stats.steps > before:
-                before = engine.stats.steps
-                settings.append(engine.stats.speculation_setting)
-    return settings[:STEPS]
+            now = engine.stats
+            if now.steps > before.steps:
+                steps.append(Step(now.speculation_setting, now.drafted - before.drafted))
+                before = now
+    return steps[:STEPS]

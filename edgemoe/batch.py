@@ -164,6 +164,7 @@ class Batch:
             except BaseException as error:
                 # It is in no line any more, so that only this can tell it.
                 generation.fail(error)
+                self.speculation.forget(generation)
                 self._let_go()
                 if not isinstance(error, Exception):
                     raise
@@ -235,6 +236,8 @@ class Batch:
         self._waiting.remove_if(waiting)
         for generation in [*waiting, *(each for each in self._running if each.cancelled)]:
             generation.cancel()
+            if generation in waiting:
+                self.speculation.forget(generation)
         self._let_go()
 
     def _let_go(self) -> None:
@@ -288,7 +291,7 @@ class Batch:
             results = self.decoder.run(work)
         waited = counters.link_wait_seconds - before.link_wait_seconds
         # Before the chunks are made, which say what has been moved for them.
-        self._account(shares, before, counters)
+        self._account(shares, work, before, counters)
         for (generation, _), logits in zip(shares, results, strict=True):
             if generation.past is not None and generation.past.tokens == generation.pause_at:
                 self._keep_copy(generation)
@@ -334,13 +337,14 @@ class Batch:
                 generation.nbytes = nbytes
         return max(0, min(left, past.room - past.tokens - 1))
 
-    def _account(self, shares: Sequence[Share], before: CacheCounters, after: CacheCounters) -> None:
-        """Divides what the step asked for and moved by the tokens that each had in it."""
-        total = sum(count for _, count in shares)
+    @staticmethod
+    def _account(shares: Sequence[Share], work: Sequence[Work], before: CacheCounters, after: CacheCounters) -> None:
+        """Divides what the step asked for and moved by the tokens that each had in it, drafted ones included."""
+        total = sum(len(item.tokens) for item in work)
         hits, misses = after.hits - before.hits, after.misses - before.misses
         nbytes = after.bytes_loaded - before.bytes_loaded
-        for generation, count in shares:
-            part = count / total
+        for (generation, _), item in zip(shares, work, strict=True):
+            part = len(item.tokens) / total
             generation.account(hits * part, misses * part, nbytes * part)
 
     # --- room --------------------------------------------------------------------------------------

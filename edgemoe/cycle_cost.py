@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 FIRST_GUESS = 0.35
@@ -12,6 +13,8 @@ MEMORY = 32.0
 """Plain steps that an average is made of."""
 REFRESH = 64
 """Steps with drafts in a row after which a plain one is measured again: what drafts are held against must be known."""
+AGAIN = 8
+"""Steps after which it is due again, where prompts came between."""
 CALM = 2.0
 """A step that took so many times the average, or so much less, counts as this: other programs run too."""
 
@@ -47,14 +50,20 @@ class Plain:
         """A step with `tokens` tokens more than that."""
         self._since += 1
         self._fade(tokens / (4 * MEMORY + tokens))
+        if seconds < self.seconds:
+            # With fewer tokens it would not have taken longer: the first plain steps were disturbed.
+            self.seconds += (seconds - self.seconds) / min(self._seen, MEMORY)
         more = min(max(0.0, seconds - self.seconds), CALM * tokens * self.seconds)
         self._more_tokens += tokens
         self._more_seconds += more
         self._more_waited += min(max(0.0, waited - self._waited), more)
 
-    def is_stale(self) -> bool:
-        """Whether steps with more tokens have followed one another for so long that a plain one is due."""
-        return self._since >= REFRESH
+    def is_due(self) -> bool:
+        """Whether a plain step is due, after many with more tokens; asked again, only after a while."""
+        due = self._since >= REFRESH
+        if due:
+            self._since = REFRESH - AGAIN
+        return due
 
     @property
     def token(self) -> float:
@@ -75,7 +84,7 @@ class Plain:
 
 
 class CycleCost:
-    """Prices drafts in seconds. Steps for few and for many sequences are kept apart, by powers of two."""
+    """Prices drafts in seconds. Steps for few and for many sequences are kept apart."""
 
     def __init__(self, guess: Callable[[int], float] | None = None) -> None:
         """`guess`, where there is a profile of this machine, tells for so many sequences what one more token costs."""
@@ -85,7 +94,8 @@ class CycleCost:
 
     def of(self, sequences: int) -> Plain:
         """What steps for `sequences` cost."""
-        size = sequences.bit_length()
+        # From 8 on, numbers that differ by less than a fifth are one.
+        size = sequences if sequences < 8 else 8 + int(4 * math.log2(sequences / 8))
         if size not in self._plain:
             self._plain[size] = Plain(self._guess(sequences))
         return self._plain[size]

@@ -80,6 +80,7 @@ class Speculation:
         self._bins: dict[DraftTree, dict[int, int]] = {}
         self._made: dict[Generation, int] = {}
         self._drafted: dict[Generation, int] = {}
+        self._ran: set[Generation] = set()
         self._draft_seconds = 0.0
         self._controllers: Controllers | None = None
 
@@ -112,9 +113,9 @@ class Speculation:
         if not rooms or not self.active:
             return {}
         started = time.perf_counter()
-        self._drafted = dict.fromkeys(rooms, 0)
+        self._drafted, self._made, self._ran = dict.fromkeys(rooms, 0), {}, set()
         self._plain = self._cost.of(len(rooms))
-        growths = [] if self._settings.priced and self._plain.is_stale() else self._growths(rooms)
+        growths = [] if self._settings.priced and self._plain.is_due() else self._growths(rooms)
         worth = self._plain.seconds / len(rooms)
         if "ngram" in self._settings.drafters:
             for growth in growths:
@@ -125,7 +126,8 @@ class Speculation:
                 self._passes, [growth for growth in open_ if self._passes.takes(growth.generation)], worth
             )
         self._bins = {growth.tree: growth.bins for growth in growths}
-        self._drafted |= {growth.generation: growth.tree.drafted for growth in growths}
+        # Passes that found nothing worth drafting took their time all the same.
+        self._drafted |= {each.generation: max(each.tree.drafted, each.generation in self._ran) for each in growths}
         self._draft_seconds = time.perf_counter() - started
         self.totals.draft_seconds += self._draft_seconds
         return {growth.generation: growth.tree for growth in growths if growth.tree.drafted}
@@ -161,12 +163,14 @@ class Speculation:
         """
         if verified:
             self.totals.verify_seconds += seconds
-            if self._passes is not None:
-                self._passes.saw(sum(self._made.values()), self._draft_seconds + seconds)
-        if self._controllers and self._plain.seconds and len(work) == len(self._drafted):
-            plain_steps = (self._draft_seconds + seconds) / self._plain.seconds
+        if self._passes is not None and self._ran:
+            self._passes.saw(sum(self._made.get(each, 1) for each in self._ran), self._draft_seconds + seconds)
+        if self._controllers is not None:
+            # With prompts in the step nobody can tell what drafts have cost.
+            known = self._plain.seconds and len(work) == len(self._drafted)
+            plain_steps = (self._draft_seconds + seconds) / self._plain.seconds if known else None
             self._controllers.stepped(self._drafted, self._made, plain_steps)
-        self._made, self._drafted, self._draft_seconds = {}, {}, 0.0
+        self._made, self._drafted, self._ran, self._draft_seconds = {}, {}, set(), 0.0
         decoding = [item for item in work if item.every or len(item.tokens) == 1]
         if len(decoding) == len(work):
             self._cost.saw_step(len(work), sum(len(item.tokens) for item in work), seconds, waited)
@@ -215,6 +219,7 @@ class Speculation:
         if not growths:
             return
         self._foresight.begin_cycle()
+        self._ran = {growth.generation for growth in growths}
         passes.begin([growth.generation for growth in growths])
         try:
             growing = growths

@@ -55,9 +55,10 @@ class Tally:
     def add(self, tokens: int, plain_steps: float) -> None:
         """One more cycle."""
         self.fade(1 - 1 / MEMORY)
-        self.cycles += 1
-        self._tokens += tokens
         self._plain_steps += plain_steps
+        self._tokens += tokens
+        # Last: before it, who reads this meanwhile finds nothing.
+        self.cycles += 1
 
     def fade(self, keep: float) -> None:
         """Lets all cycles so far count for the share `keep` of what they did."""
@@ -78,8 +79,8 @@ class UtilityController:
     it does not pay. The best holds for a while. Where none pays drafting rests, longer each time, and is tested again.
     """
 
-    def __init__(self, start: Setting, most: Setting) -> None:
-        """Begins with a test of `start`; no setting goes beyond `most`."""
+    def __init__(self, start: Setting, most: Setting, rest: int = SHORTEST_REST) -> None:
+        """Begins with a test of `start`; no setting goes beyond `most`. The first rest takes `rest` steps."""
         self.changes = 0
         """How often the setting has changed."""
         self._most = most
@@ -88,7 +89,8 @@ class UtilityController:
         self._tallies: dict[Setting, Tally] = {}
         self._tried: dict[Setting, float] = {}
         self._turn = 0
-        self._rest = SHORTEST_REST
+        self.rest = rest
+        """Steps that the next rest would take."""
         self._idle = 0
         self._testing, self._left, self._fresh = True, TEST, True
 
@@ -105,16 +107,16 @@ class UtilityController:
     @property
     def utility(self) -> float:
         """The utility of the present setting as measured lately; 1 while drafting rests."""
-        tally = self._tallies.get(self._setting) if self._setting else None
+        setting = self._setting
+        tally = self._tallies.get(setting) if setting else None
         return tally.utility if tally else 1.0
 
     def describe(self) -> str:
         """What is drafted now, in a few words."""
-        if self._setting is None:
+        setting = self._setting
+        if setting is None:
             return "off: it did not pay"
-        if self._idle >= IDLE:
-            return f"{self._setting}, of which nothing is worth it now"
-        return str(self._setting)
+        return f"{setting}, of which nothing is worth it now" if self._idle >= IDLE else str(setting)
 
     def passed(self) -> None:
         """A step without drafts since drafting rests."""
@@ -166,10 +168,10 @@ class UtilityController:
         # Where none pays the next test begins with what lost least.
         self._last = max(self._tried, key=lambda setting: self._tried[setting])
         if self._tried[self._last] < 1:
-            self._change(None, self._rest)
-            self._rest = min(2 * self._rest, LONGEST_REST)
+            self._change(None, self.rest)
+            self.rest = min(2 * self.rest, LONGEST_REST)
         else:
-            self._rest = SHORTEST_REST
+            self.rest = SHORTEST_REST
             self._change(self._last, HOLD)
 
     def _next_trial(self, setting: Setting) -> Setting | None:

@@ -9,11 +9,11 @@ from checkpoints import Running, Zoo, random_ids, running
 from crowd import Crowd
 
 from edgemoe.config import EngineConfig
-from edgemoe.controllers import Controllers
-from edgemoe.cycle_cost import REFRESH, Plain
+from edgemoe.controllers import SHORTER, Controllers
+from edgemoe.cycle_cost import AGAIN, REFRESH, Plain
 from edgemoe.draft_settings import draft_settings
 from edgemoe.generation import Generation
-from edgemoe.utility import TEST, Setting
+from edgemoe.utility import SHORTEST_REST, TEST, Setting
 
 
 @pytest.fixture
@@ -91,16 +91,86 @@ def test_only_chains_where_only_chains_can_be_verified(generations: list[Generat
     assert setting.width == 1
 
 
-def test_a_plain_step_is_due_after_many_with_drafts() -> None:
+def test_a_plain_step_is_due_after_many_with_drafts_and_again_where_none_could_be_made() -> None:
     plain = Plain()
     for _ in range(5):
         plain.saw(1.0)
     for _ in range(REFRESH):
-        assert not plain.is_stale()
+        assert not plain.is_due()
         plain.saw_more(4, 1.5)
-    assert plain.is_stale()
+    assert plain.is_due()
+    assert not plain.is_due(), "while prompts run there are no plain steps, and drafts get on"
+    for _ in range(AGAIN):
+        plain.saw_more(4, 1.5)
+    assert plain.is_due()
     plain.saw(1.0)
-    assert not plain.is_stale()
+    for _ in range(REFRESH - 1):
+        plain.saw_more(4, 1.5)
+        assert not plain.is_due()
+
+
+def test_a_first_plain_step_that_was_disturbed_is_got_over() -> None:
+    """Steps with more tokens take less than it: it cannot have been what a plain one takes."""
+    plain = Plain()
+    for _ in range(2):
+        plain.saw(3.0)
+    for _ in range(40):
+        plain.saw_more(4, 0.9)
+    assert plain.seconds < 1.2
+
+
+def test_passes_that_found_nothing_to_draft_are_charged(own: Running) -> None:
+    """They took their time: a drafter whose every token is refused is soon left out."""
+    crowd = Crowd(own, speculate="auto+self")
+    speculation = crowd.speculation
+    speculation._pays = lambda *arguments: False  # type: ignore[method-assign]
+    speculation._round_pays = lambda *arguments: True  # type: ignore[method-assign]
+    seen = []
+    crowd.ask(random_ids(5), max_tokens=80)
+    while crowd.batch.running or crowd.batch.waiting:
+        crowd.step()
+        if speculation._controllers is not None:
+            seen += [controller.setting for controller in speculation._controllers._own.values()]
+    assert any(setting is None or not setting.passes for setting in seen)
+
+
+def test_a_breath_of_noise_is_not_many_steps_in_a_large_batch(own: Running) -> None:
+    crowd = Crowd(own, speculate="off")
+    many = [crowd.ask([5, 6, number]) for number in range(32)]
+    found = controllers()
+    for _ in range(TEST + 1):
+        for each in many:
+            found.setting(each)
+        found.stepped(dict.fromkeys(many, 0) | {many[0]: 4}, {many[0]: 1}, 0.9)
+    assert max(found._own[many[0]]._tried.values()) == pytest.approx(1 / (1 - SHORTER))
+
+
+def test_while_prompts_run_rests_go_on_and_nothing_is_judged(generations: list[Generation]) -> None:
+    found = controllers()
+    first = generations[0]
+    while found.setting(first) is not None:
+        found.stepped({first: 4}, {first: 1}, 2.0)
+    for _ in range(SHORTEST_REST):
+        assert found.setting(first) is None
+        found.stepped({first: 0}, {}, None)
+    setting = found.setting(first)
+    assert setting is not None
+    for _ in range(10 * TEST):
+        found.stepped({first: 4}, {first: 1}, None)
+    assert found.setting(first) == setting
+
+
+def test_who_comes_next_rests_as_long_as_it_had_come_to(generations: list[Generation]) -> None:
+    found = controllers()
+    first, second, _ = generations
+    for _ in range(100):
+        found.setting(first)
+        found.stepped({first: 4}, {first: 1}, 2.0)
+    rest = found._own[first].rest
+    assert rest > SHORTEST_REST
+    found.forget(first)
+    found.setting(second)
+    assert found._own[second].rest == rest
 
 
 def test_what_it_decides_is_told(own: Running) -> None:
