@@ -37,7 +37,7 @@ class BudgetSettings:
         """What is lossy about it, in a few words."""
         amount, moved = self.budget.amount, self.budget.rule == "residency"
         if self.budget.unit is Unit.MASS:
-            size = f"{100 * amount:.4g}% of each layer's routing mass"
+            size = f"{100 * amount:.4g}% of each {'token' if moved else 'layer'}'s routing mass"
         elif self.budget.unit is Unit.EXPERTS:
             size = f"{amount:.0f} {'new ' if moved else ''}expert{'s' if amount != 1 else ''} a layer"
         else:
