@@ -266,7 +266,7 @@ def _add_draft_options(parser: Parser) -> None:
         convert=one_of(*_BUDGET_RULES),
         metavar="RULE",
         help="which experts the budget is for: those with most routing (sum), the same by how likely each draft is "
-        "(path), or path where only what is not there counts (residency)",
+        "(path), or enough for every token where only what is not there counts (residency)",
     )
     parser.option(
         "--budget-dropped",
