@@ -19,7 +19,7 @@ TURNS = 3
 STEPS = 120
 """Of each half, of which the second half is what it settles at."""
 WINDOW = 8
-"""Steps over which drafted tokens are averaged: a setting has changed when that crosses the middle of the two levels."""
+"""Steps over which drafted tokens are averaged; a setting has changed when that crosses the middle of the levels."""
 SETTINGS = Sampling(temperature=0, max_tokens=64)
 
 

@@ -89,7 +89,7 @@ def test_it_is_refused_before_any_weight_is_read(zoo: Zoo) -> None:
         ({"budget": 8, "budget_rule": "sum"}, "checks of drafts keep to 8 experts a layer"),
         ({"budget": 1, "budget_rule": "path"}, "checks of drafts keep to 1 expert a layer"),
         ({"budget": 8}, "checks of drafts keep to 8 new experts a layer"),
-        ({"budget": "99.5%"}, "checks of drafts keep to 99.5% of each layer's routing mass"),
+        ({"budget": "99.5%"}, "checks of drafts keep to 99.5% of each token's routing mass"),
         ({"budget": "64MiB"}, "checks of drafts keep to 64.0 MiB of new experts a pass"),
         ({"budget": "64MiB", "budget_rule": "path"}, "checks of drafts keep to 64.0 MiB of experts a pass"),
     ],

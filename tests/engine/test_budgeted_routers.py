@@ -222,8 +222,7 @@ def test_residency_first_moves_the_best_of_what_is_missing(zoo: Zoo, passes: lis
             block = model.get_submodule(own.blueprint.sites[seen.layer].name.rpartition(".")[0])
             scores = family.scores(block, seen.hidden)
             wanted = {expert for each in scores for expert in best(each, range(12), 3)}
-            sums = (scores * torch.tensor(CERTAIN)[:, None]).sum(0)
-            moved = best(sums, sorted(wanted - {*there}), 2)
+            moved = best(scores.sum(0), sorted(wanted - {*there}), 2)
             used = set(seen.index[seen.weights != 0].tolist())
             assert set(moved) <= used <= {*there, *moved}
             assert set(own.cache.residents(seen.layer)) == {*there, *moved}

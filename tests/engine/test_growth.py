@@ -10,10 +10,12 @@ from crowd import generation
 
 from edgemoe.generation import Cancels
 from edgemoe.growth import Candidate, Growth
+from edgemoe.utility import Setting
 
 
 def growth(most_nodes: int = 8, most_depth: int = 4, *, chain: bool = False) -> Growth:
-    return Growth(generation(0, [5, 6, 7], Cancels()), most_nodes, most_depth, chain=chain)
+    setting = Setting(most_depth, 1 if chain else 4, passes=True)
+    return Growth(generation(0, [5, 6, 7], Cancels()), most_nodes, setting)
 
 
 def test_it_begins_with_the_last_token_which_no_pass_has_run() -> None:
