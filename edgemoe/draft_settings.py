@@ -59,8 +59,8 @@ def draft_settings(config: EngineConfig) -> DraftSettings:
         raise PlanError("both a draft model and the model itself cannot draft: give one of them with --speculate")
     if "model" in drafters and not config.draft_model:
         raise PlanError("--speculate model needs a second checkpoint: name it with --draft-model")
-    _one_of("--draft-shape", config.draft_shape, SHAPES)
-    _one_of("--draft-rule", config.draft_rule, RULE_CHOICES)
+    one_of("--draft-shape", config.draft_shape, SHAPES)
+    one_of("--draft-rule", config.draft_rule, RULE_CHOICES)
     for option, value in (("--draft-nodes", config.draft_nodes), ("--draft-depth", config.draft_depth)):
         if not 1 <= value <= MOST_NODES:
             raise PlanError(f"{option} {value} is not possible: give a number from 1 to {MOST_NODES}")
@@ -78,6 +78,7 @@ MOST_NODES = 256
 _CHOICES = "auto, auto+self, off, ngram, self, model, ngram+self, ngram+model"
 
 
-def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
+def one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
+    """PlanError, naming `option`, unless `value` is among `choices`."""
     if value not in choices:
         raise PlanError(f"{option} {value!r} is none of {', '.join(choices)}: give one of these")

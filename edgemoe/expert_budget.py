@@ -17,6 +17,7 @@ from edgemoe.budget_routing import BudgetRouting, BudgetTotals
 from edgemoe.cache import ExpertCache
 from edgemoe.config import EngineConfig
 from edgemoe.decoder import Work
+from edgemoe.draft_settings import one_of
 from edgemoe.errors import PlanError
 from edgemoe.expert_layer import ExpertLayers
 from edgemoe.prefetch.budget import RULES, Budget, Unit
@@ -47,12 +48,8 @@ class BudgetSettings:
 
 def budget_settings(config: EngineConfig) -> BudgetSettings | None:
     """The budget that `config` asks for, or None; PlanError names what is wrong with it."""
-    for option, value, choices in (
-        ("--budget-rule", config.budget_rule, RULES),
-        ("--budget-dropped", config.budget_dropped, DROPPED),
-    ):
-        if value not in choices:
-            raise PlanError(f"{option} {value!r} is none of {', '.join(choices)}: give one of these")
+    one_of("--budget-rule", config.budget_rule, RULES)
+    one_of("--budget-dropped", config.budget_dropped, DROPPED)
     text = str(config.budget).strip().lower()
     if text == "off":
         return None

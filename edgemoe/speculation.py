@@ -120,11 +120,10 @@ class Speculation:
         if "ngram" in self._settings.drafters:
             for growth in growths:
                 self._grow_ngrams(growth, worth)
-        if self._passes is not None:
-            open_ = [growth for growth in growths if growth.passes and not growth.full]
-            self._grow_by_passes(
-                self._passes, [growth for growth in open_ if self._passes.takes(growth.generation)], worth
-            )
+        passes = self._passes
+        if passes is not None:
+            open_ = [each for each in growths if each.passes and not each.full and passes.takes(each.generation)]
+            self._grow_by_passes(passes, open_, worth)
         self._bins = {growth.tree: growth.bins for growth in growths}
         # Passes that found nothing worth drafting took their time all the same.
         self._drafted |= {each.generation: max(each.tree.drafted, each.generation in self._ran) for each in growths}
