@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
 
 from bench.alternating import Question, answer, loaded, questions
 from bench.checkpoints import inflated
@@ -17,10 +17,11 @@ BAR = "--speculate auto >= 0.95x off in every task, cache, link and temperature"
 CELLS = [Cell("25%", None), Cell("25%", 4.0), Cell("50%", None), Cell("50%", 4.0), Cell("100%", None)]
 """With every expert resident no link is used, so that one cell stands for both."""
 TEMPERATURES = {"greedy": 0.0, "temperature 1": 1.0}
-QUESTIONS = 2
-"""Of each task and temperature."""
-ROUNDS = 3
-"""Of which each question's median counts: on a machine where other programs run a single ratio says little."""
+QUESTIONS = 6
+"""Of each task and temperature, each asked once: what an engine wrote it may draft from. The median of their ratios
+counts: on a machine where other programs run a single one says little."""
+WARMING = 2
+"""Of each task before these."""
 TOKENS = 48
 
 
@@ -36,36 +37,33 @@ def run() -> Measurement:
 
 def measure(cell: Cell) -> dict[str, float]:
     """How many times as fast the default is as no speculation, for each task and temperature of one cell."""
-    asked, found = questions(QUESTIONS), {}
+    asked = questions(WARMING + QUESTIONS)
     with ExitStack() as stack:
-        engines = [
+        off, auto = (
             stack.enter_context(loaded(inflated(), **cell.settings, speculate=speculate))
             for speculate in ("off", "auto")
-        ]
-        for how, temperature in TEMPERATURES.items():
-            settings = [
-                Sampling(temperature=temperature, seed=number, max_tokens=TOKENS) for number in range(len(asked))
-            ]
-            seconds = _seconds(engines, asked, settings)
-            for task in dict.fromkeys(question.task for question in asked):
-                places = [place for place, question in enumerate(asked) if question.task == task]
-                off, auto = (sum(own[place] for place in places) for own in seconds)
-                found[f"{task}, {how}"] = off / max(auto, 1e-9)
+        )
+        found = {
+            f"{task}, {how}": ratio
+            for how, temperature in TEMPERATURES.items()
+            for task, ratio in _ratios(off, auto, asked, temperature).items()
+        }
     worst = min(found, key=lambda name: found[name])
     mean = sum(found.values()) / len(found)
     print(f"{cell.name:32} worst {found[worst]:.2f}x ({worst}), mean {mean:.2f}x", flush=True)
     return found
 
 
-def _seconds(engines: Sequence[Engine], asked: Sequence[Question], settings: Sequence[Sampling]) -> list[list[float]]:
-    """Each engine's median seconds of decoding for each question; they take turns, and who begins changes."""
-    taken: list[list[list[float]]] = [[[] for _ in asked] for _ in engines]
-    for round_ in range(ROUNDS + 1):
-        for place, (question, sampling) in enumerate(zip(asked, settings, strict=True)):
-            for turn in range(len(engines)):
-                number = (turn + place + round_) % len(engines)
-                timings: Any = answer(engines[number], question, sampling).timings
-                # The first round warms up.
-                if round_:
-                    taken[number][place].append(timings.generate_seconds)
-    return [[sorted(each)[len(each) // 2] for each in own] for own in taken]
+def _ratios(off: Engine, auto: Engine, asked: Sequence[Question], temperature: float) -> dict[str, float]:
+    """By task: how many times as fast `auto` decodes as `off`; they take turns, and who begins changes."""
+    ratios: dict[str, list[float]] = {}
+    warming = len(asked) * WARMING // (WARMING + QUESTIONS)
+    for place, question in enumerate(asked):
+        sampling = Sampling(temperature=temperature, seed=place, max_tokens=TOKENS)
+        first, second = (off, auto) if place % 2 else (auto, off)
+        timings = {engine: answer(engine, question, sampling).timings for engine in (first, second)}
+        taken = {engine: each.generate_seconds for engine, each in timings.items()}
+        # A reply of one token is over with its prompt.
+        if place >= warming and timings[off].generated_tokens > 1:
+            ratios.setdefault(question.task, []).append(taken[off] / max(taken[auto], 1e-9))
+    return {task: statistics.median(each) for task, each in ratios.items()}

@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable
 
 FIRST_GUESS = 0.35
-"""What one more token costs, as a share of a step of one token a sequence, before it was measured or profiled ..."""
+"""What one more token costs, as a share of a step's time for each of its sequences, before it was measured or
+profiled ..."""
 GUESS_WEIGHT = 16.0
 """... and how many measured tokens that guess counts for. It comes back slowly where nothing is measured."""
 MEMORY = 32.0
@@ -88,7 +89,7 @@ class CycleCost:
 
     def __init__(self, guess: Callable[[int], float] | None = None) -> None:
         """`guess`, where there is a profile of this machine, tells for so many sequences what one more token costs."""
-        self._guess = guess or (lambda sequences: FIRST_GUESS)
+        self._guess = guess or (lambda sequences: FIRST_GUESS / sequences)
         self._plain: dict[int, Plain] = {}
         self._draft = Plain()
 

@@ -1,17 +1,18 @@
 """Drafts what followed the longest earlier match in prompt and reply: speculation without a model's pass.
 
-Prompt lookup (Saxena 2023) in the incremental form of SAM-Decoding (arXiv 2411.10666). Every drafted token has a
-probability: the hit rate of matches of its kind, which is measured in all that the model writes.
+Prompt lookup (Saxena 2023) in the incremental form of SAM-Decoding (arXiv 2411.10666), in the sequence itself and in
+what others wrote (SuffixDecoding, arXiv 2411.04975). Every drafted token has a probability: the hit rate of matches of
+its kind, which is measured in all that the model writes.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Collection, Iterator, Sequence
-from itertools import islice
 from typing import NamedTuple
 
 from edgemoe.draft_tree import DraftTree
+from edgemoe.reply_memory import ReplyMemory
 from edgemoe.suffix_automaton import Follower, Match, SuffixAutomaton
 
 LENGTHS = (1, 2, 3, 4, 6, 9, 14, 24)
@@ -70,12 +71,15 @@ class Kind(NamedTuple):
     rival: bool
     """Whether another token followed the same; of those told later, whether it followed what the first did."""
     repeated: bool
+    elsewhere: bool
+    """Whether it was found in what others wrote."""
 
     @classmethod
-    def of(cls, rank: int, follower: Follower, longest: int) -> Kind:
+    def of(cls, rank: int, follower: Follower, longest: int, elsewhere: bool = False) -> Kind:
         """The kind of the follower told after `rank` others, of which the first followed a suffix of `longest`."""
         rival = follower.length == longest if rank else not follower.sole
-        return cls(_BUCKET[min(follower.length, LENGTHS[-1] + 1)], min(rank, 2), rival, follower.repeated)
+        bucket = _BUCKET[min(follower.length, LENGTHS[-1] + 1)]
+        return cls(bucket, min(rank, 2), rival, follower.repeated, elsewhere)
 
     @property
     def prior(self) -> float:
@@ -99,6 +103,13 @@ class NgramCalibration:
         self._rates.setdefault(kind, HitRate()).observe(hit)
 
 
+class Standing(NamedTuple):
+    """Where a sequence stands in its own text and in what all of them wrote."""
+
+    own: Match
+    common: Match
+
+
 class Candidate(NamedTuple):
     """A node that a tree may get."""
 
@@ -111,14 +122,19 @@ class Candidate(NamedTuple):
 class NgramDrafter:
     """Drafts for one sequence; what it drafts is measured in every token the model writes, speculated or not.
 
-    `ends` are the tokens that end a reply. In a prompt something follows them, in the reply nothing will.
+    `ends` are the tokens that end a reply. In a prompt something follows them, in the reply nothing will. `memory` is
+    of what others wrote, and gets what the model writes here; None drafts from the sequence alone.
     """
 
-    def __init__(self, calibration: NgramCalibration, ends: Collection[int] = ()) -> None:
+    def __init__(
+        self, calibration: NgramCalibration, ends: Collection[int] = (), memory: ReplyMemory | None = None
+    ) -> None:
         self.ends = frozenset(ends)
         self._calibration = calibration
         self._own: dict[Kind, HitRate] = {}
         self._automaton = SuffixAutomaton()
+        self._memory = ReplyMemory() if memory is None else memory
+        self._reply = self._memory.begin(())
 
     def __len__(self) -> int:
         """Tokens of prompt and reply so far."""
@@ -128,17 +144,19 @@ class NgramDrafter:
         """Appends tokens that the model did not write: how they repeat themselves is no measure of how it does."""
         for token in prompt:
             self._automaton.append(token)
+        self._reply = self._memory.begin(prompt)
 
     def extend(self, reply: Sequence[int]) -> None:
         """Appends tokens that the model wrote, and measures what would have been drafted for each."""
         for token in reply:
-            for drafted, kind in self._followers(self._automaton.match):
+            for drafted, kind in self._followers(self.match):
                 hit = drafted == token
                 self._calibration.observe(kind, hit)
                 self._own.setdefault(kind, HitRate()).observe(hit)
                 if hit:
                     break
             self._automaton.append(token)
+            self._memory.append(self._reply, token)
 
     def frontier(
         self, tree: DraftTree, *, branching: bool = True, most_depth: int, least_probability: float
@@ -158,15 +176,15 @@ class NgramDrafter:
             tree.add(*best)
 
     @property
-    def match(self) -> Match:
+    def match(self) -> Standing:
         """Where the sequence stands."""
-        return self._automaton.match
+        return Standing(self._automaton.match, self._memory.match(self._reply))
 
-    def advance(self, match: Match, token: int) -> Match:
+    def advance(self, match: Standing, token: int) -> Standing:
         """Where it would stand with `token` drafted after `match`."""
-        return self._automaton.advance(match, token)
+        return Standing(self._automaton.advance(match.own, token), self._memory.advance(match.common, token))
 
-    def predictions(self, match: Match) -> Iterator[tuple[int, float]]:
+    def predictions(self, match: Standing) -> Iterator[tuple[int, float]]:
         """Tokens that may come next, and the probability of each.
 
         A hit rate is that of a follower whose predecessors in the list were wrong, so the probabilities of all are
@@ -178,11 +196,20 @@ class NgramDrafter:
             yield token, left * rate
             left *= 1 - rate
 
-    def _followers(self, match: Match) -> Iterator[tuple[int, Kind]]:
+    def _followers(self, match: Standing) -> Iterator[tuple[int, Kind]]:
+        """Each token once, after the longest suffix that it followed; its own text comes before that of others."""
+        own = ((follower, False) for follower in self._automaton.followers(match.own))
+        common = ((follower, True) for follower in self._memory.followers(match.common))
+        told: dict[int, Kind] = {}
         longest = 0
-        for rank, follower in enumerate(islice(self._automaton.followers(match), MOST_FOLLOWERS)):
+        for follower, elsewhere in heapq.merge(own, common, key=lambda each: -each[0].length):
+            if follower.token in told:
+                continue
             longest = longest or follower.length
-            yield follower.token, Kind.of(rank, follower, longest)
+            told[follower.token] = kind = Kind.of(len(told), follower, longest, elsewhere)
+            yield follower.token, kind
+            if len(told) == MOST_FOLLOWERS:
+                break
 
     def _rate(self, kind: Kind) -> float:
         shared, own = self._calibration.rate(kind), self._own.get(kind)
@@ -204,7 +231,7 @@ class NgramFrontier:
         self._branching = branching
         self._most_depth = most_depth
         self._least = least_probability
-        self._matches: list[Match] = []
+        self._matches: list[Standing] = []
         self._waiting: list[tuple[float, int, int]] = []
 
     def best(self) -> Candidate | None:

@@ -22,6 +22,7 @@ from edgemoe.hit_rates import HitRates
 from edgemoe.joint_decoder import JointDecoder
 from edgemoe.ngram_drafter import NgramCalibration, NgramDrafter
 from edgemoe.pass_drafter import Branch, PassDrafter
+from edgemoe.reply_memory import ReplyMemory
 
 WIDTH = 4
 """Tokens that may follow a node, and nodes that a drafting pass runs for each sequence, in a tree."""
@@ -75,6 +76,7 @@ class Speculation:
         self._plain = self._cost.of(1)
         self._ngrams: dict[Generation, NgramDrafter] = {}
         self._ngram_rates = NgramCalibration()
+        self._replies = ReplyMemory()
         # How often a drafted token of each bin is the one: at first what its share says.
         self._shares = HitRates([(number + 0.5) / SHARE_BINS for number in range(SHARE_BINS)])
         self._bins: dict[DraftTree, dict[int, int]] = {}
@@ -207,7 +209,7 @@ class Speculation:
         """The sequence's drafter, which has read all of its tokens."""
         drafter = self._ngrams.get(generation)
         if drafter is None:
-            drafter = self._ngrams[generation] = NgramDrafter(self._ngram_rates, generation.ends)
+            drafter = self._ngrams[generation] = NgramDrafter(self._ngram_rates, generation.ends, self._replies)
             drafter.read(generation.tokens[: generation.prompt_length])
         drafter.extend(generation.tokens[len(drafter) :])
         return drafter

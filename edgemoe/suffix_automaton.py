@@ -75,17 +75,29 @@ class SuffixAutomaton:
 
     def append(self, token: int) -> None:
         """Lets the text grow by a token."""
+        self._last = self.extend(self._last, token)
+
+    def extend(self, text: int, token: int) -> int:
+        """The state of a whole text with `token` after it; `text` is the state without it, 0 for an empty one.
+
+        So several texts may grow in turns in one automaton: what is told is then of all of them. Their states hold
+        as long as the automaton does.
+        """
         if token < 0:
             raise ValueError(f"token ids are at least 0, not {token}")
-        new = self._add(len(self) + 1)
-        state = self._teach(token, new)
-        if state >= 0:
-            known = self._step(state, token)
-            if self._length[known] != self._length[state] + 1:
-                known = self._split(state, token, known)
-            self._repeated[known] = True
-            self._link[new] = known
-        self._last = new
+        new = self._add(self._length[text] + 1) if self._step(text, token) == NOTHING else NOTHING
+        state = self._teach(text, token, new)
+        if state < 0:
+            return new
+        known = self._step(state, token)
+        if self._length[known] != self._length[state] + 1:
+            known = self._split(state, token, known)
+        self._repeated[known] = True
+        if new == NOTHING:
+            # Another text began with the same.
+            return known
+        self._link[new] = known
+        return new
 
     def advance(self, match: Match, token: int) -> Match:
         """The match of the same text with `token` after it; the automaton stays as it is."""
@@ -140,9 +152,8 @@ class SuffixAutomaton:
             return self._target[state]
         return self._branches[state].get(token, NOTHING) if held == SEVERAL else NOTHING
 
-    def _teach(self, token: int, target: int) -> int:
-        """Every suffix of the text that was never followed by `token` is now; the first state that knew it, or -1."""
-        state = self._last
+    def _teach(self, state: int, token: int, target: int) -> int:
+        """The text of `state`, and its suffixes, are now followed by `token`; the first state that knew it, or -1."""
         while state >= 0:
             held = self._token[state]
             if held == token:

@@ -19,10 +19,13 @@ from edgemoe.ngram_drafter import (
     Kind,
     NgramCalibration,
     NgramDrafter,
+    Standing,
 )
+from edgemoe.reply_memory import ReplyMemory
 from edgemoe.suffix_automaton import Follower, Match
 
 KEPT = 0.5 ** (1 / HALF_LIFE)
+NOWHERE = Standing(Match(0, 0), Match(0, 0))
 
 
 def drafter_of(prompt: list[int], calibration: NgramCalibration | None = None, **options: object) -> NgramDrafter:
@@ -31,9 +34,9 @@ def drafter_of(prompt: list[int], calibration: NgramCalibration | None = None, *
     return drafter
 
 
-def kind(length: int, rank: int = 0, *, rival: bool = False, repeated: bool = False) -> Kind:
+def kind(length: int, rank: int = 0, *, rival: bool = False, repeated: bool = False, elsewhere: bool = False) -> Kind:
     follower = Follower(0, length, sole=not (rival and rank == 0), repeated=repeated)
-    return Kind.of(rank, follower, longest=length if rival else length + 1)
+    return Kind.of(rank, follower, longest=length if rival else length + 1, elsewhere=elsewhere)
 
 
 def nodes(tree: DraftTree) -> dict[tuple[int, ...], float]:
@@ -64,7 +67,7 @@ def random_drafter(seed: int, letters: int = 3, length: int = 60) -> tuple[Ngram
 def test_kinds_differ_by_length_rank_rivals_and_repetition() -> None:
     forms = [(rank, rival, repeated) for rank in (0, 1, 2) for rival in (True, False) for repeated in (True, False)]
     kinds = [kind(5, rank, rival=rival, repeated=repeated) for rank, rival, repeated in forms]
-    assert kinds == [(4, *form) for form in forms]
+    assert kinds == [(4, *form, False) for form in forms]
     assert kind(5, 3) == kind(5, 2)
 
 
@@ -290,12 +293,12 @@ def test_a_sequence_trusts_its_own_measurements_beside_those_of_all() -> None:
     learning.read([1, 2])
     shared = PRIOR_WEIGHT * kind(2).prior / (1 + PRIOR_WEIGHT)
     assert dict(other.predictions(other.match)) == pytest.approx({3: shared})
-    told = dict(islice(learning.predictions(learning.advance(Match(0, 0), 7)), 1))
+    told = dict(islice(learning.predictions(learning.advance(NOWHERE, 7)), 1))
     assert told == pytest.approx({1: kind(1).prior}), "another kind"
     own = SHARED_WEIGHT * shared / (1 + SHARED_WEIGHT)
-    at_two = other.advance(other.advance(Match(0, 0), 3), 4)
+    at_two = other.advance(other.advance(NOWHERE, 3), 4)
     assert dict(other.predictions(at_two)) == pytest.approx({1: shared})
-    at_two = learning.advance(learning.advance(Match(0, 0), 3), 4)
+    at_two = learning.advance(learning.advance(NOWHERE, 3), 4)
     assert dict(learning.predictions(at_two)) == pytest.approx({1: own})
 
 
@@ -340,3 +343,60 @@ def test_probabilities_are_the_shares_that_hit() -> None:
     for level in often:
         expected = sum(probability for probability, _ in level) / len(level)
         assert sum(hit for _, hit in level) / len(level) == pytest.approx(expected, abs=0.06)
+
+
+# --- what others wrote -----------------------------------------------------------------------------
+
+
+def test_what_another_sequence_wrote_is_drafted_while_it_is_being_written() -> None:
+    calibration, memory = NgramCalibration(), ReplyMemory()
+    one, other = (NgramDrafter(calibration, memory=memory) for _ in range(2))
+    one.read([1, 2, 3])
+    other.read([9, 2, 3])
+    one.extend([4, 5, 6])
+    other.extend([4])
+    assert list(nodes(grown(other, 4))) == [(5,), (5, 6)]
+    other.extend([5, 6])
+    assert nodes(grown(other, 6)) == {}, "nobody has written more"
+    one.extend([7])
+    assert list(nodes(grown(other, 6))) == [(7,)]
+
+
+def test_its_own_text_comes_before_that_of_others_where_both_match_as_far() -> None:
+    memory = ReplyMemory()
+    for prompt in ([1, 2, 3], [1, 2, 3]):
+        other = NgramDrafter(NgramCalibration(), memory=memory)
+        other.read(prompt)
+    own = NgramDrafter(NgramCalibration(), memory=memory)
+    own.read([8, 2, 4, 8])
+    own.extend([2])
+    kinds = [(token, kind.bucket, kind.elsewhere) for token, kind in own._followers(own.match)]
+    assert kinds == [(4, 1, False), (3, 0, True)]
+
+
+def test_a_longer_match_elsewhere_comes_before_a_shorter_one_of_its_own() -> None:
+    memory = ReplyMemory()
+    other = NgramDrafter(NgramCalibration(), memory=memory)
+    other.read([5, 6, 7, 3])
+    own = NgramDrafter(NgramCalibration(), memory=memory)
+    own.read([7, 4, 5, 6])
+    own.extend([7])
+    assert [(token, kind.elsewhere) for token, kind in own._followers(own.match)] == [(3, True), (4, False)]
+
+
+def test_hits_elsewhere_are_measured_apart_from_those_in_the_own_text() -> None:
+    calibration, memory = NgramCalibration(), ReplyMemory()
+    one = NgramDrafter(calibration, memory=memory)
+    one.read([1, 2, 3])
+    before = kind(2).prior
+    other = NgramDrafter(calibration, memory=memory)
+    other.read([1, 2])
+    other.extend([3])
+    assert calibration.rate(kind(2)) == before
+    assert calibration.rate(kind(2, elsewhere=True)) == pytest.approx((1 + PRIOR_WEIGHT * before) / (1 + PRIOR_WEIGHT))
+
+
+def test_without_a_memory_a_sequence_drafts_from_itself_alone() -> None:
+    calibration = NgramCalibration()
+    drafter_of([1, 2, 3], calibration).extend([4])
+    assert nodes(grown(drafter_of([1, 2, 3], calibration), 3)) == {}

@@ -189,5 +189,5 @@ def test_drafts_are_priced_by_a_profile_of_this_machine_alone(tmp_path: Path, fo
         plain.saw(1.0)
         plain.saw(1.0)
         model = known_profile().model
-        expected = FIRST_GUESS if foreign else model.token_cost(3, model.hit_rate(0.5, 3))
+        expected = FIRST_GUESS / 3 if foreign else model.token_cost(3, model.hit_rate(0.5, 3))
         assert plain.token == pytest.approx(expected)

@@ -141,6 +141,15 @@ def test_a_seed_draws_the_same_whatever_drafts(talker: Path) -> None:
     assert found[0][0] == found[0][1] != found[0][2]
 
 
+def test_what_was_said_before_is_drafted_for_whoever_is_told_it_again(talker: Path) -> None:
+    sampling = Sampling(max_tokens=40, temperature=0.8, seed=3, ignore_eos=True)
+    with Engine.load(talker, dtype="float32", speculate="ngram") as engine:
+        first, again = (engine.generate([5, 9, 200, 31, 7], sampling) for _ in range(2))
+    assert first.token_ids == again.token_ids
+    assert again.timings.cycles < first.timings.generated_tokens / 4
+    assert again.timings.accepted > 3 * first.timings.accepted
+
+
 # --- several at once -------------------------------------------------------------------------------
 
 

@@ -118,6 +118,44 @@ def test_drafted_tokens_are_matched_as_if_they_were_the_texts(text: list[int]) -
             check_followers(automaton, match, text, drafted)
 
 
+def followed_in_any(texts: list[list[int]], piece: list[int]) -> list[int]:
+    return [token for text in texts for token in followed(text, piece)]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_texts_that_grow_in_turns_are_told_of_as_if_all_were_searched(seed: int) -> None:
+    draw, automaton = random.Random(seed), SuffixAutomaton()
+    texts: list[list[int]] = [[] for _ in range(draw.randint(2, 4))]
+    states = [0] * len(texts)
+    for _ in range(60):
+        one = draw.randrange(len(texts))
+        texts[one].append(draw.randrange(draw.choice((2, 3))))
+        states[one] = automaton.extend(states[one], texts[one][-1])
+        for state, text in zip(states, texts, strict=True):
+            assert automaton._length[state] == len(text)
+            expected: dict[int, Follower] = {}
+            for length in range(len(text), 0, -1):
+                tokens = followed_in_any(texts, suffix(text, length))
+                for token in tokens:
+                    follower = Follower(token, length, len(set(tokens)) == 1, tokens.count(token) > 1)
+                    expected.setdefault(token, follower)
+            told = list(automaton.followers(Match(state, len(text))))
+            assert {follower.token: follower for follower in told} == expected
+            assert [follower.length for follower in told] == sorted((each.length for each in told), reverse=True)
+
+
+def test_what_was_found_last_is_told_first_whichever_text_it_is_of() -> None:
+    automaton, one, other = SuffixAutomaton(), 0, 0
+    for token in (1, 2):
+        one = automaton.extend(one, token)
+    for token in (1, 3):
+        other = automaton.extend(other, token)
+    start = automaton.extend(0, 1)
+    assert [follower.token for follower in automaton.followers(Match(start, 1))] == [3, 2]
+    automaton.extend(start, 2)
+    assert [follower.token for follower in automaton.followers(Match(start, 1))] == [2, 3]
+
+
 def test_a_token_that_never_occurred_leaves_no_match() -> None:
     automaton = automaton_of([1, 2, 1])
     assert automaton.advance(automaton.match, 5) == Match(0, 0)
