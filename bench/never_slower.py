@@ -17,10 +17,10 @@ BAR = "--speculate auto >= 0.95x off in every task, cache, link and temperature"
 CELLS = [Cell("25%", None), Cell("25%", 4.0), Cell("50%", None), Cell("50%", 4.0), Cell("100%", None)]
 """With every expert resident no link is used, so that one cell stands for both."""
 TEMPERATURES = {"greedy": 0.0, "temperature 1": 1.0}
-QUESTIONS = 6
+QUESTIONS = 4
 """Of each task and temperature, each asked once: what an engine wrote it may draft from. The median of their ratios
 counts: on a machine where other programs run a single one says little."""
-WARMING = 2
+WARMING = 1
 """Of each task before these."""
 TOKENS = 48
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 FIRST_GUESS = 0.35
 """What one more token costs, as a share of a step's time for each of its sequences, before it was measured or
 profiled ..."""
+SHARING = 0.25
+"""How much faster than their number that falls with more sequences: most experts are wanted by others anyway."""
 GUESS_WEIGHT = 16.0
 """... and how many measured tokens that guess counts for. It comes back slowly where nothing is measured."""
 MEMORY = 32.0
@@ -16,6 +18,8 @@ REFRESH = 64
 """Steps with drafts in a row after which a plain one is measured again: what drafts are held against must be known."""
 AGAIN = 8
 """Steps after which it is due again, where prompts came between."""
+NEAR = 1.35
+"""Steps for so many times as many sequences, or fewer, tell about steps that were never measured."""
 CALM = 2.0
 """A step that took so many times the average, or so much less, counts as this: other programs run too."""
 
@@ -30,15 +34,24 @@ class Plain:
         """Seconds of such a step; 0 before one was measured."""
         self._seen = 0
         self._since = 0
+        self._borrowed = False
         self._waited = 0.0
         self._more_seconds = 0.0
         self._more_waited = 0.0
         self._more_tokens = 0.0
 
+    def borrow(self, other: Plain) -> None:
+        """Takes what is known of steps for about as many sequences, until there is a measurement of its own."""
+        self.seconds, self._waited, self._borrowed = other.seconds, other._waited, True
+        # The next one counts in full.
+        self._seen = 1
+        self._more_seconds, self._more_waited = other._more_seconds, other._more_waited
+        self._more_tokens = other._more_tokens
+
     def saw(self, seconds: float, waited: float = 0.0) -> None:
         """A step of one token a sequence, of which it `waited` for the link; the very first one is a warm-up."""
         self._seen += 1
-        self._since = 0
+        self._since, self._borrowed = 0, False
         if self._seen == 1:
             return
         if self.seconds:
@@ -60,10 +73,10 @@ class Plain:
         self._more_waited += min(max(0.0, waited - self._waited), more)
 
     def is_due(self) -> bool:
-        """Whether a plain step is due, after many with more tokens; asked again, only after a while."""
-        due = self._since >= REFRESH
+        """Whether a plain step is due: after many with more tokens, or since none was measured; again after a while."""
+        due = self._since >= REFRESH or self._borrowed
         if due:
-            self._since = REFRESH - AGAIN
+            self._since, self._borrowed = REFRESH - AGAIN, False
         return due
 
     @property
@@ -89,25 +102,34 @@ class CycleCost:
 
     def __init__(self, guess: Callable[[int], float] | None = None) -> None:
         """`guess`, where there is a profile of this machine, tells for so many sequences what one more token costs."""
-        self._guess = guess or (lambda sequences: FIRST_GUESS / sequences)
+        self._guess = guess or (lambda sequences: FIRST_GUESS / sequences ** (1 + SHARING))
         self._plain: dict[int, Plain] = {}
         self._draft = Plain()
 
     def of(self, sequences: int) -> Plain:
         """What steps for `sequences` cost."""
         # From 8 on, numbers that differ by less than a fifth are one.
-        size = sequences if sequences < 8 else 8 + int(4 * math.log2(sequences / 8))
+        size = sequences if sequences < 8 else int(8 * 2 ** (int(4 * math.log2(sequences / 8)) / 4))
         if size not in self._plain:
             self._plain[size] = Plain(self._guess(sequences))
+        if not self._plain[size].seconds:
+            self._borrow(size)
         return self._plain[size]
 
     def saw_step(self, sequences: int, tokens: int, seconds: float, waited: float = 0.0) -> None:
-        """A step of `tokens` tokens for `sequences` that all decode took `seconds`, `waited` of them for the link."""
+        """A step took `seconds`, `waited` of them for the link: `sequences` decode, `tokens` are all in it."""
         plain = self.of(sequences)
         if tokens == sequences:
             plain.saw(seconds, waited)
         elif plain.seconds:
             plain.saw_more(tokens - sequences, seconds, waited)
+
+    def _borrow(self, size: int) -> None:
+        """What was measured for the nearest number of sequences holds for `size`, where that is near enough."""
+        known = [other for other, plain in self._plain.items() if plain.seconds]
+        nearest = min(known, key=lambda other: abs(math.log(other / size)), default=None)
+        if nearest is not None and max(nearest / size, size / nearest) <= NEAR:
+            self._plain[size].borrow(self._plain[nearest])
 
     def saw_draft(self, seconds: float) -> None:
         """A drafting pass took `seconds`."""

@@ -30,6 +30,8 @@ LEAST_PROBABILITY = 0.02
 """Path probability below which nothing is drafted, however much room there is."""
 MARGIN = 1.4
 """How many times its cost a priced node must be worth: prices and probabilities are estimates."""
+MOST_PROMPTS = 4
+"""Tokens of prompts in a step, for each sequence that decodes, up to which its time tells what tokens cost."""
 SHARE_BINS = 10
 """Bins of how far a drafted token stands out among the others."""
 
@@ -110,14 +112,18 @@ class Speculation:
         """Nodes that a tree gets at most."""
         return self._settings.nodes
 
-    def grow(self, rooms: Mapping[Generation, int]) -> dict[Generation, DraftTree]:
-        """A tree for each sequence with at least one node drafted; `rooms` are the most nodes of each."""
+    def grow(self, rooms: Mapping[Generation, int], *, mixed: bool = False) -> dict[Generation, DraftTree]:
+        """A tree for each sequence with at least one node drafted; `rooms` are the most nodes of each.
+
+        `mixed` says that the step will run parts of prompts too.
+        """
         if not rooms or not self.active:
             return {}
         started = time.perf_counter()
         self._drafted, self._made, self._ran = dict.fromkeys(rooms, 0), {}, set()
         self._plain = self._cost.of(len(rooms))
-        growths = [] if self._settings.priced and self._plain.is_due() else self._growths(rooms)
+        # A plain step is measured without drafts and without prompts.
+        growths = [] if self._settings.priced and not mixed and self._plain.is_due() else self._growths(rooms)
         worth = self._plain.seconds / len(rooms)
         if "ngram" in self._settings.drafters:
             for growth in growths:
@@ -166,15 +172,19 @@ class Speculation:
             self.totals.verify_seconds += seconds
         if self._passes is not None and self._ran:
             self._passes.saw(sum(self._made.get(each, 1) for each in self._ran), self._draft_seconds + seconds)
+        decoding = [item for item in work if item.every or len(item.tokens) == 1]
+        prompts = sum(len(item.tokens) for item in work) - sum(len(item.tokens) for item in decoding)
+        # With long prompts in the step nobody can tell what drafts have cost.
+        comparable = prompts <= MOST_PROMPTS * len(decoding)
         if self._controllers is not None:
-            # With prompts in the step nobody can tell what drafts have cost.
-            known = self._plain.seconds and len(work) == len(self._drafted)
-            plain_steps = (self._draft_seconds + seconds) / self._plain.seconds if known else None
+            plain_steps = None
+            if comparable and self._plain.seconds:
+                spent = self._draft_seconds + seconds - prompts * self._plain.token
+                plain_steps = max(0.0, spent) / self._plain.seconds
             self._controllers.stepped(self._drafted, self._made, plain_steps)
         self._made, self._drafted, self._ran, self._draft_seconds = {}, {}, set(), 0.0
-        decoding = [item for item in work if item.every or len(item.tokens) == 1]
-        if len(decoding) == len(work):
-            self._cost.saw_step(len(work), sum(len(item.tokens) for item in work), seconds, waited)
+        if comparable:
+            self._cost.saw_step(len(decoding), prompts + sum(len(item.tokens) for item in decoding), seconds, waited)
         self._foresight.end_cycle()
 
     def forget(self, generation: Generation) -> None:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from edgemoe.cycle_cost import CALM, FIRST_GUESS, CycleCost, Plain
+from edgemoe.cycle_cost import CALM, FIRST_GUESS, SHARING, CycleCost, Plain
 
 
 def after_plain(seconds: float, steps: int = 20) -> Plain:
@@ -134,3 +134,38 @@ def test_a_profile_tells_what_a_token_costs_before_it_is_measured() -> None:
     for _ in range(400):
         costs.saw_step(1, 2, 2.0 + 1.5)
     assert costs.of(1).token == pytest.approx(1.5, rel=0.15)
+
+
+def test_before_it_is_measured_a_token_costs_less_the_more_sequences_there_are() -> None:
+    """Less than a share of the step's time for each of them, since most of its experts are wanted anyway."""
+    costs = CycleCost()
+    for sequences in (1, 2, 32):
+        for _ in range(2):
+            costs.saw_step(sequences, sequences, 1.0)
+    assert costs.of(1).token == pytest.approx(FIRST_GUESS)
+    shares = [sequences * costs.of(sequences).token for sequences in (1, 2, 32)]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[-1] == pytest.approx(FIRST_GUESS / 32**SHARING)
+
+
+def test_steps_for_nearly_as_many_sequences_tell_until_there_is_one_of_its_own() -> None:
+    costs = CycleCost()
+    for _ in range(3):
+        costs.saw_step(32, 32, 2.0)
+    for _ in range(200):
+        costs.saw_step(32, 96, 3.0)
+    near, far = costs.of(27), costs.of(16)
+    assert (near.seconds, far.seconds) == (2.0, 0.0)
+    assert near.token == pytest.approx(costs.of(32).token, rel=0.02)
+    assert near.is_due(), "one of its own is wanted at once"
+    assert not near.is_due(), "and then again only after a while"
+    costs.saw_step(27, 27, 1.5)
+    assert near.seconds == 1.5
+    assert costs.of(32).seconds == 2.0
+
+
+def test_few_sequences_tell_nothing_of_twice_as_many() -> None:
+    costs = CycleCost()
+    for _ in range(3):
+        costs.saw_step(1, 1, 1.0)
+    assert costs.of(2).seconds == 0.0

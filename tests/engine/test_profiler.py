@@ -10,7 +10,7 @@ from profiles import CONDITIONS, known_profile
 from edgemoe import CheckpointError, Engine, PlanError, profiler
 from edgemoe.blueprint import open_blueprint
 from edgemoe.config import EngineConfig
-from edgemoe.cycle_cost import FIRST_GUESS
+from edgemoe.cycle_cost import FIRST_GUESS, SHARING
 from edgemoe.decoder import WORTH_THREADS
 from edgemoe.demo import demo_folder
 from edgemoe.prediction import predict
@@ -189,5 +189,5 @@ def test_drafts_are_priced_by_a_profile_of_this_machine_alone(tmp_path: Path, fo
         plain.saw(1.0)
         plain.saw(1.0)
         model = known_profile().model
-        expected = FIRST_GUESS / 3 if foreign else model.token_cost(3, model.hit_rate(0.5, 3))
+        expected = FIRST_GUESS / 3 ** (1 + SHARING) if foreign else model.token_cost(3, model.hit_rate(0.5, 3))
         assert plain.token == pytest.approx(expected)
