@@ -24,7 +24,7 @@ NAMES = {
     "spec-tree": "draws a real draft tree of the shipped model with its experts",
     "spec-floor": "a cycle's time against its floor, over caches and links",
     "spec-batch1": "prefetching and drafts at batch 1, over caches and links, against demanded loads alone",
-    "spec-batch32": "batches of 32 and 128 with drafts in chains against loading on demand without a cache",
+    "spec-batch32": "batches of 32 and 128 with drafts against loading on demand without a cache",
     "spec-exact": "greedy replies with every way of drafting against plain decoding, every tested family",
     "spec-sampled": "the distribution of the first tokens with drafts against the exact one",
     "warm-start": "expert bytes that the first 64 tokens wait for, after an earlier run and without one",

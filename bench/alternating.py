@@ -6,14 +6,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.workload import distinct
 from edgemoe import Engine, Sampling
 from edgemoe.blueprint import open_blueprint
 from edgemoe.config import EngineConfig
-from edgemoe.demo.score import HELD_OUT_SEED
 from edgemoe.demo.tasks import TASKS
 from edgemoe.results import Stats
 
@@ -46,10 +45,15 @@ class Answers:
 
 
 def questions(each: int, tasks: Sequence[str] = ()) -> list[Question]:
-    """`each` held-out questions of every documented task, or of `tasks`, task by task in turns."""
+    """`each` different held-out questions of every documented task, or of `tasks`, task by task in turns."""
     chosen = [task for task in TASKS if not tasks or task.name in tasks]
-    own = [[item.user for item in islice(task.items(HELD_OUT_SEED, held_out=True), each)] for task in chosen]
-    return [Question(task.name, own[place][turn]) for turn in range(each) for place, task in enumerate(chosen)]
+    own = {task.name: distinct(task, each) for task in chosen}
+    return [Question(name, texts[turn]) for turn in range(each) for name, texts in own.items() if turn < len(texts)]
+
+
+def warming_up() -> list[Question]:
+    """Questions that are none of `questions`: what an engine has written it may draft from."""
+    return [Question(task.name, distinct(task, 1, held_out=False)[0]) for task in TASKS[:2]]
 
 
 @contextmanager
@@ -66,12 +70,12 @@ def loaded(model: Path | None, **settings: Any) -> Iterator[Engine]:
 def alternate(
     model: Path | None, variants: Mapping[str, Mapping[str, Any]], asked: Sequence[Question], sampling: Sampling
 ) -> dict[str, Answers]:
-    """Every variant answers every question; who begins changes from one to the next. Warm: two came before."""
+    """Every variant answers every question once; who begins changes from one to the next. Warm: two came before."""
     with ExitStack() as stack:
         engines = {name: stack.enter_context(loaded(model, **settings)) for name, settings in variants.items()}
         found = {name: Answers() for name in variants}
         for name, engine in engines.items():
-            for question in asked[:2]:
+            for question in warming_up():
                 answer(engine, question, sampling)
             found[name].before = engine.stats
         names = list(engines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 
@@ -17,11 +18,9 @@ BAR = "--speculate auto >= 0.95x off in every task, cache, link and temperature"
 CELLS = [Cell("25%", None), Cell("25%", 4.0), Cell("50%", None), Cell("50%", 4.0), Cell("100%", None)]
 """With every expert resident no link is used, so that one cell stands for both."""
 TEMPERATURES = {"greedy": 0.0, "temperature 1": 1.0}
-QUESTIONS = 4
-"""Of each task and temperature, each asked once: what an engine wrote it may draft from. The median of their ratios
-counts: on a machine where other programs run a single one says little."""
-WARMING = 1
-"""Of each task before these."""
+WARMING, QUESTIONS = 1, 4
+"""Questions of each task and temperature before those that count, and these. Each is asked once, since an engine may
+draft from what it wrote. The median of the ratios counts: where other programs run a single one says little."""
 TOKENS = 48
 
 
@@ -37,7 +36,8 @@ def run() -> Measurement:
 
 def measure(cell: Cell) -> dict[str, float]:
     """How many times as fast the default is as no speculation, for each task and temperature of one cell."""
-    asked = questions(WARMING + QUESTIONS)
+    each = WARMING + QUESTIONS
+    asked = questions(len(TEMPERATURES) * each)
     with ExitStack() as stack:
         off, auto = (
             stack.enter_context(loaded(inflated(), **cell.settings, speculate=speculate))
@@ -45,8 +45,8 @@ def measure(cell: Cell) -> dict[str, float]:
         )
         found = {
             f"{task}, {how}": ratio
-            for how, temperature in TEMPERATURES.items()
-            for task, ratio in _ratios(off, auto, asked, temperature).items()
+            for turn, (how, temperature) in enumerate(TEMPERATURES.items())
+            for task, ratio in _ratios(off, auto, _part(asked, turn * each, each), temperature).items()
         }
     worst = min(found, key=lambda name: found[name])
     mean = sum(found.values()) / len(found)
@@ -54,16 +54,29 @@ def measure(cell: Cell) -> dict[str, float]:
     return found
 
 
+def _part(asked: Sequence[Question], first: int, count: int) -> list[Question]:
+    """`count` questions of each task from its `first` on, in the order of `asked`."""
+    seen: Counter[str] = Counter()
+    found = []
+    for question in asked:
+        if first <= seen[question.task] < first + count:
+            found.append(question)
+        seen[question.task] += 1
+    return found
+
+
 def _ratios(off: Engine, auto: Engine, asked: Sequence[Question], temperature: float) -> dict[str, float]:
     """By task: how many times as fast `auto` decodes as `off`; they take turns, and who begins changes."""
     ratios: dict[str, list[float]] = {}
-    warming = len(asked) * WARMING // (WARMING + QUESTIONS)
+    tasks = len({question.task for question in asked})
     for place, question in enumerate(asked):
         sampling = Sampling(temperature=temperature, seed=place, max_tokens=TOKENS)
-        first, second = (off, auto) if place % 2 else (auto, off)
-        timings = {engine: answer(engine, question, sampling).timings for engine in (first, second)}
-        taken = {engine: each.generate_seconds for engine, each in timings.items()}
+        order = (off, auto) if place % 2 else (auto, off)
+        timings = {engine: answer(engine, question, sampling).timings for engine in order}
+        each = [
+            timings[engine].generate_seconds / max(1, timings[engine].generated_tokens - 1) for engine in (off, auto)
+        ]
         # A reply of one token is over with its prompt.
-        if place >= warming and timings[off].generated_tokens > 1:
-            ratios.setdefault(question.task, []).append(taken[off] / max(taken[auto], 1e-9))
-    return {task: statistics.median(each) for task, each in ratios.items()}
+        if place >= tasks * WARMING and timings[off].generated_tokens > 1:
+            ratios.setdefault(question.task, []).append(each[0] / max(each[1], 1e-9))
+    return {task: statistics.median(own) for task, own in ratios.items()}

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.alternating import Question, answer, loaded, questions
+from bench.alternating import Question, answer, loaded, questions, warming_up
 from bench.checkpoints import inflated
 from bench.link_cells import CELLS, Cell
 from bench.measurement import Measurement
@@ -49,14 +49,13 @@ class Reading(NamedTuple):
 def measure(cell: Cell) -> dict[str, Any]:
     """All steps of one cell that decode, against their floor."""
     with loaded(inflated(), **cell.settings) as engine:
-        asked = questions(1)
-        for question in asked[:2]:
+        for question in warming_up():
             answer(engine, question, SETTINGS)
         memory, link = _read_bandwidth(engine), _link_bandwidth(engine)
-        decoded = [_decode(engine, question) for question in asked]
-        memory, plan = min(memory, _read_bandwidth(engine)), engine.plan
+        decoded = [_decode(engine, question) for question in questions(1)]
+        memory, plan = max(memory, _read_bandwidth(engine)), engine.plan
     did = Reading(*(sum(each) for each in zip(*decoded, strict=True)))
-    # Neither what a simulated link could bring at most, nor more than this machine reads.
+    # What this machine reads, and no more than a simulated link brings.
     link = max(link, did.moved / max(did.busy, 1e-9))
     link = min(link, cell.gbps * 1e9) if cell.gbps else link
     floors = {

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import random
-from itertools import islice
+from itertools import islice, zip_longest
 
 from edgemoe import Sampling
 from edgemoe.demo.score import HELD_OUT_SEED
-from edgemoe.demo.tasks import TASKS
+from edgemoe.demo.tasks import TASKS, Task
 
 Request = tuple[list[dict[str, str]], Sampling]
+PATIENCE = 400
+"""Items of a task that are looked at for a new one; some tasks have no more than two dozen."""
 
 
 def mixed(count: int, max_tokens: int, seed: int = 0) -> list[Request]:
-    """`count` greedy chats over all documented tasks in random order; tasks with few items repeat theirs."""
+    """`count` different greedy chats over all documented tasks in random order; tasks with few items have few."""
     draw = random.Random(seed)
     settings = Sampling(temperature=0, max_tokens=max_tokens)
-    questions: list[str] = []
-    for task in TASKS:
-        own = [item.user for item in islice(task.items(HELD_OUT_SEED, held_out=True), count)]
-        questions += [own[number % len(own)] for number in range(-(-count // len(TASKS)))]
+    turns = zip_longest(*(distinct(task, count) for task in TASKS))
+    questions = [question for turn in turns for question in turn if question is not None][:count]
     draw.shuffle(questions)
-    return [([{"role": "user", "content": question}], settings) for question in questions[:count]]
+    return [([{"role": "user", "content": question}], settings) for question in questions]
+
+
+def distinct(task: Task, count: int, *, held_out: bool = True) -> list[str]:
+    """`count` different questions of `task`, or all there are where they are fewer."""
+    items = islice(task.items(HELD_OUT_SEED, held_out=held_out), PATIENCE + 4 * count)
+    return list(islice(dict.fromkeys(item.user for item in items), count))

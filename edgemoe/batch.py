@@ -266,7 +266,7 @@ class Batch:
         left = max(self._step_tokens - sum(count for _, count in shares), self._step_tokens // 4)
         most = left // len(decoding)
         rooms = {each: min(most, self._room_to_draft(each)) for each in decoding if each.generated}
-        return self.speculation.grow(rooms, mixed=len(decoding) < len(shares))
+        return self.speculation.grow(rooms, mixed=len(rooms) < len(shares))
 
     def _compute(
         self,

@@ -8,10 +8,10 @@ from collections.abc import Callable
 FIRST_GUESS = 0.35
 """What one more token costs, as a share of a step's time for each of its sequences, before it was measured or
 profiled ..."""
-SHARING = 0.25
-"""How much faster than their number that falls with more sequences: most experts are wanted by others anyway."""
 GUESS_WEIGHT = 16.0
 """... and how many measured tokens that guess counts for. It comes back slowly where nothing is measured."""
+SHARING = 0.25
+"""How much faster than the number of sequences that guess falls: with many, most experts are wanted anyway."""
 MEMORY = 32.0
 """Plain steps that an average is made of."""
 REFRESH = 64
@@ -32,32 +32,36 @@ class Plain:
         self._guess = guess
         self.seconds = 0.0
         """Seconds of such a step; 0 before one was measured."""
-        self._seen = 0
+        self._warm = False
+        self._measured = 0
         self._since = 0
-        self._borrowed = False
         self._waited = 0.0
         self._more_seconds = 0.0
         self._more_waited = 0.0
         self._more_tokens = 0.0
 
+    @property
+    def measured(self) -> bool:
+        """Whether what is known is of such steps themselves."""
+        return self._measured > 0
+
     def borrow(self, other: Plain) -> None:
-        """Takes what is known of steps for about as many sequences, until there is a measurement of its own."""
-        self.seconds, self._waited, self._borrowed = other.seconds, other._waited, True
-        # The next one counts in full.
-        self._seen = 1
+        """Takes what is known of steps for about as many sequences, until one of its own is measured, which is due."""
+        self.seconds, self._waited, self._since = other.seconds, other._waited, REFRESH
         self._more_seconds, self._more_waited = other._more_seconds, other._more_waited
         self._more_tokens = other._more_tokens
 
     def saw(self, seconds: float, waited: float = 0.0) -> None:
         """A step of one token a sequence, of which it `waited` for the link; the very first one is a warm-up."""
-        self._seen += 1
-        self._since, self._borrowed = 0, False
-        if self._seen == 1:
+        self._since = 0
+        if not self.seconds and not self._warm:
+            self._warm = True
             return
-        if self.seconds:
+        if self._measured:
             seconds = min(max(seconds, self.seconds / CALM), self.seconds * CALM)
-        self.seconds += (seconds - self.seconds) / min(self._seen - 1, MEMORY)
-        self._waited += (min(waited, seconds) - self._waited) / min(self._seen - 1, MEMORY)
+        self._measured += 1
+        self.seconds += (seconds - self.seconds) / min(self._measured, MEMORY)
+        self._waited += (min(waited, seconds) - self._waited) / min(self._measured, MEMORY)
         self._fade(1 / (4 * MEMORY))
 
     def saw_more(self, tokens: int, seconds: float, waited: float = 0.0) -> None:
@@ -66,17 +70,17 @@ class Plain:
         self._fade(tokens / (4 * MEMORY + tokens))
         if seconds < self.seconds:
             # With fewer tokens it would not have taken longer: the first plain steps were disturbed.
-            self.seconds += (seconds - self.seconds) / min(self._seen, MEMORY)
+            self.seconds += (seconds - self.seconds) / (min(self._measured + 1, MEMORY) if self._measured else MEMORY)
         more = min(max(0.0, seconds - self.seconds), CALM * tokens * self.seconds)
         self._more_tokens += tokens
         self._more_seconds += more
         self._more_waited += min(max(0.0, waited - self._waited), more)
 
     def is_due(self) -> bool:
-        """Whether a plain step is due: after many with more tokens, or since none was measured; again after a while."""
-        due = self._since >= REFRESH or self._borrowed
+        """Whether a plain step is due, after many with more tokens; asked again, only after a while."""
+        due = self._since >= REFRESH
         if due:
-            self._since, self._borrowed = REFRESH - AGAIN, False
+            self._since = REFRESH - AGAIN
         return due
 
     @property
@@ -126,7 +130,7 @@ class CycleCost:
 
     def _borrow(self, size: int) -> None:
         """What was measured for the nearest number of sequences holds for `size`, where that is near enough."""
-        known = [other for other, plain in self._plain.items() if plain.seconds]
+        known = [other for other, plain in self._plain.items() if plain.measured]
         nearest = min(known, key=lambda other: abs(math.log(other / size)), default=None)
         if nearest is not None and max(nearest / size, size / nearest) <= NEAR:
             self._plain[size].borrow(self._plain[nearest])

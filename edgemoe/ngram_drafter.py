@@ -1,7 +1,7 @@
-"""Drafts what followed the longest earlier match in prompt and reply: speculation without a model's pass.
+"""Drafts what followed the longest earlier match, in a sequence or in what others wrote: free of a model's passes.
 
-Prompt lookup (Saxena 2023) in the incremental form of SAM-Decoding (arXiv 2411.10666), in the sequence itself and in
-what others wrote (SuffixDecoding, arXiv 2411.04975). Every drafted token has a probability: the hit rate of matches of
+Prompt lookup (Saxena 2023) in the incremental form of SAM-Decoding (arXiv 2411.10666); that of others is
+SuffixDecoding's (arXiv 2411.04975). Every drafted token has a probability: the hit rate of matches of
 its kind, which is measured in all that the model writes.
 """
 
@@ -135,6 +135,7 @@ class NgramDrafter:
         self._automaton = SuffixAutomaton()
         self._memory = ReplyMemory() if memory is None else memory
         self._reply = self._memory.begin(())
+        self._untold: list[int] = []
 
     def __len__(self) -> int:
         """Tokens of prompt and reply so far."""
@@ -148,15 +149,31 @@ class NgramDrafter:
 
     def extend(self, reply: Sequence[int]) -> None:
         """Appends tokens that the model wrote, and measures what would have been drafted for each."""
+        self.learn(reply)
+        self.tell()
+
+    def learn(self, reply: Sequence[int]) -> None:
+        """As `extend`, but the others are not told yet: `tell` has to follow before anything is drafted.
+
+        So that what several sequences wrote in one step is not measured as if one could have drafted it of the other.
+        """
+        common = self._memory.match(self._reply)
         for token in reply:
-            for drafted, kind in self._followers(self.match):
+            for drafted, kind in self._followers(Standing(self._automaton.match, common)):
                 hit = drafted == token
                 self._calibration.observe(kind, hit)
                 self._own.setdefault(kind, HitRate()).observe(hit)
                 if hit:
                     break
             self._automaton.append(token)
+            common = self._memory.advance(common, token)
+        self._untold += reply
+
+    def tell(self) -> None:
+        """Lets the others draft from what was learnt."""
+        for token in self._untold:
             self._memory.append(self._reply, token)
+        self._untold.clear()
 
     def frontier(
         self, tree: DraftTree, *, branching: bool = True, most_depth: int, least_probability: float

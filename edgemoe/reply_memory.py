@@ -1,7 +1,7 @@
 """What the requests of an engine wrote lately, for all of them to draft from: templates that a session repeats.
 
-SuffixDecoding (Oliaro et al., arXiv 2411.04975) drafts from earlier outputs in this way. What is drafted never
-changes a reply, so that requests learn nothing of each other but speed.
+SuffixDecoding (Oliaro et al., arXiv 2411.04975) drafts from earlier outputs in this way. Where drafts do not change
+replies, which is everywhere but under an expert budget, requests learn nothing of each other but speed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from edgemoe.suffix_automaton import Follower, Match, SuffixAutomaton
 
 MOST_TOKENS = 1 << 16
-"""Tokens that are remembered, about 100 bytes each; beyond that the older half goes."""
+"""Tokens that are remembered, about 150 bytes each; beyond that half of them go."""
 PROMPT_TAIL = 32
 """Last tokens of a prompt that belong to its reply: what the reply begins with is known by them."""
 
@@ -71,7 +71,7 @@ class ReplyMemory:
         return self._automaton.followers(match)
 
     def _forget_half(self) -> None:
-        """Begins anew with the latest half of what was written; a reply that goes on may lose its beginning."""
+        """Begins anew with half as much: the replies that began last. One that goes on may lose what it has."""
         room, kept = self._most_tokens // 2, deque[Reply]()
         for reply in reversed(self._replies):
             reply.tokens = reply.tokens[max(0, len(reply.tokens) - room) :]

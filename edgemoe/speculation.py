@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -30,7 +30,7 @@ LEAST_PROBABILITY = 0.02
 """Path probability below which nothing is drafted, however much room there is."""
 MARGIN = 1.4
 """How many times its cost a priced node must be worth: prices and probabilities are estimates."""
-MOST_PROMPTS = 4
+MOST_PROMPTS = 2
 """Tokens of prompts in a step, for each sequence that decodes, up to which its time tells what tokens cost."""
 SHARE_BINS = 10
 """Bins of how far a drafted token stands out among the others."""
@@ -77,6 +77,7 @@ class Speculation:
         self._cost = CycleCost(guess)
         self._plain = self._cost.of(1)
         self._ngrams: dict[Generation, NgramDrafter] = {}
+        self._over: list[Generation] = []
         self._ngram_rates = NgramCalibration()
         self._replies = ReplyMemory()
         # How often a drafted token of each bin is the one: at first what its share says.
@@ -122,6 +123,8 @@ class Speculation:
         started = time.perf_counter()
         self._drafted, self._made, self._ran = dict.fromkeys(rooms, 0), {}, set()
         self._plain = self._cost.of(len(rooms))
+        if "ngram" in self._settings.drafters:
+            self._read(rooms)
         # A plain step is measured without drafts and without prompts.
         growths = [] if self._settings.priced and not mixed and self._plain.is_due() else self._growths(rooms)
         worth = self._plain.seconds / len(rooms)
@@ -188,25 +191,41 @@ class Speculation:
         self._foresight.end_cycle()
 
     def forget(self, generation: Generation) -> None:
-        """`generation` is over, or has lost its place: what it wrote last is learnt from."""
-        if generation in self._ngrams:
-            self._ngram_drafter(generation)
-            if generation.finished:
-                del self._ngrams[generation]
+        """`generation` is over, or has lost its place: what it wrote last is learnt from, with what others write."""
+        if generation.finished and generation in self._ngrams and generation not in self._over:
+            self._over.append(generation)
         if generation.finished and self._controllers is not None:
             self._controllers.forget(generation)
         if self._passes is not None:
             self._passes.forget(generation)
 
     def close(self) -> None:
-        """Lets go of the models that draft."""
+        """Lets go of the models that draft, and of what was written."""
         del self._decoder
         self._passes = None
+        self._ngrams.clear()
+        self._over.clear()
+        self._replies = ReplyMemory()
 
     # --- n-grams -----------------------------------------------------------------------------------
 
+    def _read(self, running: Iterable[Generation]) -> None:
+        """Every sequence's drafter reads what it wrote, also those that are not drafted for now."""
+        generations = [*self._over, *running]
+        for generation in generations:
+            drafter = self._ngrams.get(generation)
+            if drafter is None:
+                drafter = self._ngrams[generation] = NgramDrafter(self._ngram_rates, generation.ends, self._replies)
+                drafter.read(generation.tokens[: generation.prompt_length])
+            drafter.learn(generation.tokens[len(drafter) :])
+        for generation in generations:
+            self._ngrams[generation].tell()
+        for generation in self._over:
+            del self._ngrams[generation]
+        self._over.clear()
+
     def _grow_ngrams(self, growth: Growth, worth: float) -> None:
-        frontier = self._ngram_drafter(growth.generation).frontier(
+        frontier = self._ngrams[growth.generation].frontier(
             growth.tree,
             branching=not growth.chain,
             most_depth=growth.most_depth,
@@ -214,15 +233,6 @@ class Speculation:
         )
         while not growth.full and (best := frontier.best()) is not None and self._pays(best.probability, worth):
             growth.add(Candidate(*best))
-
-    def _ngram_drafter(self, generation: Generation) -> NgramDrafter:
-        """The sequence's drafter, which has read all of its tokens."""
-        drafter = self._ngrams.get(generation)
-        if drafter is None:
-            drafter = self._ngrams[generation] = NgramDrafter(self._ngram_rates, generation.ends, self._replies)
-            drafter.read(generation.tokens[: generation.prompt_length])
-        drafter.extend(generation.tokens[len(drafter) :])
-        return drafter
 
     # --- passes ------------------------------------------------------------------------------------
 

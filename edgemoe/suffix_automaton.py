@@ -41,7 +41,7 @@ class SuffixAutomaton:
     A state stands for the substrings that end at the same places of the text. Its suffix link leads to the longest
     suffix of these that ends elsewhere too, so the longest suffix of the whole text that also occurred earlier is
     where the last state's link leads: nothing has to be searched. Speculation with it is SAM-Decoding's
-    (arXiv 2411.10666). `append` takes constant time, amortised, and there are at most two states a token.
+    (arXiv 2411.10666). There are at most two states a token, and with one text `append` takes constant time, amortised.
 
     Nearly all states have one follower, which lies in arrays; the others have a dict, the token that was last found
     to follow at its end. As in PPM with update exclusion (Moffat 1990), a token moves there in the longest context

@@ -169,3 +169,29 @@ def test_few_sequences_tell_nothing_of_twice_as_many() -> None:
     for _ in range(3):
         costs.saw_step(1, 1, 1.0)
     assert costs.of(2).seconds == 0.0
+
+
+def test_what_was_borrowed_is_not_lent() -> None:
+    """Else a step of four sequences would soon stand for one of thirty-two."""
+    costs = CycleCost()
+    for _ in range(3):
+        costs.saw_step(4, 4, 1.0)
+    assert [costs.of(sequences).seconds for sequences in (5, 6, 7, 8)] == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_the_first_measurement_of_its_own_counts_in_full_however_far_off_the_borrowed_one_was() -> None:
+    costs = CycleCost()
+    for _ in range(3):
+        costs.saw_step(32, 32, 1.0)
+    costs.of(27)
+    costs.saw_step(27, 27, 5.0)
+    assert costs.of(27).seconds == 5.0
+
+
+def test_one_quick_step_does_not_change_much_of_what_was_borrowed() -> None:
+    costs = CycleCost()
+    for _ in range(3):
+        costs.saw_step(32, 32, 1.0)
+    costs.of(27)
+    costs.saw_step(27, 40, 0.5)
+    assert costs.of(27).seconds > 0.95

@@ -40,7 +40,7 @@ def test_the_tokens_of_a_short_prompt_tell_what_a_token_costs(crowd: Crowd) -> N
     speculation = crowd.speculation
     measured(speculation, crowd, 2)
     for _ in range(200):
-        speculation.stepped(ran(crowd, 2, drafted=4, prompt=2 * MOST_PROMPTS), True, 2.2, 0.0)
+        speculation.stepped(ran(crowd, 2, drafted=4, prompt=2 * MOST_PROMPTS), True, 1.8, 0.0)
     assert speculation._cost.of(2).token == pytest.approx(0.1, abs=0.01)
     assert speculation._cost.of(2).seconds == 1.0, "no such step is a plain one"
 

@@ -400,3 +400,17 @@ def test_without_a_memory_a_sequence_drafts_from_itself_alone() -> None:
     calibration = NgramCalibration()
     drafter_of([1, 2, 3], calibration).extend([4])
     assert nodes(grown(drafter_of([1, 2, 3], calibration), 3)) == {}
+
+
+def test_what_two_wrote_in_one_step_was_not_drafted_by_either() -> None:
+    calibration, memory = NgramCalibration(), ReplyMemory()
+    both = [NgramDrafter(calibration, memory=memory) for _ in range(2)]
+    for each in both:
+        each.read([1, 2, 3])
+    for each in both:
+        each.learn([4, 5])
+    assert calibration.rate(kind(3, elsewhere=True)) == kind(3, elsewhere=True).prior
+    for each in both:
+        each.tell()
+    third = drafter_of([1, 2, 3], calibration, memory=memory)
+    assert list(nodes(grown(third, 3, depth=2))) == [(4,), (4, 5)]

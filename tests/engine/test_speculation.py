@@ -145,9 +145,12 @@ def test_what_was_said_before_is_drafted_for_whoever_is_told_it_again(talker: Pa
     sampling = Sampling(max_tokens=40, temperature=0.8, seed=3, ignore_eos=True)
     with Engine.load(talker, dtype="float32", speculate="ngram") as engine:
         first, again = (engine.generate([5, 9, 200, 31, 7], sampling) for _ in range(2))
+        speculation = engine._batch.speculation
+        assert len(speculation._replies) >= 40
     assert first.token_ids == again.token_ids
     assert again.timings.cycles < first.timings.generated_tokens / 4
     assert again.timings.accepted > 3 * first.timings.accepted
+    assert len(speculation._replies) == 0, "a closed engine remembers nothing"
 
 
 # --- several at once -------------------------------------------------------------------------------
