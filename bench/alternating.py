@@ -51,11 +51,6 @@ def questions(each: int, tasks: Sequence[str] = ()) -> list[Question]:
     return [Question(name, texts[turn]) for turn in range(each) for name, texts in own.items() if turn < len(texts)]
 
 
-def warming_up() -> list[Question]:
-    """Questions that are none of `questions`: what an engine has written it may draft from."""
-    return [Question(task.name, distinct(task, 1, held_out=False)[0]) for task in TASKS[:2]]
-
-
 @contextmanager
 def loaded(model: Path | None, **settings: Any) -> Iterator[Engine]:
     """An engine with any setting of `EngineConfig`; it keeps no heat, so that runs compare."""
@@ -75,8 +70,7 @@ def alternate(
         engines = {name: stack.enter_context(loaded(model, **settings)) for name, settings in variants.items()}
         found = {name: Answers() for name in variants}
         for name, engine in engines.items():
-            for question in warming_up():
-                answer(engine, question, sampling)
+            warm_up(engine, sampling)
             found[name].before = engine.stats
         names = list(engines)
         for turn, question in enumerate(asked):
@@ -85,6 +79,12 @@ def alternate(
         for name, engine in engines.items():
             found[name].after = engine.stats
     return found
+
+
+def warm_up(engine: Engine, sampling: Sampling) -> None:
+    """Two answers to what no measurement asks: what an engine has written it may draft from."""
+    for task in TASKS[:2]:
+        answer(engine, Question(task.name, distinct(task, 1, held_out=False)[0]), sampling)
 
 
 def answer(engine: Engine, question: Question, sampling: Sampling) -> Any:

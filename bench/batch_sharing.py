@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench.alternating import warm_up
 from bench.checkpoints import inflated
 from bench.measurement import Measurement
 from bench.workload import Request, mixed
@@ -43,7 +44,7 @@ def point(size: int, requests: list[Request], **settings: Any) -> dict[str, Any]
     """One engine, `size` sequences at a time, over all of `requests`: generated tokens/s, prefills included."""
     options = {"device": "cpu", "expert_cache": CACHE, "link_gbps": LINK_GBPS, "context": 512} | settings
     with Engine.load(inflated(), batch=size, **options) as engine:
-        engine.generate(*requests[0])
+        warm_up(engine, requests[0][1])
         before, started = engine.stats, time.perf_counter()
         replies = list(engine.generate_batch(requests))
         seconds = time.perf_counter() - started

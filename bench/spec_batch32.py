@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from bench.alternating import answer, loaded, warming_up
+from bench.alternating import loaded, warm_up
 from bench.checkpoints import inflated
 from bench.measurement import Measurement
 from bench.workload import Request, mixed
@@ -60,8 +60,7 @@ def point(name: str, batch: int, requests: list[Request], *, expert_cache: Any, 
     """One engine over all of `requests`."""
     options = {"expert_cache": expert_cache, "link_gbps": LINK_GBPS, "batch": batch} | settings
     with loaded(inflated(), **options) as engine:
-        for question in warming_up():
-            answer(engine, question, requests[0][1])
+        warm_up(engine, requests[0][1])
         before, started = engine.stats, time.perf_counter()
         assert len(list(engine.generate_batch(requests))) == len(requests)
         seconds, after = time.perf_counter() - started, engine.stats

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.alternating import Question, answer, loaded, questions, warming_up
+from bench.alternating import Question, loaded, questions, warm_up
 from bench.checkpoints import inflated
 from bench.link_cells import CELLS, Cell
 from bench.measurement import Measurement
@@ -49,8 +49,7 @@ class Reading(NamedTuple):
 def measure(cell: Cell) -> dict[str, Any]:
     """All steps of one cell that decode, against their floor."""
     with loaded(inflated(), **cell.settings) as engine:
-        for question in warming_up():
-            answer(engine, question, SETTINGS)
+        warm_up(engine, SETTINGS)
         memory, link = _read_bandwidth(engine), _link_bandwidth(engine)
         decoded = [_decode(engine, question) for question in questions(1)]
         memory, plan = max(memory, _read_bandwidth(engine)), engine.plan
