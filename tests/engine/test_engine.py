@@ -22,13 +22,14 @@ LONG = Sampling(max_tokens=200, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def engine(talker: Path) -> Iterator[Engine]:
-    """Text in and out, with room for a quarter of the experts. Shared: no test may close it."""
-    with Engine.load(talker, expert_cache="25%", threads=1) as loaded:
+    """Text in and out, with room for a quarter of the experts, token by token. Shared: no test may close it."""
+    with Engine.load(talker, expert_cache="25%", threads=1, speculate="off") as loaded:
         yield loaded
 
 
 def load(folder: Path) -> Engine:
-    return Engine.load(folder, expert_cache=8, threads=1)
+    """A step a token: what was asked before would be drafted; how drafts end replies is tested apart."""
+    return Engine.load(folder, expert_cache=8, threads=1, speculate="off")
 
 
 def wait_in_thread(thread: threading.Thread) -> None:
