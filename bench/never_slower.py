@@ -35,8 +35,8 @@ def run() -> Measurement:
 
 def measure(cell: Cell) -> dict[str, float]:
     """How many times as fast the default is as no speculation, for each task and temperature of one cell."""
-    each = WARMING + QUESTIONS
-    asked = questions(len(TEMPERATURES) * each)
+    asked = questions(len(TEMPERATURES) * (WARMING + QUESTIONS))
+    part = len(asked) // len(TEMPERATURES)
     with ExitStack() as stack:
         off, auto = (
             stack.enter_context(loaded(inflated(), **cell.settings, speculate=speculate))
@@ -45,22 +45,11 @@ def measure(cell: Cell) -> dict[str, float]:
         found = {
             f"{task}, {how}": ratio
             for turn, (how, temperature) in enumerate(TEMPERATURES.items())
-            for task, ratio in _ratios(off, auto, _part(asked, turn * each, each), temperature).items()
+            for task, ratio in _ratios(off, auto, asked[turn * part : (turn + 1) * part], temperature).items()
         }
     worst = min(found, key=lambda name: found[name])
     mean = sum(found.values()) / len(found)
     print(f"{cell.name:32} worst {found[worst]:.2f}x ({worst}), mean {mean:.2f}x", flush=True)
-    return found
-
-
-def _part(asked: Sequence[Question], first: int, count: int) -> list[Question]:
-    """`count` questions of each task from its `first` on, in the order of `asked`."""
-    seen: Counter[str] = Counter()
-    found = []
-    for question in asked:
-        if first <= seen[question.task] < first + count:
-            found.append(question)
-        seen[question.task] += 1
     return found
 
 

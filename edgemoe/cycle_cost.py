@@ -17,7 +17,7 @@ MEMORY = 32.0
 REFRESH = 64
 """Steps with drafts in a row after which a plain one is measured again: what drafts are held against must be known."""
 AGAIN = 8
-"""Steps after which it is due again, where prompts came between."""
+"""Steps after which it is due again, where none could be measured meanwhile."""
 NEAR = 1.35
 """Steps for so many times as many sequences, or fewer, tell about steps that were never measured."""
 CALM = 2.0

@@ -123,12 +123,11 @@ class Speculation:
         started = time.perf_counter()
         self._drafted, self._made, self._ran = dict.fromkeys(rooms, 0), {}, set()
         self._plain = self._cost.of(len(rooms))
-        if "ngram" in self._settings.drafters:
-            self._read(rooms)
         # A plain step is measured without drafts and without prompts.
         growths = [] if self._settings.priced and not mixed and self._plain.is_due() else self._growths(rooms)
         worth = self._plain.seconds / len(rooms)
         if "ngram" in self._settings.drafters:
+            self._read(rooms)
             for growth in growths:
                 self._grow_ngrams(growth, worth)
         passes = self._passes
@@ -176,7 +175,8 @@ class Speculation:
         if self._passes is not None and self._ran:
             self._passes.saw(sum(self._made.get(each, 1) for each in self._ran), self._draft_seconds + seconds)
         decoding = [item for item in work if item.every or len(item.tokens) == 1]
-        prompts = sum(len(item.tokens) for item in work) - sum(len(item.tokens) for item in decoding)
+        tokens = sum(len(item.tokens) for item in work)
+        prompts = tokens - sum(len(item.tokens) for item in decoding)
         # With long prompts in the step nobody can tell what drafts have cost.
         comparable = prompts <= MOST_PROMPTS * len(decoding)
         if self._controllers is not None:
@@ -187,7 +187,7 @@ class Speculation:
             self._controllers.stepped(self._drafted, self._made, plain_steps)
         self._made, self._drafted, self._ran, self._draft_seconds = {}, {}, set(), 0.0
         if comparable:
-            self._cost.saw_step(len(decoding), prompts + sum(len(item.tokens) for item in decoding), seconds, waited)
+            self._cost.saw_step(len(decoding), tokens, seconds, waited)
         self._foresight.end_cycle()
 
     def forget(self, generation: Generation) -> None:

@@ -16,6 +16,13 @@ def after_plain(seconds: float, steps: int = 20) -> Plain:
     return plain
 
 
+def costs_after_plain(sequences: int, seconds: float) -> CycleCost:
+    costs = CycleCost()
+    for _ in range(3):
+        costs.saw_step(sequences, sequences, seconds)
+    return costs
+
+
 def test_nothing_is_known_before_the_second_step() -> None:
     plain = Plain()
     assert (plain.seconds, plain.token) == (0.0, 0.0)
@@ -149,9 +156,7 @@ def test_before_it_is_measured_a_token_costs_less_the_more_sequences_there_are()
 
 
 def test_steps_for_nearly_as_many_sequences_tell_until_there_is_one_of_its_own() -> None:
-    costs = CycleCost()
-    for _ in range(3):
-        costs.saw_step(32, 32, 2.0)
+    costs = costs_after_plain(32, 2.0)
     for _ in range(200):
         costs.saw_step(32, 96, 3.0)
     near, far = costs.of(27), costs.of(16)
@@ -165,33 +170,25 @@ def test_steps_for_nearly_as_many_sequences_tell_until_there_is_one_of_its_own()
 
 
 def test_few_sequences_tell_nothing_of_twice_as_many() -> None:
-    costs = CycleCost()
-    for _ in range(3):
-        costs.saw_step(1, 1, 1.0)
+    costs = costs_after_plain(1, 1.0)
     assert costs.of(2).seconds == 0.0
 
 
 def test_what_was_borrowed_is_not_lent() -> None:
     """Else a step of four sequences would soon stand for one of thirty-two."""
-    costs = CycleCost()
-    for _ in range(3):
-        costs.saw_step(4, 4, 1.0)
+    costs = costs_after_plain(4, 1.0)
     assert [costs.of(sequences).seconds for sequences in (5, 6, 7, 8)] == [1.0, 0.0, 0.0, 0.0]
 
 
 def test_the_first_measurement_of_its_own_counts_in_full_however_far_off_the_borrowed_one_was() -> None:
-    costs = CycleCost()
-    for _ in range(3):
-        costs.saw_step(32, 32, 1.0)
+    costs = costs_after_plain(32, 1.0)
     costs.of(27)
     costs.saw_step(27, 27, 5.0)
     assert costs.of(27).seconds == 5.0
 
 
 def test_one_quick_step_does_not_change_much_of_what_was_borrowed() -> None:
-    costs = CycleCost()
-    for _ in range(3):
-        costs.saw_step(32, 32, 1.0)
+    costs = costs_after_plain(32, 1.0)
     costs.of(27)
     costs.saw_step(27, 40, 0.5)
     assert costs.of(27).seconds > 0.95

@@ -75,19 +75,20 @@ def followed(text: list[int], piece: list[int]) -> list[int]:
     return [text[end] for end in ends(text, piece) if end < len(text)]
 
 
-def followers_by_search(text: list[int], whole: list[int], longest: int) -> dict[int, Follower]:
+def followers_by_search(texts: list[list[int]], whole: list[int], longest: int) -> dict[int, Follower]:
     found: dict[int, Follower] = {}
     for length in range(longest, 0, -1):
-        tokens = followed(text, suffix(whole, length))
+        tokens = [token for text in texts for token in followed(text, suffix(whole, length))]
         for token in tokens:
             follower = Follower(token, length, len(set(tokens)) == 1, tokens.count(token) > 1)
             found.setdefault(token, follower)
     return found
 
 
-def check_followers(automaton: SuffixAutomaton, match: Match, text: list[int], drafted: list[int]) -> None:
+def check_followers(automaton: SuffixAutomaton, match: Match, texts: list[list[int]], whole: list[int]) -> None:
+    """What is told after `match`, the end of `whole`, is what a search through `texts` finds."""
     told = list(automaton.followers(match))
-    assert {follower.token: follower for follower in told} == followers_by_search(text, text + drafted, match.length)
+    assert {follower.token: follower for follower in told} == followers_by_search(texts, whole, match.length)
     assert len({follower.token for follower in told}) == len(told)
     lengths = [follower.length for follower in told]
     assert lengths == sorted(lengths, reverse=True)
@@ -100,7 +101,7 @@ def test_the_match_is_the_longest_suffix_that_occurred_earlier(text: list[int]) 
         so_far = text[:end]
         assert len(automaton) == end
         assert automaton.match.length == longest_earlier(so_far)
-        check_followers(automaton, automaton.match, so_far, [])
+        check_followers(automaton, automaton.match, [so_far], so_far)
         if end < len(text):
             automaton.append(text[end])
 
@@ -115,11 +116,7 @@ def test_drafted_tokens_are_matched_as_if_they_were_the_texts(text: list[int]) -
             drafted.append(draw.choice([*likely, *text[:3], 99]))
             match = automaton.advance(match, drafted[-1])
             assert match.length == longest_within(text, drafted)
-            check_followers(automaton, match, text, drafted)
-
-
-def followed_in_any(texts: list[list[int]], piece: list[int]) -> list[int]:
-    return [token for text in texts for token in followed(text, piece)]
+            check_followers(automaton, match, [text], text + drafted)
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -133,15 +130,7 @@ def test_texts_that_grow_in_turns_are_told_of_as_if_all_were_searched(seed: int)
         states[one] = automaton.extend(states[one], texts[one][-1])
         for state, text in zip(states, texts, strict=True):
             assert automaton._length[state] == len(text)
-            expected: dict[int, Follower] = {}
-            for length in range(len(text), 0, -1):
-                tokens = followed_in_any(texts, suffix(text, length))
-                for token in tokens:
-                    follower = Follower(token, length, len(set(tokens)) == 1, tokens.count(token) > 1)
-                    expected.setdefault(token, follower)
-            told = list(automaton.followers(Match(state, len(text))))
-            assert {follower.token: follower for follower in told} == expected
-            assert [follower.length for follower in told] == sorted((each.length for each in told), reverse=True)
+            check_followers(automaton, Match(state, len(text)), texts, text)
 
 
 def test_what_was_found_last_is_told_first_whichever_text_it_is_of() -> None:
