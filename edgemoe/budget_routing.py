@@ -9,7 +9,7 @@ import torch
 
 from edgemoe.cache import ExpertCache
 from edgemoe.prefetch.budget import Budget, Demand, Unit, within
-from edgemoe.routing import Choice, hidden_score
+from edgemoe.routing import Choice, are_logits, hidden_score
 
 SAME_SUM = 0.01
 """Relative spread of the nodes' sums of weights up to which a family is taken to normalise them."""
@@ -134,13 +134,9 @@ class BudgetRouting:
 
 
 def _probabilities(scores: torch.Tensor) -> torch.Tensor:
-    """`scores`, [tokens, experts], as float32 that sum to 1 for each token: logits are those negative somewhere.
-
-    Not those that a family has hidden itself.
-    """
+    """`scores`, [tokens, experts], as float32 that sum to 1 for each token; 0 is what a family has hidden itself."""
     scores = scores.float()
-    there = scores > float("-inf")
-    if bool((scores[there] < 0).any()):
+    if are_logits(scores):
         return scores.softmax(-1)
-    scores = scores.masked_fill(~there, 0.0)
+    scores = scores.clamp(min=0)
     return scores / scores.sum(-1, keepdim=True).clamp_min(1e-9)

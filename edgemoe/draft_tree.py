@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
+
+
+class Candidate(NamedTuple):
+    """A node that a tree may get."""
+
+    parent: int
+    token: int
+    probability: float
+    """That everything from the root down to it is accepted."""
+    bin: int | None = None
+    """Which kind of foretelling it is, for who learns how often these are right."""
 
 
 class DraftTree:

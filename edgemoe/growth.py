@@ -4,21 +4,10 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
-from typing import NamedTuple
 
-from edgemoe.draft_tree import DraftTree
+from edgemoe.draft_tree import Candidate, DraftTree
 from edgemoe.generation import Generation
 from edgemoe.utility import Setting
-
-
-class Candidate(NamedTuple):
-    """A token that may be added after node `parent`, with its path probability."""
-
-    parent: int
-    token: int
-    probability: float
-    bin: int | None = None
-    """Which kind of foretelling it is, for who learns how often these are right."""
 
 
 class Growth:

@@ -11,7 +11,8 @@ import heapq
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
-from edgemoe.draft_tree import DraftTree
+from edgemoe.draft_tree import Candidate, DraftTree
+from edgemoe.hit_rates import HitRate
 from edgemoe.reply_memory import ReplyMemory
 from edgemoe.suffix_automaton import Follower, Match, SuffixAutomaton
 
@@ -41,24 +42,6 @@ HALF_LIFE = 256
 _KEPT = 0.5 ** (1 / HALF_LIFE)
 MOST_FOLLOWERS = 3
 """Tokens that may be drafted after any one; a fourth is next to never right."""
-
-
-class HitRate:
-    """Hits out of tries, of which the latest count most."""
-
-    __slots__ = ("hits", "tries")
-
-    def __init__(self) -> None:
-        self.hits = self.tries = 0.0
-
-    def observe(self, hit: bool) -> None:
-        """Counts one try."""
-        self.hits = self.hits * _KEPT + hit
-        self.tries = self.tries * _KEPT + 1
-
-    def blended(self, prior: float, weight: float) -> float:
-        """The mean of the Beta distribution that `prior`, worth `weight` tries, becomes by these."""
-        return (self.hits + weight * prior) / (self.tries + weight)
 
 
 class Kind(NamedTuple):
@@ -100,7 +83,7 @@ class NgramCalibration:
 
     def observe(self, kind: Kind, hit: bool) -> None:
         """Counts one follower that was, or was not, the model's token."""
-        self._rates.setdefault(kind, HitRate()).observe(hit)
+        self._rates.setdefault(kind, HitRate(_KEPT)).observe(hit)
 
 
 class Standing(NamedTuple):
@@ -108,15 +91,6 @@ class Standing(NamedTuple):
 
     own: Match
     common: Match
-
-
-class Candidate(NamedTuple):
-    """A node that a tree may get."""
-
-    parent: int
-    token: int
-    probability: float
-    """That everything from the root down to it is accepted."""
 
 
 class NgramDrafter:
@@ -162,7 +136,7 @@ class NgramDrafter:
             for drafted, kind in self._followers(Standing(self._automaton.match, common)):
                 hit = drafted == token
                 self._calibration.observe(kind, hit)
-                self._own.setdefault(kind, HitRate()).observe(hit)
+                self._own.setdefault(kind, HitRate(_KEPT)).observe(hit)
                 if hit:
                     break
             self._automaton.append(token)
@@ -190,7 +164,7 @@ class NgramDrafter:
             best = frontier.best()
             if best is None:
                 break
-            tree.add(*best)
+            tree.add(best.parent, best.token, best.probability)
 
     @property
     def match(self) -> Standing:

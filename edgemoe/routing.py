@@ -70,24 +70,28 @@ class RouterMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def are_logits(scores: torch.Tensor) -> bool:
+    """Whether `scores` are logits: probabilities are never negative. What a family has hidden itself tells nothing."""
+    return bool(((scores < 0) & (scores > float("-inf"))).any())
+
+
 def hidden_score(scores: torch.Tensor) -> float:
     """What hides an expert among `scores`: it is chosen last, and only where there are too few others.
 
     Among probabilities it must not spoil the sum that some families divide by.
     """
-    return float("-inf") if bool((scores < 0).any()) else -torch.finfo(scores.dtype).tiny
+    return float("-inf") if are_logits(scores) else -torch.finfo(scores.dtype).tiny
 
 
 def shares(choice: Choice) -> torch.Tensor:
     """What `choice` would take, float32 [tokens, experts]: the shares of the best, which sum to 1 over those it takes.
 
     As many again that come next have theirs too: a score that is a little off makes them the chosen ones. Scores are
-    probabilities in some families and logits in others; only those that are negative somewhere must be the latter.
+    probabilities in some families and logits in others.
     """
     scores = choice.scores.float()
     best = scores.topk(min(2 * choice.top_k, scores.shape[-1]), dim=-1)
     values = best.values
-    if bool((values < 0).any()):
-        values = (values - values[:, :1]).exp()
+    values = (values - values[:, :1]).exp() if are_logits(values) else values.clamp(min=0)
     values = values / values[:, : choice.top_k].sum(-1, keepdim=True).clamp_min(1e-9)
     return torch.zeros_like(scores).scatter(-1, best.indices, values)

@@ -14,10 +14,10 @@ from edgemoe.controllers import Controllers
 from edgemoe.cycle_cost import CycleCost
 from edgemoe.decoder import Work
 from edgemoe.draft_settings import DraftSettings
-from edgemoe.draft_tree import DraftTree
+from edgemoe.draft_tree import Candidate, DraftTree
 from edgemoe.foresight import Foresight
 from edgemoe.generation import Generation
-from edgemoe.growth import Candidate, Growth
+from edgemoe.growth import Growth
 from edgemoe.hit_rates import HitRates
 from edgemoe.joint_decoder import JointDecoder
 from edgemoe.ngram_drafter import NgramCalibration, NgramDrafter
@@ -232,7 +232,7 @@ class Speculation:
             least_probability=LEAST_PROBABILITY,
         )
         while not growth.full and (best := frontier.best()) is not None and self._pays(best.probability, worth):
-            growth.add(Candidate(*best))
+            growth.add(best)
 
     # --- passes ------------------------------------------------------------------------------------
 

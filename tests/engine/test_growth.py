@@ -8,8 +8,9 @@ from itertools import islice
 import pytest
 from crowd import generation
 
+from edgemoe.draft_tree import Candidate
 from edgemoe.generation import Cancels
-from edgemoe.growth import Candidate, Growth
+from edgemoe.growth import Growth
 from edgemoe.utility import Setting
 
 

@@ -7,15 +7,14 @@ from itertools import islice
 
 import pytest
 
-from edgemoe.draft_tree import DraftTree
+from edgemoe.draft_tree import Candidate, DraftTree
+from edgemoe.hit_rates import HitRate
 from edgemoe.ngram_drafter import (
     HALF_LIFE,
     LENGTHS,
     MOST_FOLLOWERS,
     PRIOR_WEIGHT,
     SHARED_WEIGHT,
-    Candidate,
-    HitRate,
     Kind,
     NgramCalibration,
     NgramDrafter,
@@ -101,7 +100,7 @@ def test_before_anything_is_measured_short_matches_are_trusted_little() -> None:
 
 
 def test_a_rate_is_the_share_of_hits_with_the_prior_as_tries_of_its_own() -> None:
-    rate = HitRate()
+    rate = HitRate(KEPT)
     assert rate.blended(0.25, 4) == 0.25
     for hit in (True, False, True):
         rate.observe(hit)
@@ -111,7 +110,7 @@ def test_a_rate_is_the_share_of_hits_with_the_prior_as_tries_of_its_own() -> Non
 
 
 def test_after_a_half_life_a_try_counts_for_half() -> None:
-    rate = HitRate()
+    rate = HitRate(KEPT)
     rate.observe(True)
     for _ in range(HALF_LIFE):
         rate.observe(False)

@@ -278,6 +278,14 @@ def test_what_was_wanted_is_kept_whether_the_router_was_seen_or_not() -> None:
 
 
 @pytest.mark.parametrize("scores", [SCORES, SCORES.clamp_min(1e-6).log()], ids=["probabilities", "logits"])
+def test_what_a_family_hid_itself_has_no_share_and_says_nothing_of_the_others(scores: torch.Tensor) -> None:
+    """Such as DeepSeek's groups that were not chosen."""
+    found = shares(Choice(scores.index_fill(1, torch.tensor([3, 4, 5]), float("-inf")), 2))
+    expected = torch.tensor([[0.2, 0.8, 0.1, 0, 0, 0], [0.5, 0, 0.5, 0, 0, 0]])
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("scores", [SCORES, SCORES.clamp_min(1e-6).log()], ids=["probabilities", "logits"])
 def test_shares_are_the_weights_of_what_is_taken(scores: torch.Tensor) -> None:
     """In proportion to the probabilities, whether the router scores with these or with their logarithms."""
     found = shares(Choice(scores, 2))
