@@ -21,6 +21,8 @@ class CacheCounters:
     """Bytes of prefetches that were asked for while still on the link."""
     bytes_prefetched_wasted: int = 0
     """Bytes prefetched and evicted before anything asked for them."""
+    bytes_filled: int = 0
+    """Bytes that were brought to fill the slots at the start, once they were asked for or evicted."""
     bytes_hit: int = 0
     """Bytes that did not have to cross the link, because the expert was resident."""
     link_wait_seconds: float = 0.0
@@ -30,7 +32,7 @@ class CacheCounters:
     def bytes_loaded(self) -> int:
         """All bytes that crossed the link and whose fate is known."""
         prefetched = self.bytes_prefetched_used + self.bytes_prefetched_late + self.bytes_prefetched_wasted
-        return self.bytes_demanded + prefetched
+        return self.bytes_demanded + prefetched + self.bytes_filled
 
     @property
     def hit_rate(self) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -25,15 +26,18 @@ from edgemoe.cache.store import ExpertStore
 
 
 class Streams(ABC):
-    """What the link needs of a device: copies in order, and events between copies and compute."""
+    """What the link needs of a device: copies in order, their times, and events between copies and compute."""
 
     @abstractmethod
     def staging(self, nbytes: int) -> torch.Tensor:
         """A host buffer, uint8 [nbytes], from which copies are asynchronous."""
 
     @abstractmethod
-    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
-        """Starts a copy once the event `after` (or None) has passed, and returns the event of its end."""
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> tuple[Any, Any]:
+        """Queues a copy behind those before it and the event `after` (or None); the events of its start and end.
+
+        It starts when nothing is left that it waits for, so that no two copies overlap. Any thread may call.
+        """
 
     @abstractmethod
     def mark(self) -> Any:
@@ -51,6 +55,10 @@ class Streams(ABC):
     def block(self, event: Any) -> None:
         """Blocks the calling thread until `event` has passed."""
 
+    @abstractmethod
+    def seconds(self, start: Any, end: Any) -> float:
+        """How long a copy took, of which both events have passed."""
+
 
 class CudaStreams(Streams):
     """The real ones: one copy stream, CUDA events."""
@@ -58,6 +66,7 @@ class CudaStreams(Streams):
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._copies = torch.cuda.Stream(device)
+        self._queueing = threading.Lock()
 
     def staging(self, nbytes: int) -> torch.Tensor:
         """See the base class; ordinary memory where the system refuses to lock any."""
@@ -66,13 +75,17 @@ class CudaStreams(Streams):
         except RuntimeError:
             return torch.empty(nbytes, dtype=torch.uint8)
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> tuple[Any, Any]:
         """See the base class."""
-        with torch.cuda.stream(self._copies):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        # What another thread queued between the two events would be part of both copies' times.
+        with self._queueing, torch.cuda.stream(self._copies):
             if after is not None:
                 self._copies.wait_event(after)
+            self._copies.record_event(start)
             target.copy_(source, non_blocking=True)
-            return self._copies.record_event()
+            self._copies.record_event(end)
+        return start, end
 
     def mark(self) -> Any:
         """See the base class."""
@@ -90,6 +103,10 @@ class CudaStreams(Streams):
         """See the base class."""
         event.synchronize()
 
+    def seconds(self, start: Any, end: Any) -> float:
+        """See the base class."""
+        return float(start.elapsed_time(end)) / 1e3
+
 
 class _Copy(Transfer):
     """A transfer whose `done` means that its copy is queued; `event` passes when the record is whole."""
@@ -97,7 +114,12 @@ class _Copy(Transfer):
     def __init__(self, streams: Streams, expert: ExpertId, slot: int, nbytes: int, priority: Priority) -> None:
         super().__init__(expert, slot, nbytes, priority)
         self._streams = streams
+        self.start: Any = None
         self.event: Any = None
+        self.fetched = 0.0
+        """Seconds that went by until it could be queued: its record was read, or a slower link simulated."""
+        self.copied_before = 0.0
+        """What `CudaLink._copied` was when they began."""
 
     def arrived(self) -> bool:
         """See the base class."""
@@ -118,7 +140,11 @@ class CudaLink(Link):
             (streams.staging(store.slot_nbytes), None) for _ in range(staging)
         ]
         self._last_use: dict[int, Any] = {}
-        self._in_flight: list[Any] = []
+        self._in_flight: list[_Copy] = []
+        self._copied = 0.0
+        """Seconds that the copies counted so far took."""
+        self._overlapped = 0.0
+        """How many of these, from the first on, can overlap with no later fetch."""
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._issued = threading.Condition(self._lock)
@@ -166,6 +192,7 @@ class CudaLink(Link):
             while not any(transfer.done for transfer in transfers):
                 self._issued.wait()
             issued = [transfer for transfer in transfers if transfer.done]
+            self._count()
         # What is there already is computed first; only when nothing is does the device wait for the oldest.
         ready = [transfer for transfer in issued if transfer.arrived()] or issued[:1]
         failed = [transfer for transfer in issued if transfer.error is not None and transfer not in ready]
@@ -181,6 +208,8 @@ class CudaLink(Link):
             event = self._streams.mark()
             for slot in slots:
                 self._last_use[slot] = event
+        with self._lock:
+            self._count()
 
     def close(self) -> None:
         """See the base class."""
@@ -190,9 +219,10 @@ class CudaLink(Link):
             self._work.notify()
         self._thread.join()
         self._readers.shutdown()
-        for event in self._in_flight:
-            self._streams.block(event)
-        self._in_flight.clear()
+        for copy in self._in_flight:
+            self._streams.block(copy.event)
+        with self._lock:
+            self._count()
         self._ring.clear()
 
     def _pinned(self, expert: ExpertId) -> torch.Tensor | None:
@@ -203,11 +233,25 @@ class CudaLink(Link):
 
     def _issue(self, copy: _Copy, memory: torch.Tensor, source: torch.Tensor) -> None:
         size = self._store.record_nbytes(copy.expert)
-        copy.event = self._streams.copy(memory[:size], source[:size], self._last_use.get(copy.slot))
+        copy.start, copy.event = self._streams.copy(memory[:size], source[:size], self._last_use.get(copy.slot))
         copy.done = True
         with self._lock:
-            self._in_flight = [event for event in self._in_flight if not self._streams.passed(event)]
-            self._in_flight.append(copy.event)
+            self._count()
+            self._in_flight.append(copy)
+
+    def _count(self) -> None:
+        """Adds the copies that have passed to the totals. Blocks on none of them; the lock is held."""
+        while self._in_flight and self._streams.passed(self._in_flight[0].event):
+            copy = self._in_flight.pop(0)
+            seconds = self._streams.seconds(copy.start, copy.event)
+            # A record arrives no faster than it is fetched, so that this counts as well, less the copies of others
+            # meanwhile, which are in the total. A copy that two fetches overlap with is taken off once.
+            known = max(copy.copied_before, self._overlapped)
+            overlap = min(copy.fetched, self._copied - known)
+            self._overlapped = known + overlap
+            self._copied += seconds
+            self.busy_seconds += seconds + copy.fetched - overlap
+            self.bytes_moved += copy.nbytes
 
     def _dispatch(self) -> None:
         while True:
@@ -226,12 +270,19 @@ class CudaLink(Link):
                 self._issued.notify_all()
             if copy.priority is Priority.PREFETCH and copy.error is None:
                 self._streams.block(copy.event)
+                with self._lock:
+                    self._count()
 
     def _serve(self, copy: _Copy, memory: torch.Tensor) -> None:
+        began = time.perf_counter()
+        with self._lock:
+            self._count()
+            copy.copied_before = self._copied
         arrival = self._throttle.book(copy.nbytes) if self._throttle else 0.0
         source = self._pinned(copy.expert)
         if source is not None:
             Throttle.sleep_until(arrival)
+            copy.fetched = time.perf_counter() - began
             self._issue(copy, memory, source)
             return
         buffer, last = self._ring.pop(0)
@@ -245,6 +296,7 @@ class CudaLink(Link):
             for read in reads:
                 read.result()
             Throttle.sleep_until(arrival)
+            copy.fetched = time.perf_counter() - began
             self._issue(copy, memory, buffer)
             last = copy.event
         finally:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 
 from edgemoe.cache.counters import CacheCounters
 from edgemoe.cache.link import Link, Priority, Transfer
@@ -19,6 +20,15 @@ PASSING_SLOTS = 3
 """Slots of a layer's share through which its less wanted experts pass: one in use, one on the link, one ready."""
 
 
+class Unasked(Enum):
+    """Why an expert was brought that nothing has asked for yet."""
+
+    PREFETCH = "prefetch"
+    """It was foretold."""
+    FILL = "fill"
+    """Its slot was free at the start."""
+
+
 @dataclass
 class _Resident:
     """An expert that holds a slot, loaded or loading."""
@@ -26,7 +36,7 @@ class _Resident:
     slot: int
     transfer: Transfer | None
     pins: int = 0
-    fresh_prefetch: bool = False
+    unasked: Unasked | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +58,8 @@ class ExpertCache:
     - nothing pinned and nothing on the link is ever evicted;
     - a demanded load overtakes every prefetch, and one already on the link is promoted, not repeated;
     - a prefetch takes free slots first and evicts only what is neither pinned, nor named by its caller
-      as wanted sooner, nor a prefetch that nothing has used yet.
+      as wanted sooner, nor a prefetch that nothing has used yet;
+    - what merely fills free slots evicts nothing, and leaves like anything that was used long ago.
     """
 
     def __init__(self, store: ExpertStore, link: Link, pool: SlotPool, policy: EvictionPolicy) -> None:
@@ -146,24 +157,32 @@ class ExpertCache:
             slot = self._take_slot(expert.layer, keep)
             if slot is None:
                 break
-            held = self._load(expert, slot, Priority.PREFETCH)
-            held.fresh_prefetch = True
-            assert held.transfer is not None
-            self._prefetches.append(held.transfer)
+            self._bring(expert, slot, Unasked.PREFETCH)
             started += 1
         return started
 
-    def call_off(self, experts: Collection[ExpertId]) -> None:
+    def fill(self, experts: Sequence[ExpertId]) -> None:
+        """Puts `experts` on the link, in this order and as `prefetch` does, as long as slots are free."""
+        for expert in experts:
+            if not self._free:
+                break
+            if expert not in self._held:
+                self._bring(expert, self._free.pop(), Unasked.FILL)
+
+    def call_off(self, experts: Collection[ExpertId]) -> list[ExpertId]:
         """Takes those prefetches of `experts` of which nothing has moved yet off the link and frees their slots."""
+        called_off = []
         for expert in experts:
             held = self._held.get(expert)
-            transfer = held.transfer if held is not None and held.fresh_prefetch else None
+            transfer = held.transfer if held is not None and held.unasked else None
             if transfer is not None and not transfer.done and self._link.cancel(transfer):
                 self._drop(expert)
+                called_off.append(expert)
+        return called_off
 
     @property
     def prefetching(self) -> int:
-        """Prefetches that are on the way and that nothing has asked for yet."""
+        """Prefetches, and what fills slots, that are on the way and that nothing has asked for yet."""
         self._prefetches = [
             transfer
             for transfer in self._prefetches
@@ -208,9 +227,11 @@ class ExpertCache:
         for expert in hits:
             held, nbytes = self._held[expert], self.store.record_nbytes(expert)
             counters.bytes_hit += nbytes
-            if held.fresh_prefetch:
-                held.fresh_prefetch = False
+            if held.unasked is Unasked.PREFETCH:
                 counters.bytes_prefetched_used += nbytes
+            elif held.unasked:
+                counters.bytes_filled += nbytes
+            held.unasked = None
 
     def _promote(self, misses: deque[ExpertId], on_the_way: list[Transfer], pinned: list[ExpertId]) -> None:
         """Takes what is on the link already off `misses`, and pins it before any slot is taken."""
@@ -220,9 +241,11 @@ class ExpertCache:
                 continue
             self._link.promote(held.transfer)
             self._policy.used(expert)
-            if held.fresh_prefetch:
-                held.fresh_prefetch = False
+            if held.unasked is Unasked.PREFETCH:
                 self.counters.bytes_prefetched_late += self.store.record_nbytes(expert)
+            elif held.unasked:
+                self.counters.bytes_filled += self.store.record_nbytes(expert)
+            held.unasked = None
             misses.remove(expert)
             self._pin(expert, pinned)
             on_the_way.append(held.transfer)
@@ -273,6 +296,12 @@ class ExpertCache:
         self._policy.inserted(expert)
         return held
 
+    def _bring(self, expert: ExpertId, slot: int, why: Unasked) -> None:
+        held = self._load(expert, slot, Priority.PREFETCH)
+        held.unasked = why
+        assert held.transfer is not None
+        self._prefetches.append(held.transfer)
+
     def _take_slot(self, layer: int, keep: Collection[ExpertId]) -> int | None:
         if self._free:
             return self._free.pop()
@@ -280,24 +309,33 @@ class ExpertCache:
         def evictable(expert: ExpertId) -> bool:
             held = self._held[expert]
             moving = held.transfer is not None and not held.transfer.done
-            return held.pins == 0 and not moving and expert not in keep and not (keep and held.fresh_prefetch)
+            foretold = held.unasked is Unasked.PREFETCH
+            return held.pins == 0 and not moving and expert not in keep and not (keep and foretold)
 
         staying = self._staying
         victim = self._policy.victim(layer, lambda expert: expert not in staying and evictable(expert))
         victim = victim or self._policy.victim(layer, evictable)
         if victim is None:
             return None if keep else self._call_off_a_prefetch()
-        held = self._held[victim]
-        if held.fresh_prefetch and not (held.transfer is not None and held.transfer.error is not None):
-            self.counters.bytes_prefetched_wasted += self.store.record_nbytes(victim)
+        self._count_unasked(victim)
         self._drop(victim)
         return self._free.pop()
+
+    def _count_unasked(self, victim: ExpertId) -> None:
+        """Counts what leaves before anything has asked for it; what could not be read has not moved."""
+        held = self._held[victim]
+        if held.transfer is not None and held.transfer.error is not None:
+            return
+        if held.unasked is Unasked.PREFETCH:
+            self.counters.bytes_prefetched_wasted += self.store.record_nbytes(victim)
+        elif held.unasked:
+            self.counters.bytes_filled += self.store.record_nbytes(victim)
 
     def _call_off_a_prefetch(self) -> int | None:
         """The slot of a prefetch of which nothing has moved yet, the latest one: a demand goes before it."""
         for expert, held in reversed(self._held.items()):
             if (
-                held.fresh_prefetch
+                held.unasked
                 and held.transfer is not None
                 and held.pins == 0
                 and self._link.cancel(held.transfer)

@@ -220,8 +220,20 @@ class Lane:
                 self.failures.append(error)
 
 
+class Mark(threading.Event):
+    """An event of a `FakeStreams`, which knows when it passed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at = 0.0
+
+    def set(self) -> None:
+        self.at = time.perf_counter()
+        super().set()
+
+
 class FakeStreams(Streams):
-    """A device made of two lanes, one for copies and one for compute; its events are `threading.Event`."""
+    """A device made of two lanes, one for copies and one for compute; its events are `Mark`s."""
 
     def __init__(self, copy_seconds: Callable[[], float] = lambda: 0.0) -> None:
         self.copies = Lane()
@@ -233,21 +245,22 @@ class FakeStreams(Streams):
     def staging(self, nbytes: int) -> torch.Tensor:
         return torch.zeros(nbytes, dtype=torch.uint8)
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> threading.Event:
-        event = threading.Event()
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> tuple[Mark, Mark]:
+        start, end = Mark(), Mark()
 
         def work() -> None:
             assert after is None or after.wait(PATIENCE)
+            start.set()
             time.sleep(self._copy_seconds())
             target.copy_(source)
-            event.set()
+            end.set()
 
         self.issued.append(int(source[0]))
         self.copies.put(work)
-        return event
+        return start, end
 
-    def mark(self) -> threading.Event:
-        event = threading.Event()
+    def mark(self) -> Mark:
+        event = Mark()
         self.compute.put(event.set)
         return event
 
@@ -259,6 +272,11 @@ class FakeStreams(Streams):
 
     def block(self, event: Any) -> None:
         assert event.wait(PATIENCE), "the host waits for a copy that never ends"
+
+    def seconds(self, start: Any, end: Any) -> float:
+        assert start.is_set()
+        assert end.is_set()
+        return float(end.at - start.at)
 
     def end(self) -> None:
         self.copies.end()

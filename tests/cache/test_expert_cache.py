@@ -233,5 +233,5 @@ def test_random_work_keeps_every_law(seed: int, slots: int) -> None:
     link.finish(*link.under_way)
     for expert in [ExpertId(layer, number) for layer in range(layers) for number in cache.residents(layer)]:
         assert holds(cache.pool.memory[cache._held[expert].slot], expert, NBYTES)
-    unasked = sum(NBYTES for held in cache._held.values() if held.fresh_prefetch)
+    unasked = sum(NBYTES for held in cache._held.values() if held.unasked)
     assert cache.counters.bytes_loaded + unasked == link.moved

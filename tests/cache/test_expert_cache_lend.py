@@ -184,7 +184,7 @@ def test_what_the_cache_tells_is_what_a_plain_search_finds(seed: int) -> None:
             resident = [number for number in range(count) if cache.is_resident(ExpertId(layer, number))]
             assert sorted(cache.residents(layer)) == resident
         assert cache.complete == all(map(cache.holds, everyone))
-        unasked = [held for held in cache._held.values() if held.fresh_prefetch and held.transfer is not None]
+        unasked = [held for held in cache._held.values() if held.unasked and held.transfer is not None]
         assert cache.prefetching == sum(held.transfer is not None and not held.transfer.done for held in unasked)
 
     for _ in range(150):
@@ -207,7 +207,7 @@ def test_what_the_cache_tells_is_what_a_plain_search_finds(seed: int) -> None:
             borrowed.close()
         else:
             for expert in [expert for expert in link.under_way if draw.random() < 0.5]:
-                if cache._held[expert].fresh_prefetch and draw.random() < 0.2:
+                if cache._held[expert].unasked and draw.random() < 0.2:
                     link.faults[expert] = OSError("disk gone")
                 link.finish(expert)
         check()

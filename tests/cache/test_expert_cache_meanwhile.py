@@ -15,7 +15,7 @@ from edgemoe.cache import BalancedLRU, ExpertCache, ExpertId
 
 def unasked(cache: ExpertCache) -> int:
     """Bytes of prefetches that nothing has asked for, arrived or not."""
-    return NBYTES * sum(held.fresh_prefetch for held in cache._held.values())
+    return NBYTES * sum(held.unasked is not None for held in cache._held.values())
 
 
 def mark(cache: ExpertCache, and_then: Callable[[], object] = lambda: None) -> Callable[[], None]:

@@ -165,7 +165,7 @@ def test_a_demand_is_served_while_every_slot_waits_for_a_prefetch(slots: int, qu
     use(cache, 1, 5)
     use(cache, 0, 7, 6, 0)
     link.finish(*link.under_way)
-    unasked = NBYTES * sum(held.fresh_prefetch for held in cache._held.values())
+    unasked = NBYTES * sum(held.unasked is not None for held in cache._held.values())
     assert cache.counters.bytes_loaded + unasked == link.moved
 
 
@@ -216,3 +216,49 @@ def test_a_prefetch_that_is_about_to_be_lent_is_not_evicted_for_a_miss_before_it
     use(cache, 0, 1, 2, 5)
     assert link.happened("start").count((0, 5)) == 0
     assert link.moved == 3 * NBYTES == cache.counters.bytes_loaded
+
+
+# --- filling the slots at the start ------------------------------------------------------------------
+
+
+def test_filling_takes_free_slots_and_evicts_nothing() -> None:
+    cache = make(3)
+    use(cache, 0, 0)
+    cache.fill(ids(0, 0, 1, 2, 3))
+    assert link_of(cache).happened("prefetch") == ids(0, 1, 2)
+    assert sorted(cache.residents(0)) == [0]
+    assert cache.prefetching == 2, "they are on the link as prefetches are"
+
+
+def test_what_filled_a_slot_is_no_prefetch_whatever_becomes_of_it() -> None:
+    cache = make(3)
+    cache.fill(ids(0, 0, 1, 2))
+    link_of(cache).finish(*ids(0, 0, 2))
+    use(cache, 0, 0, 1)
+    use(cache, 1, 5)
+    counters = cache.counters
+    assert cache.residents(0) == [0, 1], "2 was never used"
+    assert counters.bytes_filled == 3 * NBYTES, "used, used late, evicted"
+    assert counters.bytes_prefetched_used + counters.bytes_prefetched_late + counters.bytes_prefetched_wasted == 0
+    assert counters.bytes_loaded == link_of(cache).moved == 4 * NBYTES
+    use(cache, 0, 0, 1)
+    assert counters.bytes_filled == 3 * NBYTES, "each byte once"
+
+
+def test_what_filled_a_slot_makes_room_for_a_prefetch_where_a_prefetch_does_not() -> None:
+    cache = make(2)
+    cache.fill(ids(0, 0))
+    link_of(cache).finish(*ids(0, 0))
+    prefetched(cache, 0, 1)
+    assert cache.prefetch(ids(1, 7, 6)) == 1
+    assert cache.residents(0) == [1]
+
+
+def test_a_demand_calls_off_what_fills_a_slot() -> None:
+    cache = make(2)
+    link = link_of(cache)
+    cache.fill(ids(0, 0, 1))
+    link.queued = set(ids(0, 0, 1))
+    use(cache, 1, 5)
+    assert link.happened("cancel") == ids(0, 1)
+    assert cache.counters.bytes_filled == 0
