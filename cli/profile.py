@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgemoe.cli.arguments import model_settings
 from edgemoe.cli.exits import Exit, FileTrouble, UsageError, why
@@ -20,20 +21,17 @@ from edgemoe.cli.surface import EngineFactory
 from edgemoe.state_folder import NONE, keeps_nothing
 
 if TYPE_CHECKING:
+    from edgemoe.performance_model import Outlook
     from edgemoe.profile_file import Profile
 
 _PICTURES = (".png", ".svg")
 _BATCHES = (1, 2, 4, 8, 16, 32, 64)
+_DEPTHS = (3, 8)
 _POINTS = ("batch", "tokens each", "slots", "measured", "predicted", "experts a layer", "misses")
 _WORTH = (
-    "batch",
-    "tokens/s",
-    "experts a layer",
-    "efficiency at 3",
-    "speed-up at 3",
-    "efficiency at 8",
-    "speed-up at 8",
-)
+    "batch", "tokens/s", "experts a layer",
+    *(f"{what} at {depth}" for depth in _DEPTHS for what in ("efficiency", "speed-up")),
+)  # fmt: skip
 
 
 def profile(arguments: argparse.Namespace, engine: EngineFactory | None = None) -> int:
@@ -66,9 +64,10 @@ def profile(arguments: argparse.Namespace, engine: EngineFactory | None = None) 
         with _told(arguments.state_folder):
             profile_file.write(state, made)
         say(f"kept in {state.path}")
+    _print(made, as_json=bool(arguments.json))
+    # Last: what was measured is kept and told by now, whatever becomes of the picture.
     if picture is not None:
         _draw(made, picture)
-    _print(made, as_json=bool(arguments.json))
     return Exit.OK
 
 
@@ -92,6 +91,11 @@ def _checked(picture: Path) -> Path:
         raise UsageError(f"argument --plot: {picture} is neither {' nor '.join(_PICTURES)}; give one of these")
     if find_spec("matplotlib") is None:
         raise UsageError("argument --plot: matplotlib is not installed; get it with pip install 'edgemoe[plot]'")
+    folder = picture.absolute().parent
+    if not folder.is_dir():
+        raise FileTrouble(f"cannot write {picture}: there is no folder {folder}; give another file with --plot")
+    if picture.is_dir() or not os.access(picture if picture.exists() else folder, os.W_OK):
+        raise FileTrouble(f"cannot write {picture}: it is a folder, or write-protected; give another file with --plot")
     return picture
 
 
@@ -106,12 +110,13 @@ def _draw(made: Profile, picture: Path) -> None:
 
 def _print(made: Profile, *, as_json: bool) -> None:
     if as_json:
-        put(json.dumps(made.to_dict(), indent=2) + "\n")
+        put(json.dumps(made.to_dict() | {"predicted": _predicted(made)}, indent=2) + "\n")
         return
-    tables = [("passes", _POINTS, _points(made)), (_title(made), _WORTH, _worth(made))]
+    tables: list[tuple[str, Sequence[str], list[Sequence[str]]]] = [("passes", _POINTS, _points(made))]
+    tables += [(_title(share), _WORTH, _worth(found)) for share, found in _outlooks(made).items()]
     if not sys.stdout.isatty():
         put("\n\n".join(f"{title}\n{columns([headings, *rows])}" for title, headings, rows in tables) + "\n")
-        put(f"\n{_full_activation(made)}\n")
+        put(f"\n{_full_activation_told(made)}\n")
         return
     from rich.console import Console
     from rich.table import Table
@@ -123,16 +128,39 @@ def _print(made: Profile, *, as_json: bool) -> None:
         for row in rows:
             table.add_row(*row)
         Console(markup=False).print(table)
-    put(f"{_full_activation(made)}\n")
+    put(f"{_full_activation_told(made)}\n")
 
 
-def _full_activation(made: Profile) -> str:
-    """From where on drafts want no new experts."""
+def _predicted(made: Profile) -> dict[str, Any]:
+    """What the tables tell beside the points, for JSON."""
+    from edgemoe.prediction import ACCEPTANCE
+
+    slots = [
+        {"cache_share": share, "batches": [asdict(each) for each in found]} for share, found in _outlooks(made).items()
+    ]
+    return {"acceptance": ACCEPTANCE, "full_activation": _full_activation(made), "slots": slots}
+
+
+def _outlooks(made: Profile) -> dict[float, list[Outlook]]:
+    """What the model says over batches: for all experts resident, and for the slots that there were, where fewer."""
+    from edgemoe.prediction import ACCEPTANCE
+
+    there = max(point.cache_share for point in made.points)
+    return {
+        share: [made.model.outlook(batch, share, ACCEPTANCE, _DEPTHS) for batch in _BATCHES] for share in (1.0, there)
+    }
+
+
+def _full_activation(made: Profile) -> int:
+    """Tokens from which on drafts want next to no new experts."""
     from edgemoe.moesd import full_activation
 
-    shape = made.model.shape
-    tokens = full_activation(shape.experts, shape.top_k)
-    return f"{tokens} tokens that choose evenly want 95 % of a layer's {shape.experts} experts"
+    return full_activation(made.model.shape.experts, made.model.shape.top_k)
+
+
+def _full_activation_told(made: Profile) -> str:
+    experts = made.model.shape.experts
+    return f"{_full_activation(made)} tokens that choose evenly want 95 % of a layer's {experts} experts"
 
 
 def _points(made: Profile) -> list[Sequence[str]]:
@@ -146,22 +174,20 @@ def _points(made: Profile) -> list[Sequence[str]]:
     return rows
 
 
-def _title(made: Profile) -> str:
+def _title(share: float) -> str:
     from edgemoe.prediction import ACCEPTANCE
 
-    return f"predicted, all experts resident, {ACCEPTANCE:.0%} of the drafted tokens right, 3 and 8 drafted"
+    slots = "all experts resident" if share == 1 else f"slots for {share:.0%} of the experts"
+    depths = " and ".join(map(str, _DEPTHS))
+    return f"predicted, {slots}, {ACCEPTANCE:.0%} of the drafted tokens right, {depths} drafted"
 
 
-def _worth(made: Profile) -> list[Sequence[str]]:
+def _worth(outlooks: Sequence[Outlook]) -> list[Sequence[str]]:
     """What speculation is worth over batches, by the model."""
-    from edgemoe.moesd import tokens_per_cycle
-    from edgemoe.prediction import ACCEPTANCE
-
     rows: list[Sequence[str]] = []
-    for batch in _BATCHES:
-        row = [str(batch), f"{made.model.tokens_per_second(batch):.1f}", f"{made.model.activated(batch):.1f}"]
-        for depth in (3, 8):
-            row.append(f"{made.model.target_efficiency(batch, depth):.2f}")
-            row.append(f"{made.model.speedup(batch, depth, tokens_per_cycle(ACCEPTANCE, depth)):.2f} x")
+    for found in outlooks:
+        row = [str(found.batch), f"{found.tokens_per_second:.1f}", f"{found.experts:.1f}"]
+        for worth in found.drafts:
+            row += [f"{worth.target_efficiency:.2f}", f"{worth.speedup:.2f} x"]
         rows.append(row)
     return rows

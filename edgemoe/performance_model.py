@@ -6,9 +6,13 @@ are not resident, routing that neighbouring tokens share, and a CPU's change fro
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from edgemoe import moesd
+
+LEAST_COST = 0.01
+"""The least that one more token costs, as a share of what each token of a plain step takes on the average."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,30 @@ class Times:
 
 
 @dataclass(frozen=True)
+class Worth:
+    """What it is worth to draft so many tokens for each verification."""
+
+    drafted: int
+    target_efficiency: float
+    speedup: float
+    """Tokens a second over those without drafts."""
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What is to be expected of so many sequences."""
+
+    batch: int
+    tokens_per_second: float
+    """Of all of them together, without drafts."""
+    experts: float
+    """Experts of a layer that a plain step asks for."""
+    hit_rate: float
+    """Of a plain step."""
+    drafts: tuple[Worth, ...]
+
+
+@dataclass(frozen=True)
 class PerformanceModel:
     """Answers for one checkpoint on one machine. A hit rate is from 0 to 1, where 1 is everything resident."""
 
@@ -156,10 +184,11 @@ class PerformanceModel:
 
     # --- what it is worth --------------------------------------------------------------------------
 
-    def target_efficiency(self, batch: float, gamma: int, hit_rate: float = 1.0) -> float:
-        """T_T(B, 1) / T_T(B, gamma)."""
-        plain = self.step_seconds(batch, 1, hit_rate)
-        return moesd.target_efficiency(plain, self.step_seconds(batch, gamma + 1, hit_rate))
+    def target_efficiency(
+        self, batch: float, gamma: int, hit_rate: float = 1.0, verify_hit_rate: float | None = None
+    ) -> float:
+        """T_T(B, 1) / T_T(B, gamma); the hit rates are those of `speedup`."""
+        return moesd.target_efficiency(*self._plain_and_verify(batch, gamma, hit_rate, verify_hit_rate))
 
     def speedup(
         self, batch: float, gamma: int, tokens: float, hit_rate: float = 1.0, verify_hit_rate: float | None = None
@@ -169,9 +198,17 @@ class PerformanceModel:
         `verify_hit_rate` is the verifications' own, where it differs from a plain step's.
         """
         draft, reject = self._around(batch)
-        plain = self.step_seconds(batch, 1, hit_rate)
-        verify = self.step_seconds(batch, gamma + 1, hit_rate if verify_hit_rate is None else verify_hit_rate)
+        plain, verify = self._plain_and_verify(batch, gamma, hit_rate, verify_hit_rate)
         return moesd.speedup(tokens, plain, draft, verify, reject)
+
+    def outlook(self, batch: int, cache_share: float, alpha: float, depths: Iterable[int]) -> Outlook:
+        """All of this for slots for a share of the experts, where a drafted token is right with probability `alpha`."""
+        plain, worth = self.hit_rate(cache_share, batch), []
+        for depth in depths:
+            rates = plain, self.hit_rate(cache_share, batch, depth + 1)
+            gain = self.speedup(batch, depth, moesd.tokens_per_cycle(alpha, depth), *rates)
+            worth.append(Worth(depth, self.target_efficiency(batch, depth, *rates), gain))
+        return Outlook(batch, self.tokens_per_second(batch, plain), self.activated(batch), plain, tuple(worth))
 
     def tokens_per_second(self, batch: float, hit_rate: float = 1.0, gamma: int = 0, tokens: float = 1.0) -> float:
         """Of all sequences together: plain, or in cycles that draft `gamma` tokens and give `tokens`."""
@@ -179,9 +216,19 @@ class PerformanceModel:
         return batch * tokens / seconds
 
     def token_cost(self, batch: int, hit_rate: float = 1.0) -> float:
-        """What one more token in a step of `batch` sequences costs, as a share of that step."""
+        """What one more token in a step of `batch` sequences costs, as a share of that step; always more than 0."""
         plain = self.step_seconds(batch, 1, hit_rate)
-        return (self.step_seconds(batch, 1 + 1 / batch, hit_rate) - plain) / plain
+        more = (self.step_seconds(batch, 1 + 1 / batch, hit_rate) - plain) / plain
+        # Where that token brings the change to faster products, the longer pass may be the shorter one. A price of
+        # nothing or less is no price: by such a guess nothing would ever be drafted.
+        return max(more, LEAST_COST / batch)
+
+    def _plain_and_verify(
+        self, batch: float, gamma: int, hit_rate: float, verify_hit_rate: float | None
+    ) -> tuple[float, float]:
+        """Seconds of a plain step and of a verification."""
+        verify = hit_rate if verify_hit_rate is None else verify_hit_rate
+        return self.step_seconds(batch, 1, hit_rate), self.step_seconds(batch, gamma + 1, verify)
 
     def _around(self, batch: float) -> tuple[float, float]:
         """Seconds of drafting before a verification, and of what follows it.

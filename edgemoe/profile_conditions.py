@@ -24,7 +24,10 @@ _SAID = {
     "dtype": "dtype",
     "threads": "threads",
     "link_gbps": "link",
+    "direct_reads": "reads",
+    "host_tier": "experts",
 }
+_OF_MISSES = ("direct_reads", "host_tier")
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,16 @@ class ProfileConditions:
     threads: int
     link_gbps: float | None
     """Of a simulated link; None for the real one."""
+    direct_reads: bool | None
+    """Whether a missing expert is read past the page cache; None where none can be missing, or none is read."""
+    host_tier: str | None
+    """Where a missing expert comes from (see `Plan`); None where none can be missing."""
 
     @classmethod
     def of(cls, plan: Plan) -> ProfileConditions:
         """Those of this machine, for an engine with this plan."""
         cuda = plan.device.startswith("cuda")
+        misses = plan.slots < plan.experts
         return cls(
             processor=_processor(),
             cores=cores(),
@@ -55,20 +63,34 @@ class ProfileConditions:
             dtype=plan.dtype,
             threads=plan.threads,
             link_gbps=plan.link_gbps,
+            # Records that wait in RAM were read before anything runs.
+            direct_reads=plan.direct_reads if misses and plan.host_tier == "file" else None,
+            host_tier=plan.host_tier if misses else None,
         )
 
     def difference(self, here: ProfileConditions) -> str | None:
-        """What keeps a profile under these conditions from being used `here`, in words; None where nothing does."""
-        differing = [entry.name for entry in fields(self) if getattr(self, entry.name) != getattr(here, entry.name)]
+        """What keeps a profile under these conditions from being used `here`, in words; None where nothing does.
+
+        The way of missing experts counts only where some can be missing on both sides.
+        """
+        differing = [entry.name for entry in fields(self) if self._differs(here, entry.name)]
         if not differing:
             return None
         return ", ".join(f"{_SAID[name]} {_text(self, name)}, not {_text(here, name)}" for name in differing)
+
+    def _differs(self, here: ProfileConditions, name: str) -> bool:
+        values = getattr(self, name), getattr(here, name)
+        return values[0] != values[1] and not (name in _OF_MISSES and None in values)
 
 
 def _text(conditions: ProfileConditions, name: str) -> str:
     value = getattr(conditions, name)
     if name == "link_gbps":
         return "the real one" if value is None else f"of {value:g} GB/s"
+    if name == "direct_reads":
+        return f"{'past' if value else 'through'} the page cache"
+    if name == "host_tier":
+        return "in their files" if value == "file" else f"in {value} RAM"
     return str(value)
 
 

@@ -16,7 +16,8 @@ from edgemoe.state_folder import StateFolder
 
 NAME = "profile.json"
 FORMAT = "edgemoe profile"
-VERSION = 1
+VERSION = 2
+"""1 did not tell where missing experts came from. A profile of another version counts as none."""
 MOST_NBYTES = 1 << 20
 """More than any number of points takes that somebody would wait for."""
 _PARTS = {"shape": ModelShape, "speed": MachineSpeed, "routing": Routing, "locality": Locality, "times": Times}
@@ -61,7 +62,7 @@ def read(state: StateFolder, here: ProfileConditions) -> Profile | None:
     if difference is not None:
         raise ForeignProfile(
             f"the profile of {profile.taken} was taken elsewhere or otherwise ({difference}): "
-            "take one for this with edgemoe profile"
+            "take one with edgemoe profile and the same options"
         )
     return profile
 

@@ -14,6 +14,7 @@ import torch
 
 from edgemoe import fitting, machine_speed
 from edgemoe.blueprint import Blueprint
+from edgemoe.cache import ExpertCache
 from edgemoe.config import EngineConfig
 from edgemoe.decoder import Decoder
 from edgemoe.errors import CheckpointError, PlanError
@@ -50,13 +51,18 @@ LEAN_SHARE = 0.35
 ROUNDS = 3
 """Times that every shape has its turn: what disturbs one of them disturbs others in the next."""
 ENOUGH_SECONDS = 50.0
-"""Time for each size of the cache. After it no more turns begin, but for the smaller half of the shapes, once."""
+"""Time for each size of the cache. After it no more turns begin, but for the smaller half of the shapes, once, and for
+as many as a fit needs."""
 READING_SECONDS = 0.25
 """Time that one turn of a shape goes on for ..."""
 READINGS = (2, 8)
 """... and how many passes it has at least and at most."""
 WARM = 8
 """Sequences times passes that come before, while the cache follows the text; at least one pass."""
+FILL_PATIENCE = 60.0
+"""Seconds without an arrival after which passes begin although experts are still on their way into the slots."""
+FILL_POLL = 0.05
+"""Seconds between two looks at how many there are."""
 
 
 @dataclass
@@ -101,9 +107,21 @@ def bench(
             raise PlanError(f"{name} cannot take drafts back, so that there is no speculation to profile")
         vocabulary = blueprint.config.get_text_config().vocab_size
         texts = conversations(load_tokenizer(blueprint.checkpoint), sequences, limit, vocabulary, seed)
+        await_fill(runtime.cache, on_progress)
         yield Bench(plan, runtime, TextPasses(decoder, runtime.cache.counters, texts), decoder, sequences)
     finally:
         runtime.close()
+
+
+def await_fill(cache: ExpertCache, on_progress: Callable[[Progress], None]) -> None:
+    """Waits for the experts that loading has put on the link; what passes wait for is then the passes' own."""
+    nbytes, total = cache.store.slot_nbytes, cache.prefetching
+    left, arrived = total, time.perf_counter()
+    while left and time.perf_counter() - arrived < FILL_PATIENCE:
+        time.sleep(FILL_POLL)
+        if cache.prefetching < left:
+            left, arrived = cache.prefetching, time.perf_counter()
+            on_progress(Progress("experts", (total - left) * nbytes, total * nbytes))
 
 
 def take_profile(
@@ -121,27 +139,46 @@ def take_profile(
 def _profile(blueprint: Blueprint, config: EngineConfig, on_progress: Callable[[Progress], None]) -> Profile:
     with bench(blueprint, config, on_progress) as full:
         plan, bulk_from = full.plan, full.decoder.plain.bulk_from
-        points = measure(full, SHAPES)
+        lean = max(1, int(LEAN_SHARE * plan.slots))
+        shapes = sum(batch <= full.sequences for batch, _ in SHAPES)
+        if lean == plan.slots and shapes < fitting.FEWEST_POINTS:
+            raise PlanError(
+                f"{plan.model} with 1 slot has {shapes} kinds of passes to measure, of which a profile needs "
+                f"{fitting.FEWEST_POINTS}: give --expert-cache 2 or more"
+            )
+        points = measure(full, SHAPES, fitting.FEWEST_POINTS)
         speed = _ceilings(blueprint, full)
-    lean = max(1, int(LEAN_SHARE * plan.slots))
     if lean < plan.slots:
-        with bench(blueprint, replace(config, expert_cache=lean), on_progress) as few:
-            points += measure(few, LEAN_SHAPES)
+        with bench(blueprint, lean_config(config, plan, lean), on_progress) as few:
+            points += measure(few, LEAN_SHAPES, fitting.FEWEST_POINTS - len(points))
             speed = replace(speed, link=_link_speed(few))
+            plan = few.plan
     model = fitting.fit(shape_of(blueprint, plan), speed, points, bulk_from)
     taken = datetime.datetime.now().astimezone().date().isoformat()
+    # With few slots more is missing: of the two plans it is the second that tells where missing experts come from.
     return Profile(taken, ProfileConditions.of(plan), model, tuple(points))
 
 
-def measure(at: Bench, shapes: Sequence[tuple[int, int]]) -> list[ProfilePoint]:
-    """A point for each of `shapes` that there are sequences and time for, in turns."""
+def lean_config(config: EngineConfig, plan: Plan, slots: int) -> EngineConfig:
+    """For fewer slots than in `plan`, with missing experts read as by that plan, where it has any."""
+    if plan.slots < plan.experts:
+        config = replace(config, file_reads="direct" if plan.direct_reads else "cached")
+    return replace(config, expert_cache=slots)
+
+
+def measure(at: Bench, shapes: Sequence[tuple[int, int]], fewest: int = 0) -> list[ProfilePoint]:
+    """A point for each of `shapes` that there are sequences and time for, in turns.
+
+    There is always time for `fewest` of them, as far as there are so many.
+    """
     readings: dict[tuple[int, int], list[PassReading]] = {}
     # Small ones first: where time runs short, the largest are left out.
     todo = sorted((shape for shape in shapes if shape[0] <= at.sequences), key=math.prod)
+    least = max(len(todo) // 2, fewest)
     started = time.perf_counter()
     for turn in range(ROUNDS):
         for batch, tokens in todo:
-            if time.perf_counter() - started > ENOUGH_SECONDS and (turn or len(readings) >= len(todo) // 2):
+            if time.perf_counter() - started > ENOUGH_SECONDS and (turn or len(readings) >= least):
                 break
             readings.setdefault((batch, tokens), []).extend(_turn(at, turn, batch, tokens))
     return [point(at.plan, *shape, found) for shape, found in readings.items()]

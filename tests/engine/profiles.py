@@ -10,7 +10,7 @@ from edgemoe.profile_file import Profile
 from edgemoe.profile_point import ProfilePoint
 from edgemoe.profiler import LEAN_SHAPES, LEAN_SHARE, SHAPES
 
-CONDITIONS = ProfileConditions("Abacus 9", 2, 24, "cpu", "2.13.0", "bfloat16", 2, None)
+CONDITIONS = ProfileConditions("Abacus 9", 2, 24, "cpu", "2.13.0", "bfloat16", 2, None, False, "file")
 
 
 def known_model(bulk_from: int = 129) -> PerformanceModel:

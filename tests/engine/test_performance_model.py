@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 from profiles import known_model
 
-from edgemoe.performance_model import Locality, MachineSpeed, Routing
+from edgemoe.moesd import tokens_per_cycle
+from edgemoe.performance_model import LEAST_COST, Locality, MachineSpeed, Routing
 
 
 def test_a_plain_step_by_hand() -> None:
@@ -77,4 +78,25 @@ def test_one_more_token_costs_a_share_of_a_step_that_falls_with_the_batch() -> N
     assert model.token_cost(1) == pytest.approx((model.step_seconds(1, 2) - plain) / plain)
     costs = [model.token_cost(batch) for batch in (1, 4, 16, 64)]
     assert costs == sorted(costs, reverse=True)
-    assert all(cost > 0 for cost in costs)
+    assert all(cost > LEAST_COST / batch for cost, batch in zip(costs, (1, 4, 16, 64), strict=True))
+
+
+def test_one_more_token_never_costs_nothing_though_it_brings_faster_products() -> None:
+    model = known_model(bulk_from=129)
+    faster = replace(model, times=replace(model.times, bulk_bias=0.01, bulk_token=1e-4))
+    assert faster.step_seconds(128, 1 + 1 / 128) < faster.step_seconds(128)
+    assert faster.token_cost(128) == pytest.approx(LEAST_COST / 128)
+
+
+def test_an_outlook_is_what_the_others_say_of_the_slots_there_are() -> None:
+    model = known_model()
+    found = model.outlook(4, 0.5, 0.7, (3, 8))
+    rates = [model.hit_rate(0.5, 4, tokens) for tokens in (1, 4, 9)]
+    assert (found.batch, found.experts, found.hit_rate) == (4, model.activated(4), rates[0])
+    assert found.tokens_per_second == model.tokens_per_second(4, rates[0])
+    assert found.drafts[0].speedup == model.speedup(4, 3, tokens_per_cycle(0.7, 3), rates[0], rates[1])
+    # The verification wants more experts, and misses more of them.
+    assert rates[2] < rates[1] < rates[0]
+    expected = model.step_seconds(4, 1, rates[0]) / model.step_seconds(4, 9, rates[2])
+    assert found.drafts[1].target_efficiency == pytest.approx(expected)
+    assert [each.drafted for each in found.drafts] == [3, 8]

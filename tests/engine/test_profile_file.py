@@ -8,13 +8,22 @@ from typing import Any
 import pytest
 from profiles import CONDITIONS, known_profile
 
-from edgemoe.profile_file import NAME, ForeignProfile, read, write
+from edgemoe import Engine, Plan
+from edgemoe.profile_conditions import ProfileConditions
+from edgemoe.profile_file import NAME, VERSION, ForeignProfile, read, write
 from edgemoe.state_folder import StateFolder
+
+NOTHING_MISSING = replace(CONDITIONS, direct_reads=None, host_tier=None)
 
 
 @pytest.fixture
 def state(tmp_path: Path) -> StateFolder:
     return StateFolder(tmp_path)
+
+
+def write_raw(state: StateFolder, kept: dict[str, Any]) -> None:
+    assert state.path is not None
+    (state.path / NAME).write_text(json.dumps(kept))
 
 
 def test_a_profile_comes_back_as_it_was(state: StateFolder) -> None:
@@ -34,6 +43,8 @@ def test_a_profile_comes_back_as_it_was(state: StateFolder) -> None:
         ({"dtype": "float32"}, "dtype bfloat16, not float32"),
         ({"threads": 1}, "threads 2, not 1"),
         ({"link_gbps": 4.0}, "link the real one, not of 4 GB/s"),
+        ({"direct_reads": True}, "reads through the page cache, not past the page cache"),
+        ({"direct_reads": None, "host_tier": "pinned"}, "experts in their files, not in pinned RAM"),
         ({"cores": 4, "threads": 4}, "cores 2, not 4, threads 2, not 4"),
     ],
 )
@@ -42,15 +53,45 @@ def test_a_profile_from_elsewhere_is_refused(state: StateFolder, elsewhere: dict
     with pytest.raises(ForeignProfile) as refusal:
         read(state, replace(CONDITIONS, **elsewhere))
     assert str(refusal.value) == (
-        f"the profile of 2026-01-31 was taken elsewhere or otherwise ({said}): take one for this with edgemoe profile"
+        f"the profile of 2026-01-31 was taken elsewhere or otherwise ({said}): "
+        "take one with edgemoe profile and the same options"
     )
+
+
+def test_where_nothing_is_missing_the_way_of_missing_experts_does_not_matter(state: StateFolder) -> None:
+    for kept, here in ((CONDITIONS, NOTHING_MISSING), (NOTHING_MISSING, CONDITIONS)):
+        write(state, known_profile(kept))
+        assert read(state, here) == known_profile(kept)
+
+
+def test_conditions_tell_the_way_of_missing_experts_where_some_can_be_missing() -> None:
+    full = replace(Engine.plan_for(None, device="cpu"), direct_reads=True)
+    few = replace(full, slots=full.experts - 1)
+
+    def way(plan: Plan) -> tuple[bool | None, str | None]:
+        conditions = ProfileConditions.of(plan)
+        return conditions.direct_reads, conditions.host_tier
+
+    assert way(few) == (True, "file")
+    assert way(replace(few, direct_reads=False)) == (False, "file")
+    assert way(replace(few, host_tier="pinned")) == (None, "pinned")
+    assert way(full) == (None, None)
+
+
+def test_a_profile_of_an_older_form_is_none(state: StateFolder) -> None:
+    older = known_profile().to_dict() | {"version": 1}
+    for name in ("direct_reads", "host_tier"):
+        del older["conditions"][name]
+    for version in (1, VERSION):
+        write_raw(state, older | {"version": version})
+        assert read(state, CONDITIONS) is None
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"format": "edgemoe heat"},
-        {"version": 2},
+        {"version": VERSION + 1},
         {"times": {}},
         {"times": None},
         {"points": [{"batch": 1}]},
@@ -62,8 +103,7 @@ def test_a_profile_from_elsewhere_is_refused(state: StateFolder, elsewhere: dict
     ],
 )
 def test_a_file_that_is_not_sound_is_none(state: StateFolder, change: dict[str, Any]) -> None:
-    assert state.path is not None
-    (state.path / NAME).write_text(json.dumps(known_profile().to_dict() | change))
+    write_raw(state, known_profile().to_dict() | change)
     assert read(state, CONDITIONS) is None
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +15,12 @@ from edgemoe.config import EngineConfig
 from edgemoe.cycle_cost import FIRST_GUESS, SHARING
 from edgemoe.decoder import WORTH_THREADS
 from edgemoe.demo import demo_folder
+from edgemoe.fitting import FEWEST_POINTS
 from edgemoe.prediction import predict
 from edgemoe.profile_conditions import ProfileConditions
 from edgemoe.profile_file import read, write
 from edgemoe.profile_picture import draw
+from edgemoe.results import Progress
 from edgemoe.state_folder import StateFolder
 from edgemoe.text_passes import PROMPT, PassReading, conversations
 
@@ -73,6 +77,74 @@ def test_where_time_runs_short_the_larger_half_is_left_out(quick: None, monkeypa
     with profiler.bench(open_blueprint(None), EngineConfig(device="cpu"), lambda progress: None) as at:
         points = profiler.measure(at, profiler.SHAPES)
     assert [(point.batch, point.tokens) for point in points] == [(1, 1), (1, 2), (2, 1)]
+
+
+def test_however_short_time_is_there_are_points_enough_for_a_fit(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiler, "ENOUGH_SECONDS", 0.0)
+    made = profiler.take_profile(open_blueprint(None), EngineConfig(device="cpu", link_gbps=4.0))
+    lean = [(point.batch, point.tokens) for point in made.points if point.cache_share < 1]
+    assert (len(made.points), lean) == (FEWEST_POINTS, [(1, 1)])
+
+
+def test_too_few_kinds_of_passes_are_refused_before_measuring(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiler, "measure", lambda *of: pytest.fail("it measures"))
+    with pytest.raises(
+        PlanError, match="with 1 slot has 7 kinds of passes to measure, of which a profile needs 8: give --expert-cache"
+    ):
+        profiler.take_profile(open_blueprint(None), EngineConfig(device="cpu", expert_cache=1))
+
+
+def test_passes_wait_for_the_slots_to_be_filled(quick: None) -> None:
+    told: list[Progress] = []
+    # 13.5 MiB over 10 MB/s.
+    with profiler.bench(open_blueprint(None), EngineConfig(device="cpu", link_gbps=0.01), told.append) as at:
+        assert at.runtime.cache.prefetching == 0
+        assert len(at.runtime.cache.residents(0)) == 32
+    filling = [each for each in told if each.stage == "experts"]
+    assert len(filling) > 3
+    assert filling[-1].done == filling[-1].total
+    assert [each.done for each in filling] == sorted(each.done for each in filling)
+
+
+def test_a_link_that_stands_still_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stuck:
+        """A cache of which one prefetch comes, and the other does not."""
+
+        store = SimpleNamespace(slot_nbytes=10)
+        left = iter([2, 2])
+
+        @property
+        def prefetching(self) -> int:
+            return next(self.left, 1)
+
+    monkeypatch.setattr(profiler, "FILL_PATIENCE", 0.2)
+    told: list[Progress] = []
+    cache: Any = Stuck()
+    profiler.await_fill(cache, told.append)
+    assert told == [Progress("experts", 10, 20)]
+
+
+@pytest.mark.parametrize("reads", ["direct", "cached"])
+def test_a_profile_holds_for_the_way_in_which_missing_experts_came(quick: None, reads: str) -> None:
+    """Also where all there are were resident at first."""
+    made = profiler.take_profile(open_blueprint(None), EngineConfig(device="cpu", link_gbps=4.0, file_reads=reads))
+    assert max(point.cache_share for point in made.points) == 1
+    assert (made.conditions.direct_reads, made.conditions.host_tier) == (reads == "direct", "file")
+    plan = Engine.plan_for(None, device="cpu", expert_cache="50%", threads=made.conditions.threads, link_gbps=4.0)
+    same, other = (
+        ProfileConditions.of(replace(plan, direct_reads=direct)) for direct in (reads == "direct", reads != "direct")
+    )
+    assert made.conditions.difference(same) is None
+    assert (made.conditions.difference(other) or "").startswith("reads ")
+
+
+def test_with_few_slots_missing_experts_come_as_with_all_there_are() -> None:
+    """As far as any were missing there: with fewer slots more of the RAM may be free for the page cache."""
+    config, plan = EngineConfig(), Engine.plan_for(None, device="cpu")
+    for direct, reads in ((True, "direct"), (False, "cached")):
+        found = profiler.lean_config(config, replace(plan, slots=plan.experts - 1, direct_reads=direct), 5)
+        assert (found.file_reads, found.expert_cache) == (reads, 5)
+    assert profiler.lean_config(config, plan, 5) == replace(config, expert_cache=5)
 
 
 def test_a_file_that_is_gone_is_a_checkpoint_error(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +247,7 @@ def test_the_plan_says_why_a_foreign_profile_predicts_nothing(tmp_path: Path) ->
     row = next(row for row in plan.lines() if row[0] == "predicted")
     assert row[1] == "nothing"
     assert "processor Abacus 9, not " in row[2]
-    assert row[2].endswith("take one for this with edgemoe profile")
+    assert row[2].endswith("take one with edgemoe profile and the same options")
 
 
 @pytest.mark.parametrize("foreign", [False, True])
