@@ -20,10 +20,10 @@ CELL = Cell("25%", 1.0)
 """Where bytes are dear: a budget is for that."""
 BUDGETS: dict[str, dict[str, Any]] = {
     f"{rule} {size}": {"budget": size, "budget_rule": rule}
-    for rule, sizes in {"sum": ("95%",), "path": ("95%",), "residency": ("3", "85%", "90%", "95%")}.items()
+    for rule, sizes in {"sum": ("12", "95%"), "path": ("95%",), "residency": ("3", "85%", "90%", "95%")}.items()
     for size in sizes
 }
-"""MoE-Spec's rule by mass, the same by path probability, and residency first, by a count and by mass."""
+"""MoE-Spec's rule by its own count and by mass, the same by path probability, and residency first by both."""
 SETTINGS = Sampling(temperature=0, max_tokens=48)
 QUESTIONS = 1
 SCORED = 12

@@ -22,7 +22,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain": PLAIN,
     "default": {},
     "drafts": {"prefetch": "off"},
+    "prefetch": {"speculate": "off"},
+    "self": {"speculate": "auto+self"},
 }
+"""Against the first: the default, each half of it alone, and with drafts of the model itself."""
 
 
 def run() -> Measurement:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.alternating import answer, loaded, questions
+from bench.alternating import answer, loaded, questions, warm_up
 from bench.checkpoints import inflated
 from bench.measurement import Measurement
 from edgemoe import Sampling
@@ -29,16 +29,24 @@ def measure(rule: str) -> dict[str, float]:
     """One rule of self-drafts. Late prefetches are used ones: they were asked for on their way."""
     drafts = {"speculate": "self", "draft_rule": rule, "draft_nodes": 8}
     with loaded(inflated(), expert_cache="50%", link_gbps=LINK_GBPS, **drafts) as engine:
-        asked = questions(1)
-        for question in [*asked[:2], *asked]:
+        warm_up(engine, SETTINGS)
+        before = engine.stats
+        for question in questions(1):
             answer(engine, question, SETTINGS)
         stats = engine.stats
-    used = stats.bytes_prefetched_used + stats.bytes_prefetched_late
+    used, late, wasted = (
+        getattr(stats, f"bytes_prefetched_{fate}") - getattr(before, f"bytes_prefetched_{fate}")
+        for fate in ("used", "late", "wasted")
+    )
+    own = stats.forecast_bytes_useful + stats.forecast_bytes_late
     return {
         "recall": stats.forecast_recall,
         "precision": stats.forecast_precision,
-        "used": used / max(1, used + stats.bytes_prefetched_wasted),
-        "late": stats.bytes_prefetched_late / max(1, used),
+        "used": (used + late) / max(1, used + late + wasted),
+        "late": late / max(1, used + late),
+        "mb_prefetched": (used + late + wasted) / 1e6,
+        # By the very pass that it was foretold for, of what this predictor alone had brought.
+        "used_at_once": own / max(1, own + stats.forecast_bytes_wasted),
         "acceptance": stats.accepted / max(1, stats.drafted),
         "tokens_per_cycle": stats.tokens_per_cycle,
     }

@@ -145,11 +145,17 @@ def totals(stats: StatsView) -> list[tuple[str, str, str]]:
         ("prefetched in vain", counts.bytes_prefetched_wasted),
     ):
         rows.append((what, format_bytes(nbytes), f"{format_bytes(counts.a_step(nbytes))} a step"))
+    rows.append(("filled", format_bytes(stats.bytes_filled), "brought at the start, and asked for or evicted since"))
     wait = counts.link_wait_seconds
     return [
         *rows,
         ("link wait", duration(wait), f"{milliseconds(counts.a_step(wait))} a step"),
-        *_foretold("lookahead", stats.lookahead_recall, stats.lookahead_precision),
+        *_foretold(
+            "lookahead",
+            stats.lookahead_recall,
+            stats.lookahead_precision,
+            (stats.lookahead_bytes_useful, stats.lookahead_bytes_late, stats.lookahead_bytes_wasted),
+        ),
         *_drafts(counts, stats),
     ]
 
@@ -160,8 +166,9 @@ def _drafts(counts: Counts, stats: StatsView) -> list[tuple[str, str, str]]:
     if not counts.cycles:
         return rows
     each = counts.a_cycle
-    times = counted(stats.speculation_changes, "change")
-    rows.append(("utility", f"{stats.utility:.2f}", f"{stats.speculation_setting}, after {times}"))
+    if stats.utility:
+        times = counted(stats.speculation_changes, "change")
+        rows.append(("utility", f"{stats.utility:.2f}", f"{stats.speculation_setting}, after {times}"))
     rows.append(("cycles", str(counts.cycles), ""))
     for name, tokens in (("drafted", counts.drafted), ("accepted", counts.accepted)):
         rows.append((name, counted(tokens, "token"), f"{each(tokens):.2f} a cycle"))
@@ -172,14 +179,19 @@ def _drafts(counts: Counts, stats: StatsView) -> list[tuple[str, str, str]]:
     if stats.budget_choices:
         share = stats.budget_dropped / stats.budget_choices
         rows.append(("budget", f"{share:.1%}", "of the experts chosen in checks of drafts were left out: lossy"))
-    return [*rows, *_foretold("forecast", stats.forecast_recall, stats.forecast_precision)]
+    moved = (stats.forecast_bytes_useful, stats.forecast_bytes_late, stats.forecast_bytes_wasted)
+    return [*rows, *_foretold("forecast", stats.forecast_recall, stats.forecast_precision, moved)]
 
 
-def _foretold(name: str, recall: float, precision: float) -> list[tuple[str, str, str]]:
-    """What a predictor of experts was worth, where it had anything to say."""
+def _foretold(name: str, recall: float, precision: float, moved: tuple[int, int, int]) -> list[tuple[str, str, str]]:
+    """What a predictor of experts was worth, where it had anything to say; `moved` for it in time, late, in vain."""
     if not recall and not precision:
         return []
-    return [(name, f"{recall:.1%}", f"of the missing experts foretold, {precision:.1%} of the foretold asked for")]
+    rows = [(name, f"{recall:.1%}", f"of the missing experts foretold, {precision:.1%} of the foretold asked for")]
+    if any(moved):
+        useful, late, wasted = map(format_bytes, moved)
+        rows.append(("brought for it", format_bytes(sum(moved)), f"{useful} in time, {late} late, {wasted} in vain"))
+    return rows
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:

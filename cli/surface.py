@@ -102,6 +102,10 @@ class StatsView(Protocol):
         """Those that went again before they were asked for."""
 
     @property
+    def bytes_filled(self) -> int:
+        """Those that filled the cache at the start, once asked for or evicted."""
+
+    @property
     def link_wait_seconds(self) -> float:
         """Time in which computing stood still for the link."""
 
@@ -194,12 +198,36 @@ class StatsView(Protocol):
         """Share of what they foretold that was asked for."""
 
     @property
+    def forecast_bytes_useful(self) -> int:
+        """Bytes brought for it in time."""
+
+    @property
+    def forecast_bytes_late(self) -> int:
+        """Those that were still on their way when they were asked for."""
+
+    @property
+    def forecast_bytes_wasted(self) -> int:
+        """Those that were not asked for."""
+
+    @property
     def lookahead_recall(self) -> float:
         """Share of the missing experts that the layer before foretold."""
 
     @property
     def lookahead_precision(self) -> float:
         """Share of what it foretold that was asked for."""
+
+    @property
+    def lookahead_bytes_useful(self) -> int:
+        """Bytes brought for it in time."""
+
+    @property
+    def lookahead_bytes_late(self) -> int:
+        """Those that were still on their way when they were asked for."""
+
+    @property
+    def lookahead_bytes_wasted(self) -> int:
+        """Those that were not asked for."""
 
 
 class BatchEngineView(Protocol):

@@ -59,6 +59,7 @@ class Batch:
     - `step_tokens` bounds the tokens of a step. Decoding goes first; what is left is shared equally by
       the prompts under way, so that a long one holds nobody up, and then by drafts. Of both the first quarter
       is never taken away by what goes before.
+    - No step verifies more than `most_drafted` tokens, of which each takes a row of logits.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Batch:
         size: BatchSize,
         patience: int,
         budget: BudgetedPasses | None = None,
+        most_drafted: int | None = None,
     ) -> None:
         self.totals = BatchTotals()
         self.speculation = speculation
@@ -80,6 +82,7 @@ class Batch:
         self._kv = kv
         self._room_nbytes = room_nbytes
         self._step_tokens = step_tokens
+        self._most_drafted = step_tokens if most_drafted is None else most_drafted
         self._waiting = WaitingLine(patience)
         self._running: list[Generation] = []
         self._prefixes = Prefixes(KEPT_PASTS)
@@ -133,6 +136,7 @@ class Batch:
         except BaseException as error:
             for generation, _ in shares:
                 generation.fail(error)
+            self.speculation.failed()
             if not isinstance(error, Exception):
                 raise
         else:
@@ -247,8 +251,16 @@ class Batch:
             nbytes = generation.nbytes
             past = generation.give_up_past()
             if generation.error is None and past.tokens >= WORTH_SHARING:
-                past.trim()
-                self._prefixes.keep(generation.tokens[: past.tokens], past, nbytes)
+                self._keep_past(generation, past, nbytes)
+
+    def _keep_past(self, generation: Generation, past: Past, nbytes: int) -> None:
+        """Keeps what another request may begin with; of a reply that is not exact, for a budget, the prompt alone."""
+        if self.budget is not None and generation.cycles:
+            if generation.prompt_length < WORTH_SHARING or not past.can_cut():
+                return
+            past.cut(generation.prompt_length)
+        past.trim()
+        self._prefixes.keep(generation.tokens[: past.tokens], past, nbytes)
 
     def _leave(self, generation: Generation) -> None:
         self._running.remove(generation)
@@ -264,7 +276,7 @@ class Batch:
             return {}
         # However much of the step is taken, drafts get on, as newcomers do.
         left = max(self._step_tokens - sum(count for _, count in shares), self._step_tokens // 4)
-        most = left // len(decoding)
+        most = min(left, self._most_drafted) // len(decoding)
         rooms = {each: min(most, self._room_to_draft(each)) for each in decoding if each.generated}
         return self.speculation.grow(rooms, mixed=len(rooms) < len(shares))
 

@@ -31,8 +31,11 @@ class Controllers:
 
     @property
     def utility(self) -> float:
-        """The utility of the latest sequence's setting; 1 while drafting rests, or before anything was measured."""
-        return self._latest.utility if self._latest else 1.0
+        """The utility of the latest sequence's setting; 1 while drafting rests, or before anything was measured.
+
+        0 where nothing is controlled.
+        """
+        return self._latest.utility if self._latest else float(self._controlled)
 
     def describe(self) -> str:
         """The setting of the sequence that was drafted for last, in a few words."""

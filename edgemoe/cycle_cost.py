@@ -8,6 +8,8 @@ from collections.abc import Callable
 FIRST_GUESS = 0.35
 """What one more token costs, as a share of a step's time for each of its sequences, before it was measured or
 profiled ..."""
+DEAREST_GUESS = 0.6
+"""Of which a profile's guess is at most so much, so that what is all but certain is drafted, and so measured."""
 GUESS_WEIGHT = 16.0
 """... and how many measured tokens that guess counts for. It comes back slowly where nothing is measured."""
 SHARING = 0.25
@@ -71,13 +73,18 @@ class Plain:
         if seconds < self.seconds:
             # With fewer tokens it would not have taken longer: the first plain steps were disturbed.
             self.seconds += (seconds - self.seconds) / (min(self._measured + 1, MEMORY) if self._measured else MEMORY)
+            self._waited = min(self._waited, self.seconds)
         more = min(max(0.0, seconds - self.seconds), CALM * tokens * self.seconds)
         self._more_tokens += tokens
         self._more_seconds += more
         self._more_waited += min(max(0.0, waited - self._waited), more)
 
+    def missed(self) -> None:
+        """Such a step could have been made, and was not."""
+        self._since += 1
+
     def is_due(self) -> bool:
-        """Whether a plain step is due, after many with more tokens; asked again, only after a while."""
+        """Whether such a step is due, after many others; asked again, only after a while."""
         due = self._since >= REFRESH
         if due:
             self._since = REFRESH - AGAIN
@@ -106,14 +113,13 @@ class CycleCost:
 
     def __init__(self, guess: Callable[[int], float] | None = None) -> None:
         """`guess`, where there is a profile of this machine, tells for so many sequences what one more token costs."""
-        self._guess = guess or (lambda sequences: FIRST_GUESS / sequences ** (1 + SHARING))
+        self._profiled = guess
         self._plain: dict[int, Plain] = {}
-        self._draft = Plain()
+        self._drafting: dict[int, Plain] = {}
 
     def of(self, sequences: int) -> Plain:
         """What steps for `sequences` cost."""
-        # From 8 on, numbers that differ by less than a fifth are one.
-        size = sequences if sequences < 8 else int(8 * 2 ** (int(4 * math.log2(sequences / 8)) / 4))
+        size = _about(sequences)
         if size not in self._plain:
             self._plain[size] = Plain(self._guess(sequences))
         if not self._plain[size].seconds:
@@ -128,6 +134,11 @@ class CycleCost:
         elif plain.seconds:
             plain.saw_more(tokens - sequences, seconds, waited)
 
+    def _guess(self, sequences: int) -> float:
+        if self._profiled is None:
+            return FIRST_GUESS / math.pow(sequences, 1 + SHARING)
+        return min(self._profiled(sequences), DEAREST_GUESS / sequences)
+
     def _borrow(self, size: int) -> None:
         """What was measured for the nearest number of sequences holds for `size`, where that is near enough."""
         known = [other for other, plain in self._plain.items() if plain.measured]
@@ -135,11 +146,24 @@ class CycleCost:
         if nearest is not None and max(nearest / size, size / nearest) <= NEAR:
             self._plain[size].borrow(self._plain[nearest])
 
-    def saw_draft(self, seconds: float) -> None:
-        """A drafting pass took `seconds`."""
-        self._draft.saw(seconds)
+    def saw_draft(self, sequences: int, seconds: float) -> None:
+        """A drafting pass for `sequences` took `seconds`."""
+        self._drafting.setdefault(_about(sequences), Plain()).saw(seconds)
 
-    @property
-    def draft(self) -> float:
-        """Seconds of a drafting pass; 0 before one was measured."""
-        return self._draft.seconds
+    def draft_pays(self, sequences: int, gain: float) -> bool:
+        """Whether a drafting pass for `sequences` that saves `gain` seconds is worth its own.
+
+        It is before one was measured, which is forgotten after a while in which it never seemed to be.
+        """
+        size = _about(sequences)
+        passes = self._drafting.setdefault(size, Plain())
+        if gain < passes.seconds:
+            passes.missed()
+            if passes.is_due():
+                passes = self._drafting[size] = Plain()
+        return gain >= passes.seconds
+
+
+def _about(sequences: int) -> int:
+    """From 8 on, numbers that differ by less than a fifth are one."""
+    return sequences if sequences < 8 else int(8 * 2 ** (int(4 * math.log2(sequences / 8)) / 4))

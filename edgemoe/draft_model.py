@@ -74,7 +74,7 @@ class DraftModel:
         decoder = JointDecoder(Decoder(model, layers, device, plan.prefill_chunk, plan.threads, self.weight_nbytes))
         if not decoder.verifies:
             raise CheckpointError(
-                f"{self.checkpoint.name} cannot draft: its past has a state that cannot be taken back: "
+                f"{self.checkpoint.name} cannot draft, since {decoder.refusal}: "
                 f"give a checkpoint of another family with --draft-model"
             )
         return decoder

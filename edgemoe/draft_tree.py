@@ -49,10 +49,13 @@ class DraftTree:
         return all(parent == node - 1 for node, parent in enumerate(self.parents))
 
     def add(self, parent: int, token: int, probability: float) -> int:
-        """The child of `parent` with `token`, made where there is none; it keeps the greater path probability."""
+        """The child of `parent` with `token`, made where there is none; it keeps the greater path probability.
+
+        With it the probabilities of what follows it rise.
+        """
         known = self._children[parent].get(token)
         if known is not None:
-            self.probabilities[known] = max(self.probabilities[known], probability)
+            self._raise(known, probability)
             return known
         node = len(self.tokens)
         self.tokens.append(token)
@@ -62,6 +65,16 @@ class DraftTree:
         self._children.append({})
         self._children[parent][token] = node
         return node
+
+    def _raise(self, node: int, probability: float) -> None:
+        if probability <= self.probabilities[node]:
+            return
+        ratio = probability / self.probabilities[node]
+        below = {node}
+        for each in range(node, len(self)):
+            if each == node or self.parents[each] in below:
+                below.add(each)
+                self.probabilities[each] *= ratio
 
     def child(self, parent: int, token: int) -> int | None:
         """The node that continues `parent` with `token`, if it was drafted."""

@@ -33,7 +33,7 @@ def speculation_for(
         own = draft_model.load(plan)
         if plan.device == "cpu":
             few_token_linear.install(own.plain.model, runtime.workers)
-        passes = ModelDrafter(own, draft_model.kv, plan.draft_kv_nbytes, plan.prefill_chunk)
+        passes = ModelDrafter(own, decoder.vocabulary, draft_model.kv, plan.draft_kv_nbytes, plan.prefill_chunk)
     return Speculation(settings, decoder, passes, runtime.foresight, _profiled_cost(runtime, plan))
 
 

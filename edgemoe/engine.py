@@ -20,7 +20,7 @@ from edgemoe.draft_model import DraftModel
 from edgemoe.draft_settings import draft_settings
 from edgemoe.drafters import speculation_for
 from edgemoe.errors import CheckpointError, EdgeMoEError, RequestError
-from edgemoe.expert_budget import BudgetedPasses, budget_settings
+from edgemoe.expert_budget import budgeted_passes
 from edgemoe.generation import Cancels, Generation
 from edgemoe.joint_decoder import JointDecoder
 from edgemoe.plan import Plan
@@ -76,11 +76,16 @@ class Engine:
         size = BatchSize(plan.batch, automatic=str(self._config.batch).strip().lower() == "auto")
         joint = JointDecoder(decoder)
         speculation = speculation_for(draft_settings(self._config), joint, runtime, plan, draft_model)
-        asked, budget = budget_settings(self._config), None
-        if asked is not None:
-            budget = BudgetedPasses(asked, runtime.layers, runtime.cache, runtime.cache.store.experts)
         return Batch(
-            joint, speculation, plan.kv, plan.kv_nbytes, plan.prefill_chunk, size, self._config.patience, budget
+            joint,
+            speculation,
+            plan.kv,
+            plan.kv_nbytes,
+            plan.prefill_chunk,
+            size,
+            self._config.patience,
+            budgeted_passes(self._config, runtime.layers, runtime.cache),
+            joint.rows_within(plan.workspace_nbytes),
         )
 
     @classmethod
@@ -219,10 +224,8 @@ class Engine:
             prefix_tokens=totals.tokens_shared,
             **speculation.telemetry(),
             **vars(batch.budget.totals if batch.budget else BudgetTotals()),
-            forecast_recall=forecast.recall,
-            forecast_precision=forecast.precision,
-            lookahead_recall=lookahead.recall,
-            lookahead_precision=lookahead.precision,
+            **forecast.telemetry("forecast"),
+            **lookahead.telemetry("lookahead"),
         )
 
     def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:

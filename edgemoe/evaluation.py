@@ -5,8 +5,9 @@ in passes of the most tokens that a verification has, as if each had been drafte
 keep to the engine's budget, where it has one, and what they leave in keys and values stays there for the rest of
 the passage, as it does in a reply. A budget counts what all tokens of a verification want together: with fewer of
 them less is dropped, and a step of one token drops nothing. So the figures are those of the longest drafts, always
-accepted, and more than what a token of a reply loses on the average. What becomes of whole replies the score of the
-tasks says: these are generated, with drafts as they come.
+accepted, and more than what a token of a reply loses on the average. Not so for the rule "path": every token of a
+text is certain here, while in a reply one that was drafted as unlikely may be the one that is accepted. What becomes
+of whole replies the score of the tasks says: these are generated, with drafts as they come.
 """
 
 from __future__ import annotations

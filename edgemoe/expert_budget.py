@@ -106,3 +106,9 @@ class BudgetedPasses:
         )
         with self._layers.restricting(routing):
             yield
+
+
+def budgeted_passes(config: EngineConfig, layers: ExpertLayers, cache: ExpertCache) -> BudgetedPasses | None:
+    """Puts passes under the budget that `config` asks for; None where it asks for none."""
+    asked = budget_settings(config)
+    return BudgetedPasses(asked, layers, cache, cache.store.experts) if asked is not None else None

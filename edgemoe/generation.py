@@ -61,7 +61,9 @@ class Generation:
         self._begun_at = 0.0
         self._first_at = 0.0
         self._hits = self._misses = self._bytes_loaded = 0.0
-        self._cycles = self._drafted = self._accepted = 0
+        self.cycles = 0
+        """Verifications of what was drafted for it."""
+        self._drafted = self._accepted = 0
 
     @property
     def missing(self) -> int:
@@ -126,7 +128,7 @@ class Generation:
         nodes whose tokens are in the reply, root first: what its past is to keep.
         """
         path = [0]
-        self._cycles += 1
+        self.cycles += 1
         self._drafted += tree.drafted
         while True:
             after = logits[path[-1]]
@@ -146,7 +148,7 @@ class Generation:
         """
         scores = self._sampler.scores(self.tokens + tree.text(node), logits, ahead=tree.depths[node])
         best = scores.softmax(-1).topk(min(most, len(scores)))
-        return [(int(token), float(share)) for share, token in zip(*best, strict=True)]
+        return [(int(token), float(share)) for share, token in zip(*best, strict=True) if share > 0]
 
     def cancel(self) -> None:
         """Ends it with what there is."""
@@ -208,7 +210,7 @@ class Generation:
             bytes_loaded=round(self._bytes_loaded),
             hits=round(self._hits),
             misses=round(self._misses),
-            cycles=self._cycles,
+            cycles=self.cycles,
             drafted=self._drafted,
             accepted=self._accepted,
         )

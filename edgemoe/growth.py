@@ -47,16 +47,19 @@ class Growth:
         return not self.chain or parent == len(self.tree) - 1
 
     def add(self, candidate: Candidate) -> None:
-        """Makes the candidate a node; one that is there already only keeps the greater probability."""
+        """Makes the candidate a node; one that is there already keeps the greater probability, and its bin if any."""
         before = len(self.tree)
         node = self.tree.add(candidate.parent, candidate.token, candidate.probability)
         if node == before:
             self.fresh.append(node)
-            if candidate.bin is not None:
-                self.bins[node] = candidate.bin
+        if candidate.bin is not None:
+            self.bins.setdefault(node, candidate.bin)
 
     def offer(self, candidate: Candidate) -> None:
-        """A candidate for `best_offers`."""
+        """A candidate for `best_offers`; what another drafter has made a node already is the surer for it."""
+        if self.tree.child(candidate.parent, candidate.token) is not None:
+            self.add(candidate)
+            return
         heapq.heappush(self._heap, (-candidate.probability, self._pushed, candidate))
         self._pushed += 1
 

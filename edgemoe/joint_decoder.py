@@ -26,7 +26,18 @@ class JointDecoder:
         self.plain = plain
         self._packed = PackedDecoder(plain)
         self._verifies: str | None = None
+        self.refusal = ""
+        """Why nothing can be verified, once `verifies` was asked for and says so."""
         self._turns = turning_points(plain.model)
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that logits are given for."""
+        return int(self.plain.model.config.get_text_config(decoder=True).vocab_size)
+
+    def rows_within(self, nbytes: int) -> int:
+        """How many tokens' logits, as the model gives them and in float32, `nbytes` hold."""
+        return nbytes // int((self.plain.model.dtype.itemsize + torch.float32.itemsize) * self.vocabulary)
 
     @property
     def packs(self) -> bool:
@@ -74,7 +85,7 @@ class JointDecoder:
     def _verified(self, shape: str) -> bool:
         """Whether drafted tokens get the logits that they get one after the other, and leave the same past."""
         plain = self.plain
-        vocabulary = plain.model.config.get_text_config(decoder=True).vocab_size
+        vocabulary = self.vocabulary
         prompt = [(17 * place + 3) % vocabulary for place in range(PROBE_TOKENS)]
         tree = DraftTree(5 % vocabulary)
         first = tree.add(0, 11 % vocabulary, 1.0)
@@ -84,7 +95,9 @@ class JointDecoder:
         tree.add(last, 13 % vocabulary, 1.0)
         past, other = plain.start(4 * PROBE_TOKENS), plain.start(4 * PROBE_TOKENS)
         if not past.can_draft:
+            self.refusal = "this family's past has a state that cannot be taken back"
             return False
+        self.refusal = "this family does not give several tokens in one pass the logits of one after the other"
         with plain.layers.silenced(), quiet_transformers():
             try:
                 for each in (past, other):

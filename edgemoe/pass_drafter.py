@@ -56,7 +56,8 @@ class PassDrafter(ABC):
         """The last cycle gave `tokens` in `seconds`, draft and verification."""
 
     def begin(self, generations: Sequence[Generation]) -> None:
-        """Starts a cycle: the pasts stand before each one's last token."""
+        """Starts a cycle: the pasts stand before each one's last token. `end` has to follow, even where this raises."""
+        self._run, self._base = {}, {}
         self._catch_up(generations)
         for generation in generations:
             past = self._past(generation)
@@ -66,7 +67,9 @@ class PassDrafter(ABC):
     def run(self, branches: Sequence[Branch]) -> list[torch.Tensor]:
         """The logits after each of the nodes, float32 [nodes, vocabulary] a branch. Parents have been run before."""
         work = [
-            tree_work(self._past(branch.generation), branch.tree, branch.nodes, self._run[branch.generation])
+            self._known(
+                tree_work(self._past(branch.generation), branch.tree, branch.nodes, self._run[branch.generation])
+            )
             for branch in branches
         ]
         with self._drafting():
@@ -77,13 +80,16 @@ class PassDrafter(ABC):
 
     def end(self) -> None:
         """Ends the cycle: the pasts are again as they were."""
-        for generation, base in self._base.items():
+        bases, self._run, self._base = self._base, {}, {}
+        for generation, base in bases.items():
             self._past(generation).keep(base)
-        self._run.clear()
-        self._base.clear()
 
     def _catch_up(self, generations: Sequence[Generation]) -> None:  # noqa: B027
         """Lets the pasts have all that was committed but the last token of each."""
+
+    def _known(self, work: Work) -> Work:
+        """`work` with such tokens only as the model that is run knows."""
+        return work
 
     def _drafting(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -143,11 +149,17 @@ class SelfDrafter(PassDrafter):
 
 
 class ModelDrafter(PassDrafter):
-    """A second model with the same vocabulary, which has pasts of its own within a room of their own."""
+    """A second model with the same tokens, which has pasts of its own within a room of their own.
 
-    def __init__(self, decoder: JointDecoder, kv: KvSize, room_nbytes: int, chunk: int) -> None:
-        """`chunk` bounds the tokens of a pass in which it reads what it has not seen yet."""
+    How many rows a checkpoint has beyond its tokenizer's tokens is its own affair: logits are given for those of the
+    target, and a token that this model has no row for is read as its last one.
+    """
+
+    def __init__(self, decoder: JointDecoder, vocabulary: int, kv: KvSize, room_nbytes: int, chunk: int) -> None:
+        """`vocabulary` is the target's. `chunk` bounds the tokens of a pass that reads what it has not seen yet."""
         super().__init__(decoder)
+        self._vocabulary = vocabulary
+        self._own_vocabulary = decoder.vocabulary
         self._kv = kv
         self._room_nbytes = room_nbytes
         self._chunk = chunk
@@ -167,12 +179,22 @@ class ModelDrafter(PassDrafter):
         """See the base class."""
         self._pasts.pop(generation, None)
 
+    def run(self, branches: Sequence[Branch]) -> list[torch.Tensor]:
+        """See the base class."""
+        more = self._vocabulary - self._own_vocabulary
+        logits = super().run(branches)
+        return [torch.nn.functional.pad(each, (0, more), value=float("-inf")) for each in logits] if more else logits
+
+    def _known(self, work: Work) -> Work:
+        last = self._own_vocabulary - 1
+        return work._replace(tokens=[min(token, last) for token in work.tokens])
+
     def _catch_up(self, generations: Sequence[Generation]) -> None:
         for generation in generations:
             past = self._pasts[generation]
             while past.tokens < len(generation.tokens) - 1:
                 end = min(past.tokens + self._chunk, len(generation.tokens) - 1)
-                self._decoder.run([Work(past, generation.tokens[past.tokens : end])])
+                self._decoder.run([self._known(Work(past, generation.tokens[past.tokens : end]))])
 
     def _past(self, generation: Generation) -> Past:
         return self._pasts[generation]

@@ -132,6 +132,8 @@ class Stats:
     bytes_prefetched_used: int
     bytes_prefetched_late: int
     bytes_prefetched_wasted: int
+    bytes_filled: int
+    """Bytes that were brought to fill the cache at the start, once they were asked for or evicted."""
     link_wait_seconds: float
     requests: int
     tokens_prompt: int
@@ -151,11 +153,12 @@ class Stats:
     speculation: str
     """What drafts, or why nothing does."""
     speculation_setting: str
-    """How far the sequence that was drafted for last is drafted for, as found best so far, or why it is not."""
+    """How far the sequence that was drafted for last is drafted for, on trial or as found best, or why it is not."""
     speculation_changes: int
     """How often a setting has changed, of all sequences."""
     utility: float
-    """Tokens per cycle over the cycle's time in plain steps, of that setting and lately; above 1 drafting wins."""
+    """Tokens per cycle over the cycle's time in plain steps, of that setting and lately; above 1 drafting wins. 0 where
+    nothing is controlled: what drafts was named, or nothing drafts."""
     cycles: int
     """Verifications of at least one drafted token, each of one sequence."""
     drafted: int
@@ -173,9 +176,18 @@ class Stats:
     """Share of the experts missing at a draft's beginning that its routing named before they were asked for."""
     forecast_precision: float
     """Share of the missing experts that it named that were asked for."""
+    forecast_bytes_useful: int
+    """Bytes brought for it that were there when the verification asked for them."""
+    forecast_bytes_late: int
+    """Those that were still on their way then."""
+    forecast_bytes_wasted: int
+    """Those that the verification did not ask for, whatever asked for them later."""
     lookahead_recall: float
-    """The same two of the lookahead from each layer to the next."""
+    """The same five of the lookahead from each layer to the next."""
     lookahead_precision: float
+    lookahead_bytes_useful: int
+    lookahead_bytes_late: int
+    lookahead_bytes_wasted: int
 
     @property
     def tokens_per_cycle(self) -> float:
@@ -191,7 +203,7 @@ class Stats:
     def bytes_loaded(self) -> int:
         """All expert bytes that crossed the link."""
         prefetched = self.bytes_prefetched_used + self.bytes_prefetched_late + self.bytes_prefetched_wasted
-        return self.bytes_demanded + prefetched
+        return self.bytes_demanded + prefetched + self.bytes_filled
 
     def to_dict(self) -> dict[str, Any]:
         """The totals and the rates as JSON can hold them."""

@@ -71,7 +71,7 @@ class Runtime:
         self.state = StateFolder.of(blueprint.checkpoint, config.state_folder)
         heat = heat_file.read(self.state, files.experts)
         policy.warm(heat)
-        self.cache.prefetch([ExpertId(*expert) for expert in fill_order(files.experts, plan.slots, heat)])
+        self.cache.fill([ExpertId(*expert) for expert in fill_order(files.experts, plan.slots, heat)])
         self._stack.callback(lambda: heat_file.write(self.state, files.experts, policy.heat()))
 
     def _foresight(self, blueprint: Blueprint, experts: Sequence[int], plan: Plan, config: EngineConfig) -> Foresight:

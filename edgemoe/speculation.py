@@ -27,7 +27,9 @@ from edgemoe.reply_memory import ReplyMemory
 WIDTH = 4
 """Tokens that may follow a node, and nodes that a drafting pass runs for each sequence, in a tree."""
 LEAST_PROBABILITY = 0.02
-"""Path probability below which nothing is drafted, however much room there is."""
+"""Path probability below which nothing is drafted, however much room there is ..."""
+LIKELY = 0.5
+"""... and below which n-grams leave a chain to a drafter that runs passes."""
 MARGIN = 1.4
 """How many times its cost a priced node must be worth: prices and probabilities are estimates."""
 MOST_PROMPTS = 2
@@ -95,7 +97,7 @@ class Speculation:
         if not self._settings.drafters:
             return False
         if not self._decoder.verifies:
-            self.reason = "off: this family's past has a state that cannot be taken back"
+            self.reason = f"off: {self._decoder.refusal}"
         return bool(self._decoder.verifies)
 
     def telemetry(self) -> dict[str, Any]:
@@ -105,7 +107,7 @@ class Speculation:
             "speculation": self.reason,
             "speculation_setting": controllers.describe() if controllers else self.reason,
             "speculation_changes": controllers.changes if controllers else 0,
-            "utility": controllers.utility if controllers else 1.0,
+            "utility": controllers.utility if controllers else float(self._settings.priced),
         }
 
     @property
@@ -190,6 +192,11 @@ class Speculation:
             self._cost.saw_step(len(decoding), tokens, seconds, waited)
         self._foresight.end_cycle()
 
+    def failed(self) -> None:
+        """A step came to nothing: what was foretold for it is not held against the next one."""
+        self._made, self._drafted, self._ran, self._draft_seconds = {}, {}, set(), 0.0
+        self._foresight.end_cycle()
+
     def forget(self, generation: Generation) -> None:
         """`generation` is over, or has lost its place: what it wrote last is learnt from, with what others write."""
         if generation.finished and generation in self._ngrams and generation not in self._over:
@@ -225,11 +232,13 @@ class Speculation:
         self._over.clear()
 
     def _grow_ngrams(self, growth: Growth, worth: float) -> None:
+        # In a chain there is room for one: what is less likely than not is left to the drafter that comes next.
+        shared = growth.chain and growth.passes and self._passes is not None
         frontier = self._ngrams[growth.generation].frontier(
             growth.tree,
             branching=not growth.chain,
             most_depth=growth.most_depth,
-            least_probability=LEAST_PROBABILITY,
+            least_probability=LIKELY if shared else LEAST_PROBABILITY,
         )
         while not growth.full and (best := frontier.best()) is not None and self._pays(best.probability, worth):
             growth.add(best)
@@ -237,13 +246,13 @@ class Speculation:
     # --- passes ------------------------------------------------------------------------------------
 
     def _grow_by_passes(self, passes: PassDrafter, growths: list[Growth], worth: float) -> None:
-        if not growths:
+        if not growths or not self._round_pays(growths, worth):
             return
         self._foresight.begin_cycle()
         self._ran = {growth.generation for growth in growths}
-        passes.begin([growth.generation for growth in growths])
         try:
-            growing = growths
+            passes.begin([growth.generation for growth in growths])
+            growing = self._round(passes, growths, worth)
             while growing and self._round_pays(growing, worth):
                 growing = self._round(passes, growing, worth)
             self._run_leaves(passes, [growth for growth in growths if growth.fresh and growth.tree.drafted])
@@ -255,7 +264,7 @@ class Speculation:
         started = time.perf_counter()
         branches = [Branch(growth.generation, growth.tree, growth.fresh) for growth in growths]
         logits = passes.run(branches)
-        self._cost.saw_draft(time.perf_counter() - started)
+        self._cost.saw_draft(len(growths), time.perf_counter() - started)
         self._foretell(passes, growths)
         for growth, after in zip(growths, logits, strict=True):
             self._offer(growth, after)
@@ -278,6 +287,8 @@ class Speculation:
         """Offers what may follow the fresh nodes, given the logits after each of them."""
         tree = growth.tree
         for node, after in zip(growth.fresh, logits, strict=True):
+            if node and tree.tokens[node] in growth.generation.ends:
+                continue
             for token, share in growth.generation.candidates(tree, node, after, growth.width):
                 number = min(int(share * SHARE_BINS), SHARE_BINS - 1)
                 path = tree.probabilities[node] * self._shares.rate(number)
@@ -287,7 +298,7 @@ class Speculation:
         if not self._settings.priced:
             return True
         gain = sum(max(growth.tree.probabilities[node] for node in growth.fresh) for growth in growths) * worth
-        return gain * self._shares.rate(SHARE_BINS - 1) >= self._cost.draft
+        return self._cost.draft_pays(len(growths), gain * self._shares.rate(SHARE_BINS - 1))
 
     def _pays(self, probability: float, worth: float, loads: int | None = None) -> bool:
         """Whether a node is worth more than it costs: S2-MoE's rule, with measured seconds on both sides.

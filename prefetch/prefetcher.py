@@ -38,7 +38,7 @@ class Prefetcher:
         self._predictions: list[dict[str, Prediction]] = [{} for _ in range(layers)]
         self._likely: list[dict[ExpertId, float]] = [{} for _ in range(layers)]
         self._queues: list[deque[ExpertId]] = [deque() for _ in range(layers)]
-        self._brought: list[list[ExpertId]] = [[] for _ in range(layers)]
+        self._brought: list[dict[ExpertId, str]] = [{} for _ in range(layers)]
         self._layer_seconds = 0.0
         self._reached_at = 0.0
         self._reached = layers
@@ -97,8 +97,7 @@ class Prefetcher:
         for name, prediction in self._predictions[layer].items():
             self._scorecards[name].settle(prediction.bins, asked, prediction.resident)
         self._forget(layer)
-        self._cache.call_off([expert for expert in self._brought[layer] if expert.number not in asked])
-        self._brought[layer].clear()
+        self._settle(layer, asked)
 
     def bring(self, after: int = -1) -> None:
         """Puts on the link what it can bring in time, for the layers behind `after`, the one that a pass is in."""
@@ -118,15 +117,41 @@ class Prefetcher:
                 if not self._cache.holds(expert):
                     if not self._cache.prefetch([expert], keep):
                         return
-                    self._brought[expert.layer].append(expert)
+                    self._brought[expert.layer][expert] = self._namer(expert)
                 queue.popleft()
 
     def drop(self) -> None:
         """The pass is over, or will not be made: forgets what was said, and calls off what has not moved yet."""
-        for layer, brought in enumerate(self._brought):
+        for layer in range(len(self._brought)):
             self._forget(layer)
-            self._cache.call_off(brought)
-            brought.clear()
+            self._settle(layer, ())
+
+    def _namer(self, expert: ExpertId) -> str:
+        """The predictor that was surest of it."""
+        said = self._predictions[expert.layer]
+        sure = {
+            name: self._scorecards[name].rate(told.bins[expert.number])
+            for name, told in said.items()
+            if expert.number in told.bins
+        }
+        return max(sure, key=lambda name: sure[name])
+
+    def _settle(self, layer: int, asked: Collection[int]) -> None:
+        """Calls off what was brought for `layer` in vain, and counts what has moved by who named it."""
+        brought, nbytes_of = self._brought[layer], self._cache.store.record_nbytes
+        wrong = [expert for expert in brought if expert.number not in asked]
+        called_off = set(self._cache.call_off(wrong))
+        for expert, predictor in brought.items():
+            if expert in called_off:
+                continue
+            totals = self._scorecards[predictor].totals
+            if expert.number not in asked or not self._cache.holds(expert):
+                totals.bytes_wasted += nbytes_of(expert)
+            elif self._cache.is_resident(expert):
+                totals.bytes_useful += nbytes_of(expert)
+            else:
+                totals.bytes_late += nbytes_of(expert)
+        brought.clear()
 
     def _forget(self, layer: int) -> None:
         self._predictions[layer].clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 LIKELY = 0.25
 """Rate from which a foretelling counts as naming an expert; below it is noise that only feeds the rates."""
@@ -21,6 +22,12 @@ class PredictionTotals:
     """Named experts that were not resident and were asked for: the same, seen from the prediction."""
     wrong: int = 0
     """Named experts that were not resident and were not asked for."""
+    bytes_useful: int = 0
+    """Bytes brought for it that were there when the pass that it spoke of asked for them."""
+    bytes_late: int = 0
+    """Those that were still on their way."""
+    bytes_wasted: int = 0
+    """Those that this pass did not ask for, or that had to go before."""
 
     @property
     def recall(self) -> float:
@@ -31,6 +38,16 @@ class PredictionTotals:
     def precision(self) -> float:
         """Share of what was foretold as missing that was asked for."""
         return self.right / max(1, self.right + self.wrong)
+
+    def telemetry(self, name: str) -> dict[str, Any]:
+        """What `Stats` tells of the predictor called `name`, by name."""
+        return {
+            f"{name}_recall": self.recall,
+            f"{name}_precision": self.precision,
+            f"{name}_bytes_useful": self.bytes_useful,
+            f"{name}_bytes_late": self.bytes_late,
+            f"{name}_bytes_wasted": self.bytes_wasted,
+        }
 
 
 class Scorecard:

@@ -47,6 +47,7 @@ class FakeStats:
     bytes_prefetched_used: int = 0
     bytes_prefetched_late: int = 0
     bytes_prefetched_wasted: int = 0
+    bytes_filled: int = 0
     link_wait_seconds: float = 0.25
     requests: int = 0
     tokens_prompt: int = 0
@@ -70,8 +71,14 @@ class FakeStats:
     verify_seconds: float = 0.0
     forecast_recall: float = 0.0
     forecast_precision: float = 0.0
+    forecast_bytes_useful: int = 0
+    forecast_bytes_late: int = 0
+    forecast_bytes_wasted: int = 0
     lookahead_recall: float = 0.0
     lookahead_precision: float = 0.0
+    lookahead_bytes_useful: int = 0
+    lookahead_bytes_late: int = 0
+    lookahead_bytes_wasted: int = 0
 
 
 def echo(text: str) -> str:

@@ -13,7 +13,7 @@ from edgemoe.sampling import Sampling
 
 MOVED = FakeStats(
     hits=600, misses=200, bytes_demanded=30 << 20, bytes_prefetched_used=10 << 20, bytes_prefetched_late=500 << 10,
-    requests=3, tokens_prompt=41, tokens_generated=96, steps=100, seconds=12.34,
+    bytes_filled=1 << 20, requests=3, tokens_prompt=41, tokens_generated=96, steps=100, seconds=12.34,
 )  # fmt: skip
 NAMES = "/help /? /exit /quit /bye /clear /regen /retry /undo /save /load /system /set /show /stats /read"
 
@@ -163,6 +163,7 @@ def test_stats(session: Session) -> None:
         "prefetched in time  10.0 MiB   102.4 KiB a step",
         "prefetched late     500.0 KiB  5.0 KiB a step",
         "prefetched in vain  0 B        0 B a step",
+        "filled              1.0 MiB    brought at the start, and asked for or evicted since",
         "link wait           0.25 s     2.50 ms a step",
         "speculation         off        asked for",
     ]
@@ -178,7 +179,8 @@ def test_stats_of_what_was_drafted_and_foretold(session: Session) -> None:
         MOVED, preemptions=1, prefix_tokens=7, speculation="ngram and self, while it pays, trees of at most 8 tokens",
         cycles=40, drafted=150, accepted=50, draft_seconds=0.1, verify_seconds=1.0, forecast_recall=0.5,
         forecast_precision=0.25, lookahead_recall=0.8, lookahead_precision=0.6, speculation_setting="trees of depth 4",
-        speculation_changes=3, utility=1.256, budget_choices=400, budget_dropped=50,
+        speculation_changes=3, utility=1.256, budget_choices=400, budget_dropped=50, lookahead_bytes_useful=2 << 20,
+        lookahead_bytes_late=1 << 20, lookahead_bytes_wasted=512 << 10, forecast_bytes_useful=3 << 20,
     )  # fmt: skip
     session.engine = FakeEngine(stats=drafted)
     lines = execute("/stats", session).text.splitlines()
@@ -186,8 +188,9 @@ def test_stats_of_what_was_drafted_and_foretold(session: Session) -> None:
         "requests             3               1 computed again",
         "prompt tokens        41              7 shared with another request",
     ]
-    assert lines[12:] == [
+    assert lines[13:] == [
         "lookahead            80.0%           of the missing experts foretold, 60.0% of the foretold asked for",
+        "brought for it       3.5 MiB         2.0 MiB in time, 1.0 MiB late, 512.0 KiB in vain",
         "speculation          ngram and self  while it pays, trees of at most 8 tokens",
         "utility              1.26            trees of depth 4, after 3 changes",
         "cycles               40",
@@ -198,7 +201,10 @@ def test_stats_of_what_was_drafted_and_foretold(session: Session) -> None:
         "verify               1.00 s          25.0 ms a cycle",
         "budget               12.5%           of the experts chosen in checks of drafts were left out: lossy",
         "forecast             50.0%           of the missing experts foretold, 25.0% of the foretold asked for",
+        "brought for it       3.0 MiB         3.0 MiB in time, 0 B late, 0 B in vain",
     ]
+    session.engine = FakeEngine(stats=replace(drafted, utility=0.0))
+    assert not any(line.startswith("utility") for line in execute("/stats", session).text.splitlines())
 
 
 def test_every_command_says_what_it_takes() -> None:

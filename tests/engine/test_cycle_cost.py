@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from edgemoe.cycle_cost import CALM, FIRST_GUESS, SHARING, CycleCost, Plain
+from edgemoe.cycle_cost import CALM, FIRST_GUESS, REFRESH, SHARING, CycleCost, Plain
+from edgemoe.speculation import MARGIN
 
 
 def after_plain(seconds: float, steps: int = 20) -> Plain:
@@ -122,25 +123,60 @@ def test_steps_with_drafts_price_the_tokens_beyond_one_each() -> None:
 
 
 def test_drafting_passes_are_timed_apart() -> None:
+    """From plain steps, and those for few sequences from those for many."""
     cost = CycleCost()
-    assert cost.draft == 0.0
+    assert cost.draft_pays(1, 0.0), "nothing was measured yet"
     for seconds in (50.0, 0.5, 0.5):
-        cost.saw_draft(seconds)
-    assert cost.draft == 0.5
+        cost.saw_draft(1, seconds)
+    assert (cost.draft_pays(1, 0.5), cost.draft_pays(1, 0.49)) == (True, False)
+    for _ in range(3):
+        cost.saw_draft(32, 4.0)
+    assert (cost.draft_pays(32, 3.9), cost.draft_pays(35, 3.9), cost.draft_pays(1, 0.5)) == (False, False, True)
     assert cost.of(1).seconds == 0.0
+
+
+def test_drafting_passes_that_seem_too_dear_are_tried_again_now_and_then() -> None:
+    """One slow pass may be what made them dear."""
+    cost = CycleCost()
+    for seconds in (50.0, 50.0):
+        cost.saw_draft(1, seconds)
+    tries = 0
+    for _ in range(20 * REFRESH):
+        if cost.draft_pays(1, 1.0):
+            tries += 1
+            cost.saw_draft(1, 0.5)
+    assert tries > REFRESH, "they were measured, and pay"
+    dear = CycleCost()
+    for seconds in (50.0, 50.0):
+        dear.saw_draft(1, seconds)
+    tries = 0
+    for _ in range(10 * REFRESH):
+        if dear.draft_pays(1, 1.0):
+            tries += 1
+            dear.saw_draft(1, 50.0)
+    assert 15 <= tries <= 20, "and if they do not, that costs two in so many steps"
 
 
 def test_a_profile_tells_what_a_token_costs_before_it_is_measured() -> None:
     """For each number of sequences; what is measured takes its place."""
-    costs = CycleCost(lambda sequences: 0.1 * sequences)
+    costs = CycleCost(lambda sequences: 0.3 / sequences**2)
     for sequences in (1, 4):
         plain = costs.of(sequences)
         for _ in range(3):
             costs.saw_step(sequences, sequences, 2.0)
-        assert plain.token == pytest.approx(0.1 * sequences * 2.0)
+        assert plain.token == pytest.approx(0.3 / sequences**2 * 2.0)
     for _ in range(400):
         costs.saw_step(1, 2, 2.0 + 1.5)
     assert costs.of(1).token == pytest.approx(1.5, rel=0.15)
+
+
+def test_no_profile_is_so_sure_that_nothing_is_ever_drafted_and_measured() -> None:
+    costs = CycleCost(lambda sequences: 5.0)
+    for sequences in (1, 4):
+        for _ in range(3):
+            costs.saw_step(sequences, sequences, 1.0)
+        worth = costs.of(sequences).seconds / sequences
+        assert MARGIN * costs.of(sequences).token < 0.9 * worth
 
 
 def test_before_it_is_measured_a_token_costs_less_the_more_sequences_there_are() -> None:

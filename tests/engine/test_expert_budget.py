@@ -325,3 +325,20 @@ def test_an_engine_counts_what_was_dropped_and_is_exact_with_room(zoo: Zoo) -> N
     with Engine.load(zoo("mixtral"), budget=1, budget_rule="sum", **{**options, "speculate": "off"}) as engine:
         assert reply(engine) == exact
         assert engine.stats.budget_choices == 0
+
+
+def test_what_was_answered_under_a_budget_is_computed_again_for_the_next_turn(zoo: Zoo) -> None:
+    """Prompts are exact: that of the second turn, too, of which the first one's reply is a part."""
+    folder, first = zoo("mixtral"), random_ids(7) * 3
+    options = {"threads": 1, "speculate": "ngram", "expert_cache": "100%", "state_folder": "none"}
+    with Engine.load(folder, **options, budget=1, budget_rule="sum") as engine:
+        reply = engine.generate(first, Sampling(max_tokens=30, ignore_eos=True)).token_ids
+        assert engine.stats.budget_dropped > 0
+        second = [*first, *reply, 5, 6, 7]
+        ask = Sampling(max_tokens=1, logprobs=3)
+        found = engine.generate(second, ask)
+        assert 0 < engine.stats.prefix_tokens <= len(first)
+    with Engine.load(folder, **options) as engine:
+        assert_same_reply(found, engine.generate(second, ask))
+        engine.generate(first, Sampling(max_tokens=30, ignore_eos=True))
+        assert engine.stats.prefix_tokens >= len(first) - 1, "without a budget all of it is kept"

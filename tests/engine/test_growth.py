@@ -87,10 +87,21 @@ def test_a_node_that_is_there_is_not_fresh_again_and_keeps_its_kind() -> None:
     growing.add(Candidate(0, 1, 0.7, 8))
     growing.add(Candidate(0, 2, 0.1, 8))
     assert growing.fresh == []
-    assert growing.bins == {1: 3}
+    assert growing.bins == {1: 3, 2: 8}, "each is learnt of by its first bin"
     assert growing.tree.probabilities == [1.0, 0.7, 0.4]
     growing.add(Candidate(1, 2, 0.3, 5))
-    assert (growing.fresh, growing.bins) == ([3], {1: 3, 3: 5})
+    assert (growing.fresh, growing.bins) == ([3], {1: 3, 2: 8, 3: 5})
+
+
+def test_what_two_drafters_agree_on_is_the_surer_and_so_is_what_follows_it() -> None:
+    growing = growth()
+    for candidate in (Candidate(0, 1, 0.3), Candidate(1, 2, 0.15), Candidate(0, 7, 0.2), Candidate(2, 3, 0.1)):
+        growing.add(candidate)
+    growing.offer(Candidate(0, 1, 0.9, 4))
+    growing.offer(Candidate(0, 7, 0.05, 2))
+    assert growing.tree.probabilities == pytest.approx([1.0, 0.9, 0.45, 0.2, 0.3])
+    assert growing.bins == {1: 4, 3: 2}
+    assert list(growing.best_offers()) == []
 
 
 def test_a_chain_grows_at_its_end_only() -> None:

@@ -211,7 +211,7 @@ def test_the_best_candidate_stays_until_it_is_in_the_tree() -> None:
     frontier = drafter.frontier(tree, most_depth=5, least_probability=0.1)
     best = frontier.best()
     assert best == frontier.best() == Candidate(0, 3, kind(2).prior)
-    tree.add(*best)
+    tree.add(*best[:3])
     assert frontier.best() == Candidate(1, 4, pytest.approx(kind(2).prior * kind(3).prior))
 
 

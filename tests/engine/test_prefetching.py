@@ -27,7 +27,7 @@ class Watched:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.brought = 0
-        """Experts that were brought for a prediction; what fills an empty cache is not."""
+        """Experts that were brought for a prediction."""
         self.asked = 0
         """Experts that passes asked for."""
         self.looked = 0
@@ -37,7 +37,7 @@ class Watched:
             cache: ExpertCache, experts: Sequence[ExpertId], wanted_sooner: Collection[ExpertId] = ()
         ) -> int:
             started = prefetch(cache, experts, wanted_sooner)
-            self.brought += started if wanted_sooner else 0
+            self.brought += started
             return started
 
         def reaching(foresight: Foresight, layer: int, wanted: Sequence[int], hidden: torch.Tensor) -> None:
@@ -67,7 +67,7 @@ def assert_accounted(engine: Engine) -> None:
     moving = [held.transfer for held in cache._held.values() if held.transfer is not None]
     while not all(transfer.done for transfer in moving):
         runtime.link.wait_any([transfer for transfer in moving if not transfer.done])
-    unasked = sum(cache.store.record_nbytes(expert) for expert, held in cache._held.items() if held.fresh_prefetch)
+    unasked = sum(cache.store.record_nbytes(expert) for expert, held in cache._held.items() if held.unasked)
     assert engine.stats.bytes_loaded + unasked == runtime.link.bytes_moved
 
 
@@ -115,8 +115,20 @@ def test_the_counters_add_up(speculate: str, zoo: Zoo, watched: Watched) -> None
         assert watched.brought > 0
         record = engine.plan.slot_nbytes
         assert stats.bytes_hit == stats.hits * record
-        assert stats.bytes_prefetched_late + stats.bytes_demanded == stats.misses * record
+        waited_for = stats.bytes_prefetched_late + stats.bytes_demanded
+        assert stats.misses * record - stats.bytes_filled <= waited_for <= stats.misses * record
         assert 0 < stats.bytes_prefetched_used <= stats.bytes_hit
+        assert 0 < stats.bytes_filled <= engine.plan.slots * record
+        told = stats.to_dict()
+        useful, late, wasted = (
+            sum(told[f"{predictor}_bytes_{fate}"] for predictor in ("forecast", "lookahead"))
+            for fate in ("useful", "late", "wasted")
+        )
+        assert 0 < useful <= stats.bytes_prefetched_used
+        # One may arrive between the moment that a pass asks and that in which it waits.
+        assert late >= 0 <= wasted
+        # What one pass had no use for the next one may have.
+        assert useful + late + wasted >= stats.bytes_prefetched_used + stats.bytes_prefetched_late
         assert_accounted(engine)
         for rate in (stats.lookahead_recall, stats.lookahead_precision):
             assert 0 < rate <= 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from edgemoe import CheckpointError, Completion, EdgeMoEError, Engine, Sampling
 from edgemoe.cycle_cost import Plain
 from edgemoe.draft_tree import DraftTree
 from edgemoe.expert_layer import ExpertLayer
+from edgemoe.generation import Generation
 from edgemoe.quiet import quiet_transformers
 
 SETTINGS: dict[str, Any] = {"ignore_eos": True, "temperature": 1.0, "seed": 11}
@@ -270,6 +271,27 @@ def test_drafts_take_what_a_step_has_left(step_tokens: int, zoo: Zoo) -> None:
         for request, (prompt, settings) in zip(crowd.requests, requests, strict=True):
             assert_same_reply(completion(request), alone(own, prompt, **settings))
         assert (crowd.speculation.totals.drafted > 0) == (step_tokens > 4)
+
+
+def test_no_step_drafts_more_than_there_is_room_for_logits(zoo: Zoo) -> None:
+    with running(zoo("mixtral"), slots=12) as own, quiet_transformers():
+        crowd = Crowd(own, limit=4, speculate="ngram", draft_nodes=64, draft_depth=64)
+        crowd.batch._most_drafted = 9
+        grow, drafted = crowd.speculation.grow, []
+
+        def growing(rooms: Mapping[Generation, int], *, mixed: bool = False) -> dict[Generation, DraftTree]:
+            trees = grow(rooms, mixed=mixed)
+            drafted.append(sum(tree.drafted for tree in trees.values()))
+            return trees
+
+        crowd.speculation.grow = growing  # type: ignore[method-assign]
+        for seed in range(4):
+            crowd.ask(random_ids(5, seed) * 6, max_tokens=30)
+        crowd.finish()
+        assert 2 < max(drafted) <= 9
+    with Engine.load(zoo("mixtral"), threads=1) as engine:
+        row = engine._batch.decoder.vocabulary * 2 * torch.float32.itemsize
+        assert engine._batch._most_drafted == engine.plan.workspace_nbytes // row
 
 
 def test_mixed_requests_in_a_crowd_with_drafts(zoo: Zoo) -> None:

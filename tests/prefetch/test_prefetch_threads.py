@@ -165,5 +165,5 @@ def test_random_passes_read_the_right_bytes_and_come_to_an_end(
     assert counters.hits + counters.misses > 150
     assert slots == 1 or counters.bytes_prefetched_used + counters.bytes_prefetched_late > 0
     if not failing:
-        unasked = sum(held.fresh_prefetch for held in passes.cache._held.values())
+        unasked = sum(held.unasked is not None for held in passes.cache._held.values())
         assert counters.bytes_loaded + unasked * NBYTES == link.bytes_moved

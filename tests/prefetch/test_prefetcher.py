@@ -65,7 +65,7 @@ def test_what_a_predictor_says_replaces_what_it_said(bench: Bench) -> None:
     bench.say(SURE, 0, 3)
     assert bench.bring_all() == ids(0, 3, 6)
     bench.prefetcher.reach(0, [1, 3])
-    assert bench.cards[SURE].totals == PredictionTotals(wanted=2, named=1, right=1, wrong=0)
+    assert bench.cards[SURE].totals == PredictionTotals(wanted=2, named=1, right=1, wrong=0, bytes_useful=NBYTES)
 
 
 # --- slots -----------------------------------------------------------------------------------------
@@ -139,6 +139,20 @@ def test_what_was_wrong_is_called_off_when_its_layer_is_reached(bench: Bench) ->
     assert bench.link.happened("cancel") == [*ids(0, 2), *ids(1, 4)], "what belongs to a reached layer is over"
 
 
+def test_what_became_of_the_bytes_is_told_of_whom_they_were_brought_for(bench: Bench) -> None:
+    bench.say(SURE, 0, 1, 2, 3)
+    bench.say(LIKELY, 0, 3, 4)
+    bench.prefetcher.bring()
+    bench.link.finish(*ids(0, 1, 4))
+    bench.link.queued = set(ids(0, 2))
+    bench.use(0, 1, 3)
+    sure, likely = (bench.cards[name].totals for name in (SURE, LIKELY))
+    assert (sure.bytes_useful, sure.bytes_late, sure.bytes_wasted) == (NBYTES, NBYTES, 0), "2 was called off in time"
+    assert (likely.bytes_useful, likely.bytes_late, likely.bytes_wasted) == (0, 0, NBYTES), "3 was the surer one's"
+    told = sure.telemetry("forecast")
+    assert (told["forecast_bytes_useful"], told["forecast_bytes_late"]) == (NBYTES, NBYTES)
+
+
 def test_what_others_brought_is_not_called_off(bench: Bench) -> None:
     bench.cache.prefetch(ids(0, 2))
     bench.link.queued = set(ids(0, 2))
@@ -159,7 +173,7 @@ def test_a_pass_that_is_not_made_is_forgotten(bench: Bench) -> None:
     assert bench.cache.holds(ExpertId(0, 2)), "it has begun to move"
     assert bench.bring_all() == []
     bench.prefetcher.reach(0, [1])
-    assert bench.cards[SURE].totals == PredictionTotals()
+    assert bench.cards[SURE].totals == PredictionTotals(bytes_wasted=NBYTES)
     bench.cache.check_integrity()
 
 
