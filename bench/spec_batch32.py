@@ -20,6 +20,7 @@ REQUESTS = {32: 96, 128: 256}
 DRAFTS: dict[str, dict[str, Any]] = {
     "no drafts": {"speculate": "off"},
     "default": {},
+    "n-grams": {"speculate": "ngram", "draft_shape": "chain", "draft_nodes": 8},
     "always": {"speculate": "ngram+self", "draft_shape": "chain", "draft_nodes": 8},
 }
 

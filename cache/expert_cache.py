@@ -334,12 +334,7 @@ class ExpertCache:
     def _call_off_a_prefetch(self) -> int | None:
         """The slot of a prefetch of which nothing has moved yet, the latest one: a demand goes before it."""
         for expert, held in reversed(self._held.items()):
-            if (
-                held.unasked
-                and held.transfer is not None
-                and held.pins == 0
-                and self._link.cancel(held.transfer)
-            ):
+            if held.unasked and held.transfer is not None and held.pins == 0 and self._link.cancel(held.transfer):
                 self._drop(expert)
                 return self._free.pop()
         return None
