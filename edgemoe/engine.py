@@ -76,16 +76,10 @@ class Engine:
         size = BatchSize(plan.batch, automatic=str(self._config.batch).strip().lower() == "auto")
         joint = JointDecoder(decoder)
         speculation = speculation_for(draft_settings(self._config), joint, runtime, plan, draft_model)
+        budget = budgeted_passes(self._config, runtime.layers, runtime.cache)
+        rows, patience = joint.rows_within(plan.workspace_nbytes), self._config.patience
         return Batch(
-            joint,
-            speculation,
-            plan.kv,
-            plan.kv_nbytes,
-            plan.prefill_chunk,
-            size,
-            self._config.patience,
-            budgeted_passes(self._config, runtime.layers, runtime.cache),
-            joint.rows_within(plan.workspace_nbytes),
+            joint, speculation, plan.kv, plan.kv_nbytes, plan.prefill_chunk, size, patience, budget, most_drafted=rows
         )
 
     @classmethod
