@@ -136,7 +136,7 @@ class Batch:
         except BaseException as error:
             for generation, _ in shares:
                 generation.fail(error)
-            self.speculation.failed()
+            self.speculation.end_cycle()
             if not isinstance(error, Exception):
                 raise
         else:

@@ -187,13 +187,12 @@ class Speculation:
                 spent = self._draft_seconds + seconds - prompts * self._plain.token
                 plain_steps = max(0.0, spent) / self._plain.seconds
             self._controllers.stepped(self._drafted, self._made, plain_steps)
-        self._made, self._drafted, self._ran, self._draft_seconds = {}, {}, set(), 0.0
         if comparable:
             self._cost.saw_step(len(decoding), tokens, seconds, waited)
-        self._foresight.end_cycle()
+        self.end_cycle()
 
-    def failed(self) -> None:
-        """A step came to nothing: what was foretold for it is not held against the next one."""
+    def end_cycle(self) -> None:
+        """A step is over, or came to nothing: what was drafted and foretold for it is not held against the next one."""
         self._made, self._drafted, self._ran, self._draft_seconds = {}, {}, set(), 0.0
         self._foresight.end_cycle()
 

@@ -126,7 +126,7 @@ def test_the_counters_add_up(speculate: str, zoo: Zoo, watched: Watched) -> None
         )
         assert 0 < useful <= stats.bytes_prefetched_used
         # One may arrive between the moment that a pass asks and that in which it waits.
-        assert late >= 0 <= wasted
+        assert useful + late <= watched.asked * record
         # What one pass had no use for the next one may have.
         assert useful + late + wasted >= stats.bytes_prefetched_used + stats.bytes_prefetched_late
         assert_accounted(engine)
