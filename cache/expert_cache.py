@@ -227,11 +227,7 @@ class ExpertCache:
         for expert in hits:
             held, nbytes = self._held[expert], self.store.record_nbytes(expert)
             counters.bytes_hit += nbytes
-            if held.unasked is Unasked.PREFETCH:
-                counters.bytes_prefetched_used += nbytes
-            elif held.unasked:
-                counters.bytes_filled += nbytes
-            held.unasked = None
+            counters.bytes_prefetched_used += self._settled(held, nbytes)
 
     def _promote(self, misses: deque[ExpertId], on_the_way: list[Transfer], pinned: list[ExpertId]) -> None:
         """Takes what is on the link already off `misses`, and pins it before any slot is taken."""
@@ -241,11 +237,7 @@ class ExpertCache:
                 continue
             self._link.promote(held.transfer)
             self._policy.used(expert)
-            if held.unasked is Unasked.PREFETCH:
-                self.counters.bytes_prefetched_late += self.store.record_nbytes(expert)
-            elif held.unasked:
-                self.counters.bytes_filled += self.store.record_nbytes(expert)
-            held.unasked = None
+            self.counters.bytes_prefetched_late += self._settled(held, self.store.record_nbytes(expert))
             misses.remove(expert)
             self._pin(expert, pinned)
             on_the_way.append(held.transfer)
@@ -317,19 +309,19 @@ class ExpertCache:
         victim = victim or self._policy.victim(layer, evictable)
         if victim is None:
             return None if keep else self._call_off_a_prefetch()
-        self._count_unasked(victim)
+        held = self._held[victim]
+        # What could not be read has not moved.
+        if held.transfer is None or held.transfer.error is None:
+            self.counters.bytes_prefetched_wasted += self._settled(held, self.store.record_nbytes(victim))
         self._drop(victim)
         return self._free.pop()
 
-    def _count_unasked(self, victim: ExpertId) -> None:
-        """Counts what leaves before anything has asked for it; what could not be read has not moved."""
-        held = self._held[victim]
-        if held.transfer is not None and held.transfer.error is not None:
-            return
-        if held.unasked is Unasked.PREFETCH:
-            self.counters.bytes_prefetched_wasted += self.store.record_nbytes(victim)
-        elif held.unasked:
-            self.counters.bytes_filled += self.store.record_nbytes(victim)
+    def _settled(self, held: _Resident, nbytes: int) -> int:
+        """Notes that the fate of `held` is known; its `nbytes` if it was a prefetch, after counting them if a fill."""
+        why, held.unasked = held.unasked, None
+        if why is Unasked.FILL:
+            self.counters.bytes_filled += nbytes
+        return nbytes if why is Unasked.PREFETCH else 0
 
     def _call_off_a_prefetch(self) -> int | None:
         """The slot of a prefetch of which nothing has moved yet, the latest one: a demand goes before it."""
