@@ -5,40 +5,57 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from types import ModuleType
 
-NAMES = {
-    "exact": "token ids and logits of every tested family against transformers",
-    "memory": "peak memory with an 8 GB checkpoint and a 1 GiB expert cache",
-    "larger-than-memory": "decoding an 8 GB checkpoint in 4 GB of memory against transformers + accelerate",
-    "resident": "decode and prefill with all experts in memory against transformers and the floor",
-    "start": "time to the first token, and of --help",
-    "bad-input": "one clear sentence for every kind of bad input",
-    "demo-score": "the shipped model on held-out items of its documented tasks",
-    "batch-exact": "32 mixed requests together against one by one, every tested family",
-    "batch-sharing": "tokens/s and bytes moved per token at batch 1 to 256, a quarter of the experts cached",
-    "batch-on-demand": "batch 64 against loading every needed expert for every sequence",
-    "batch-fair": "how long requests wait in an adversarial mix of long and short ones",
-    "batch-peer": "16 sequences at once, all experts in memory, against transformers' generate",
-    "cache-policy": "the default eviction policy on recorded traces against Belady's optimum, LRU, LFU and mixes",
-    "spec-forecast": "what a self-draft's routing says of the verification, and what came of the bytes moved for it",
-    "spec-tree": "draws a real draft tree of the shipped model with its experts",
-    "spec-floor": "a cycle's time against its floor, over caches and links",
-    "spec-batch1": "prefetching and drafts at batch 1, over caches and links, against demanded loads alone",
-    "spec-batch32": "batches of 32 and 128 with drafts against loading on demand without a cache",
-    "spec-exact": "greedy replies with every way of drafting against plain decoding, every tested family",
-    "spec-sampled": "the distribution of the first tokens with drafts against the exact one",
-    "warm-start": "expert bytes that the first 64 tokens wait for, after an earlier run and without one",
-    "never-slower": "the default speculation against none: every task, cache, link and temperature",
-    "adapts": "the default speculation on a mixed workload against the best fixed setting",
-    "switches": "cycles until the setting changes when a stream turns from copying to arithmetic",
-    "budget": "speed and loss of an expert budget against exact speculation",
-    "budget-curve": "the same from a tight budget to one that holds everything, drawn",
-    "batch-resume": "a run that is killed twenty times and resumed, against one that is left alone",
-    "batch-memory": "peak memory of a run on 100,000 lines against one on 100",
-    "speedup-model": "predicted speed-ups against cycles that were no part of the fit, over batches, depths and caches",
-    "inverted-u": "speed-up over batch, all experts resident, for sparse and dense routing",
-    "inflated-demo": "the widened shipped model says what the shipped one says",
+MEASUREMENTS = {
+    "exactness": {
+        "exact": "token ids and logits of every tested family against transformers",
+        "bad-input": "one clear sentence for every kind of bad input",
+        "demo-score": "the shipped model on held-out items of its documented tasks",
+        "batch-exact": "32 mixed requests together against one by one, every tested family",
+        "spec-exact": "greedy replies with every way of drafting against plain decoding, every tested family",
+        "spec-sampled": "the distribution of the first tokens with drafts against the exact one",
+        "inflated-demo": "the widened shipped model says what the shipped one says",
+    },
+    "cache": {
+        "memory": "peak memory with an 8 GB checkpoint and a 1 GiB expert cache",
+        "larger-than-memory": "decoding an 8 GB checkpoint in 4 GB of memory against transformers + accelerate",
+        "resident": "decode and prefill with all experts in memory against transformers and the floor",
+        "start": "time to the first token, and of --help",
+        "cache-policy": "the default eviction policy on recorded traces against Belady's optimum, LRU, LFU and mixes",
+        "warm-start": "expert bytes that the first 64 tokens wait for, after an earlier run and without one",
+    },
+    "batch": {
+        "batch-sharing": "tokens/s and bytes moved per token at batch 1 to 256, a quarter of the experts cached",
+        "batch-on-demand": "batch 64 against loading every needed expert for every sequence",
+        "batch-fair": "how long requests wait in an adversarial mix of long and short ones",
+        "batch-peer": "16 sequences at once, all experts in memory, against transformers' generate",
+        "batch-resume": "a run that is killed twenty times and resumed, against one that is left alone",
+        "batch-memory": "peak memory of a run on 100,000 lines against one on 100",
+    },
+    "speculation": {
+        "spec-forecast": "what a self-draft's routing says of the verification, and of the bytes moved for it",
+        "spec-tree": "draws a real draft tree of the shipped model with its experts",
+        "spec-floor": "a cycle's time against its floor, over caches and links",
+        "spec-batch1": "prefetching and drafts at batch 1, over caches and links, against demanded loads alone",
+        "spec-batch32": "batches of 32 and 128 with drafts against loading on demand without a cache",
+        "never-slower": "the default speculation against none: every task, cache, link and temperature",
+        "adapts": "the default speculation on a mixed workload against the best fixed setting",
+        "switches": "cycles until the setting changes when a stream turns from copying to arithmetic",
+        "budget": "speed and loss of an expert budget against exact speculation",
+        "budget-curve": "the same from a tight budget to one that holds everything, drawn",
+        "speedup-model": "predicted speed-ups against cycles that were not fitted, over batches, depths and caches",
+        "inverted-u": "speed-up over batch, all experts resident, for sparse and dense routing",
+    },
 }
+"""Names and what they measure, by the folder that they are in."""
+NAMES = {name: description for group in MEASUREMENTS.values() for name, description in group.items()}
+
+
+def load(name: str) -> ModuleType:
+    """The module of the measurement called `name`."""
+    folder = next(folder for folder, names in MEASUREMENTS.items() if name in names)
+    return importlib.import_module(f"bench.{folder}.{name.replace('-', '_')}")
 
 
 def main() -> int:
@@ -50,7 +67,7 @@ def main() -> int:
         for each, description in NAMES.items():
             print(f"{each:20} {description}")
         return 0
-    measurement = importlib.import_module(f"bench.{name.replace('-', '_')}").run()
+    measurement = load(name).run()
     print(measurement.to_json())
     return 1 if measurement.ok is False else 0
 

@@ -20,7 +20,7 @@ PASSING_SLOTS = 3
 """Slots of a layer's share through which its less wanted experts pass: one in use, one on the link, one ready."""
 
 
-class Unasked(Enum):
+class LoadReason(Enum):
     """Why an expert was brought that nothing has asked for yet."""
 
     PREFETCH = "prefetch"
@@ -36,7 +36,7 @@ class _Resident:
     slot: int
     transfer: Transfer | None
     pins: int = 0
-    unasked: Unasked | None = None
+    load_reason: LoadReason | None = None
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class ExpertCache:
             slot = self._take_slot(expert.layer, keep)
             if slot is None:
                 break
-            self._bring(expert, slot, Unasked.PREFETCH)
+            self._bring(expert, slot, LoadReason.PREFETCH)
             started += 1
         return started
 
@@ -167,14 +167,14 @@ class ExpertCache:
             if not self._free:
                 break
             if expert not in self._held:
-                self._bring(expert, self._free.pop(), Unasked.FILL)
+                self._bring(expert, self._free.pop(), LoadReason.FILL)
 
     def call_off(self, experts: Collection[ExpertId]) -> list[ExpertId]:
         """Takes those prefetches of `experts` of which nothing has moved yet off the link and frees their slots."""
         called_off = []
         for expert in experts:
             held = self._held.get(expert)
-            transfer = held.transfer if held is not None and held.unasked else None
+            transfer = held.transfer if held is not None and held.load_reason else None
             if transfer is not None and not transfer.done and self._link.cancel(transfer):
                 self._drop(expert)
                 called_off.append(expert)
@@ -288,9 +288,9 @@ class ExpertCache:
         self._policy.inserted(expert)
         return held
 
-    def _bring(self, expert: ExpertId, slot: int, why: Unasked) -> None:
+    def _bring(self, expert: ExpertId, slot: int, why: LoadReason) -> None:
         held = self._load(expert, slot, Priority.PREFETCH)
-        held.unasked = why
+        held.load_reason = why
         assert held.transfer is not None
         self._prefetches.append(held.transfer)
 
@@ -301,7 +301,7 @@ class ExpertCache:
         def evictable(expert: ExpertId) -> bool:
             held = self._held[expert]
             moving = held.transfer is not None and not held.transfer.done
-            foretold = held.unasked is Unasked.PREFETCH
+            foretold = held.load_reason is LoadReason.PREFETCH
             return held.pins == 0 and not moving and expert not in keep and not (keep and foretold)
 
         staying = self._staying
@@ -318,15 +318,15 @@ class ExpertCache:
 
     def _settled(self, held: _Resident, nbytes: int) -> int:
         """Notes that the fate of `held` is known; its `nbytes` if it was a prefetch, after counting them if a fill."""
-        why, held.unasked = held.unasked, None
-        if why is Unasked.FILL:
+        why, held.load_reason = held.load_reason, None
+        if why is LoadReason.FILL:
             self.counters.bytes_filled += nbytes
-        return nbytes if why is Unasked.PREFETCH else 0
+        return nbytes if why is LoadReason.PREFETCH else 0
 
     def _call_off_a_prefetch(self) -> int | None:
         """The slot of a prefetch of which nothing has moved yet, the latest one: a demand goes before it."""
         for expert, held in reversed(self._held.items()):
-            if held.unasked and held.transfer is not None and held.pins == 0 and self._link.cancel(held.transfer):
+            if held.load_reason and held.transfer is not None and held.pins == 0 and self._link.cancel(held.transfer):
                 self._drop(expert)
                 return self._free.pop()
         return None

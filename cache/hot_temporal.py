@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numba import njit
 
-from edgemoe.cache.moments import Moments
 from edgemoe.cache.policy import Evictable, EvictionPolicy
 from edgemoe.cache.record import ExpertId
+from edgemoe.cache.routing_history import RoutingHistory
 
 DECAY = 0.75
 """What a use counts one pass later, and at most what a use one pass later counts now: past and future fade alike."""
@@ -39,7 +39,7 @@ class HotTemporal(EvictionPolicy):
     After SpecMoE's HotTemporal (arXiv 2604.10152), which keeps the experts that verification has seen lately and often;
     its window and its decay are not known. Here an expert is hot for two reasons: it was wanted lately (each use fades
     by `DECAY` a pass, and a slow average stands behind it), and it soon followed earlier moments that resemble this
-    one (`Moments`). The more they resemble it, the more they count.
+    one (`RoutingHistory`). The more they resemble it, the more they count.
 
     Two things are measured while running, since they differ between models and sizes. *Survival*: a use that comes
     after the slot has been given away saves nothing, so a use one round later counts as much as a slot is likely to
@@ -60,7 +60,7 @@ class HotTemporal(EvictionPolicy):
         self._heat = np.zeros((layers, most), np.float32)
         self._state = np.full((layers, most), OUT, np.uint8)
         self._passes = [0] * layers
-        self._moments = Moments(experts)
+        self._moments = RoutingHistory(experts)
         self._soon = np.zeros(most, np.float32)
         # Sums over passes: foretold times wanted and foretold squared, both about their means, foretold, and passes.
         # Before the first, heat is half believed.

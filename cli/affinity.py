@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 
+from edgemoe.checkpoint.state_folder import NONE, keeps_nothing
 from edgemoe.cli.exits import Exit, FileTrouble, UsageError, why
 from edgemoe.cli.loading import progress_bar, say_which_model
 from edgemoe.cli.output import put
 from edgemoe.cli.render import counted
 from edgemoe.cli.surface import EngineFactory
 from edgemoe.sizes import format_bytes
-from edgemoe.state_folder import NONE, keeps_nothing
 
 
 def affinity(arguments: argparse.Namespace, engine: EngineFactory | None = None) -> int:
@@ -21,8 +21,8 @@ def affinity(arguments: argparse.Namespace, engine: EngineFactory | None = None)
     if keeps_nothing(arguments.state_folder):
         raise UsageError(f"argument --state-folder: {NONE} keeps nothing, and affinity is for keeping; give a folder")
     say_which_model(arguments)
-    from edgemoe.affinity_file import prepare
-    from edgemoe.blueprint import open_blueprint
+    from edgemoe.checkpoint.blueprint import open_blueprint
+    from edgemoe.draft.affinity_file import prepare
 
     blueprint = open_blueprint(arguments.model, offline=bool(arguments.offline))
     try:

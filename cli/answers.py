@@ -11,7 +11,7 @@ from edgemoe.cli.surface import EngineView
 
 if TYPE_CHECKING:
     from edgemoe import Chunk, Completion, Sampling
-    from edgemoe.tokenizing import Messages
+    from edgemoe.checkpoint.tokenizer import Messages
 
 CANCELLED = "cancelled"
 """The finish reason of an answer that was broken off on request."""

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 _LITTLE_MEMORY = 2 << 30
-_READ_AT_MOST = 256 << 20
-_READ_AT_LEAST = 32 << 20
+_MAX_READS = 256 << 20
+_MIN_READS = 32 << 20
 _READ_PIECE = 8 << 20
 _SLOW_READ = 200 << 20
 """Bytes a second below which a model that is read from disk while it runs is no pleasure."""
@@ -138,16 +138,16 @@ def _from_torch() -> Iterator[Check]:
     try:
         import torch
 
-        from edgemoe import memory
+        from edgemoe.plan import machine
     except (ImportError, OSError, RuntimeError) as error:
         yield Check("torch import", PROBLEM, f"failed: {error}", "install torch again for this machine")
         return
     yield Check("threads", OK, f"torch computes with {counted(torch.get_num_threads(), 'thread')}")
-    free, limit = memory.ram_free(), memory.ram_limit()
+    free, limit = machine.ram_free(), machine.ram_limit()
     found = f"{format_bytes(free)} free of {format_bytes(limit)}"
     few = free < _LITTLE_MEMORY
     yield Check("memory", WARNING if few else OK, found, "close other programs before loading a model" if few else "")
-    gpus = memory.gpus()
+    gpus = machine.gpus()
     for gpu in gpus:
         yield Check(f"gpu {gpu.index}", OK, f"{gpu.name}, {format_bytes(gpu.free)} free of {format_bytes(gpu.total)}")
     usable = torch.cuda.is_available()
@@ -202,13 +202,13 @@ def _read_speed(file: Path, clock: Callable[[], float] = time.perf_counter) -> C
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(raw.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             begun = clock()
-            while done < _READ_AT_MOST and (piece := raw.read(_READ_PIECE)):
+            while done < _MAX_READS and (piece := raw.read(_READ_PIECE)):
                 done += len(piece)
             rate = done / max(clock() - begun, 1e-9)
     except OSError as error:
         return Check("disk read", PROBLEM, f"{file.name}: {why(error)}", "copy the model to a sound disk")
     found = f"{format_bytes(rate)} a second"
-    if done < _READ_AT_LEAST:
+    if done < _MIN_READS:
         return Check("disk read", OK, f"{file.name} is too small to measure")
     if rate < _SLOW_READ:
         return Check("disk read", WARNING, found, "a model that does not fit in memory will be slow; use a faster disk")

@@ -10,18 +10,18 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, cast
 
-from edgemoe.cli.chat import piped_text
+from edgemoe.cli.chat.chat import piped_text
+from edgemoe.cli.chat.slash import read_text
 from edgemoe.cli.exits import Exit, UsageError
 from edgemoe.cli.loading import open_engine
 from edgemoe.cli.output import put
 from edgemoe.cli.render import columns
-from edgemoe.cli.slash import read_text
 from edgemoe.cli.surface import EngineFactory
 from edgemoe.errors import CheckpointError
 
 if TYPE_CHECKING:
     from edgemoe import Engine
-    from edgemoe.quality import Quality
+    from edgemoe.measure.quality import Quality
 
 _HEADINGS = ("what", "how much", "of what")
 _STANDARD_INPUT = "-"
@@ -37,7 +37,7 @@ def evaluate(arguments: argparse.Namespace, engine: EngineFactory | None = None)
         raise UsageError(f"argument --questions: {arguments.questions} is below 0; give 0 to ask none")
     texts = _texts(arguments.text)
     if _reference(arguments) is not None:
-        from edgemoe.evaluation import check_comparable
+        from edgemoe.measure.evaluation import check_comparable
 
         check_comparable(arguments.model, arguments.against, offline=bool(arguments.offline))
     quality = _measured(arguments, engine, texts)
@@ -65,15 +65,15 @@ def _reference(arguments: argparse.Namespace) -> str | None:
 
 
 def _measured(arguments: argparse.Namespace, engine: EngineFactory | None, texts: list[str] | None) -> Quality:
-    from edgemoe.evaluation import QUESTIONS, TOKENS, Evaluation, passages_for
+    from edgemoe.measure.evaluation import QUESTIONS, TOKENS, Evaluation, eval_texts_for
 
     questions = arguments.questions
     if questions is None:
         questions = QUESTIONS if arguments.model is None else 0
     with ExitStack() as kept:
         with closing(_open(arguments, engine, questions)) as loaded, _progress() as on_progress:
-            passages = passages_for(loaded, texts, arguments.tokens or TOKENS)
-            evaluation = kept.enter_context(closing(Evaluation(passages, questions)))
+            eval_texts = eval_texts_for(loaded, texts, arguments.tokens or TOKENS)
+            evaluation = kept.enter_context(closing(Evaluation(eval_texts, questions)))
             evaluation.measure(loaded, on_progress)
             if _reference(arguments) is None:
                 return evaluation.against(loaded, on_progress)

@@ -11,8 +11,8 @@ class FieldError(ValueError):
     """A field is unknown or holds something it may not; the message is one sentence."""
 
 
-MOST_CHOICES = 128
-_SHOWN_AT_MOST = 60
+MAX_CHOICES = 128
+_MAX_SHOWN = 60
 
 _NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
 _WHOLE_NUMBERS = ("top_k", "seed", "max_tokens", "max_completion_tokens")
@@ -83,14 +83,14 @@ def _equal(one: Any, other: Any) -> bool:
 
 def _shown(value: Any) -> str:
     text = json.dumps(value)
-    return text if len(text) <= _SHOWN_AT_MOST else text[:_SHOWN_AT_MOST] + "…"
+    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "…"
 
 
 def choices(body: Mapping[str, Any]) -> int:
     """How many replies the body asks for."""
     count = whole("n", body["n"]) if body.get("n") is not None else 1
-    if not 1 <= count <= MOST_CHOICES:
-        raise FieldError(f"n is {count}; give 1 to {MOST_CHOICES}")
+    if not 1 <= count <= MAX_CHOICES:
+        raise FieldError(f"n is {count}; give 1 to {MAX_CHOICES}")
     if body.get("best_of") is not None and not _equal(body["best_of"], count):
         raise FieldError(f"best_of is {_shown(body['best_of'])}, but only as many as n ({count}) are served")
     return count

@@ -58,7 +58,7 @@ def open_ray_engines(arguments: argparse.Namespace) -> BatchEngineView:
     """The same on the Ray cluster that the command line names. Raises what `RayEngines.load` raises."""
 
     def load() -> Callable[..., BatchEngineView]:
-        from edgemoe.ray_engines import RayEngines
+        from edgemoe.cluster.engines import RayEngines
 
         return partial(RayEngines.load, arguments.ray)
 

@@ -225,9 +225,9 @@ def _dispatch(argv: Sequence[str] | None, engine: EngineFactory | None) -> int:
     if arguments.command is None:
         raise UsageError("no command given; try 'edgemoe chat', or see 'edgemoe --help'")
     if arguments.command == "run":
-        from edgemoe.cli.run import run as command
+        from edgemoe.cli.run.run import run as command
     elif arguments.command == "chat":
-        from edgemoe.cli.chat import chat as command
+        from edgemoe.cli.chat.chat import chat as command
     elif arguments.command == "plan":
         from edgemoe.cli.plan import plan as command
     elif arguments.command == "eval":

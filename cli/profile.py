@@ -12,17 +12,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgemoe.checkpoint.state_folder import NONE, keeps_nothing
 from edgemoe.cli.arguments import model_settings
 from edgemoe.cli.exits import Exit, FileTrouble, UsageError, why
 from edgemoe.cli.loading import progress_bar, say, say_which_model
 from edgemoe.cli.output import put
 from edgemoe.cli.render import columns
 from edgemoe.cli.surface import EngineFactory
-from edgemoe.state_folder import NONE, keeps_nothing
 
 if TYPE_CHECKING:
-    from edgemoe.performance_model import Outlook
-    from edgemoe.profile_file import Profile
+    from edgemoe.plan.performance_model import Outlook
+    from edgemoe.plan.profile import Profile
 
 _PICTURES = (".png", ".svg")
 _BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -42,11 +42,11 @@ def profile(arguments: argparse.Namespace, engine: EngineFactory | None = None) 
     """
     picture = None if arguments.plot is None else _checked(Path(arguments.plot))
     say_which_model(arguments)
-    from edgemoe import profile_file
-    from edgemoe.blueprint import open_blueprint
+    from edgemoe.checkpoint.blueprint import open_blueprint
+    from edgemoe.checkpoint.state_folder import StateFolder
     from edgemoe.config import EngineConfig
-    from edgemoe.profiler import take_profile
-    from edgemoe.state_folder import StateFolder
+    from edgemoe.measure.profiler import take_profile
+    from edgemoe.plan.profile import write_profile
 
     settings = model_settings(arguments)
     blueprint = open_blueprint(
@@ -62,7 +62,7 @@ def profile(arguments: argparse.Namespace, engine: EngineFactory | None = None) 
         made = take_profile(blueprint, replace(EngineConfig(), **settings), on_progress)
     if keeps:
         with _told(arguments.state_folder):
-            profile_file.write(state, made)
+            write_profile(state, made)
         say(f"kept in {state.path}")
     _print(made, as_json=bool(arguments.json))
     # Last: what was measured is kept and told by now, whatever becomes of the picture.
@@ -100,7 +100,7 @@ def _checked(picture: Path) -> Path:
 
 
 def _draw(made: Profile, picture: Path) -> None:
-    from edgemoe.profile_picture import draw
+    from edgemoe.plan.profile_plot import draw
 
     try:
         draw(made, picture)
@@ -133,7 +133,7 @@ def _print(made: Profile, *, as_json: bool) -> None:
 
 def _predicted(made: Profile) -> dict[str, Any]:
     """What the tables tell beside the points, for JSON."""
-    from edgemoe.prediction import ACCEPTANCE
+    from edgemoe.plan.prediction import ACCEPTANCE
 
     slots = [
         {"cache_share": share, "batches": [asdict(each) for each in found]} for share, found in _outlooks(made).items()
@@ -143,7 +143,7 @@ def _predicted(made: Profile) -> dict[str, Any]:
 
 def _outlooks(made: Profile) -> dict[float, list[Outlook]]:
     """What the model says over batches: for all experts resident, and for the slots that there were, where fewer."""
-    from edgemoe.prediction import ACCEPTANCE
+    from edgemoe.plan.prediction import ACCEPTANCE
 
     there = max(point.cache_share for point in made.points)
     return {
@@ -153,7 +153,7 @@ def _outlooks(made: Profile) -> dict[float, list[Outlook]]:
 
 def _full_activation(made: Profile) -> int:
     """Tokens from which on drafts want next to no new experts."""
-    from edgemoe.moesd import full_activation
+    from edgemoe.plan.moesd import full_activation
 
     return full_activation(made.model.shape.experts, made.model.shape.top_k)
 
@@ -175,7 +175,7 @@ def _points(made: Profile) -> list[Sequence[str]]:
 
 
 def _title(share: float) -> str:
-    from edgemoe.prediction import ACCEPTANCE
+    from edgemoe.plan.prediction import ACCEPTANCE
 
     slots = "all experts resident" if share == 1 else f"slots for {share:.0%} of the experts"
     depths = " and ".join(map(str, _DEPTHS))

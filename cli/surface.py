@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from edgemoe import Chunk, Completion, RequestError, Sampling
-    from edgemoe.tokenizing import Prompt
+    from edgemoe.checkpoint.tokenizer import Prompt
 
 
 class LoadProgress(Protocol):

@@ -14,7 +14,7 @@ from edgemoe.version import __version__
 
 if TYPE_CHECKING:
     from edgemoe.engine import Engine
-    from edgemoe.plan import Plan
+    from edgemoe.plan.plan import Plan
     from edgemoe.results import Chunk, Completion, Stats, Timings
 
 __all__ = [
@@ -34,7 +34,7 @@ __all__ = [
 
 _LAZY = {
     "Engine": "engine",
-    "Plan": "plan",
+    "Plan": "plan.plan",
     "Chunk": "results",
     "Completion": "results",
     "Stats": "results",

@@ -5,49 +5,49 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 
-from edgemoe import affinity_file, few_token_linear, profile_file
-from edgemoe.draft_model import DraftModel
-from edgemoe.draft_routing import RULES
-from edgemoe.draft_settings import DraftSettings
+from edgemoe.draft import affinity_file
+from edgemoe.draft.draft_model import DraftModel
+from edgemoe.draft.pass_drafter import ModelDrafter, PassDrafter, SelfDrafter
+from edgemoe.draft.settings import DraftSettings
+from edgemoe.draft.speculation import Speculation
 from edgemoe.errors import PlanError
-from edgemoe.joint_decoder import JointDecoder
-from edgemoe.pass_drafter import ModelDrafter, PassDrafter, SelfDrafter
-from edgemoe.plan import Plan
-from edgemoe.profile_conditions import ProfileConditions
-from edgemoe.profile_file import ForeignProfile
+from edgemoe.experts.draft_routing import RULES
+from edgemoe.kernels.cpu import batch_invariant_linear
+from edgemoe.model.model_runner import ModelRunner
+from edgemoe.plan.plan import Plan
+from edgemoe.plan.profile import ForeignProfile, ProfileConditions, read_profile
 from edgemoe.runtime import Runtime
-from edgemoe.speculation import Speculation
 
 
 def speculation_for(
-    settings: DraftSettings, decoder: JointDecoder, runtime: Runtime, plan: Plan, draft_model: DraftModel | None
+    settings: DraftSettings, runner: ModelRunner, runtime: Runtime, plan: Plan, draft_model: DraftModel | None
 ) -> Speculation:
-    """The speculation of the model that `decoder` runs and `runtime` holds.
+    """The speculation of the model that `runner` runs and `runtime` holds.
 
     Raises PlanError when the rule "affinity" has no table, CheckpointError when the draft model cannot be loaded.
     """
     passes: PassDrafter | None = None
     if "self" in settings.drafters:
-        passes = _self_drafter(settings, decoder, runtime)
+        passes = _self_drafter(settings, runner, runtime)
     elif draft_model is not None:
         own = draft_model.load(plan)
         if plan.device == "cpu":
-            few_token_linear.install(own.plain.model, runtime.workers)
-        passes = ModelDrafter(own, decoder.vocabulary, draft_model.kv, plan.draft_kv_nbytes, plan.prefill_chunk)
-    return Speculation(settings, decoder, passes, runtime.foresight, _profiled_cost(runtime, plan))
+            batch_invariant_linear.install_gemv(own.sequential.model, runtime.workers)
+        passes = ModelDrafter(own, runner.vocabulary, draft_model.kv, plan.draft_kv_nbytes, plan.prefill_chunk)
+    return Speculation(settings, runner, passes, runtime.predictor, _profiled_cost(runtime, plan))
 
 
 def _profiled_cost(runtime: Runtime, plan: Plan) -> Callable[[int], float] | None:
     """What one more token costs by the profile of this machine, where one is kept, for so many sequences."""
     with suppress(ForeignProfile):
-        profile = profile_file.read(runtime.state, ProfileConditions.of(plan))
+        profile = read_profile(runtime.state, ProfileConditions.of(plan))
         if profile is not None:
             model, share = profile.model, plan.slots / plan.experts
             return lambda sequences: model.token_cost(sequences, model.hit_rate(share, sequences))
     return None
 
 
-def _self_drafter(settings: DraftSettings, decoder: JointDecoder, runtime: Runtime) -> SelfDrafter:
+def _self_drafter(settings: DraftSettings, runner: ModelRunner, runtime: Runtime) -> SelfDrafter:
     experts = runtime.cache.store.experts
     affinity = affinity_file.read(runtime.state, experts)
     if settings.rule == "affinity" and affinity is None:
@@ -58,4 +58,4 @@ def _self_drafter(settings: DraftSettings, decoder: JointDecoder, runtime: Runti
     rules = [settings.rule]
     if settings.rule == "auto":
         rules = [rule for rule in RULES if rule != "affinity" or affinity is not None]
-    return SelfDrafter(decoder, runtime.cache, experts, rules, affinity.nearest if affinity else None)
+    return SelfDrafter(runner, runtime.cache, experts, rules, affinity.nearest if affinity else None)

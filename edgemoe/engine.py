@@ -10,30 +10,30 @@ from typing import Any
 
 import torch
 
-from edgemoe.batch import Batch
-from edgemoe.batch_size import BatchSize
-from edgemoe.blueprint import Blueprint, open_blueprint
-from edgemoe.budget_routing import BudgetTotals
+from edgemoe.checkpoint.blueprint import Blueprint, open_blueprint
+from edgemoe.checkpoint.tokenizer import Prompt, load_generation_config, load_tokenizer, prompt_tokens, render_chat
 from edgemoe.config import EngineConfig
-from edgemoe.decoder import Decoder
-from edgemoe.draft_model import DraftModel
-from edgemoe.draft_settings import draft_settings
+from edgemoe.draft.draft_model import DraftModel
+from edgemoe.draft.expert_budget import expert_budget_for
+from edgemoe.draft.settings import draft_settings
 from edgemoe.drafters import speculation_for
 from edgemoe.errors import CheckpointError, EdgeMoEError, RequestError
-from edgemoe.expert_budget import budgeted_passes
-from edgemoe.generation import Cancels, Generation
-from edgemoe.joint_decoder import JointDecoder
-from edgemoe.plan import Plan
+from edgemoe.experts.budget_routing import BudgetTotals
+from edgemoe.model.model_runner import ModelRunner
+from edgemoe.model.sequential_runner import SequentialRunner
+from edgemoe.plan.plan import Plan
 from edgemoe.planner import make_plan
+from edgemoe.request.request import Cancels, Request
 from edgemoe.results import Chunk, Completion, Progress, Stats, chat_completion
 from edgemoe.runtime import Runtime
 from edgemoe.sampling import ResolvedSampling, Sampling, resolve
-from edgemoe.tokenizing import Prompt, load_generation_config, load_tokenizer, prompt_tokens, render_chat
+from edgemoe.scheduler.batch_size import BatchSize
+from edgemoe.scheduler.scheduler import Scheduler
 
 DEFAULTS = EngineConfig()
-READ_AHEAD = 16
+READ_AHEAD_BATCHES = 16
 """Batches of requests that are in flight at most, so that those that begin alike can be found ..."""
-MOST_AHEAD = 1024
+MAX_READ_AHEAD = 1024
 """... and requests, where that is less; two batches are always."""
 
 
@@ -54,7 +54,7 @@ class Engine:
         self._vocabulary = blueprint.config.get_text_config().vocab_size
         self._runtime: Runtime | None = Runtime(blueprint, self.plan, config, on_progress)
         try:
-            self._batch = self._new_batch(self._runtime, draft_model)
+            self._scheduler = self._new_scheduler(self._runtime, draft_model)
         except BaseException:
             self._runtime.close()
             raise
@@ -62,9 +62,9 @@ class Engine:
         self._cancels = Cancels()
         self._requests = 0
 
-    def _new_batch(self, runtime: Runtime, draft_model: DraftModel | None) -> Batch:
+    def _new_scheduler(self, runtime: Runtime, draft_model: DraftModel | None) -> Scheduler:
         plan = self.plan
-        decoder = Decoder(
+        runner = SequentialRunner(
             runtime.model,
             runtime.layers,
             torch.device(plan.device),
@@ -74,12 +74,12 @@ class Engine:
             plan.layers * plan.top_k / plan.experts,
         )
         size = BatchSize(plan.batch, automatic=str(self._config.batch).strip().lower() == "auto")
-        joint = JointDecoder(decoder)
+        joint = ModelRunner(runner)
         speculation = speculation_for(draft_settings(self._config), joint, runtime, plan, draft_model)
-        budget = budgeted_passes(self._config, runtime.layers, runtime.cache)
+        budget = expert_budget_for(self._config, runtime.layers, runtime.cache)
         rows, patience = joint.rows_within(plan.workspace_nbytes), self._config.patience
-        return Batch(
-            joint, speculation, plan.kv, plan.kv_nbytes, plan.prefill_chunk, size, patience, budget, most_drafted=rows
+        return Scheduler(
+            joint, speculation, plan.kv, plan.kv_nbytes, plan.prefill_chunk, size, patience, budget, max_drafted=rows
         )
 
     @classmethod
@@ -200,9 +200,9 @@ class Engine:
     @property
     def stats(self) -> Stats:
         """Totals since loading, requests in flight included; readable from any thread, and after `close` no more."""
-        runtime, batch = self._loaded(), self._batch
+        runtime, batch = self._loaded(), self._scheduler
         counters, totals, speculation = runtime.cache.counters, batch.totals, batch.speculation
-        forecast, lookahead = runtime.foresight.forecast, runtime.foresight.ahead
+        forecast, lookahead = runtime.predictor.forecast, runtime.predictor.ahead
         return Stats(
             slots=self.plan.slots,
             experts=self.plan.experts,
@@ -258,11 +258,11 @@ class Engine:
         replies are taken, a few batches ahead. Closing the generator ends what is in flight.
         """
         numbered = enumerate(requests)
-        flying: dict[Generation, int] = {}
+        flying: dict[Request, int] = {}
         more = True
         try:
             while more or flying:
-                most = self._most_flying()
+                most = self._max_in_flight()
                 while more and len(flying) < most:
                     number, request = next(numbered, (-1, None))
                     if request is None:
@@ -303,7 +303,7 @@ class Engine:
         with self._device:
             runtime, self._runtime = self._runtime, None
             if runtime is not None:
-                self._batch.close()
+                self._scheduler.close()
                 runtime.close()
 
     def __enter__(self) -> Engine:
@@ -319,21 +319,21 @@ class Engine:
             raise EdgeMoEError("the engine is closed: load it again with Engine.load")
         return self._runtime
 
-    def _submit(self, prompt: Prompt, sampling: Sampling) -> Generation:
+    def _submit(self, prompt: Prompt, sampling: Sampling) -> Request:
         """A new request in the line. The device is held."""
         self._loaded()
         tokens = self._tokens(prompt)
         settings = self._settings(sampling, len(tokens))
-        generation = Generation(self._requests, tokens, settings, self._tokenizer, self._cancels)
+        generation = Request(self._requests, tokens, settings, self._tokenizer, self._cancels)
         self._requests += 1
-        self._batch.add(generation)
+        self._scheduler.add(generation)
         return generation
 
-    def _most_flying(self) -> int:
+    def _max_in_flight(self) -> int:
         with self._device:
             self._loaded()
-            limit = self._batch.size.limit
-            return max(2 * limit, min(READ_AHEAD * limit, MOST_AHEAD))
+            limit = self._scheduler.size.limit
+            return max(2 * limit, min(READ_AHEAD_BATCHES * limit, MAX_READ_AHEAD))
 
     def _step(self, unless: Callable[[], bool]) -> None:
         """Computes one step of the batch, but not when another thread's step has brought what was waited for."""
@@ -342,11 +342,11 @@ class Engine:
             if unless():
                 return
             try:
-                self._batch.step(runtime.cache.counters)
+                self._scheduler.step(runtime.cache.counters)
             except OSError as error:
                 raise self._failure(error) from error
 
-    def _next_chunks(self, generation: Generation) -> list[Chunk]:
+    def _next_chunks(self, generation: Request) -> list[Chunk]:
         """The chunks that there are, after a step when there are none."""
         self._step(unless=lambda: bool(generation.chunks) or generation.finished)
         if generation.error is not None:
@@ -361,12 +361,12 @@ class Engine:
             return CheckpointError(f"{self._checkpoint.name} cannot be read any more ({error}): fetch it again")
         return EdgeMoEError(f"a step that this request was part of failed ({error!r}): ask again")
 
-    def _abandon(self, generations: Iterable[Generation]) -> None:
+    def _abandon(self, generations: Iterable[Request]) -> None:
         """Ends requests that nobody waits for any more."""
         for generation in generations:
             generation.abandoned = True
 
-    def _completion(self, generation: Generation) -> Completion:
+    def _completion(self, generation: Request) -> Completion:
         if generation.error is not None:
             raise self._failure(generation.error) from generation.error
         return Completion.from_chunks(list(generation.chunks), generation.tokens[: generation.prompt_length])

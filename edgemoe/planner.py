@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 
-from edgemoe.blueprint import Blueprint
+from edgemoe.checkpoint.blueprint import Blueprint
+from edgemoe.checkpoint.state_folder import StateFolder
 from edgemoe.config import EngineConfig
-from edgemoe.draft_model import DraftModel
-from edgemoe.draft_settings import draft_settings
+from edgemoe.draft.draft_model import DraftModel
+from edgemoe.draft.expert_budget import budget_settings
+from edgemoe.draft.settings import draft_settings
 from edgemoe.errors import PlanError
-from edgemoe.expert_budget import budget_settings
-from edgemoe.kv_size import measure_kv
-from edgemoe.memory import cores, ram_free
-from edgemoe.plan import Plan
-from edgemoe.prediction import predict
+from edgemoe.plan.kv_size import measure_kv
+from edgemoe.plan.machine import cores, ram_free
+from edgemoe.plan.plan import Plan
+from edgemoe.plan.prediction import predict
 from edgemoe.sizes import format_bytes, parse_bytes
-from edgemoe.state_folder import StateFolder
 
 DRAFTED_FOR = 4
 """Sequences of full length that a draft model has room for; for others, while these run, nothing drafts."""
@@ -43,7 +43,7 @@ def make_plan(blueprint: Blueprint, config: EngineConfig, draft_model: DraftMode
     reserve = max(config.reserve, int(free * config.reserve_share))
     # While the largest weight loads, the loader may hold it twice; later the same room serves activations.
     workspace = max(config.prefill_workspace, blueprint.largest_dense_nbytes)
-    slot = max(site.layout.nbytes for site in blueprint.sites)
+    slot = max(moe.layout.nbytes for moe in blueprint.experts_modules)
     draft = Plan(
         model=blueprint.checkpoint.name,
         family=blueprint.config.model_type,
@@ -51,14 +51,14 @@ def make_plan(blueprint: Blueprint, config: EngineConfig, draft_model: DraftMode
         dtype=str(blueprint.dtype).removeprefix("torch."),
         threads=config.threads or cores(),
         context=context,
-        layers=len(blueprint.sites),
-        experts=sum(site.experts for site in blueprint.sites),
+        layers=len(blueprint.experts_modules),
+        experts=sum(moe.experts for moe in blueprint.experts_modules),
         top_k=_top_k(text),
         slot_nbytes=slot,
         slots=0,
         device_free=free,
         dense_nbytes=blueprint.dense_nbytes,
-        batch=_most_sequences(config),
+        batch=_max_sequences(config),
         kv=kv,
         kv_nbytes=kv.nbytes(context),
         draft_weights_nbytes=draft_model.weight_nbytes if draft_model else 0,
@@ -129,7 +129,7 @@ def _prefill_chunk(blueprint: Blueprint, config: EngineConfig) -> int:
     """As many tokens as the workspace holds: outputs of top-k experts, hidden states and one expert's inner values."""
     text = blueprint.config.get_text_config()
     token = 4 * text.hidden_size * (_top_k(text) + 6) + 4 * 4 * max(
-        max(part.shape) for site in blueprint.sites for part in site.layout.parts
+        max(part.shape) for moe in blueprint.experts_modules for part in moe.layout.parts
     )
     return max(32, min(config.prefill_chunk, config.prefill_workspace // int(token)))
 
@@ -148,7 +148,7 @@ def _shrink_context(plan: Plan) -> Plan:
     return replace(plan, context=context, kv_nbytes=plan.kv.nbytes(context))
 
 
-def _most_sequences(config: EngineConfig) -> int:
+def _max_sequences(config: EngineConfig) -> int:
     """The bound on sequences decoded together."""
     text = str(config.batch).strip().lower()
     if text == "auto":

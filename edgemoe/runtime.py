@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-from edgemoe import expert_layer, few_token_linear, heat_file
-from edgemoe.blueprint import Blueprint
 from edgemoe.cache import ExpertCache, ExpertId, Link, SlotPool, Throttle
 from edgemoe.cache.cuda_link import CudaLink, CudaStreams
 from edgemoe.cache.host_store import HostStore
@@ -17,17 +15,21 @@ from edgemoe.cache.hot_temporal import HotTemporal
 from edgemoe.cache.reader_link import ReaderLink
 from edgemoe.cache.safetensors_store import SafetensorsStore
 from edgemoe.cache.store import ExpertStore
+from edgemoe.checkpoint import heat_file
+from edgemoe.checkpoint.blueprint import Blueprint
+from edgemoe.checkpoint.dense_loader import load_dense
+from edgemoe.checkpoint.state_folder import StateFolder
 from edgemoe.config import EngineConfig
-from edgemoe.foresight import Foresight
-from edgemoe.loading import load_dense
-from edgemoe.lookahead import Lookahead
-from edgemoe.plan import Plan
+from edgemoe.experts import expert_layer
+from edgemoe.experts.expert_predictor import ExpertPredictor
+from edgemoe.experts.lookahead import Lookahead
+from edgemoe.kernels.cpu import batch_invariant_linear
+from edgemoe.kernels.cpu.threads import Workers
+from edgemoe.plan.plan import Plan
 from edgemoe.prefetch.fill import fill_order
 from edgemoe.prefetch.link_gauge import LinkGauge
 from edgemoe.prefetch.prefetcher import Prefetcher
 from edgemoe.results import Progress
-from edgemoe.state_folder import StateFolder
-from edgemoe.workers import Workers
 
 
 class Runtime:
@@ -52,7 +54,7 @@ class Runtime:
     ) -> None:
         device = torch.device(plan.device)
         self.model = load_dense(blueprint, device, lambda done, total: on_progress(Progress("weights", done, total)))
-        layouts = [site.layout for site in blueprint.sites]
+        layouts = [moe.layout for moe in blueprint.experts_modules]
         files = SafetensorsStore(blueprint.checkpoint.files, layouts, blueprint.records, direct=plan.direct_reads)
         self._stack.callback(files.close)
         throttle = Throttle(config.link_gbps * 1e9) if config.link_gbps else None
@@ -64,20 +66,24 @@ class Runtime:
         self.cache = ExpertCache(files, link, pool, policy)
         workers = self.workers = Workers(plan.threads)
         self._stack.callback(workers.close)
-        self.foresight = self._foresight(blueprint, files.experts, plan, config)
-        self.layers = expert_layer.install(self.model, blueprint.sites, self.cache, workers, self.foresight)
+        self.predictor = self._predictor(blueprint, files.experts, plan, config)
+        self.layers = expert_layer.install(self.model, blueprint.experts_modules, self.cache, workers, self.predictor)
         if device.type == "cpu":
-            few_token_linear.install(self.model, workers)
+            batch_invariant_linear.install_gemv(self.model, workers)
         self.state = StateFolder.of(blueprint.checkpoint, config.state_folder)
         heat = heat_file.read(self.state, files.experts)
         policy.warm(heat)
         self.cache.fill([ExpertId(*expert) for expert in fill_order(files.experts, plan.slots, heat)])
         self._stack.callback(lambda: heat_file.write(self.state, files.experts, policy.heat()))
 
-    def _foresight(self, blueprint: Blueprint, experts: Sequence[int], plan: Plan, config: EngineConfig) -> Foresight:
+    def _predictor(
+        self, blueprint: Blueprint, experts: Sequence[int], plan: Plan, config: EngineConfig
+    ) -> ExpertPredictor:
         prefetcher = Prefetcher(self.cache, len(experts), LinkGauge(self.link, self.cache.counters))
-        lookahead = Lookahead(self.model, blueprint.sites)
-        return Foresight(self.cache, prefetcher, lookahead, experts, plan.top_k, enabled=config.prefetch == "auto")
+        lookahead = Lookahead(self.model, blueprint.experts_modules)
+        return ExpertPredictor(
+            self.cache, prefetcher, lookahead, experts, plan.top_k, enabled=config.prefetch == "auto"
+        )
 
     def _link(
         self,

@@ -8,7 +8,7 @@ import torch
 
 EDGES = torch.tensor([0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.45, 0.7, 1.0])
 BINS = len(EDGES) + 1
-LEAST = 0.01
+MIN_AMOUNT = 0.01
 """Amount below which an expert is not named."""
 
 
@@ -23,7 +23,7 @@ class Forecast:
         """Bool [nodes, experts]: which of each node's `top_k` greatest shares no node before wanted."""
         chosen = shares.topk(min(top_k, shares.shape[-1]), dim=-1).indices
         new = torch.zeros_like(shares, dtype=torch.bool).scatter(-1, chosen, True)
-        return new & (shares > 0) & (self._amounts[layer] < LEAST)
+        return new & (shares > 0) & (self._amounts[layer] < MIN_AMOUNT)
 
     def add(self, layer: int, shares: torch.Tensor, certain: torch.Tensor) -> None:
         """More nodes: `shares`, float32 [nodes, experts], and their path probabilities, [nodes] on the CPU."""
@@ -32,6 +32,6 @@ class Forecast:
     def bins(self, layer: int) -> dict[int, int]:
         """The experts of `layer` that are named, and how much each is wanted, as a bin of `BINS`."""
         amounts = self._amounts[layer]
-        named = (amounts >= LEAST).nonzero().flatten()
+        named = (amounts >= MIN_AMOUNT).nonzero().flatten()
         numbers = torch.bucketize(amounts[named], EDGES, right=True)
         return dict(zip(named.tolist(), numbers.tolist(), strict=True))

@@ -13,7 +13,7 @@ from edgemoe.prefetch.scorecard import Scorecard
 
 VICTIM_WANTED = 0.25
 """How likely what a prefetch evicts is to be missed soon."""
-MOST_ON_THE_WAY = 4
+MAX_ON_THE_WAY = 4
 """Prefetches on the link at a time, so that one that is called off has not cost much."""
 
 
@@ -59,7 +59,7 @@ class Prefetcher:
         self._scorecards[predictor] = Scorecard(bins, prior)
         return self._scorecards[predictor]
 
-    def foretell(self, predictor: str, layer: int, bins: Mapping[int, int], resident: Collection[int]) -> None:
+    def add_prediction(self, predictor: str, layer: int, bins: Mapping[int, int], resident: Collection[int]) -> None:
         """`predictor` names experts of `layer` with their bins, in place of what it said before of that layer."""
         self._predictions[layer][predictor] = Prediction(bins, resident)
         likely: dict[ExpertId, float] = {}
@@ -71,7 +71,7 @@ class Prefetcher:
         self._likely[layer] = likely
         self._queues[layer] = deque(sorted(likely, key=lambda expert: -likely[expert]))
 
-    def worth_bringing(self, distance: int, *, in_pass: bool = False) -> float:
+    def break_even(self, distance: int, *, in_pass: bool = False) -> float:
         """How likely an expert of a layer `distance` layers ahead must be for its load to pay.
 
         A right load saves the part of its time for which the pass would have waited. While a draft grows the link has
@@ -84,7 +84,7 @@ class Prefetcher:
         lost = self._gauge.busy + VICTIM_WANTED
         return lost / (lost + saved)
 
-    def reach(self, layer: int, wanted: Sequence[int]) -> None:
+    def enter_layer(self, layer: int, wanted: Sequence[int]) -> None:
         """A pass asks for `wanted` of `layer`: settles what was said of it, and calls off what was wrong."""
         now = time.perf_counter()
         if layer == self._reached + 1:
@@ -99,19 +99,19 @@ class Prefetcher:
         self._forget(layer)
         self._settle(layer, asked)
 
-    def bring(self, after: int = -1) -> None:
+    def issue(self, after: int = -1) -> None:
         """Puts on the link what it can bring in time, for the layers behind `after`, the one that a pass is in."""
         queues = self._queues[after + 1 :]
         if not any(queues):
             return
         in_pass = after >= 0
-        least = self.worth_bringing(1, in_pass=in_pass)
+        least = self.break_even(1, in_pass=in_pass)
         # What is there already as well: it must not leave for what is wanted later.
         keep = {expert for likely in self._likely[after + 1 :] for expert, rate in likely.items() if rate >= least}
         for distance, queue in enumerate(queues, start=1):
-            least = self.worth_bringing(distance, in_pass=in_pass)
+            least = self.break_even(distance, in_pass=in_pass)
             while queue and self._likely[queue[0].layer][queue[0]] >= least:
-                if self._cache.prefetching >= min(MOST_ON_THE_WAY, max(1, int(self._in_time(distance)))):
+                if self._cache.prefetching >= min(MAX_ON_THE_WAY, max(1, int(self._in_time(distance)))):
                     return
                 expert = queue[0]
                 if not self._cache.holds(expert):
@@ -161,5 +161,5 @@ class Prefetcher:
     def _in_time(self, distance: int) -> float:
         """Records that the link brings while a pass gets `distance` layers further."""
         if not self._gauge.speed or not self._layer_seconds:
-            return MOST_ON_THE_WAY
+            return MAX_ON_THE_WAY
         return self._gauge.speed * self._layer_seconds * distance / self._cache.pool.slot_nbytes

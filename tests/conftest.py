@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +11,15 @@ from pathlib import Path
 # Read by huggingface_hub when it is first imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import shutil
+import threading
+
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parents[1]))
+from bench.support.byte_tokenizer import with_tokenizer
+from tests.support.checkpoints import Zoo
+
 torch.set_num_threads(1)
 
 # What edgemoe keeps between runs is never kept in the user's own folder: here for engines that outlive a test ...
@@ -36,3 +40,25 @@ def _the_modes_of_the_thread_are_left_as_they_were() -> Iterator[None]:
     yield
     assert not torch.is_inference_mode_enabled()
     assert torch.is_grad_enabled()
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left_behind() -> Iterator[None]:
+    """A closed engine has ended every thread that it started."""
+    before = set(threading.enumerate())
+    yield
+    left = [thread.name for thread in set(threading.enumerate()) - before if thread.name.startswith("edgemoe")]
+    assert left == []
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    return Zoo(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture(scope="session")
+def talker(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny mixtral with a byte tokenizer and a chat template; not to be changed."""
+    folder = tmp_path_factory.mktemp("talker")
+    shutil.copytree(zoo("mixtral", vocab_size=264), folder, dirs_exist_ok=True)
+    return with_tokenizer(folder)

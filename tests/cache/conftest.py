@@ -4,7 +4,8 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from fakes import FakeStreams, wait_until
+
+from tests.support.cache_fakes import FakeStreams, wait_until
 
 
 @pytest.fixture(autouse=True)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from test_expert_cache import NBYTES, link_of, make, use
-from test_expert_cache_prefetch import ids, prefetched
 
 from edgemoe.cache import CacheCounters, ExpertCache, ExpertId
+from tests.support.driven_cache import NBYTES, ids, link_of, make, prefetched, use
 
 
 def bytes_of(cache: ExpertCache) -> dict[str, int]:

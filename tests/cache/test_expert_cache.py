@@ -3,40 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
 
 import pytest
-import torch
-from fakes import FakeLink, FakeStore, holds
 
-from edgemoe.cache import BalancedLRU, EvictionPolicy, ExpertCache, ExpertId, GlobalLRU, Loan, SlotPool
-
-NBYTES = 128
-CPU = torch.device("cpu")
-
-
-def make(slots: int, experts: Iterable[int] = (8, 8), policy: EvictionPolicy | None = None) -> ExpertCache:
-    store = FakeStore(tuple(experts), NBYTES)
-    return ExpertCache(store, FakeLink(store), SlotPool(slots, NBYTES, CPU), policy or GlobalLRU())
-
-
-def link_of(cache: ExpertCache) -> FakeLink:
-    assert isinstance(cache._link, FakeLink)
-    return cache._link
-
-
-def use(cache: ExpertCache, layer: int, *experts: int) -> list[Loan]:
-    """Borrows to the end, checking at each loan that every lent slot holds its expert and may be read."""
-    loans = []
-    for loan in cache.borrow(layer, experts):
-        for number, slot in zip(loan.experts, loan.slots, strict=True):
-            assert holds(cache.pool.memory[slot], ExpertId(layer, number), NBYTES)
-            assert ExpertId(layer, number) in link_of(cache).readable
-        cache.check_integrity()
-        loans.append(loan)
-    assert sorted(number for loan in loans for number in loan.experts) == sorted(experts)
-    cache.check_integrity()
-    return loans
+from edgemoe.cache import BalancedLRU, ExpertId
+from tests.support.cache_fakes import holds
+from tests.support.driven_cache import NBYTES, link_of, make, use
 
 
 def test_a_cache_needs_a_slot() -> None:
@@ -233,5 +205,5 @@ def test_random_work_keeps_every_law(seed: int, slots: int) -> None:
     link.finish(*link.under_way)
     for expert in [ExpertId(layer, number) for layer in range(layers) for number in cache.residents(layer)]:
         assert holds(cache.pool.memory[cache._held[expert].slot], expert, NBYTES)
-    unasked = sum(NBYTES for held in cache._held.values() if held.unasked)
-    assert cache.counters.bytes_loaded + unasked == link.moved
+    load_reason = sum(NBYTES for held in cache._held.values() if held.load_reason)
+    assert cache.counters.bytes_loaded + load_reason == link.moved

@@ -5,14 +5,10 @@ from __future__ import annotations
 import random
 
 import pytest
-from fakes import holds
-from test_expert_cache import NBYTES, link_of, make, use
 
 from edgemoe.cache import BalancedLRU, ExpertCache, ExpertId, Loan
-
-
-def ids(layer: int, *numbers: int) -> list[ExpertId]:
-    return [ExpertId(layer, number) for number in numbers]
+from tests.support.cache_fakes import holds
+from tests.support.driven_cache import NBYTES, ids, link_of, make, prefetched, use
 
 
 def lend(cache: ExpertCache, layer: int, *experts: int) -> Loan:
@@ -25,11 +21,6 @@ def lend(cache: ExpertCache, layer: int, *experts: int) -> Loan:
         cache.check_integrity()
     cache.check_integrity()
     return loan
-
-
-def prefetched(cache: ExpertCache, layer: int, *numbers: int) -> None:
-    assert cache.prefetch(ids(layer, *numbers)) == len(numbers)
-    link_of(cache).finish(*ids(layer, *numbers))
 
 
 # --- lend ------------------------------------------------------------------------------------------
@@ -184,8 +175,8 @@ def test_what_the_cache_tells_is_what_a_plain_search_finds(seed: int) -> None:
             resident = [number for number in range(count) if cache.is_resident(ExpertId(layer, number))]
             assert sorted(cache.residents(layer)) == resident
         assert cache.complete == all(map(cache.holds, everyone))
-        unasked = [held for held in cache._held.values() if held.unasked and held.transfer is not None]
-        assert cache.prefetching == sum(held.transfer is not None and not held.transfer.done for held in unasked)
+        load_reason = [held for held in cache._held.values() if held.load_reason and held.transfer is not None]
+        assert cache.prefetching == sum(held.transfer is not None and not held.transfer.done for held in load_reason)
 
     for _ in range(150):
         layer = draw.randrange(len(experts))
@@ -207,7 +198,7 @@ def test_what_the_cache_tells_is_what_a_plain_search_finds(seed: int) -> None:
             borrowed.close()
         else:
             for expert in [expert for expert in link.under_way if draw.random() < 0.5]:
-                if cache._held[expert].unasked and draw.random() < 0.2:
+                if cache._held[expert].load_reason and draw.random() < 0.2:
                     link.faults[expert] = OSError("disk gone")
                 link.finish(expert)
         check()

@@ -6,16 +6,15 @@ import random
 from collections.abc import Callable
 
 import pytest
-from fakes import holds
-from test_expert_cache import NBYTES, link_of, make, use
-from test_expert_cache_lend import ids, prefetched
 
 from edgemoe.cache import BalancedLRU, ExpertCache, ExpertId
+from tests.support.cache_fakes import holds
+from tests.support.driven_cache import NBYTES, ids, link_of, make, prefetched, use
 
 
-def unasked(cache: ExpertCache) -> int:
+def load_reason(cache: ExpertCache) -> int:
     """Bytes of prefetches that nothing has asked for, arrived or not."""
-    return NBYTES * sum(held.unasked is not None for held in cache._held.values())
+    return NBYTES * sum(held.load_reason is not None for held in cache._held.values())
 
 
 def mark(cache: ExpertCache, and_then: Callable[[], object] = lambda: None) -> Callable[[], None]:
@@ -140,7 +139,7 @@ def test_random_prefetches_made_meanwhile_disturb_no_pass(seed: int) -> None:
         cache.check_integrity()
     link.finish(*link.under_way)
     assert link.happened("cancel")
-    assert cache.counters.bytes_loaded + unasked(cache) == link.moved
+    assert cache.counters.bytes_loaded + load_reason(cache) == link.moved
 
 
 # --- calling off -----------------------------------------------------------------------------------
@@ -164,7 +163,7 @@ def test_what_was_called_off_can_be_loaded_again_and_only_that_is_counted() -> N
         assert cache.prefetch(ids(0, 0, 1)) == 2
         link.queued = set(ids(0, 0, 1))
         cache.call_off(ids(0, 0, 1))
-    assert (link.moved, cache.counters.bytes_loaded, unasked(cache)) == (0, 0, 0)
+    assert (link.moved, cache.counters.bytes_loaded, load_reason(cache)) == (0, 0, 0)
     use(cache, 0, 0, 1)
     assert link.moved == NBYTES * 2 == cache.counters.bytes_demanded == cache.counters.bytes_loaded
 

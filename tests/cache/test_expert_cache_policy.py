@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import FakeLink, FakeStore, holds
 
 from edgemoe.cache import EvictionPolicy, ExpertCache, ExpertId, GlobalLRU, SlotPool
 from edgemoe.cache.hot_temporal import HotTemporal
 from edgemoe.cache.trace import replay
+from tests.support.cache_fakes import FakeLink, FakeStore, holds
 
 NBYTES = 128
 

@@ -3,19 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from test_expert_cache import NBYTES, link_of, make, use
 
-from edgemoe.cache import ExpertCache, ExpertId
-
-
-def ids(layer: int, *numbers: int) -> list[ExpertId]:
-    return [ExpertId(layer, number) for number in numbers]
-
-
-def prefetched(cache: ExpertCache, layer: int, *numbers: int) -> None:
-    """Brings experts that nothing asked for."""
-    assert cache.prefetch(ids(layer, *numbers)) == len(numbers)
-    link_of(cache).finish(*ids(layer, *numbers))
+from edgemoe.cache import ExpertId
+from tests.support.driven_cache import NBYTES, ids, link_of, make, prefetched, use
 
 
 def test_free_slots_are_taken_first() -> None:
@@ -165,8 +155,8 @@ def test_a_demand_is_served_while_every_slot_waits_for_a_prefetch(slots: int, qu
     use(cache, 1, 5)
     use(cache, 0, 7, 6, 0)
     link.finish(*link.under_way)
-    unasked = NBYTES * sum(held.unasked is not None for held in cache._held.values())
-    assert cache.counters.bytes_loaded + unasked == link.moved
+    load_reason = NBYTES * sum(held.load_reason is not None for held in cache._held.values())
+    assert cache.counters.bytes_loaded + load_reason == link.moved
 
 
 def test_a_demand_calls_off_the_latest_prefetch_of_which_nothing_has_moved() -> None:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from edgemoe.cache.hot_temporal import BACKGROUND, DECAY, DOUBT, HABIT, LEARNT, HotTemporal
-from edgemoe.cache.moments import Moments
 from edgemoe.cache.policy import BalancedLRU, EvictionPolicy, GlobalLRU
 from edgemoe.cache.record import ExpertId
 from edgemoe.cache.rival_policies import LRFU, BalancedLRFU
+from edgemoe.cache.routing_history import RoutingHistory
 from edgemoe.cache.trace import belady_misses, replay
 
 Steps = list[list[ExpertId]]
@@ -297,5 +297,5 @@ def test_where_phrases_return_it_beats_every_count_and_recency(share: float) -> 
 
 
 def test_it_takes_little_memory() -> None:
-    nbytes = sum(one.nbytes for one in vars(Moments([128] * 48)).values() if isinstance(one, np.ndarray))
+    nbytes = sum(one.nbytes for one in vars(RoutingHistory([128] * 48)).values() if isinstance(one, np.ndarray))
     assert nbytes < 14e6

@@ -18,7 +18,7 @@ A, B, C, D = (ExpertId(0, number) for number in range(4))
 Steps = list[list[ExpertId]]
 
 
-def one_by_one(text: str) -> Steps:
+def batch_invariant(text: str) -> Steps:
     return [[{"a": A, "b": B, "c": C, "d": D}[letter]] for letter in text]
 
 
@@ -62,7 +62,7 @@ def random_trace(draw: random.Random, layers: int, experts: int, top_k: int, pas
     ],
 )
 def test_small_traces_worked_out_by_hand(letters: str, slots: int, lru: int, best: int) -> None:
-    trace = one_by_one(letters)
+    trace = batch_invariant(letters)
     assert replay(trace, GlobalLRU(), slots) == lru
     assert replay(trace, ReferenceLRU(), slots) == lru
     assert belady_misses(trace, slots) == best

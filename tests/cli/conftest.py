@@ -7,9 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fake_engine import FakeEngine, FakeFactory
 
-sys.path.append(str(Path(__file__).parents[1] / "engine"))
+from tests.support.fake_engine import FakeEngine, FakeFactory
 
 
 @pytest.fixture(autouse=True)

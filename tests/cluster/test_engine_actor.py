@@ -1,4 +1,4 @@
-"""The part of `edgemoe.ray_engines` that runs on a node, here without Ray."""
+"""The part of `edgemoe.cluster.engines` that runs on a node, here without Ray."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from itertools import islice
 from typing import Any
 
 import pytest
-from node_fakes import TOTALS, NodePlan
 
 from edgemoe import CheckpointError, Completion, EdgeMoEError, PlanError, RequestError, Sampling
-from edgemoe.engine_actor import NOT_BEGUN, EngineActor, NumberedRequest, Outcome
+from edgemoe.cluster.actor import NOT_BEGUN, EngineActor, NumberedRequest, Outcome
+from tests.support.node_fakes import TOTALS, NodePlan
 
 LONGEST = 10.0
 """Seconds; what a busy machine may take for a thread to get on."""

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from edgemoe import EdgeMoEError, PlanError, ray_cluster
-from edgemoe.ray_cluster import RayCluster
-from edgemoe.ray_engines import RayEngines
+from edgemoe import EdgeMoEError, PlanError
+from edgemoe.cluster import ray_cluster
+from edgemoe.cluster.engines import RayEngines
+from edgemoe.cluster.ray_cluster import RayCluster
 
 GPUS, MANY, FEW, NONE = {"CPU": 8.0, "GPU": 2.0}, {"CPU": 16.0}, {"CPU": 2.0}, {"memory": 1.0}
 
@@ -33,7 +34,7 @@ def port() -> Iterator[int]:
 
 
 def test_ray_is_imported_only_when_somebody_connects() -> None:
-    script = "import sys, edgemoe, edgemoe.cli.main, edgemoe.ray_engines; sys.exit('ray' in sys.modules)"
+    script = "import sys, edgemoe, edgemoe.cli.main, edgemoe.cluster.engines; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 

@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from node_fakes import NodeEngine
 
-from bench.zoo import make
+from bench.support.zoo import make
 from edgemoe import CheckpointError, Completion, EdgeMoEError, Engine, PlanError, RequestError, Sampling
-from edgemoe.engine_actor import EngineActor, Outcome
+from edgemoe.cluster.actor import EngineActor, Outcome
+from edgemoe.cluster.engines import RayEngines
 from edgemoe.quiet import quiet_transformers
-from edgemoe.ray_engines import RayEngines
 from edgemoe.results import Progress
+from tests.support import ROOT
+from tests.support.node_fakes import NodeEngine
 
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'edgemoe[ray]'")
 SMALL: dict[str, Any] = {"num_gpus": 0, "object_store_memory": 80 << 20}
@@ -36,7 +37,7 @@ TIME = 120.0
 def cluster() -> Iterator[Any]:
     """A cluster of two nodes, with a server for clients from outside."""
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("PYTHONPATH", str(Path(__file__).parent))
+        environment.setenv("PYTHONPATH", str(ROOT))
         import ray
         from ray.cluster_utils import Cluster
 
@@ -300,7 +301,7 @@ def test_the_smallest_context_of_the_nodes_holds_for_all(connected: str, tmp_pat
 
 
 def test_another_version_on_a_node_is_refused(connected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgemoe.remote_engine.__version__", "9.9.9")
+    monkeypatch.setattr("edgemoe.cluster.remote_engine.__version__", "9.9.9")
     with pytest.raises(EdgeMoEError, match=r"has edgemoe 0.* and this machine 9\.9\.9: install the same"):
         load(connected)
 
@@ -308,7 +309,7 @@ def test_another_version_on_a_node_is_refused(connected: str, monkeypatch: pytes
 def test_a_node_without_a_free_cpu_is_named(connected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
-    monkeypatch.setattr("edgemoe.remote_engine.BEGIN_SECONDS", 1.0)
+    monkeypatch.setattr("edgemoe.cluster.remote_engine.BEGIN_SECONDS", 1.0)
     greedy = ray.remote(EngineActor).options(num_cpus=4).remote()
     ray.get(greedy.version.remote())
     with pytest.raises(EdgeMoEError, match=r"node .*127\.0\.0\.1.* has begun no engine in 1 s"):
@@ -319,7 +320,7 @@ def test_a_node_without_a_free_cpu_is_named(connected: str, monkeypatch: pytest.
 def test_a_node_without_edgemoe_is_named(connected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "only_here.py").write_text("class EngineActor:\n    def version(self):\n        return 0\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("edgemoe.remote_engine.EngineActor", import_module("only_here").EngineActor)
+    monkeypatch.setattr("edgemoe.cluster.remote_engine.EngineActor", import_module("only_here").EngineActor)
     with pytest.raises(
         EdgeMoEError, match=r"node .*127\.0\.0\.1.*No module named 'only_here'.*has edgemoe 0.* installed"
     ):
@@ -348,8 +349,8 @@ def token_ids(outcomes: dict[int, Completion | RequestError]) -> dict[int, Seque
 SCRIPT = """
 import os, signal, sys, threading
 from edgemoe import Sampling
-from edgemoe.ray_engines import RayEngines
-from node_fakes import NodeEngine
+from edgemoe.cluster.engines import RayEngines
+from tests.support.node_fakes import NodeEngine
 
 before = signal.getsignal(signal.SIGTERM), sys.excepthook
 with RayEngines.load(sys.argv[1], "fake", context=1, factory=NodeEngine) as engines:
@@ -367,5 +368,5 @@ assert threading.enumerate() == [threading.main_thread()]
 @pytest.mark.parametrize("form", ["{}", f"ray://127.0.0.1:{CLIENT_PORT}"])
 def test_a_process_that_connects_prints_nothing_and_leaves_nothing(cluster: Any, form: str) -> None:
     script = [sys.executable, "-c", SCRIPT, form.format(cluster.address)]
-    done = subprocess.run(script, capture_output=True, text=True, timeout=TIME, cwd=Path(__file__).parent)
+    done = subprocess.run(script, capture_output=True, text=True, timeout=TIME, cwd=ROOT)
     assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from edgemoe.prefetch.forecast import BINS, EDGES, LEAST, Forecast
+from edgemoe.prefetch.forecast import BINS, EDGES, MIN_AMOUNT, Forecast
 
 
 def bin_of(amount: float) -> int:
@@ -52,8 +52,8 @@ def test_bins_begin_at_their_edges() -> None:
 
 def test_edges_rise_and_what_is_too_little_is_not_named() -> None:
     assert EDGES.tolist() == sorted(set(EDGES.tolist()))
-    assert float(EDGES[0]) > LEAST
-    assert told(LEAST * 1.01, LEAST * 0.99, 0.0) == {0: 0}
+    assert float(EDGES[0]) > MIN_AMOUNT
+    assert told(MIN_AMOUNT * 1.01, MIN_AMOUNT * 0.99, 0.0) == {0: 0}
 
 
 def test_news_are_the_greatest_shares_that_nobody_wanted_before() -> None:
@@ -62,7 +62,7 @@ def test_news_are_the_greatest_shares_that_nobody_wanted_before() -> None:
     expected = [[True, True, False, False, False], [False, False, False, True, False]]
     for _ in range(2):
         assert forecast.news(0, shares, 2).tolist() == expected, "what has no share is no news"
-    forecast.add(0, torch.tensor([[0.0, 0.9, 0.0, LEAST / 2, 0.0]]), torch.ones(1))
+    forecast.add(0, torch.tensor([[0.0, 0.9, 0.0, MIN_AMOUNT / 2, 0.0]]), torch.ones(1))
     assert forecast.news(0, shares, 2).tolist() == [[True, False, False, False, False], expected[1]]
     assert forecast.news(1, shares, 2).tolist() == expected
     assert forecast.news(1, shares, 9).sum(1).tolist() == [3, 1]
@@ -82,5 +82,5 @@ def test_random_amounts_are_as_a_plain_loop_finds_them(seed: int) -> None:
         forecast.add(0, shares, certain)
         for expert in range(16):
             amounts[expert] += sum(float(shares[node, expert] * certain[node]) for node in range(nodes))
-    assert all(abs(amount - float(edge)) > 1e-6 for amount in amounts for edge in [*EDGES, LEAST]), "a tie"
-    assert forecast.bins(0) == {expert: bin_of(amount) for expert, amount in enumerate(amounts) if amount >= LEAST}
+    assert all(abs(amount - float(edge)) > 1e-6 for amount in amounts for edge in [*EDGES, MIN_AMOUNT]), "a tie"
+    assert forecast.bins(0) == {expert: bin_of(amount) for expert, amount in enumerate(amounts) if amount >= MIN_AMOUNT}

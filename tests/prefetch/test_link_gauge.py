@@ -6,14 +6,14 @@ import time
 
 import pytest
 import torch
-from fakes import FakeLink, FakeStore
-from instruments import Clock
 
 from edgemoe.cache import CacheCounters, ExpertId, Throttle, Transfer
 from edgemoe.cache.link import Priority
 from edgemoe.cache.reader_link import ReaderLink
 from edgemoe.prefetch import link_gauge
 from edgemoe.prefetch.link_gauge import MOMENT, NEWEST, LinkGauge
+from tests.support.cache_fakes import FakeLink, FakeStore
+from tests.support.instruments import Clock
 
 
 @pytest.fixture

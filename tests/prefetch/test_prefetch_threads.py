@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from fakes import holds, pattern, wait_until
 
 from edgemoe.cache import BalancedLRU, ExpertCache, ExpertId, Part, RecordLayout, SlotPool, Throttle
 from edgemoe.cache import safetensors_store as store_module
@@ -19,6 +18,7 @@ from edgemoe.cache.safetensors_store import Extent, RecordSource, SafetensorsSto
 from edgemoe.cache.store import Piece
 from edgemoe.prefetch.link_gauge import LinkGauge
 from edgemoe.prefetch.prefetcher import Prefetcher
+from tests.support.cache_fakes import holds, pattern, wait_until
 
 EXPERTS = (8, 5, 12)
 PARTS = (1024, 2048)
@@ -85,7 +85,7 @@ class Passes:
         named = {
             number: self._draw.randrange(bins) for number in [*wanted, *self._some(layer)] if self._draw.random() < 0.8
         }
-        self.prefetcher.foretell(predictor, layer, named, self.cache.residents(layer))
+        self.prefetcher.add_prediction(predictor, layer, named, self.cache.residents(layer))
 
     def _pass(self, wanted: Sequence[Sequence[int]]) -> None:
         draft = self._draw.random() < 0.5
@@ -93,7 +93,7 @@ class Passes:
             with self.cache.lend(layer, self.cache.residents(layer)) as loan:
                 self._check(layer, loan.experts, loan.slots)
             self._foretell("other", 3, layer, wanted[layer])
-            self.prefetcher.bring()
+            self.prefetcher.issue()
         if self._draw.random() < 0.1:
             self.prefetcher.drop()
         for layer, numbers in enumerate(wanted):
@@ -103,9 +103,9 @@ class Passes:
         def meanwhile() -> None:
             if layer + 1 < len(EXPERTS):
                 self._foretell("one", 2, layer + 1, wanted[layer + 1])
-            self.prefetcher.bring(layer)
+            self.prefetcher.issue(layer)
 
-        self.prefetcher.reach(layer, numbers)
+        self.prefetcher.enter_layer(layer, numbers)
         seen: list[int] = []
         try:
             for loan in self.cache.borrow(layer, numbers, meanwhile):
@@ -165,5 +165,5 @@ def test_random_passes_read_the_right_bytes_and_come_to_an_end(
     assert counters.hits + counters.misses > 150
     assert slots == 1 or counters.bytes_prefetched_used + counters.bytes_prefetched_late > 0
     if not failing:
-        unasked = sum(held.unasked is not None for held in passes.cache._held.values())
-        assert counters.bytes_loaded + unasked * NBYTES == link.bytes_moved
+        load_reason = sum(held.load_reason is not None for held in passes.cache._held.values())
+        assert counters.bytes_loaded + load_reason * NBYTES == link.bytes_moved

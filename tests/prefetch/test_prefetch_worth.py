@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from instruments import FakeGauge
-from workbench import LAYERS, LIKELY, NBYTES, SURE, UNLIKELY, Bench, ids, paced
 
-from edgemoe.prefetch.prefetcher import MOST_ON_THE_WAY, VICTIM_WANTED
+from edgemoe.prefetch.prefetcher import MAX_ON_THE_WAY, VICTIM_WANTED
+from tests.support.instruments import FakeGauge
+from tests.support.workbench import LAYERS, LIKELY, NBYTES, SURE, UNLIKELY, Bench, ids, paced
 
 
 @pytest.fixture
@@ -30,30 +30,30 @@ def test_what_is_worth_bringing_by_hand(
     """A layer takes 0.1 s, in which so many tenths of a record arrive."""
     assert VICTIM_WANTED == 0.25
     bench = paced(speed, busy, 0.1, monkeypatch)
-    assert [bench.prefetcher.worth_bringing(distance) for distance in (1, 2, 3)] == pytest.approx(expected)
+    assert [bench.prefetcher.break_even(distance) for distance in (1, 2, 3)] == pytest.approx(expected)
 
 
 def test_in_a_pass_only_what_the_link_would_have_idled_for_is_saved() -> None:
     bench = Bench(gauge=FakeGauge(0.0, 0.5))
-    assert bench.prefetcher.worth_bringing(1, in_pass=False) == pytest.approx(0.75 / 1.75)
-    assert bench.prefetcher.worth_bringing(1, in_pass=True) == pytest.approx(0.75 / 1.25)
+    assert bench.prefetcher.break_even(1, in_pass=False) == pytest.approx(0.75 / 1.75)
+    assert bench.prefetcher.break_even(1, in_pass=True) == pytest.approx(0.75 / 1.25)
     bench.say(LIKELY, 1, 1)
     bench.say(SURE, 2, 2)
     assert bench.bring_all(after=0) == ids(2, 2)
     assert bench.bring_all() == ids(1, 1)
     busy = Bench(gauge=FakeGauge(0.0, 1.0))
-    assert busy.prefetcher.worth_bringing(1, in_pass=True) == 1.0
+    assert busy.prefetcher.break_even(1, in_pass=True) == 1.0
 
 
 def test_a_link_of_unknown_speed_is_taken_for_fast_enough() -> None:
     bench = Bench(gauge=FakeGauge(0.0, 0.25))
-    assert bench.prefetcher.worth_bringing(1) == pytest.approx(0.5 / 1.5)
+    assert bench.prefetcher.break_even(1) == pytest.approx(0.5 / 1.5)
 
 
 def test_what_nobody_waits_for_is_hardly_worth_bringing() -> None:
-    assert Bench(gauge=FakeGauge(0.0, 0.0, waited_for=0.5)).prefetcher.worth_bringing(1) == pytest.approx(0.25 / 0.75)
+    assert Bench(gauge=FakeGauge(0.0, 0.0, waited_for=0.5)).prefetcher.break_even(1) == pytest.approx(0.25 / 0.75)
     bench = Bench(gauge=FakeGauge(0.0, 0.0, waited_for=0.0))
-    assert bench.prefetcher.worth_bringing(1) == 1.0
+    assert bench.prefetcher.break_even(1) == 1.0
     bench.say(SURE, 0, 1)
     assert bench.bring_all() == []
 
@@ -77,8 +77,8 @@ def test_nothing_is_brought_that_is_not_worth_it(monkeypatch: pytest.MonkeyPatch
 
 def test_the_bar_is_met_by_what_is_just_as_likely(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(gauge=FakeGauge(0.0, 0.25))
-    bench.prefetcher.watch("just", 1, prior=bench.prefetcher.worth_bringing(1))
-    bench.prefetcher.watch("less", 1, prior=bench.prefetcher.worth_bringing(1) - 0.01)
+    bench.prefetcher.watch("just", 1, prior=bench.prefetcher.break_even(1))
+    bench.prefetcher.watch("less", 1, prior=bench.prefetcher.break_even(1) - 0.01)
     bench.say("just", 0, 1)
     bench.say("less", 0, 2)
     assert bench.bring_all() == ids(0, 1)
@@ -91,20 +91,20 @@ def test_no_more_than_a_few_are_on_the_way(bench: Bench) -> None:
     bench.say(SURE, 0, *range(8))
     bench.say(SURE, 1, *range(8))
     for _ in range(3):
-        bench.prefetcher.bring()
-    assert bench.brought() == ids(0, *range(MOST_ON_THE_WAY))
+        bench.prefetcher.issue()
+    assert bench.brought() == ids(0, *range(MAX_ON_THE_WAY))
     bench.link.finish(*ids(0, 1, 3))
-    bench.prefetcher.bring()
-    assert bench.brought() == ids(0, *range(MOST_ON_THE_WAY + 2))
-    assert bench.cache.prefetching == MOST_ON_THE_WAY
+    bench.prefetcher.issue()
+    assert bench.brought() == ids(0, *range(MAX_ON_THE_WAY + 2))
+    assert bench.cache.prefetching == MAX_ON_THE_WAY
 
 
 def test_what_others_put_on_the_link_counts_and_what_a_pass_waits_for_does_not(bench: Bench) -> None:
-    bench.cache.prefetch(ids(3, *range(MOST_ON_THE_WAY)))
+    bench.cache.prefetch(ids(3, *range(MAX_ON_THE_WAY)))
     bench.say(SURE, 0, 1)
-    bench.prefetcher.bring()
-    assert bench.brought() == ids(3, *range(MOST_ON_THE_WAY))
-    list(bench.cache.borrow(3, [0], meanwhile=bench.prefetcher.bring))
+    bench.prefetcher.issue()
+    assert bench.brought() == ids(3, *range(MAX_ON_THE_WAY))
+    list(bench.cache.borrow(3, [0], meanwhile=bench.prefetcher.issue))
     assert bench.brought()[-1:] == ids(0, 1)
 
 
@@ -114,7 +114,7 @@ def test_no_more_than_arrive_in_time(records: float, expected: list[int], monkey
     for distance, count in enumerate(expected, start=1):
         bench = paced(records * 10, 0.0, 0.1, monkeypatch)
         bench.say(SURE, distance - 1, *range(8))
-        bench.prefetcher.bring()
+        bench.prefetcher.issue()
         assert bench.brought() == ids(distance - 1, *range(count))
 
 
@@ -122,5 +122,5 @@ def test_what_is_there_or_coming_is_not_brought_and_takes_no_place(bench: Bench)
     bench.use(0, 1, 2)
     bench.cache.prefetch(ids(0, 3))
     bench.say(SURE, 0, 1, 2, 3, 4, 5)
-    bench.prefetcher.bring()
+    bench.prefetcher.issue()
     assert bench.brought() == [*ids(0, 3), *ids(0, 4, 5)]

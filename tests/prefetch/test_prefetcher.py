@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from instruments import Clock, FakeGauge
-from workbench import LAYERS, LIKELY, NBYTES, SURE, UNLIKELY, Bench, ids
 
 from edgemoe.cache import ExpertId
 from edgemoe.prefetch import prefetcher as module
 from edgemoe.prefetch.prefetcher import VICTIM_WANTED
 from edgemoe.prefetch.scorecard import PredictionTotals
+from tests.support.instruments import Clock, FakeGauge
+from tests.support.workbench import LAYERS, LIKELY, NBYTES, SURE, UNLIKELY, Bench, ids
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_bins_of_one_predictor_have_rates_of_their_own() -> None:
         card.settle({0: 0, 1: 1, 2: 2}, [1], [])
         card.settle({2: 2}, [2], [])
     assert card.rate(0) < VICTIM_WANTED / (VICTIM_WANTED + 1) < card.rate(2) < card.rate(1)
-    bench.prefetcher.foretell("binned", 0, {5: 0, 6: 2, 7: 1, 8: 2}, [])
+    bench.prefetcher.add_prediction("binned", 0, {5: 0, 6: 2, 7: 1, 8: 2}, [])
     assert bench.bring_all() == ids(0, 7, 6, 8)
 
 
@@ -64,7 +64,7 @@ def test_what_a_predictor_says_replaces_what_it_said(bench: Bench) -> None:
     bench.say(LIKELY, 0, 6)
     bench.say(SURE, 0, 3)
     assert bench.bring_all() == ids(0, 3, 6)
-    bench.prefetcher.reach(0, [1, 3])
+    bench.prefetcher.enter_layer(0, [1, 3])
     assert bench.cards[SURE].totals == PredictionTotals(wanted=2, named=1, right=1, wrong=0, bytes_useful=NBYTES)
 
 
@@ -76,12 +76,12 @@ def test_what_is_foretold_does_not_leave_for_what_is_wanted_later() -> None:
     bench.use(1, 0)
     bench.use(3, 0)
     bench.say(SURE, 1, 0)
-    assert bench.bring() == []
+    assert bench.issue() == []
     bench.say(SURE, 2, 5)
-    assert bench.bring() == ids(2, 5)
+    assert bench.issue() == ids(2, 5)
     assert bench.cache.residents(1) == [0], "the other one had been used later"
     bench.say(SURE, 3, 7)
-    assert bench.bring() == []
+    assert bench.issue() == []
 
 
 def test_what_is_not_likely_enough_is_not_kept_for() -> None:
@@ -90,7 +90,7 @@ def test_what_is_not_likely_enough_is_not_kept_for() -> None:
     bench.use(3, 0)
     bench.say(UNLIKELY, 1, 0)
     bench.say(SURE, 2, 5)
-    assert bench.bring() == ids(2, 5)
+    assert bench.issue() == ids(2, 5)
     assert bench.cache.residents(1) == []
 
 
@@ -100,8 +100,8 @@ def test_what_found_no_slot_is_tried_again() -> None:
     bench.say(SURE, 0, 5)
     bench.say(LIKELY, 0, 6)
     with bench.cache.lend(3, [0]):
-        assert bench.bring() == []
-    assert bench.bring() == ids(0, 5)
+        assert bench.issue() == []
+    assert bench.issue() == ids(0, 5)
 
 
 # --- passes ----------------------------------------------------------------------------------------
@@ -110,10 +110,10 @@ def test_what_found_no_slot_is_tried_again() -> None:
 def test_a_prediction_is_settled_once_when_its_layer_is_reached(bench: Bench) -> None:
     bench.say(SURE, 1, 1, 2, 3, resident=[3])
     bench.say(LIKELY, 1, 2)
-    bench.prefetcher.reach(0, [1, 2, 3])
+    bench.prefetcher.enter_layer(0, [1, 2, 3])
     assert bench.cards[SURE].totals == PredictionTotals()
     for _ in range(2):
-        bench.prefetcher.reach(1, [1, 3, 5])
+        bench.prefetcher.enter_layer(1, [1, 3, 5])
     assert bench.cards[SURE].totals == PredictionTotals(wanted=2, named=1, right=1, wrong=1)
     assert bench.cards[LIKELY].totals == PredictionTotals(wanted=3, named=0, right=0, wrong=1)
     assert bench.cards[UNLIKELY].totals == PredictionTotals(), "it said nothing"
@@ -122,7 +122,7 @@ def test_a_prediction_is_settled_once_when_its_layer_is_reached(bench: Bench) ->
 def test_what_is_said_of_a_reached_layer_is_brought_no_more(bench: Bench) -> None:
     bench.say(SURE, 0, 1)
     bench.say(SURE, 1, 2)
-    bench.prefetcher.reach(0, [5])
+    bench.prefetcher.enter_layer(0, [5])
     assert bench.bring_all() == ids(1, 2)
 
 
@@ -130,9 +130,9 @@ def test_what_was_wrong_is_called_off_when_its_layer_is_reached(bench: Bench) ->
     """Nobody waits for it, and the link has better to do. What has begun to move, or is wanted, goes on."""
     bench.say(SURE, 0, 1, 2, 3)
     bench.say(SURE, 1, 4)
-    bench.prefetcher.bring()
+    bench.prefetcher.issue()
     bench.link.queued = {*ids(0, 1, 2), *ids(1, 4)}
-    bench.prefetcher.reach(0, [1])
+    bench.prefetcher.enter_layer(0, [1])
     assert bench.link.happened("cancel") == ids(0, 2)
     assert [bench.cache.holds(expert) for expert in ids(0, 1, 2, 3)] == [True, False, True]
     bench.prefetcher.drop()
@@ -142,7 +142,7 @@ def test_what_was_wrong_is_called_off_when_its_layer_is_reached(bench: Bench) ->
 def test_what_became_of_the_bytes_is_told_of_whom_they_were_brought_for(bench: Bench) -> None:
     bench.say(SURE, 0, 1, 2, 3)
     bench.say(LIKELY, 0, 3, 4)
-    bench.prefetcher.bring()
+    bench.prefetcher.issue()
     bench.link.finish(*ids(0, 1, 4))
     bench.link.queued = set(ids(0, 2))
     bench.use(0, 1, 3)
@@ -157,8 +157,8 @@ def test_what_others_brought_is_not_called_off(bench: Bench) -> None:
     bench.cache.prefetch(ids(0, 2))
     bench.link.queued = set(ids(0, 2))
     bench.say(SURE, 0, 2)
-    bench.prefetcher.bring()
-    bench.prefetcher.reach(0, [])
+    bench.prefetcher.issue()
+    bench.prefetcher.enter_layer(0, [])
     bench.prefetcher.drop()
     assert bench.link.happened("cancel") == []
 
@@ -166,13 +166,13 @@ def test_what_others_brought_is_not_called_off(bench: Bench) -> None:
 def test_a_pass_that_is_not_made_is_forgotten(bench: Bench) -> None:
     bench.say(SURE, 0, 1, 2)
     bench.say(SURE, 1, *range(8))
-    bench.prefetcher.bring()
+    bench.prefetcher.issue()
     bench.link.queued = {*ids(0, 1), *ids(1, 0, 1)}
     bench.prefetcher.drop()
     assert bench.link.happened("cancel") == [*ids(0, 1), *ids(1, 0, 1)]
     assert bench.cache.holds(ExpertId(0, 2)), "it has begun to move"
     assert bench.bring_all() == []
-    bench.prefetcher.reach(0, [1])
+    bench.prefetcher.enter_layer(0, [1])
     assert bench.cards[SURE].totals == PredictionTotals(bytes_wasted=NBYTES)
     bench.cache.check_integrity()
 
@@ -186,32 +186,32 @@ def test_a_layer_takes_as_long_as_from_one_to_the_next(monkeypatch: pytest.Monke
 
     def seconds() -> float:
         """By what a link of a record a second would bring in the time."""
-        bar = bench.prefetcher.worth_bringing(1)
+        bar = bench.prefetcher.break_even(1)
         return 0.25 / bar - 0.25
 
-    def reach(layer: int, after: float) -> None:
+    def enter_layer(layer: int, after: float) -> None:
         clock.now += after
-        bench.prefetcher.reach(layer, [])
+        bench.prefetcher.enter_layer(layer, [])
 
-    reach(0, 5.0)
-    reach(2, 0.3)
-    assert bench.prefetcher.worth_bringing(1) == 0.2, "a layer that was passed over says nothing"
-    reach(3, 0.4)
+    enter_layer(0, 5.0)
+    enter_layer(2, 0.3)
+    assert bench.prefetcher.break_even(1) == 0.2, "a layer that was passed over says nothing"
+    enter_layer(3, 0.4)
     assert seconds() == pytest.approx(0.4)
-    reach(0, 0.9)
+    enter_layer(0, 0.9)
     assert seconds() == pytest.approx(0.4), "between passes anything may happen"
-    reach(1, 0.2)
+    enter_layer(1, 0.2)
     assert seconds() == pytest.approx(0.4 + (0.2 - 0.4) / 16)
     for _ in range(100):
-        reach(0, 0.9)
-        reach(1, 0.2)
+        enter_layer(0, 0.9)
+        enter_layer(1, 0.2)
     assert seconds() == pytest.approx(0.2, rel=0.01)
 
 
 def test_the_gauge_is_read_once_a_pass(bench: Bench) -> None:
     for _ in range(3):
         for layer in range(LAYERS):
-            bench.prefetcher.reach(layer, [])
+            bench.prefetcher.enter_layer(layer, [])
     assert bench.gauge.readings == 3
 
 
@@ -223,7 +223,7 @@ def loads(bench: Bench, passes: int, *, right: bool) -> int:
     before = len(bench.brought())
     for _ in range(passes):
         bench.say(SURE, 0, 1)
-        bench.prefetcher.bring()
+        bench.prefetcher.issue()
         bench.link.queued = set(ids(0, 1))
         bench.use(0, 1 if right else 2)
         bench.use(1, *range(4))
@@ -234,8 +234,8 @@ def test_a_predictor_that_is_wrong_is_silenced_and_heard_again_when_it_is_right(
     bench = Bench(slots=4)
     assert 5 <= loads(bench, 200, right=False) <= 60
     assert loads(bench, 50, right=False) == 0
-    assert bench.cards[SURE].rate(0) < bench.prefetcher.worth_bringing(1)
+    assert bench.cards[SURE].rate(0) < bench.prefetcher.break_even(1)
     loads(bench, 200, right=True)
-    assert bench.cards[SURE].rate(0) > bench.prefetcher.worth_bringing(1)
+    assert bench.cards[SURE].rate(0) > bench.prefetcher.break_even(1)
     assert loads(bench, 50, right=True) == 50
     bench.cache.check_integrity()

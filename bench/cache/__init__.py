@@ -1,0 +1,1 @@
+"""Measurements of memory, the expert cache and the start."""

@@ -1,0 +1,109 @@
+"""`resident`: all experts in memory, bf16, two threads: decode and prefill against transformers and the floor."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bench.measurement import Measurement
+from bench.support.checkpoints import wide
+from edgemoe import Engine
+from edgemoe.cache import ExpertId
+from edgemoe.quiet import quiet_transformers
+
+NAME = "resident"
+BAR = "decode >= 1.15x transformers and >= 0.65 of its floor; prefill (512) >= 1.0x transformers"
+THREADS = 2
+ROUNDS = 5
+STEPS = 12
+PROMPT = 512
+
+
+def run() -> Measurement:
+    """Both models in one process, alternating; medians of ratios."""
+    folder = wide()
+    torch.set_num_threads(THREADS)
+    from transformers import AutoModelForCausalLM
+
+    with Engine.load(folder, device="cpu", threads=THREADS, expert_cache="100%", context=1024) as engine:
+        make_resident(engine)
+        with quiet_transformers():
+            peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        rounds = [_round(engine, peer, seed) for seed in range(ROUNDS)]
+        floor_bytes = _bytes_per_token(engine, peer)
+    bandwidth = statistics.median(item["bandwidth"] for item in rounds)
+    ours = statistics.median(item["decode"] for item in rounds)
+    decode = statistics.median(item["peer_decode"] / item["decode"] for item in rounds)
+    prefill = statistics.median(item["peer_prefill"] / item["prefill"] for item in rounds)
+    of_floor = statistics.median(floor_bytes / item["bandwidth"] / item["decode"] for item in rounds)
+    detail = {
+        "tokens_per_second": 1 / ours,
+        "peer_tokens_per_second": 1 / statistics.median(item["peer_decode"] for item in rounds),
+        "prefill_tokens_per_second": PROMPT / statistics.median(item["prefill"] for item in rounds),
+        "peer_prefill_tokens_per_second": PROMPT / statistics.median(item["peer_prefill"] for item in rounds),
+        "bytes_per_token": floor_bytes,
+        "read_bandwidth_gb_per_second": bandwidth / 1e9,
+        "threads": THREADS,
+        "cache": "warm",
+    }
+    value = {"decode": round(decode, 3), "of_floor": round(of_floor, 3), "prefill": round(prefill, 3)}
+    return Measurement(NAME, value, BAR, decode >= 1.15 and of_floor >= 0.65 and prefill >= 1.0, detail)
+
+
+def make_resident(engine: Engine) -> None:
+    """Waits until every expert is in its slot."""
+    runtime = engine._loaded()
+    for layer, count in enumerate(runtime.cache.store.experts):
+        for _ in runtime.cache.borrow(layer, range(count)):
+            pass
+        assert all(runtime.cache.is_resident(ExpertId(layer, number)) for number in range(count))
+
+
+def _round(engine: Engine, peer: Any, seed: int) -> dict[str, float]:
+    generator = torch.Generator().manual_seed(seed)
+    prompt = torch.randint(3, 32000, (PROMPT,), generator=generator).tolist()
+    tokens = torch.randint(3, 32000, (STEPS,), generator=generator).tolist()
+    memory = engine._loaded().cache.pool.memory.view(torch.int64)
+    contenders = [("", engine_steps(engine, prompt)), ("peer_", peer_steps(peer, prompt))]
+    found: dict[str, float] = {}
+    for whose, step in contenders if seed % 2 else contenders[::-1]:
+        found[f"{whose}prefill"] = _timed(step, prompt)
+        found[f"{whose}decode"] = statistics.median(_timed(step, [token]) for token in tokens)
+    seconds = min(_timed(torch.sum, memory) for _ in range(3))
+    return found | {"bandwidth": memory.nbytes / seconds}
+
+
+def engine_steps(engine: Engine, prompt: list[int]) -> Callable[[list[int]], object]:
+    """Appends tokens to a sequence of ours."""
+    cache = engine._scheduler.runner.start(len(prompt) + STEPS)
+    return lambda tokens: engine._scheduler.runner.step(cache, tokens)
+
+
+def peer_steps(peer: Any, prompt: list[int]) -> Callable[[list[int]], object]:
+    """Appends tokens to a sequence of transformers'."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=peer.config)
+
+    def step(tokens: list[int]) -> object:
+        with torch.inference_mode():
+            return peer(torch.tensor([tokens]), past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+
+    return step
+
+
+def _timed(action: Callable[[Any], object], argument: Any) -> float:
+    started = time.perf_counter()
+    action(argument)
+    return time.perf_counter() - started
+
+
+def _bytes_per_token(engine: Engine, peer: Any) -> int:
+    """Weights that one token must read: every matrix but the embedding's rows, and top-k experts a layer."""
+    plan = engine.plan
+    dense = plan.dense_nbytes - peer.get_input_embeddings().weight.nbytes
+    return int(dense + plan.layers * plan.top_k * plan.slot_nbytes)

@@ -1,0 +1,1 @@
+"""Measurements of what is computed, against a reference."""

@@ -1,0 +1,1 @@
+"""Measurements of drafts, budgets and the performance model."""

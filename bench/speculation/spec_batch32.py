@@ -1,0 +1,81 @@
+"""`spec-batch32`: large batches with drafts, against loading on demand without a cache, as SpecMoE does."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from bench.measurement import Measurement
+from bench.support.alternating import loaded, warm_up
+from bench.support.checkpoints import inflated
+from bench.support.workload import Request, mixed
+
+NAME = "spec-batch32"
+BAR = "tokens/s >= 2.5x at batch 32 and >= 4.3x at batch 128, or the floor analysis"
+LINK_GBPS = 1.0
+COUNTED = ("tokens_generated", "bytes_loaded", "cycles", "drafted", "accepted", "draft_seconds")
+TOKENS = 40
+REQUESTS = {32: 96, 128: 256}
+"""Of each batch size: places are filled again as replies end, until there are no more requests."""
+DRAFTS: dict[str, dict[str, Any]] = {
+    "no drafts": {"speculate": "off"},
+    "default": {},
+    "n-grams": {"speculate": "ngram", "draft_shape": "chain", "draft_nodes": 8},
+    "always": {"speculate": "ngram+self", "draft_shape": "chain", "draft_nodes": 8},
+}
+
+
+def run() -> Measurement:
+    """All tasks mixed; prefills included, and the end, when fewer and fewer sequences are left."""
+    curve = [at for batch in REQUESTS for at in _scheduler(batch)]
+    best = {batch: max(at["ratio"] for at in curve if at["batch"] == batch) for batch in REQUESTS}
+    value = {f"batch_{batch}": round(ratio, 2) for batch, ratio in best.items()}
+    ok = best[32] >= 2.5 and best[128] >= 4.3
+    return Measurement(NAME, value, BAR, ok, {"curve": curve, "link_gbps": LINK_GBPS, "tokens": TOKENS})
+
+
+def _scheduler(batch: int) -> list[dict[str, Any]]:
+    requests = mixed(REQUESTS[batch], TOKENS)
+    # As many slots as a layer's pass needs to keep the link busy, and nothing is kept from one layer to the next.
+    rows = [point("on demand", batch, requests, expert_cache=8, speculate="off", prefetch="off")]
+    _show(rows[0], rows[0])
+    for cache in ("10%", "25%"):
+        for name, drafts in DRAFTS.items():
+            rows.append(point(name, batch, requests, expert_cache=cache, **drafts))
+            _show(rows[-1], rows[0])
+    return rows
+
+
+def _show(at: dict[str, Any], demand: dict[str, Any]) -> None:
+    at["ratio"] = at["tokens_per_second"] / demand["tokens_per_second"]
+    at["volume"] = at["mb_per_token"] / demand["mb_per_token"]
+    print(
+        f"batch {at['batch']:3} {at['cache']:>4} {at['name']:10} {at['tokens_per_second']:6.1f} tokens/s "
+        f"({at['ratio']:.2f}x), {at['mb_per_token']:5.1f} MB a token ({at['volume'] - 1:+.0%}), "
+        f"{at['tokens_per_draft']:.2f} tokens a draft, link {at['link_share']:.0%} busy",
+        flush=True,
+    )
+
+
+def point(name: str, batch: int, requests: list[Request], *, expert_cache: Any, **settings: Any) -> dict[str, Any]:
+    """One engine over all of `requests`."""
+    options = {"expert_cache": expert_cache, "link_gbps": LINK_GBPS, "batch": batch} | settings
+    with loaded(inflated(), **options) as engine:
+        warm_up(engine, requests[0][1])
+        before, started = engine.stats, time.perf_counter()
+        assert len(list(engine.generate_batch(requests))) == len(requests)
+        seconds, after = time.perf_counter() - started, engine.stats
+    grew = {name: getattr(after, name) - getattr(before, name) for name in COUNTED}
+    generated, moved = grew["tokens_generated"], grew["bytes_loaded"]
+    return {
+        "name": name,
+        "batch": batch,
+        "cache": str(expert_cache),
+        "tokens_per_second": generated / seconds,
+        "mb_per_token": moved / 1e6 / generated,
+        "tokens_per_draft": 1 + grew["accepted"] / max(1, grew["cycles"]),
+        "acceptance": grew["accepted"] / max(1, grew["drafted"]),
+        "link_share": moved / 1e9 / seconds / LINK_GBPS,
+        "draft_share": grew["draft_seconds"] / seconds,
+        "seconds": seconds,
+    }

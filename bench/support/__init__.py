@@ -1,0 +1,1 @@
+"""What measurements share: checkpoints, workloads, links, memory limits."""

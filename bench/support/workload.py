@@ -1,0 +1,30 @@
+"""Requests to measure with: held-out questions of all the shipped model's tasks, mixed."""
+
+from __future__ import annotations
+
+import random
+from itertools import islice, zip_longest
+
+from edgemoe import Sampling
+from edgemoe.demo.tasks import TASKS, Task
+from edgemoe.measure.task_score import HELD_OUT_SEED
+
+Request = tuple[list[dict[str, str]], Sampling]
+PATIENCE = 400
+"""Items of a task that are looked at for a new one; some tasks have no more than two dozen."""
+
+
+def mixed(count: int, max_tokens: int, seed: int = 0) -> list[Request]:
+    """`count` different greedy chats over all documented tasks in random order; tasks with few items have few."""
+    draw = random.Random(seed)
+    settings = Sampling(temperature=0, max_tokens=max_tokens)
+    turns = zip_longest(*(distinct(task, count) for task in TASKS))
+    questions = [question for turn in turns for question in turn if question is not None][:count]
+    draw.shuffle(questions)
+    return [([{"role": "user", "content": question}], settings) for question in questions]
+
+
+def distinct(task: Task, count: int, *, held_out: bool = True) -> list[str]:
+    """`count` different questions of `task`, or all there are where they are fewer."""
+    items = islice(task.items(HELD_OUT_SEED, held_out=held_out), PATIENCE + 4 * count)
+    return list(islice(dict.fromkeys(item.user for item in items), count))

@@ -1,0 +1,1 @@
+"""`edgemoe chat`: the conversation, its commands and the terminal loop."""

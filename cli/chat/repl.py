@@ -1,0 +1,145 @@
+"""The interactive chat: reads lines, sends messages, streams replies. What a command does is in `slash`."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TextIO
+
+from edgemoe.cli.answers import ask
+from edgemoe.cli.chat.slash import Next, Session, execute
+from edgemoe.cli.interruption import Interruption
+from edgemoe.cli.render import Counts, measured
+from edgemoe.errors import EdgeMoEError
+
+if TYPE_CHECKING:
+    from edgemoe import Chunk, Completion
+
+PROMPT = ">>> "
+MORE = "... "
+_QUOTES = '"""'
+
+
+class Repl:
+    """A chat between a person and a model: replies go to `out`, everything else to `err`.
+
+    `read_line` shows a prompt and returns a line; it raises EOFError at the end and KeyboardInterrupt on Ctrl-C.
+    """
+
+    def __init__(
+        self, session: Session, *, read_line: Callable[[str], str], out: TextIO, err: TextIO, verbose: bool = False
+    ) -> None:
+        self._session = session
+        self._read_line = read_line
+        self._out = out
+        self._err = err
+        self._verbose = verbose
+
+    def run(self, opening: str | None = None) -> None:
+        """Chat until the person leaves, beginning with the opening message where there is one."""
+        then = Next.READ
+        while then is not Next.LEAVE:
+            try:
+                if opening is None:
+                    then = self._take(self._read_message())
+                else:
+                    text, opening = opening, None
+                    self.send(text)
+            except KeyboardInterrupt:
+                self._note("")
+            except EOFError:
+                self._note("")
+                return
+            except UnicodeDecodeError:
+                self._complain("that line is not UTF-8 text")
+
+    def send(self, text: str) -> None:
+        """Send a message and stream its reply. Without a reply, the message is not kept."""
+        session = self._session
+        session.conversation.say("\n".join([*session.attached, text]))
+        answer = self._reply()
+        if answer is None or not answer.text:
+            session.conversation.undo()
+            if answer is not None:
+                self._note("(no reply came, so the message is not kept)")
+            return
+        session.attached.clear()
+        session.conversation.reply(answer.text)
+
+    def reply_again(self) -> None:
+        """Give another reply to the last message. Without one, the old reply stays."""
+        conversation = self._session.conversation
+        old = conversation.take_reply()
+        answer = self._reply()
+        text = answer.text if answer is not None and answer.text else old
+        if text is not None:
+            conversation.reply(text)
+
+    def _read_message(self) -> tuple[str, bool]:
+        """A message or a command, and whether it was quoted: what is quoted is never a command."""
+        line = self._read_line(PROMPT)
+        if not line.lstrip().startswith(_QUOTES):
+            return line.strip(), False
+        text = line.lstrip()[len(_QUOTES) :]
+        while not text.rstrip().endswith(_QUOTES):
+            text += "\n" + self._read_line(MORE)
+        return text.rstrip()[: -len(_QUOTES)].strip("\n"), True
+
+    def _take(self, message: tuple[str, bool]) -> Next:
+        text, quoted = message
+        if not text.strip():
+            return Next.READ
+        if quoted or not text.startswith("/"):
+            self.send(text)
+            return Next.READ
+        try:
+            outcome = execute(text, self._session)
+            if outcome.text:
+                self._note(outcome.text)
+            if outcome.then is Next.REPLY_AGAIN:
+                self.reply_again()
+            return outcome.then
+        except EdgeMoEError as error:
+            self._complain(str(error))
+            return Next.READ
+
+    def _reply(self) -> Completion | None:
+        """Stream a reply to the conversation as it stands; None when that failed (which is said) or was broken off."""
+        session = self._session
+        before = Counts.of(session.engine.stats)
+        try:
+            messages = session.conversation.messages
+            with Interruption(session.engine.cancel) as interruption:
+                answer = ask(session.engine, messages, session.sampling, interruption, self._show)
+        except (EdgeMoEError, RuntimeError, MemoryError) as error:
+            # Whatever goes wrong in a generation (an accelerator's error is a RuntimeError), the conversation goes on.
+            self._fail(error)
+            return None
+        except KeyboardInterrupt:
+            self._note("")
+            return None
+        self._out.write("\n")
+        self._out.flush()
+        session.timings = answer.timings
+        if self._verbose:
+            for line in measured(answer.timings, session.engine.stats, before):
+                self._note(line)
+        return answer
+
+    def _show(self, chunk: Chunk) -> None:
+        self._out.write(chunk.text)
+        self._out.flush()
+
+    def _fail(self, error: Exception) -> None:
+        if os.environ.get("EDGEMOE_TRACEBACK") == "1":
+            traceback.print_exception(error, file=self._err)
+        named = isinstance(error, EdgeMoEError)
+        self._complain(str(error) if named else f"unexpected {type(error).__name__}: {error}")
+
+    def _complain(self, sentence: str) -> None:
+        self._note(f"edgemoe: error: {sentence}")
+
+    def _note(self, text: str) -> None:
+        self._err.write(text + "\n")
+        self._err.flush()

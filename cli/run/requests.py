@@ -1,0 +1,145 @@
+"""From a line of a request file to a request, or to the reason why it is none. Knows nothing of models and files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, NoReturn
+
+from edgemoe.cli import fields
+from edgemoe.cli.fields import FieldError
+from edgemoe.cli.run.source import Line
+from edgemoe.errors import RequestError
+from edgemoe.sampling import Sampling
+
+CHAT_URL = "/v1/chat/completions"
+COMPLETION_URL = "/v1/completions"
+_ENVELOPE = ("custom_id", "method", "url", "body")
+_SEEDS = 1 << 63
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestLine:
+    """What to generate: a text or token ids to go on from, or messages to reply to, and how many times."""
+
+    custom_id: str
+    prompt: str | tuple[int, ...] | tuple[Message, ...]
+    is_chat: bool = False
+    sampling: Sampling
+    choices: int = 1
+
+    def samplings(self) -> list[Sampling]:
+        """The sampling of each choice. Where a seed is given, each has one of its own, counted up from it."""
+        if self.sampling.seed is None:
+            return [self.sampling] * self.choices
+        seeds = (self.sampling.seed + choice for choice in range(self.choices))
+        return [replace(self.sampling, seed=seed % _SEEDS) for seed in seeds]
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line that is no request. `code` is for programs, `message` one sentence for people."""
+
+    custom_id: str
+    code: str
+    message: str
+
+
+class Entry(NamedTuple):
+    """A line, whether it was taken as JSON, and what came of it."""
+
+    line: Line
+    is_json: bool
+    request: RequestLine | BadLine
+
+
+@dataclass(frozen=True)
+class RequestReader:
+    """Reads requests. `defaults` hold where a line says nothing; `chat_lines` makes plain text a user's message."""
+
+    defaults: Sampling
+    system: str | None = None
+    chat_lines: bool = True
+
+    def read(self, lines: Iterable[Line], *, jsonl: bool) -> Iterator[Entry]:
+        """An entry for each line, in order. Without `jsonl`, the first line decides by its `{`."""
+        for index, line in enumerate(lines):
+            if index == 0:
+                jsonl = jsonl or line.text.lstrip().startswith("{")
+            yield Entry(line, jsonl, self._from_json(line) if jsonl else self._from_text(line))
+
+    def _from_text(self, line: Line) -> RequestLine:
+        custom_id = default_id(line)
+        if not self.chat_lines:
+            return RequestLine(custom_id=custom_id, prompt=line.text, sampling=self.defaults)
+        messages = self._with_system(({"role": "user", "content": line.text},))
+        return RequestLine(custom_id=custom_id, prompt=messages, is_chat=True, sampling=self.defaults)
+
+    def _from_json(self, line: Line) -> RequestLine | BadLine:
+        custom_id = default_id(line)
+        try:
+            entry = json.loads(line.text, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            return BadLine(custom_id, "invalid_json", f"line {line.number} is not JSON: {error}")
+        if not isinstance(entry, dict):
+            return BadLine(custom_id, "invalid_json", f"line {line.number} is JSON but no object; begin it with {{")
+        try:
+            custom_id = _custom_id(entry) or custom_id
+            return self._from_object(custom_id, entry)
+        except (FieldError, RequestError) as error:
+            return BadLine(custom_id, "invalid_request", f"line {line.number}: {error}")
+
+    def _from_object(self, custom_id: str, entry: dict[str, Any]) -> RequestLine:
+        if "body" in entry or "url" in entry:
+            body, chat = _open_envelope(entry)
+        else:
+            body = {name: value for name, value in entry.items() if name not in ("custom_id", "id")}
+            if ("prompt" in body) == ("messages" in body):
+                raise FieldError("give either prompt or messages")
+            chat = "messages" in body
+        source = "messages" if chat else "prompt"
+        if source not in body:
+            raise FieldError(f"{source} is missing")
+        fields.check(body, chat=chat)
+        sampling = replace(self.defaults, **fields.sampling_changes(body, chat=chat))
+        made = self._with_system(fields.messages(body[source])) if chat else fields.prompt(body[source])
+        return RequestLine(
+            custom_id=custom_id, prompt=made, is_chat=chat, sampling=sampling, choices=fields.choices(body)
+        )
+
+    def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        if self.system is None or any(message["role"] == "system" for message in messages):
+            return messages
+        return ({"role": "system", "content": self.system}, *messages)
+
+
+def default_id(line: Line) -> str:
+    """The id of a line that gives none."""
+    return f"line-{line.number}"
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _custom_id(entry: dict[str, Any]) -> str | None:
+    given = [name for name in ("custom_id", "id") if entry.get(name) is not None]
+    if len(given) > 1:
+        raise FieldError("custom_id and id are the same thing; give one")
+    return fields.words(given[0], entry[given[0]]) if given else None
+
+
+def _open_envelope(entry: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The body of an OpenAI batch line, and whether it is a chat."""
+    fields.refuse_unknown(entry, _ENVELOPE)
+    method, url, body = entry.get("method", "POST"), entry.get("url"), entry.get("body")
+    if method != "POST":
+        raise FieldError(f"method {method!r} is not served; give POST")
+    if url not in (CHAT_URL, COMPLETION_URL):
+        raise FieldError(f"url {url!r} is not served; give {CHAT_URL} or {COMPLETION_URL}")
+    if not isinstance(body, dict):
+        raise FieldError("body must be an object")
+    return body, url == CHAT_URL

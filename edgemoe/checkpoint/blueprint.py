@@ -1,0 +1,215 @@
+"""Everything that can be known of a checkpoint before any weight is read, and every reason to refuse it.
+
+The model is built by transformers on the meta device, and transformers' own loader then runs on tensors
+that have shapes and no data: what is missing, surplus or misshapen shows before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from edgemoe.cache.record import ExpertId
+from edgemoe.cache.safetensors_store import RecordSource
+from edgemoe.checkpoint.checkpoint import WEIGHT_DTYPES, Checkpoint, open_checkpoint
+from edgemoe.checkpoint.expert_sources import ExpertSources
+from edgemoe.checkpoint.experts_module import ExpertsModule, require_experts_modules
+from edgemoe.demo import DEMO_NAME, demo_folder
+from edgemoe.errors import CheckpointError
+from edgemoe.quiet import quiet_transformers
+
+QUANTISED_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32)
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A checkpoint that edgemoe can run, checked against its family's model."""
+
+    checkpoint: Checkpoint
+    config: Any
+    """The transformers configuration."""
+    model_class: Any
+    dtype: torch.dtype
+    """The dtype that the model computes in; expert records are converted to it when they are read."""
+    experts_modules: tuple[ExpertsModule, ...]
+    records: Mapping[ExpertId, RecordSource]
+    dense_keys: tuple[str, ...]
+    """The checkpoint's tensors that go into the model."""
+    dense_nbytes: int
+    """Bytes of all weights and buffers that are not experts, in the dtypes they are kept in."""
+    largest_dense_nbytes: int
+    """Bytes of the largest of them: while it loads it may be held twice."""
+    skeleton: Any
+    """The model on the meta device; holds no data."""
+
+    @property
+    def context_limit(self) -> int | None:
+        """The longest sequence that the configuration allows, in tokens; None when it names none."""
+        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def open_blueprint(
+    model: str | os.PathLike[str] | None = None, dtype: str = "auto", *, offline: bool = False
+) -> Blueprint:
+    """The blueprint of `model`, a checkpoint's folder or Hugging Face id; None is the model that ships with edgemoe.
+
+    Raises CheckpointError as `open_checkpoint` and `read_blueprint` do.
+    """
+    if model is None:
+        return read_blueprint(open_checkpoint(demo_folder(), name=DEMO_NAME), dtype)
+    return read_blueprint(open_checkpoint(model, offline=offline), dtype)
+
+
+def read_blueprint(checkpoint: Checkpoint, dtype: str = "auto") -> Blueprint:
+    """Checks `checkpoint` against its family and locates every expert. Reads no weight.
+
+    `dtype` is "auto" (as the expert weights are stored), "bfloat16", "float16" or "float32". Raises
+    CheckpointError with the reason when the checkpoint cannot be run.
+    """
+    config, model_class = _family(checkpoint)
+    chosen = _dtype(checkpoint, dtype)
+    with quiet_transformers():
+        model = build_skeleton(model_class, config, chosen)
+        experts_modules = require_experts_modules(model, config, checkpoint.name)
+        sources = ExpertSources(checkpoint, model, experts_modules, _mapping(model))
+        dense = tuple(key for key in checkpoint.tensors if key not in sources.keys)
+        _dry_run(checkpoint, model, chosen)
+        records = sources.records()
+        skeleton = build_skeleton(model_class, config, chosen)
+    sizes = _dense_sizes(skeleton, experts_modules)
+    return Blueprint(
+        checkpoint,
+        config,
+        model_class,
+        chosen,
+        tuple(experts_modules),
+        records,
+        dense,
+        sum(sizes),
+        max(sizes),
+        skeleton,
+    )
+
+
+def build_skeleton(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
+    """The model with every tensor on the meta device."""
+    with torch.device("meta"):
+        return model_class._from_config(config, dtype=dtype).eval()
+
+
+def load_config(model: Any, dtype: torch.dtype, device: torch.device | str) -> Any:
+    """The settings under which transformers' loader fills `model` on `device`."""
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    return LoadStateDictConfig(
+        device_map={"": torch.device(device)},
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        weight_mapping=_mapping(model),
+    )
+
+
+def _mapping(model: Any) -> list[Any]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    mapping: list[Any] = get_model_conversion_mapping(model)
+    return mapping
+
+
+def _family(checkpoint: Checkpoint) -> tuple[Any, Any]:
+    """The configuration and the causal-LM class of the checkpoint's family."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    family = checkpoint.config["model_type"]
+    if family not in CONFIG_MAPPING:
+        if "auto_map" in checkpoint.config:
+            raise CheckpointError(
+                f"{checkpoint.name} ({family}) needs code from its own folder, which edgemoe never runs: "
+                "use a family that transformers itself has"
+            )
+        raise CheckpointError(f"{checkpoint.name} is of the family {family}, unknown to this transformers: upgrade it")
+    with quiet_transformers():
+        try:
+            config = CONFIG_MAPPING[family].from_pretrained(checkpoint.folder)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise CheckpointError(
+                f"{checkpoint.folder / 'config.json'} is not a valid {family} configuration: {reason}"
+            ) from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise CheckpointError(
+            f"{checkpoint.name} is of the family {family}, which is no causal language model: edgemoe cannot run it"
+        )
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if getattr(model_class, "config_class", None) is config.sub_configs.get("text_config"):
+        # A checkpoint that also sees or hears: only its text model is run, as transformers' auto class does.
+        config = config.get_text_config()
+    return config, model_class
+
+
+def _dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
+    """The dtype to compute in; "auto" is what most bytes of the checkpoint are stored in."""
+    weights = {key: entry for key, entry in checkpoint.tensors.items() if entry.dtype.is_floating_point}
+    unusable = [key for key, entry in weights.items() if entry.dtype not in WEIGHT_DTYPES]
+    # Quantised weights are small integers; some families have tables and counters in large ones.
+    integers = [key for key, entry in checkpoint.tensors.items() if entry.dtype in QUANTISED_DTYPES]
+    if unusable or integers or not weights:
+        key = (unusable + integers + ["no weights"])[0]
+        kept = checkpoint.tensors[key].dtype if key in checkpoint.tensors else "nothing"
+        raise CheckpointError(
+            f"{checkpoint.name}: {key} is stored as {kept}: only bf16, fp16 and fp32 weights are supported"
+        )
+    names = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if dtype != "auto":
+        if dtype not in names:
+            raise CheckpointError(f"dtype {dtype!r} is not one of auto, {', '.join(names)}: choose one with --dtype")
+        return names[dtype]
+    stored: Counter[torch.dtype] = Counter()
+    for entry in weights.values():
+        stored[entry.dtype] += entry.nbytes
+    return stored.most_common(1)[0][0]
+
+
+def _dry_run(checkpoint: Checkpoint, model: Any, dtype: torch.dtype) -> None:
+    """Loads shapes without data into `model` and refuses what does not fit exactly. Uses `model` up."""
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+
+    shapes = {
+        key: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for key, entry in checkpoint.tensors.items()
+    }
+    info, _ = convert_and_load_state_dict_in_model(model, shapes, load_config(model, dtype, "meta"), None)
+    info.missing_keys -= set(model.all_tied_weights_keys)
+    model._adjust_missing_and_unexpected_keys(info)
+    faults = [
+        ("lacks", sorted(info.missing_keys)),
+        ("has no place for", sorted(info.unexpected_keys)),
+        ("cannot convert", sorted(info.conversion_errors)),
+    ]
+    for verb, keys in faults:
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise CheckpointError(
+                f"{checkpoint.name} does not match its family {model.config.model_type}: "
+                f"it {verb} {keys[0]}{more}: fetch it again"
+            )
+    for key, found, expected in sorted(info.mismatched_keys):
+        raise CheckpointError(
+            f"{checkpoint.name} does not match its configuration: {key} is {list(found)} "
+            f"and should be {list(expected)}: fetch it again"
+        )
+
+
+def _dense_sizes(skeleton: Any, experts_modules: Sequence[ExpertsModule]) -> list[int]:
+    """Bytes of each distinct weight or buffer that is not an expert's; tied ones count once."""
+    experts = {f"{moe.name}.{part.name}" for moe in experts_modules for part in moe.layout.parts}
+    tied = set(skeleton.all_tied_weights_keys)
+    tensors = [*skeleton.named_parameters(), *skeleton.named_buffers()]
+    kept = [value for name, value in tensors if name not in experts and name not in tied]
+    return [math.prod(value.shape) * value.dtype.itemsize for value in kept]

@@ -1,0 +1,88 @@
+"""Fills the model with every weight that is not an expert's, through transformers' own conversion."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgemoe.cache.record import host_bytes
+from edgemoe.checkpoint.blueprint import Blueprint, build_skeleton, load_config
+from edgemoe.checkpoint.checkpoint import TensorEntry
+from edgemoe.checkpoint.experts_module import release_weights
+from edgemoe.errors import CheckpointError
+from edgemoe.quiet import quiet_transformers
+
+
+class LazyTensor:
+    """A checkpoint tensor that is read when indexed, as transformers' loader does with its own slices.
+
+    Reads are positioned rather than mapped, so that no page of the file stays in this process.
+    """
+
+    def __init__(self, path: Path, entry: TensorEntry, on_read: Callable[[int], None]) -> None:
+        self._path = path
+        self._entry = entry
+        self._on_read = on_read
+
+    def __getitem__(self, everything: Any) -> torch.Tensor:
+        entry = self._entry
+        buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
+        with self._path.open("rb", buffering=0) as file:
+            file.seek(entry.offset)
+            memory, done = host_bytes(buffer), 0
+            while done < entry.nbytes:
+                count = file.readinto(memory[done:])
+                if not count:
+                    raise OSError(f"{self._path} ends at byte {entry.offset + done}, in the middle of a tensor")
+                done += count
+        self._on_read(entry.nbytes)
+        tensor = buffer.view(entry.dtype).view(entry.shape)
+        return tensor if everything is Ellipsis else tensor[everything]
+
+    def get_shape(self) -> list[int]:
+        """The tensor's shape, as safetensors' slices give it."""
+        return list(self._entry.shape)
+
+
+def load_dense(blueprint: Blueprint, device: torch.device, on_read: Callable[[int, int], None]) -> Any:
+    """The model on `device` with all its weights but the experts', whose modules are left empty.
+
+    `on_read(done, total)` is called with bytes, from loader threads. Raises CheckpointError when a file
+    cannot be read or transformers' loader disagrees with the check made before.
+    """
+    checkpoint = blueprint.checkpoint
+    total = sum(checkpoint.tensors[key].nbytes for key in blueprint.dense_keys)
+    lock, done = threading.Lock(), [0]
+
+    def count(nbytes: int) -> None:
+        with lock:
+            done[0] += nbytes
+            on_read(done[0], total)
+
+    lazy = {
+        key: LazyTensor(checkpoint.files[entry.file], entry, count)
+        for key, entry in ((key, checkpoint.tensors[key]) for key in blueprint.dense_keys)
+    }
+    model = build_skeleton(blueprint.model_class, blueprint.config, blueprint.dtype)
+    for moe in blueprint.experts_modules:
+        release_weights(moe, model)
+    settings = load_config(model, blueprint.dtype, device)
+    try:
+        # The loader draws initial values too, which must not show in the caller's random numbers.
+        with quiet_transformers(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            info, _ = model._load_pretrained_model(model, lazy, None, settings)
+            info = model._finalize_model_loading(model, settings, info)
+    except OSError as error:
+        raise CheckpointError(f"{checkpoint.name} cannot be read ({error}): fetch it again") from error
+    lost = sorted(info.missing_keys) + sorted(info.conversion_errors)
+    if lost:
+        raise CheckpointError(f"{checkpoint.name}: {lost[0]} could not be loaded: fetch it again")
+    left = [name for name, value in model.named_parameters() if value.is_meta]
+    if left:
+        raise CheckpointError(f"{checkpoint.name}: {left[0]} was given no value by transformers' loader")
+    model.requires_grad_(False)
+    return model.eval()

@@ -1,0 +1,58 @@
+"""Which experts were hot, kept from one run to the next, so that the next one starts with them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from edgemoe.cache.record import ExpertId
+from edgemoe.checkpoint.state_folder import StateFolder
+
+NAME = "heat.json"
+FORMAT = "edgemoe heat"
+VERSION = 1
+MAX_NBYTES = 16 << 20
+"""No model has so many experts that its heat takes more."""
+
+
+def read(state: StateFolder, experts: Sequence[int]) -> dict[ExpertId, float]:
+    """The heat that was kept, of experts of any layers; empty without a sound file for this model.
+
+    `experts[layer]` is the number of experts of each layer.
+    """
+    data = state.read(NAME, MAX_NBYTES)
+    if data is None:
+        return {}
+    try:
+        kept = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    header = {"format": FORMAT, "version": VERSION, "experts": list(experts)}
+    if not isinstance(kept, dict) or {key: kept.get(key) for key in header} != header:
+        return {}
+    entries = kept.get("heat")
+    if not isinstance(entries, list) or not all(_is_entry(entry, experts) for entry in entries):
+        return {}
+    return {ExpertId(layer, number): heat for layer, number, heat in entries}
+
+
+def write(state: StateFolder, experts: Sequence[int], heat: Mapping[ExpertId, float]) -> None:
+    """Keeps `heat`. An empty one leaves what is kept as it is, and so does a folder that cannot be written."""
+    entries = [[*expert, float(f"{value:.6g}")] for expert, value in sorted(heat.items()) if math.isfinite(value)]
+    if not entries:
+        return
+    kept = {"format": FORMAT, "version": VERSION, "experts": list(experts), "heat": entries}
+    # A cache that cannot be kept is no reason for a close to fail; a path may also be one that no system takes.
+    with contextlib.suppress(OSError, ValueError):
+        state.write(NAME, json.dumps(kept, separators=(",", ":")).encode())
+
+
+def _is_entry(entry: Any, experts: Sequence[int]) -> bool:
+    """Whether this is an expert of the model and a finite number."""
+    match entry:
+        case [int(layer), int(number), float(heat)]:
+            return 0 <= layer < len(experts) and 0 <= number < experts[layer] and math.isfinite(heat)
+    return False

@@ -1,0 +1,110 @@
+"""A checkpoint's tokenizer, vocabulary, chat template and generation defaults, all through transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from edgemoe.checkpoint.blueprint import Blueprint
+from edgemoe.checkpoint.checkpoint import Checkpoint
+from edgemoe.errors import CheckpointError, RequestError
+from edgemoe.quiet import quiet_transformers
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A checkpoint's tokens: its tokenizer, or None, and how many ids it predicts."""
+
+    model: str
+    tokenizer: Any
+    size: int
+
+    def check_same(self, other: Vocabulary) -> None:
+        """Raises CheckpointError where an id of `other` means something else, or it has more or fewer of them."""
+        if self.size != other.size or self._words() != other._words():
+            raise CheckpointError(
+                f"{other.model} has another vocabulary than {self.model}, so that their predictions cannot be "
+                f"compared: give a checkpoint with the same tokenizer with --against"
+            )
+
+    def _words(self) -> object:
+        return None if self.tokenizer is None else self.tokenizer.get_vocab()
+
+
+Messages = Sequence[Mapping[str, str]]
+"""A conversation: each message has a role and a content."""
+Prompt = str | Sequence[int] | Messages
+"""What to go on from: text, token ids, or a conversation to reply to."""
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The tokenizer beside the weights, or None when there is none. Never runs code from the folder."""
+    if not checkpoint.has_tokenizer:
+        return None
+    from transformers import AutoTokenizer
+
+    with quiet_transformers():
+        try:
+            return AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise CheckpointError(
+                f"the tokenizer in {checkpoint.folder} cannot be loaded ({reason}): fetch it again, or remove its "
+                "files to work with token ids"
+            ) from error
+
+
+def load_generation_config(blueprint: Blueprint) -> Any:
+    """The checkpoint's `generation_config.json`, or what its configuration implies."""
+    from transformers import GenerationConfig
+
+    folder = blueprint.checkpoint.folder
+    with quiet_transformers():
+        if (folder / "generation_config.json").exists():
+            try:
+                return GenerationConfig.from_pretrained(folder, local_files_only=True)
+            except Exception as error:
+                raise CheckpointError(
+                    f"{folder / 'generation_config.json'} cannot be read: fetch it again, or remove it"
+                ) from error
+        return GenerationConfig.from_model_config(blueprint.config)
+
+
+def prompt_tokens(tokenizer: Any, prompt: Prompt, vocabulary: int, name: str) -> list[int]:
+    """The token ids of `prompt` for the model called `name`; RequestError when it has none or unknown ones."""
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise RequestError(f"{name} has no tokenizer files: give the prompt as token ids")
+        with quiet_transformers():
+            tokens = [int(token) for token in tokenizer.encode(prompt)] if prompt else []
+    elif any(isinstance(part, Mapping) for part in prompt):
+        tokens = render_chat(tokenizer, cast(Messages, prompt), name)
+    else:
+        tokens = [int(token) for token in cast(Sequence[int], prompt)]
+    if not tokens:
+        raise RequestError("the prompt is empty: give at least one token")
+    outside = [token for token in tokens if not 0 <= token < vocabulary]
+    if outside:
+        raise RequestError(f"token id {outside[0]} is outside the vocabulary of {vocabulary}: check the ids")
+    return tokens
+
+
+def render_chat(tokenizer: Any, messages: Messages, name: str) -> list[int]:
+    """The token ids of `messages` in the checkpoint's chat template, ending where the assistant begins."""
+    if tokenizer is None or not tokenizer.chat_template:
+        raise RequestError(f"{name} has no chat template: give plain prompts, as with edgemoe run")
+    for message in messages:
+        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            raise RequestError(f"a message must have a text role and a text content, not {dict(message)!r}")
+    if not messages:
+        raise RequestError("the conversation is empty: give at least one message")
+    try:
+        with quiet_transformers():
+            rendered = tokenizer.apply_chat_template(
+                [dict(message) for message in messages], add_generation_prompt=True, return_dict=True
+            )
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RequestError(f"the chat template of {name} refuses this conversation: {reason}") from error
+    return [int(token) for token in rendered["input_ids"]]

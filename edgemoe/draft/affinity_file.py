@@ -1,0 +1,104 @@
+"""The similarities of a checkpoint's experts: computed once, then kept."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from edgemoe.cache.safetensors_store import SafetensorsStore
+from edgemoe.checkpoint.blueprint import Blueprint
+from edgemoe.checkpoint.state_folder import StateFolder
+from edgemoe.draft.affinity import Affinity, compute
+from edgemoe.errors import CheckpointError
+from edgemoe.results import Progress
+
+NAME = "affinity.safetensors"
+METADATA = {"format": "edgemoe affinity", "version": "1"}
+HEADER_NBYTES = 1 << 20
+"""More than the header of any number of layers takes."""
+
+
+class Prepared(NamedTuple):
+    """Similarities that are kept: where, and whether they had been before they were asked for."""
+
+    affinity: Affinity
+    path: Path
+    was_kept: bool
+
+
+def read(state: StateFolder, experts: Sequence[int]) -> Affinity | None:
+    """What was kept about a model with `experts[layer]` experts a layer; None without a sound file."""
+    data = state.read(NAME, 2 * sum(count * count for count in experts) + HEADER_NBYTES)
+    if data is None or _metadata(data) != METADATA:
+        return None
+    try:
+        tensors = load(data)
+    except (SafetensorError, ValueError, KeyError):
+        return None
+    if set(tensors) != {str(layer) for layer in range(len(experts))}:
+        return None
+    ranks = [tensors[str(layer)] for layer in range(len(experts))]
+    sound = all(_is_sound(layer, count) for layer, count in zip(ranks, experts, strict=True))
+    return Affinity(ranks) if sound else None
+
+
+def write(state: StateFolder, affinity: Affinity) -> None:
+    """Keeps `affinity`. Raises OSError where that cannot be done."""
+    tensors = {str(layer): ranks for layer, ranks in enumerate(affinity.ranks)}
+    state.write(NAME, save(tensors, metadata=METADATA))
+
+
+def prepare(
+    blueprint: Blueprint,
+    folder: str | os.PathLike[str] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> Prepared | None:
+    """Sees to it that the similarities of a model's experts are kept in `folder` (see `StateFolder.of`).
+
+    None when `cancelled` said so. Raises CheckpointError as `compute` does and for files that cannot be read, and
+    OSError, before anything is computed where possible, when `folder` takes no files.
+    """
+    state = StateFolder.of(blueprint.checkpoint, folder)
+    layouts = [moe.layout for moe in blueprint.experts_modules]
+    kept = read(state, [moe.experts for moe in blueprint.experts_modules])
+    if kept is not None and state.path is not None:
+        return Prepared(kept, state.path / NAME, was_kept=True)
+    state.probe()
+    try:
+        # Every byte is read once: it has no place in the page cache.
+        store = SafetensorsStore(blueprint.checkpoint.files, layouts, blueprint.records, direct=True)
+        try:
+            made = compute(store, on_progress, cancelled)
+        finally:
+            store.close()
+    except OSError as error:
+        raise CheckpointError(f"{blueprint.checkpoint.name} cannot be read ({error}): fetch it again") from error
+    if made is None or state.path is None:
+        return None
+    write(state, made)
+    return Prepared(made, state.path / NAME, was_kept=False)
+
+
+def _metadata(data: bytes) -> object:
+    """What a file says of itself."""
+    length = int.from_bytes(data[:8], "little")
+    try:
+        header = json.loads(data[8 : 8 + length])
+    except (ValueError, RecursionError):
+        return None
+    return header.get("__metadata__") if isinstance(header, dict) else None
+
+
+def _is_sound(ranks: torch.Tensor, experts: int) -> bool:
+    """Whether every row is an order of all the experts, with the row's own first."""
+    if ranks.dtype != torch.int16 or ranks.shape != (experts, experts) or ranks.diagonal().any():
+        return False
+    return torch.equal(ranks.sort(dim=1).values, torch.arange(experts, dtype=torch.int16).expand(experts, -1))

@@ -1,0 +1,275 @@
+"""Speculation only while it pays: Cascade's utility (arXiv 2506.20675) and a controller for each sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from edgemoe.draft.settings import DraftSettings
+from edgemoe.request.request import Request
+
+TEST = 4
+"""Cycles that a setting is tried for, the first one left out, which still pays for the change ..."""
+HOLD = 32
+"""... and those for which the best one holds before others are tried again."""
+MEMORY = 16.0
+"""Cycles that a setting's utility is made of; older ones fade ..."""
+REMEMBERED = 0.25
+"""... and count for so much when it is tried again, since the text has gone on."""
+MAX_TRIALS = 4
+"""Settings that a test tries."""
+SHORTEST_REST, LONGEST_REST = 16, 256
+"""Steps without drafts, while they do not pay: twice as many each time, and then always a test again."""
+IDLE = 24
+"""Steps in which nothing was worth drafting, after which that is what is told of the setting."""
+
+
+class Setting(NamedTuple):
+    """How far one sequence is drafted for."""
+
+    depth: int
+    """Most drafted tokens that follow one another."""
+    width: int
+    """Most tokens that may follow a node; 1 is a chain."""
+    passes: bool
+    """Whether a drafter that runs passes takes part, where there is one."""
+
+    def __str__(self) -> str:
+        shape = "chains" if self.width == 1 else "trees"
+        return f"{shape} of depth {self.depth}{', with passes' if self.passes else ''}"
+
+
+def utility(tokens: float, plain_steps: float) -> float:
+    """Cascade's utility: `tokens` per cycle over the cycle's time in plain steps."""
+    return tokens / max(plain_steps, 1e-9)
+
+
+class Tally:
+    """What cycles of one setting gave and cost, old ones faded."""
+
+    def __init__(self) -> None:
+        self.cycles = 0.0
+        self._tokens = 0.0
+        self._plain_steps = 0.0
+
+    def add(self, tokens: int, plain_steps: float) -> None:
+        """One more cycle."""
+        self.fade(1 - 1 / MEMORY)
+        self._plain_steps += plain_steps
+        self._tokens += tokens
+        # Last: before it, who reads this meanwhile finds nothing.
+        self.cycles += 1
+
+    def fade(self, keep: float) -> None:
+        """Lets all cycles so far count for the share `keep` of what they did."""
+        self.cycles *= keep
+        self._tokens *= keep
+        self._plain_steps *= keep
+
+    @property
+    def utility(self) -> float:
+        """The cycles' utility; 1 before there was one."""
+        return utility(self._tokens, self._plain_steps) if self.cycles else 1.0
+
+
+class UtilityController:
+    """Test, hold, rest: decides for one sequence how far it is drafted for, or that it is not.
+
+    A test measures the present setting and climbs from it: to a neighbour while that is better, to a smaller one where
+    it does not pay. The best holds for a while. Where none pays drafting rests, longer each time, and is tested again.
+    """
+
+    def __init__(self, start: Setting, most: Setting, rest: int = SHORTEST_REST) -> None:
+        """Begins with a test of `start`; no setting goes beyond `most`. The first rest takes `rest` steps."""
+        self.changes = 0
+        """How often the setting has changed."""
+        self._most = most
+        self._setting: Setting | None = start
+        self._last = start
+        self._tallies: dict[Setting, Tally] = {}
+        self._tried: dict[Setting, float] = {}
+        self._turn = 0
+        self.rest = rest
+        """Steps that the next rest would take."""
+        self._idle = 0
+        self._testing, self._left, self._fresh = True, TEST, True
+
+    @property
+    def setting(self) -> Setting | None:
+        """What may be drafted now; None while drafting rests."""
+        return self._setting
+
+    @property
+    def best(self) -> Setting:
+        """The setting that was last found best, for another sequence to begin with."""
+        return self._last
+
+    @property
+    def utility(self) -> float:
+        """The utility of the present setting as measured lately; 1 while drafting rests."""
+        setting = self._setting
+        tally = self._tallies.get(setting) if setting else None
+        return tally.utility if tally else 1.0
+
+    def describe(self) -> str:
+        """What is drafted now, in a few words."""
+        setting = self._setting
+        if setting is None:
+            return "off: it did not pay"
+        return f"{setting}, of which nothing is worth it now" if self._idle >= IDLE else str(setting)
+
+    def passed(self) -> None:
+        """A step without drafts since drafting rests."""
+        self._left -= 1
+        if self._left <= 0:
+            self._begin_test()
+
+    def saw(self, drafted: int, tokens: int, plain_steps: float) -> None:
+        """A cycle under the setting: `drafted` nodes gave `tokens` in the time of so many plain steps.
+
+        A step for which nothing was worth drafting has nothing to tell.
+        """
+        if self._setting is None:
+            return
+        self._idle = 0 if drafted else self._idle + 1
+        if not drafted:
+            return
+        if self._fresh:
+            self._fresh = False
+            return
+        self._tallies.setdefault(self._setting, Tally()).add(tokens, plain_steps)
+        self._left -= 1
+        if self._testing:
+            if self._left <= 0:
+                self._judge()
+        elif self._left <= 0 or self.utility < 1:
+            self._begin_test()
+
+    # --- phases ------------------------------------------------------------------------------------
+
+    def _begin_test(self) -> None:
+        self._testing, self._tried = True, {}
+        self._try(self._last)
+
+    def _try(self, setting: Setting) -> None:
+        if setting != self._setting and setting in self._tallies:
+            self._tallies[setting].fade(REMEMBERED)
+        self._change(setting, TEST)
+
+    def _judge(self) -> None:
+        """The setting on trial has been measured: try another, or settle."""
+        assert self._setting is not None
+        self._tried[self._setting] = self.utility
+        following = self._next_trial(self._setting)
+        if following is not None:
+            self._try(following)
+            return
+        self._testing = False
+        # Where none pays the next test begins with what lost least.
+        self._last = max(self._tried, key=lambda setting: self._tried[setting])
+        if self._tried[self._last] < 1:
+            self._change(None, self.rest)
+            self.rest = min(2 * self.rest, LONGEST_REST)
+        else:
+            self.rest = SHORTEST_REST
+            self._change(self._last, HOLD)
+
+    def _next_trial(self, setting: Setting) -> Setting | None:
+        """What to try after `setting`: a smaller one while none pays, a neighbour while that is no worse, else none."""
+        if len(self._tried) >= MAX_TRIALS:
+            return None
+        best = max(self._tried.values())
+        near = [other for other in self._neighbours(setting) if other not in self._tried]
+        if best < 1:
+            near = [other for other in near if other < setting][:1]
+        elif self._tried[setting] < best:
+            return None
+        self._turn += 1
+        return near[self._turn % len(near)] if near else None
+
+    def _neighbours(self, setting: Setting) -> list[Setting]:
+        """Settings one step away; of those that are smaller the one that saves most comes first."""
+        found = [
+            setting._replace(passes=self._most.passes and not setting.passes),
+            setting._replace(depth=max(1, setting.depth // 2)),
+            setting._replace(depth=min(self._most.depth, 2 * setting.depth)),
+            setting._replace(width=1 if setting.width > 1 else self._most.width),
+        ]
+        return [other for other in dict.fromkeys(found) if other != setting]
+
+    def _change(self, setting: Setting | None, left: int) -> None:
+        self._left = left
+        if setting != self._setting:
+            self.changes += 1
+            self._fresh, self._idle = True, 0
+            self._setting = setting
+
+
+SHORTER, LONGER = 0.5, 2.0
+"""Plain steps: one that is shorter than a plain one by more than this, or longer for each node, counts as this."""
+
+
+class Controllers:
+    """The settings of all sequences. A new one begins with what was best for the one before it, and tests it."""
+
+    def __init__(self, settings: DraftSettings, width: int) -> None:
+        """`width` is how many tokens may follow a node at most; 1 where only chains can be verified."""
+        self._most = Setting(settings.depth, width, bool(settings.drafters - {"ngram"}))
+        self._controlled = settings.priced
+        self._start, self._rest = self._most, SHORTEST_REST
+        self._own: dict[Request, UtilityController] = {}
+        self._latest: UtilityController | None = None
+        self._changes = 0
+
+    @property
+    def changes(self) -> int:
+        """How often a setting has changed, of all sequences."""
+        return self._changes + sum(controller.changes for controller in list(self._own.values()))
+
+    @property
+    def utility(self) -> float:
+        """The utility of the latest sequence's setting; 1 while drafting rests, or before anything was measured.
+
+        0 where nothing is controlled.
+        """
+        return self._latest.utility if self._latest else float(self._controlled)
+
+    def describe(self) -> str:
+        """The setting of the sequence that was drafted for last, in a few words."""
+        if self._latest is None:
+            return str(self._start)
+        return self._latest.describe()
+
+    def setting(self, request: Request) -> Setting | None:
+        """What may be drafted for `request` now; None while that rests."""
+        if not self._controlled:
+            return self._most
+        if request not in self._own:
+            self._own[request] = UtilityController(self._start, self._most, self._rest)
+        self._latest = self._own[request]
+        return self._latest.setting
+
+    def stepped(self, drafted: Mapping[Request, int], made: Mapping[Request, int], plain_steps: float | None) -> None:
+        """A step took the time of so many `plain_steps`; None where that is not known.
+
+        `drafted` are the nodes of each sequence that decoded in it, and `made` the tokens that it got where there were
+        any. What a step takes longer for drafts is shared by their nodes; and everybody waits for it.
+        """
+        nodes = sum(drafted.values())
+        for request, count in drafted.items():
+            controller = self._own.get(request)
+            if controller is None:
+                continue
+            if controller.setting is None:
+                controller.passed()
+            elif plain_steps is not None:
+                more = (plain_steps - 1) * count / nodes * len(drafted) if nodes else 0.0
+                # In a large batch a breath of noise would be many steps.
+                controller.saw(count, made.get(request, 1), 1 + min(max(more, -SHORTER), LONGER * count * len(drafted)))
+
+    def forget(self, request: Request) -> None:
+        """`request` is over."""
+        controller = self._own.pop(request, None)
+        if controller is not None:
+            self._start, self._rest = controller.best, controller.rest
+            self._changes += controller.changes

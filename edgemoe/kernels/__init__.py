@@ -1,0 +1,1 @@
+"""Arithmetic over weights as they lie in memory, each kernel beside a plain form."""

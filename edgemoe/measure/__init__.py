@@ -1,0 +1,1 @@
+"""Text run through a loaded engine: profiles, evaluation, scores."""

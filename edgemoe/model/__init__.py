@@ -1,0 +1,1 @@
+"""Passes over sequences: KV caches, tree masks, and the runners of passes."""

@@ -1,0 +1,279 @@
+"""The keys, values and states of one sequence: appended in place, cropped, forked and rolled back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
+
+
+class GrowingLayer(DynamicLayer):
+    """A full-attention layer over one buffer with capacity to grow.
+
+    transformers' own layer concatenates, which copies the whole past at every step. `keys` and `values`
+    are views of the filled part, [batch, heads, tokens, width], valid until the buffer grows. `capacity` is how
+    many tokens the next buffer is made for; a sequence that outgrows it gets half as much again.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.capacity = capacity
+        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends [batch, heads, new tokens, width] and returns views of all keys and values."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        past = self.get_seq_length()
+        total = past + key_states.shape[-2]
+        keys, values = self._reserve(key_states, value_states, past, total)
+        keys[..., past:total, :] = key_states
+        values[..., past:total, :] = value_states
+        self.keys, self.values = keys[..., :total, :], values[..., :total, :]
+        return self.keys, self.values
+
+    def reset(self) -> None:
+        """Forgets everything and gives the buffer back."""
+        self._buffers = None
+        super().reset()
+
+    def mark(self) -> None:
+        """What comes now may be forgotten again by `rollback`, which a buffer of rows always allows."""
+
+    def rollback(self, base: int, rows: Sequence[int]) -> None:
+        """Keeps the first `base` rows and, moved up behind them, those at `rows` (ascending, counted from `base`)."""
+        if not self.is_initialized or self.keys is None or self.values is None:
+            return
+        if rows and rows[-1] != len(rows) - 1:
+            index = torch.tensor(rows, device=self.keys.device) + base
+            for kept in (self.keys, self.values):
+                kept[..., base : base + len(rows), :] = kept.index_select(-2, index)
+        self.keys = self.keys[..., : base + len(rows), :]
+        self.values = self.values[..., : base + len(rows), :]
+
+    def fork(self, tokens: int, capacity: int) -> GrowingLayer:
+        """A layer of its own that holds a copy of the first `tokens` rows, with `capacity`."""
+        other = GrowingLayer(capacity)
+        if self.is_initialized and self.keys is not None and self.values is not None:
+            other.update(self.keys[..., :tokens, :], self.values[..., :tokens, :])
+        return other
+
+    def _reserve(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, past: int, total: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._buffers is not None and self._buffers[0].shape[-2] >= total:
+            return self._buffers
+        capacity = self.capacity if self.capacity >= total else max(total, past + past // 2)
+        old, grown = (self.keys, self.values), []
+        for kept, new in zip(old, (key_states, value_states), strict=True):
+            buffer = new.new_empty(*new.shape[:-2], capacity, new.shape[-1])
+            if past:
+                assert kept is not None
+                buffer[..., :past, :] = kept
+            grown.append(buffer)
+        self._buffers = (grown[0], grown[1])
+        return self._buffers
+
+
+class WindowLayer(DynamicSlidingWindowLayer):
+    """A layer with a window that can take back what was appended to it.
+
+    Between passes it holds the last `sliding_window` - 1 rows, as transformers' own does. From `mark` to `rollback`
+    it drops none, so that drafted rows may go and those before them are still there.
+    """
+
+    def __init__(self, sliding_window: int) -> None:
+        super().__init__(sliding_window=sliding_window)
+        self._drafting = False
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends [batch, heads, new tokens, width] and returns all that was held, with it."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        self.cumulative_length += key_states.shape[-2]
+        keys = torch.cat([self.keys, key_states], dim=-2)
+        values = torch.cat([self.values, value_states], dim=-2)
+        self.keys, self.values = keys, values
+        if not self._drafting:
+            self._trim()
+        return keys, values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """How many keys the next pass of `query_length` tokens sees, and the place of the first one."""
+        held = self.keys.shape[-2] if self.is_initialized and self.keys is not None else 0
+        return held + query_length, self.cumulative_length - held
+
+    def mark(self) -> None:
+        """What comes now may be forgotten again by `rollback`."""
+        self._drafting = True
+
+    def rollback(self, base: int, rows: Sequence[int]) -> None:
+        """As `GrowingLayer.rollback`, for what was appended since `mark`, when there were `base` tokens."""
+        self._drafting = False
+        if not self.is_initialized or self.keys is None or self.values is None:
+            return
+        held = self.keys.shape[-2] - (self.cumulative_length - base)
+        places = [*range(held), *(held + row for row in rows)]
+        index = torch.tensor(places, dtype=torch.long, device=self.keys.device)
+        self.keys, self.values = self.keys.index_select(-2, index), self.values.index_select(-2, index)
+        self.cumulative_length = base + len(rows)
+        self._trim()
+
+    def _trim(self) -> None:
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys = self.keys[:, :, -self.sliding_window + 1 :, :]
+        self.values = self.values[:, :, -self.sliding_window + 1 :, :]
+
+
+def new_cache(model: Any, capacity: int) -> Any:
+    """An empty cache for one sequence of at most `capacity` tokens, or None where the model makes its own.
+
+    Layers with a recurrent state keep transformers' own classes.
+    """
+    if not model._supports_default_dynamic_cache():
+        return None
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    cache.layers = [_own_layer(layer, capacity) for layer in cache.layers]
+    return cache
+
+
+def _own_layer(layer: Any, capacity: int) -> Any:
+    if type(layer) is DynamicLayer:
+        return GrowingLayer(capacity)
+    return WindowLayer(layer.sliding_window) if type(layer) is DynamicSlidingWindowLayer else layer
+
+
+def has_recurrent_state(cache: Any) -> bool:
+    """Whether some of the past is a state rather than rows, so that it cannot be cut and may not extend in chunks."""
+    return cache is None or any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
+
+
+CAPACITY_STEP = 64
+"""Tokens; capacity grows in multiples of this, and by at least an eighth, so that growing copies little."""
+
+
+class SequenceCache:
+    """What a model remembers of one sequence of `tokens` tokens.
+
+    `cache` is None until the first pass where a model makes its own. `capacity` is how many tokens it has
+    buffers for, which is what it is charged with.
+    """
+
+    def __init__(self, cache: Any, capacity: int, tokens: int = 0) -> None:
+        self.kv = cache
+        self.capacity = capacity
+        self.tokens = tokens
+
+    @classmethod
+    def empty(cls, model: Any, capacity: int) -> SequenceCache:
+        """The past of a sequence that has not begun."""
+        return cls(new_cache(model, capacity), capacity)
+
+    def reserve(self, capacity: int) -> None:
+        """Lets the buffers grow to `capacity` tokens when they need to."""
+        self.capacity = max(self.capacity, capacity)
+        for layer in getattr(self.kv, "layers", ()):
+            if isinstance(layer, GrowingLayer):
+                layer.capacity = self.capacity
+
+    def can_crop(self) -> bool:
+        """Whether any number of the last tokens may be forgotten: all of it is rows, and no window has dropped one."""
+        return type(self.kv) is DynamicCache and all(map(_keeps_all_rows, self.kv.layers))
+
+    def can_always_crop(self) -> bool:
+        """Whether that stays so however long it gets: no layer has a window or a state."""
+        return type(self.kv) is DynamicCache and all(type(layer) is GrowingLayer for layer in self.kv.layers)
+
+    def crop(self, tokens: int) -> None:
+        """Forgets all but the first `tokens`; only where `can_crop`."""
+        for layer in self.kv.layers:
+            layer.crop(tokens - self.tokens)
+        self.tokens = tokens
+
+    @property
+    def can_roll_back(self) -> bool:
+        """Whether tokens may be appended on trial: all of it is rows, which `rollback` can drop again."""
+        return type(self.kv) is DynamicCache and all(
+            type(layer) in (GrowingLayer, WindowLayer) for layer in self.kv.layers
+        )
+
+    def mark(self) -> None:
+        """Marks the present end, to which `rollback` goes back. Only where `can_roll_back`."""
+        for layer in self.kv.layers:
+            layer.mark()
+
+    def rollback(self, base: int, rows: Sequence[int] = ()) -> None:
+        """Keeps the `base` tokens that there were at `mark` and, of those appended since, the ones at `rows`.
+
+        `rows` are ascending and counted from `base`; afterwards they follow one another.
+        """
+        with torch.inference_mode():
+            for layer in self.kv.layers:
+                layer.rollback(base, rows)
+        self.tokens = base + len(rows)
+
+    def fork(self, tokens: int, capacity: int) -> SequenceCache:
+        """A copy of the first `tokens` tokens with capacity for `capacity`. Fewer than all only where `can_crop`."""
+        if tokens < self.tokens and not self.can_crop():
+            raise ValueError(f"a past that cannot be cut has {self.tokens} tokens, not {tokens}")
+        self.trim()
+        with torch.inference_mode():
+            return SequenceCache(self._copied(tokens, capacity), capacity, tokens)
+
+    def trim(self) -> None:
+        """Gives back the memory of rows that windows have dropped: those kept are views of the last chunk's."""
+        with torch.inference_mode():
+            for layer in getattr(self.kv, "layers", ()):
+                if not isinstance(layer, GrowingLayer):
+                    _own(vars(layer))
+
+    def _copied(self, tokens: int, capacity: int) -> Any:
+        if type(self.kv) is not DynamicCache:
+            return copy.deepcopy(self.kv)
+        other: Any = copy.copy(self.kv)
+        other.layers = []
+        for layer in self.kv.layers:
+            if isinstance(layer, GrowingLayer):
+                # It leaves out the rows that would be cut at once.
+                other.layers.append(layer.fork(tokens, capacity))
+            else:
+                other.layers.append(copy.deepcopy(layer))
+                if tokens < self.tokens:
+                    other.layers[-1].crop(tokens - self.tokens)
+        return other
+
+
+def capacity_for(tokens: int, limit: int) -> int:
+    """The capacity that a sequence of `tokens` tokens is given, when it will have at most `limit`."""
+    wanted = max(tokens + tokens // 8, tokens + 1)
+    return max(tokens, min(limit, -(-wanted // CAPACITY_STEP) * CAPACITY_STEP))
+
+
+def _own(values: dict[Any, Any]) -> None:
+    """Puts a copy in the place of every tensor that is a part of a larger one."""
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() > value.nbytes:
+            values[name] = value.clone()
+        elif isinstance(value, dict):
+            _own(value)
+
+
+def _keeps_all_rows(layer: Any) -> bool:
+    if type(layer) is WindowLayer:
+        return bool(layer.get_seq_length() < layer.sliding_window)
+    return type(layer) is GrowingLayer

@@ -1,0 +1,103 @@
+"""How many bytes a sequence's keys, values and states take, found by a pass without data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from edgemoe.checkpoint.blueprint import Blueprint
+from edgemoe.model.kv_cache import new_cache
+from edgemoe.quiet import quiet_transformers
+
+PROBES = (4, 132)
+"""Tokens of two passes: what grows between them grows with the tokens."""
+
+
+@dataclass(frozen=True)
+class KvSize:
+    """Bytes of one sequence's past: a constant, and for each layer its bytes a token and its window, if any."""
+
+    fixed: int
+    layers: tuple[tuple[int, int | None], ...]
+
+    def nbytes(self, tokens: int) -> int:
+        """Bytes after `tokens` tokens."""
+        return self.fixed + sum(
+            count * each * min(tokens, window or tokens) for (each, window), count in self._kinds.items()
+        )
+
+    @cached_property
+    def _kinds(self) -> Counter[tuple[int, int | None]]:
+        """Layers that are alike, counted: a batch asks for sizes all the time."""
+        return Counter(self.layers)
+
+
+def measure_kv(blueprint: Blueprint) -> KvSize:
+    """The size of `blueprint`'s cache, from passes over the skeleton; from the configuration where they cannot run."""
+    skeleton = blueprint.skeleton
+    for moe in blueprint.experts_modules:
+        moe.module(skeleton).forward = lambda hidden_states, *arguments, **named: torch.empty_like(hidden_states)
+    try:
+        with quiet_transformers(), torch.no_grad(), torch.device("meta"):
+            short, long = (_probe(skeleton, tokens) for tokens in PROBES)
+    except Exception:
+        # A family may read values in its forward, which a pass without data has not.
+        return kv_from_config(blueprint.config, blueprint.dtype.itemsize)
+    layers, beside = short
+    # What lies beside keys and values may grow, too: an indexer's keys, rows that sum up several tokens.
+    grown = -(-max(0, long[1] - beside) // (PROBES[1] - PROBES[0]))
+    if grown:
+        layers.append((grown, None))
+    return KvSize(max(0, beside - PROBES[0] * grown), tuple(layers))
+
+
+def _probe(skeleton: Any, tokens: int) -> tuple[list[tuple[int, int | None]], int]:
+    """Each layer's bytes of keys and values a token, with its window; and the bytes of all else after `tokens`."""
+    cache = new_cache(skeleton, tokens)
+    ids = torch.zeros(1, tokens, dtype=torch.long)
+    cache = skeleton(input_ids=ids, past_key_values=cache, use_cache=True).past_key_values
+    # Some families keep states beside the layers.
+    own = {name: value for name, value in vars(cache).items() if name != "layers"}
+    beside, layers = sum(tensor.nbytes for tensor in _tensors(own)), []
+    for layer in cache.layers:
+        nbytes = sum(tensor.nbytes for tensor in _tensors(vars(layer)))
+        if getattr(layer, "keys", None) is not None:
+            rows = sum(tensor.nbytes for tensor in (layer.keys, layer.values))
+            window = layer.sliding_window if getattr(layer, "is_sliding", False) else None
+            layers.append((rows // layer.keys.shape[-2], window))
+            nbytes = max(0, nbytes - rows)
+        beside += nbytes
+    return layers, beside
+
+
+def kv_from_config(config: Any, itemsize: int) -> KvSize:
+    """Keys and values of all layers as `config` describes them, `itemsize` bytes a value, as if none had a window."""
+    text = config.get_text_config()
+    # In some families layers differ, and the whole then refuses to speak for them.
+    own = getattr(text, "per_layer_config", None)
+    layers = [own[number] if own else text for number in range(text.num_hidden_layers)]
+    return KvSize(0, tuple((2 * _values_a_token(layer) * itemsize, None) for layer in layers))
+
+
+def _values_a_token(layer: Any) -> int:
+    heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+    width = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+    return int(heads * width)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Every distinct-looking tensor inside nested containers; buffers with room are left out."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            if key != "_buffers":
+                yield from _tensors(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _tensors(inner)

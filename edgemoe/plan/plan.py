@@ -1,0 +1,138 @@
+"""What goes where: the numbers that are shown before loading and used by the run."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from edgemoe.plan.kv_size import KvSize
+from edgemoe.plan.predicted_speed import PredictedSpeed
+from edgemoe.sizes import format_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The memory plan of one engine. Sizes are in bytes, `context` in tokens."""
+
+    model: str
+    family: str
+    device: str
+    dtype: str
+    threads: int
+    context: int
+    layers: int
+    """MoE layers."""
+    experts: int
+    """Experts in all MoE layers together."""
+    top_k: int
+    slot_nbytes: int
+    slots: int
+    device_free: int
+    """Free memory of the device, VRAM or RAM, before loading."""
+    dense_nbytes: int
+    batch: int
+    """Most sequences that are decoded together."""
+    kv: KvSize
+    """What a sequence's keys, values and states take."""
+    kv_nbytes: int
+    """Room for the keys, values and states of all sequences: at least one of `context` tokens."""
+    draft_weights_nbytes: int
+    """Weights of the draft model; 0 without one."""
+    draft_kv_nbytes: int
+    """Room for the draft model's keys and values."""
+    workspace_nbytes: int
+    """Activations of a prefill chunk; while loading, the second copy of the largest weight."""
+    reserve_nbytes: int
+    """What is left to others; no part of the total."""
+    cache_nbytes: int
+    """All slots."""
+    host_tier: str
+    """Where the experts come from: "file", "pinned" or "pageable" RAM."""
+    pinned_nbytes: int
+    """Page-locked RAM, staging included; 0 on a CPU."""
+    pageable_nbytes: int
+    """Records in RAM that is not page-locked."""
+    file_nbytes: int
+    """Expert bytes in the checkpoint's files."""
+    direct_reads: bool
+    """Whether the files are read past the page cache, because it could not hold the experts anyway."""
+    prefill_chunk: int
+    link_gbps: float | None
+    speculation: str
+    """What drafts tokens ahead, and when: "ngram, while it pays, ..." or "off: ..."."""
+    lossy: str
+    """What makes replies differ from the model's own; empty where nothing does."""
+    predicted: PredictedSpeed | None = None
+    """Tokens a second, where a profile of the model on this machine is kept (see `edgemoe profile`)."""
+
+    @property
+    def total_nbytes(self) -> int:
+        """Everything the device holds."""
+        draft = self.draft_weights_nbytes + self.draft_kv_nbytes
+        return self.dense_nbytes + self.kv_nbytes + draft + self.workspace_nbytes + self.cache_nbytes
+
+    @property
+    def nbytes_per_token(self) -> int:
+        """Weight bytes that one token passes through, the embedding counted whole."""
+        return self.dense_nbytes + self.layers * self.top_k * self.slot_nbytes
+
+    @property
+    def simulation(self) -> str | None:
+        """A sentence when the link is simulated, which every report must show."""
+        if self.link_gbps is None:
+            return None
+        return f"simulation: the link is throttled to {self.link_gbps:g} GB/s (--link-gbps)"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON can hold it."""
+        known = {name: value for name, value in asdict(self).items() if name != "kv"}
+        return known | {"total_nbytes": self.total_nbytes, "simulation": self.simulation}
+
+    def _sequences(self) -> str:
+        one = self.kv.nbytes(self.context)
+        if self.batch == 1:
+            return f"one sequence of {self.context} tokens"
+        whole = max(1, self.kv_nbytes // max(1, one))
+        return f"up to {self.batch} sequences, {whole} of them with {self.context} tokens"
+
+    def _draft_model(self, memory: str) -> list[tuple[str, str, str]]:
+        if not self.draft_weights_nbytes:
+            return []
+        nbytes = self.draft_weights_nbytes + self.draft_kv_nbytes
+        return [("draft model", format_bytes(nbytes), f"{memory}, its keys and values included")]
+
+    def lines(self) -> list[tuple[str, str, str]]:
+        """Rows for people: what, how much, where and why."""
+        memory = "VRAM" if self.device.startswith("cuda") else "RAM"
+        size = format_bytes
+        slots = f"{self.slots} slots of {size(self.slot_nbytes)}, {self.slots / self.experts:.0%} of the experts"
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        rows = [
+            ("model", self.model, f"{self.family}, {self.layers} MoE layers, {self.experts} experts, top-{self.top_k}"),
+            ("device", self.device, f"{size(self.device_free)} {memory} free, {threads}, {self.dtype}"),
+            ("non-expert weights", size(self.dense_nbytes), memory),
+            ("KV cache", size(self.kv_nbytes), f"{memory}, {self._sequences()}"),
+            *self._draft_model(memory),
+            ("workspace", size(self.workspace_nbytes), f"{memory}, prefill chunks of {self.prefill_chunk} tokens"),
+            ("expert cache", size(self.cache_nbytes), f"{memory}, {slots}"),
+            ("total", size(self.total_nbytes), f"{memory}, {size(self.reserve_nbytes)} more are left untouched"),
+        ]
+        way = "past the page cache" if self.direct_reads else "through the page cache"
+        if self.host_tier == "file":
+            rows.append(
+                ("experts", size(self.file_nbytes), "read from the checkpoint's files as they are needed, " + way)
+            )
+        else:
+            rows.append(("pinned RAM", size(self.pinned_nbytes), "records and staging, page-locked"))
+            rows.append(("pageable RAM", size(self.pageable_nbytes), "records beyond the page-locked ones"))
+        # What drafts comes first, then when, or why nothing does.
+        what, why = re.split(": |, ", self.speculation, maxsplit=1)
+        rows.append(("speculation", what, why))
+        if self.lossy:
+            rows.append(("lossy", "yes", self.lossy))
+        if self.predicted:
+            rows.append(self.predicted.line())
+        if self.simulation:
+            rows.append(("link", f"{self.link_gbps:g} GB/s", "simulated"))
+        return rows

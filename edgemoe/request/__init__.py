@@ -1,0 +1,1 @@
+"""One request: sampling, stop texts, detokenizing and timings."""

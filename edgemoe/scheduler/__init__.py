@@ -1,0 +1,1 @@
+"""Many requests on one model: admission, chunked prefill, prefix cache, preemption, the step."""

@@ -1,0 +1,116 @@
+"""What a link tells of itself: how long it was busy, and what it moved in that time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from edgemoe.cache import ExpertId, Link, Throttle
+from edgemoe.cache.cuda_link import CudaLink
+from edgemoe.cache.link import Priority
+from edgemoe.cache.reader_link import ReaderLink
+from tests.support.cache_fakes import FakeStore, FakeStreams, wait_until
+
+NBYTES = 1024
+
+
+@pytest.fixture(params=["reader", "cuda"])
+def make(request: pytest.FixtureRequest, streams: FakeStreams) -> Callable[..., Link]:
+    """Makes a link that reads from a store with so many threads, throttled or not."""
+
+    def make(store: FakeStore, threads: int, throttle: Throttle | None = None) -> Link:
+        if request.param == "reader":
+            return ReaderLink(store, threads, throttle)
+        return CudaLink(store, streams, 2, threads, throttle)
+
+    return make
+
+
+def load(link: Link, store: FakeStore, *numbers: int) -> None:
+    """Loads experts, one after the other, and waits for them."""
+    for number in numbers:
+        memory = torch.zeros(store.slot_nbytes, dtype=torch.uint8)
+        link.wait_any([link.start(ExpertId(0, number), 0, memory, Priority.DEMAND)])
+
+
+def begin(link: Link, store: FakeStore, *numbers: int) -> list[ExpertId]:
+    experts = [ExpertId(0, number) for number in numbers]
+    for expert in experts:
+        link.start(expert, 0, torch.zeros(store.slot_nbytes, dtype=torch.uint8), Priority.PREFETCH)
+    return experts
+
+
+def test_both_grow_while_it_is_still_busy(make: Callable[..., Link]) -> None:
+    """Whoever looks now and then must find them in step, or a link that never rests would seem idle."""
+    store = FakeStore([8], NBYTES)
+    store.hold(*(ExpertId(0, number) for number in range(4)))
+    link = make(store, 1)
+    experts = begin(link, store, 0, 1, 2, 3)
+    for done, expert in enumerate(experts[:3], start=1):
+        wait_until(lambda: expert in store.started)  # noqa: B023
+        before = link.busy_seconds
+        time.sleep(0.01)
+        store.let(expert)
+        wait_until(lambda: link.bytes_moved == done * NBYTES)  # noqa: B023
+        wait_until(lambda: link.busy_seconds >= before + 0.01)  # noqa: B023
+    store.let(experts[3])
+    link.close()
+
+
+def test_time_in_which_nothing_is_on_its_way_is_not_busy(make: Callable[..., Link]) -> None:
+    store = FakeStore([8], NBYTES)
+    link = make(store, 2)
+    load(link, store, 0, 1)
+    busy = link.busy_seconds
+    time.sleep(0.2)
+    load(link, store, 2)
+    assert link.busy_seconds - busy < 0.15
+    link.close()
+
+
+def test_loads_at_the_same_time_are_busy_once(make: Callable[..., Link]) -> None:
+    store = FakeStore([8], NBYTES)
+    store.hold(*(ExpertId(0, number) for number in range(4)))
+    link = make(store, 4)
+    started = time.perf_counter()
+    experts = begin(link, store, 0, 1, 2, 3)
+    time.sleep(0.02)
+    store.let(*experts)
+    wait_until(lambda: link.bytes_moved == 4 * NBYTES)
+    assert 0.02 <= link.busy_seconds <= time.perf_counter() - started
+    link.close()
+
+
+def test_one_over_the_other_is_the_bandwidth(make: Callable[..., Link]) -> None:
+    store = FakeStore([20], 10_000, pieces=2)
+    link = make(store, 2, Throttle(1_000_000))
+    load(link, store, *range(8))
+    assert link.bytes_moved / link.busy_seconds == pytest.approx(1_000_000, rel=0.3)
+    link.close()
+
+
+def test_what_failed_or_was_called_off_was_not_moved(make: Callable[..., Link]) -> None:
+    store = FakeStore([8], NBYTES)
+    link = make(store, 1)
+    store.faults[ExpertId(0, 0)] = OSError("disk gone")
+    load(link, store, 0, 1)
+    store.hold(ExpertId(0, 2))
+    running, queued = (
+        link.start(ExpertId(0, number), 0, torch.zeros(store.slot_nbytes, dtype=torch.uint8), Priority.PREFETCH)
+        for number in (2, 3)
+    )
+    wait_until(lambda: store.started[-1] == (0, 2))
+    assert not link.cancel(running)
+    assert link.cancel(queued)
+    assert not link.cancel(queued), "it is off the link already"
+    store.let(ExpertId(0, 2))
+    link.wait_any([running])
+    wait_until(lambda: link.bytes_moved == 2 * NBYTES)
+    busy = link.busy_seconds
+    time.sleep(0.2)
+    load(link, store, 4)
+    assert link.busy_seconds - busy < 0.15, "nothing was on its way in between"
+    link.close()

@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from edgemoe import Engine
+from edgemoe.cli import arguments as options
+from edgemoe.cli.arguments import model_settings, read_command_line, sampling_from
+from edgemoe.cli.exits import UsageError
+from edgemoe.cli.main import build_parser
+from edgemoe.cluster.engines import RayEngines
+from edgemoe.config import EngineConfig
+from edgemoe.draft.expert_budget import DROPPED
+from edgemoe.draft.settings import RULE_CHOICES, SHAPES, draft_settings
+from edgemoe.prefetch.budget import RULES as BUDGET_RULES
+from edgemoe.sampling import Sampling
+
+
+def parse(*argv: str, **environment: str) -> argparse.Namespace:
+    return read_command_line(build_parser(), argv, environment)
+
+
+def test_what_is_not_given_is_left_to_the_library() -> None:
+    arguments = parse("run", "-")
+    assert sampling_from(arguments) == Sampling()
+    assert model_settings(arguments) == {}
+
+
+def test_a_chat_is_one_sequence() -> None:
+    assert model_settings(parse("chat", EDGEMOE_BATCH="4")) == {"batch": 1}
+
+
+@pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("AUTO", "auto"), ("16", 16)])
+def test_sizes_of_the_batch(text: str, value: str | int) -> None:
+    assert model_settings(parse("plan", "--batch", text)) == {"batch": value}
+
+
+def typed(line: str) -> argparse.Namespace:
+    """A command line as it is typed, without quotes."""
+    return parse(*line.split())
+
+
+def test_every_sampling_option_reaches_its_field() -> None:
+    arguments = typed(
+        "run - -n 5 --temp 0.5 --top-k 4 --top-p 0.9 --min-p 0.1 --repeat-penalty 1.1 --seed 7 "
+        "--stop END --stop ### --ignore-eos --logprobs 2"
+    )
+    assert sampling_from(arguments) == Sampling(
+        max_tokens=5, temperature=0.5, top_k=4, top_p=0.9, min_p=0.1, repetition_penalty=1.1, seed=7,
+        stop=("END", "###"), ignore_eos=True, logprobs=2,
+    )  # fmt: skip
+
+
+def test_every_model_option_reaches_its_keyword() -> None:
+    arguments = typed(
+        "run - -m some/model -c 4096 -t 3 --device cuda:1 --dtype float16 --expert-cache 6GiB --offline "
+        "--link-gbps 12.5 --batch 8 --state-folder /some/where --speculate ngram+model --draft-model small/model "
+        "--draft-nodes 12 --draft-depth 4 --draft-shape chain --draft-rule fewer --prefetch off "
+        "--budget 64MiB --budget-rule path --budget-dropped truncate"
+    )
+    assert model_settings(arguments) == {
+        "model": "some/model", "context": 4096, "threads": 3, "device": "cuda:1", "dtype": "float16",
+        "expert_cache": "6GiB", "offline": True, "link_gbps": 12.5, "batch": 8, "state_folder": "/some/where",
+        "speculate": "ngram+model", "draft_model": "small/model", "draft_nodes": 12, "draft_depth": 4,
+        "draft_shape": "chain", "draft_rule": "fewer", "prefetch": "off",
+        "budget": "64MiB", "budget_rule": "path", "budget_dropped": "truncate",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("takes", [Engine.load, Engine.plan_for, RayEngines.load])
+def test_every_keyword_is_taken_and_a_setting_of_the_engine_with_its_default(takes: Callable[..., Any]) -> None:
+    parameters = inspect.signature(takes).parameters
+    for name in set(options._MODEL_FIELDS.values()) - {"model"}:
+        assert parameters[name].default == getattr(EngineConfig(), name)
+
+
+def test_the_choices_of_drafts_are_those_of_the_library() -> None:
+    assert (options._SHAPES, options._RULES) == (SHAPES, RULE_CHOICES)
+    assert (options._BUDGET_RULES, options._DROPPED) == (BUDGET_RULES, DROPPED)
+    for words in options._SPECULATE:
+        drafters = draft_settings(
+            EngineConfig(speculate=words, draft_model="small/model" if "model" in words else None)
+        )
+        assert words in ("auto", "auto+self", "off") or drafters.drafters == set(words.split("+"))
+
+
+@pytest.mark.parametrize("command", ["run -", "chat", "plan"])
+def test_drafts_are_settings_of_every_command_that_plans(command: str) -> None:
+    environment = {
+        "EDGEMOE_SPECULATE": "self", "EDGEMOE_DRAFT_MODEL": "small", "EDGEMOE_DRAFT_NODES": "3",
+        "EDGEMOE_DRAFT_DEPTH": "2", "EDGEMOE_DRAFT_SHAPE": "tree", "EDGEMOE_DRAFT_RULE": "affinity",
+        "EDGEMOE_PREFETCH": "auto", "EDGEMOE_BUDGET": "95%", "EDGEMOE_BUDGET_RULE": "sum",
+        "EDGEMOE_BUDGET_DROPPED": "substitute",
+    }  # fmt: skip
+    settings = model_settings(parse(*command.split(), "--speculate", "off", **environment))
+    settings.pop("batch", None)
+    assert settings == {
+        "speculate": "off", "draft_model": "small", "draft_nodes": 3, "draft_depth": 2, "draft_shape": "tree",
+        "draft_rule": "affinity", "prefetch": "auto", "budget": "95%", "budget_rule": "sum",
+        "budget_dropped": "substitute",
+    }  # fmt: skip
+
+
+def test_long_and_short_names_are_the_same() -> None:
+    short = typed("chat -m a -p b -f c -sys d -n 1 -c 2 -t 3 -v")
+    long = typed(
+        "chat --model a --prompt b --file c --system-prompt d --max-tokens 1 --ctx-size 2 --threads 3 --verbose"
+    )
+    assert {**vars(short), "parser": None} == {**vars(long), "parser": None}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("auto", "auto"), ("6GiB", "6GiB"), ("1.5 GB", "1.5 GB"), ("40%", "40%"), ("12.5%", "12.5%"), ("96", 96)],
+)
+def test_sizes_of_the_expert_cache(text: str, value: str | int) -> None:
+    assert model_settings(parse("plan", "--expert-cache", text)) == {"expert_cache": value}
+
+
+@pytest.mark.parametrize("text", ["much", "6 apples", "-3", "40 %%", "", "GiB"])
+def test_what_is_no_size_is_refused_with_the_forms_there_are(text: str) -> None:
+    with pytest.raises(UsageError, match=r"--expert-cache.*is not a size; give auto, bytes such as 6GiB"):
+        parse("plan", f"--expert-cache={text}")
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--dtype=int8", "'int8' is not known; give one of auto, bfloat16, float16, float32"),
+        ("--device=tpu", "'tpu' is not known; give one of auto, cpu, cuda, cuda:N"),
+        ("--threads=0", "0 is below 1"),
+        ("--ctx-size=many", "'many' is not a whole number"),
+        ("--temp=warm", "'warm' is not a number"),
+        ("--link-gbps=0", "0 is not above 0"),
+        ("--batch=0", "0 is below 1"),
+        ("--batch=some", "'some' is no size of a batch; give auto, or a number such as 16"),
+        ("--order=any", "'any' is not known; give one of finish, input"),
+        ("--link-gbps=nan", "nan is not above 0"),
+        (
+            "--speculate=all",
+            "'all' is not known; give one of auto, auto+self, off, ngram, self, model, ngram+self, ngram+model",
+        ),
+        ("--draft-nodes=0", "0 is below 1"),
+        ("--draft-depth=deep", "'deep' is not a whole number"),
+        ("--draft-shape=bush", "'bush' is not known; give one of tree, chain"),
+        ("--draft-rule=none", "'none' is not known; give one of auto, reselect, affinity, fewer"),
+        ("--prefetch=on", "'on' is not known; give one of auto, off"),
+    ],
+)
+def test_bad_values_are_the_same_error_from_flag_and_environment(option: str, said: str) -> None:
+    flag, _, value = option.partition("=")
+    variable = "EDGEMOE_" + flag[2:].replace("-", "_").upper()
+    with pytest.raises(UsageError) as from_flag:
+        parse("run", "-", option)
+    with pytest.raises(UsageError) as from_environment:
+        parse("run", "-", **{variable: value})
+    assert said in str(from_flag.value)
+    assert str(from_environment.value) == f"environment variable {variable}: " + str(from_flag.value).partition(": ")[2]
+
+
+@pytest.mark.parametrize("option", ["--temp=-1", "--temp=nan", "--top-p=2", "--max-tokens=0", "--stop=", "--min-p=7"])
+def test_a_value_outside_its_limits_is_wrong_usage_and_names_its_option(option: str) -> None:
+    flag = option.partition("=")[0]
+    with pytest.raises(UsageError, match=f"argument {flag}: .* must be "):
+        sampling_from(parse("chat", "--seed", "1", option))
+
+
+def test_the_limits_hold_for_the_environment_too() -> None:
+    with pytest.raises(UsageError, match="temperature must be"):
+        sampling_from(parse("chat", EDGEMOE_TEMP="-1"))
+
+
+def test_the_environment_fills_in_and_the_command_line_wins() -> None:
+    environment = {"EDGEMOE_MODEL": "there", "EDGEMOE_CTX_SIZE": "256", "EDGEMOE_STOP": "END", "EDGEMOE_OFFLINE": "yes"}
+    arguments = parse("run", "-", "-m", "here", **environment)
+    assert model_settings(arguments) == {"model": "here", "context": 256, "offline": True}
+    assert sampling_from(arguments).stop == ("END",)
+    assert sampling_from(parse("run", "-", "--stop", "FIN", **environment)).stop == ("FIN",)
+
+
+def test_an_empty_variable_and_another_commands_variable_say_nothing() -> None:
+    arguments = parse("plan", EDGEMOE_MODEL="", EDGEMOE_TEMP="warm")
+    assert model_settings(arguments) == {}
+
+
+@pytest.mark.parametrize(("text", "value"), [("1", True), ("ON", True), ("0", False), ("no", False)])
+def test_a_switch_in_the_environment(text: str, value: bool) -> None:
+    assert parse("chat", EDGEMOE_VERBOSE=text).verbose is value
+
+
+def test_a_switch_in_the_environment_that_is_neither_yes_nor_no() -> None:
+    with pytest.raises(UsageError, match=r"EDGEMOE_VERBOSE: 'maybe' is neither yes nor no; give one of 1, true"):
+        parse("chat", EDGEMOE_VERBOSE="maybe")
+
+
+@pytest.mark.parametrize("command", ["run", "chat", "plan", "profile", "affinity", "doctor"])
+def test_help_names_the_variable_of_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(command, "--help")
+    text = capsys.readouterr().out.partition("options:")[2]
+    entries = [entry for entry in text.split("\n  -")[1:] if not entry.startswith("h, --help")]
+    assert len(entries) >= 2
+    for entry in entries:
+        name = next(word for word in entry.replace(",", " ").split() if word.startswith(("--", "-"))).lstrip("-")
+        assert f"[EDGEMOE_{name.replace('-', '_').upper()}]" in entry
+
+
+@pytest.mark.parametrize("line", ["chat --tempp 1", "chat --repeat-penal 1", "plan --temp 1", "chat --logprobs 1"])
+def test_options_that_are_misspelt_shortened_or_of_another_command_are_refused(line: str) -> None:
+    with pytest.raises(UsageError, match="unrecognized arguments"):
+        typed(line)

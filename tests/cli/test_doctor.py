@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgemoe.cli.doctor import _package, _read_speed
+from edgemoe.cli.main import main
+from edgemoe.errors import CheckpointError
+from tests.support.fake_engine import FakeFactory
+
+
+def checks(capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, Any]]:
+    return {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+
+
+def test_a_sound_machine(tmp_path: Path, factory: FakeFactory, capsys: pytest.CaptureFixture[str]) -> None:
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(40 << 20)
+    assert main(["doctor", "--json", "-m", str(tmp_path)], engine=factory) == 0
+    found = checks(capsys)
+    assert found["python"]["found"] == sys.version.split()[0]
+    names = {"edgemoe", "torch", "transformers", "safetensors", "numba", "processor", "threads"}
+    assert names | {"memory", "demo model", "model", "disk", "disk read", "pinned memory"} <= set(found)
+    assert "free of" in found["memory"]["found"]
+    assert found["disk read"]["found"].endswith("a second")
+    assert found["demo model"] == {
+        "name": "demo model", "status": "ok", "found": "fake can run on cpu in float32", "advice": "",
+    }  # fmt: skip
+    assert factory.asked == [{"model": None}, {"model": str(tmp_path)}]
+
+
+def test_a_problem_is_exit_code_1_and_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    missing = FakeFactory(error=CheckpointError("the demo model is missing; install edgemoe again"))
+    assert main(["doctor"], engine=missing) == 1
+    rows = [re.split(r"  +", line, maxsplit=2) for line in capsys.readouterr().out.splitlines()]
+    assert {status for status, _, _ in rows} <= {"ok", "warning", "problem"}
+    assert [row for row in rows if row[0] == "problem"] == [["problem", "demo model", str(missing.error)]]
+
+
+def test_a_model_that_is_no_folder_is_not_measured(factory: FakeFactory, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["doctor", "--json", "-m", "some/model"], engine=factory)
+    found = checks(capsys)
+    assert "is no folder on this machine" in found["disk"]["found"]
+    assert "disk read" not in found
+
+
+def test_packages_that_are_missing_or_too_old() -> None:
+    requirements = pytest.importorskip("packaging.requirements")
+    missing = _package(requirements.Requirement("no-such-package>=1"))
+    assert (missing.status, missing.found, missing.advice) == (
+        "problem", "not installed", "pip install 'no-such-package>=1'",
+    )  # fmt: skip
+    old = _package(requirements.Requirement("rich>=999"))
+    assert old.status == "problem"
+    assert old.found.endswith("but >=999 is needed")
+    assert _package(requirements.Requirement("rich>=1")).status == "ok"
+
+
+def test_a_slow_disk_is_a_warning(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(bytes(1 << 20))
+    assert _read_speed(file).found == "model.safetensors is too small to measure"
+    os.truncate(file, 40 << 20)
+    seconds = iter([0.0, 2.0])
+    slow = _read_speed(file, clock=lambda: next(seconds))
+    assert (slow.status, slow.found) == ("warning", "20.0 MiB a second")
+    gone = _read_speed(tmp_path / "gone")
+    assert (gone.status, gone.found) == ("problem", "gone: no such file or directory")

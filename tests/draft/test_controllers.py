@@ -1,0 +1,192 @@
+"""The settings of a batch's sequences, and how a step's time is shared by those that drafted in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from edgemoe.config import EngineConfig
+from edgemoe.draft.controller import SHORTER, SHORTEST_REST, TEST, Controllers, Setting
+from edgemoe.draft.settings import draft_settings
+from edgemoe.draft.step_cost import AGAIN, REFRESH, StepCost
+from edgemoe.request.request import Request
+from tests.support.checkpoints import Running, Zoo, random_ids, running
+from tests.support.crowd import Crowd
+
+
+@pytest.fixture
+def own(zoo: Zoo) -> Iterator[Running]:
+    with running(zoo("mixtral")) as own:
+        yield own
+
+
+@pytest.fixture
+def requests(own: Running) -> list[Request]:
+    crowd = Crowd(own, speculate="off")
+    return [crowd.ask([5, 6, number]) for number in range(3)]
+
+
+def controllers(width: int = 4, **settings: str | int) -> Controllers:
+    return Controllers(draft_settings(EngineConfig(**settings)), width)  # type: ignore[arg-type]
+
+
+def test_named_drafters_always_draft(requests: list[Request]) -> None:
+    found = controllers(speculate="ngram", draft_depth=5)
+    for _ in range(200):
+        assert found.setting(requests[0]) == Setting(5, 4, passes=False)
+        found.stepped({requests[0]: 5}, {requests[0]: 1}, 4.0)
+    assert found.changes == 0
+
+
+def test_a_sequence_that_loses_rests_and_the_others_go_on(requests: list[Request]) -> None:
+    """Two share a step that takes half as long again: one gets three tokens out of it, one nothing."""
+    found = controllers()
+    good, bad, _ = requests
+    resting = 0
+    for _ in range(200):
+        settings = {each: found.setting(each) for each in (good, bad)}
+        assert settings[good] is not None
+        resting += settings[bad] is None
+        drafted = {each: 4 if setting else 0 for each, setting in settings.items()}
+        found.stepped(drafted, {good: 3, bad: 1}, 1.5)
+    assert resting > 100
+    assert found.changes > 1
+
+
+def test_everybody_waits_for_what_one_drafts(requests: list[Request]) -> None:
+    """Half a step more for one of three is one and a half plain steps lost: two tokens are too few for it."""
+    for tokens, pays in ((2, False), (4, True)):
+        found = controllers()
+        for _ in range(TEST + 1):
+            for each in requests:
+                found.setting(each)
+            drafted = dict.fromkeys(requests, 0) | {requests[0]: 4}
+            found.stepped(drafted, {requests[0]: tokens}, 1.5)
+        controller = found._own[requests[0]]
+        assert (max(controller._tried.values()) > 1) == pays
+        assert max(controller._tried.values()) == pytest.approx(tokens / 2.5)
+
+
+def test_the_next_sequence_begins_with_what_was_best(requests: list[Request]) -> None:
+    found = controllers()
+    first, second, _ = requests
+    for _ in range(150):
+        setting = found.setting(first)
+        assert setting is not None
+        cost = 1.1 if setting.depth <= 4 else 3.5
+        found.stepped({first: setting.depth}, {first: 3}, cost)
+    changes = found.changes
+    best = found._own[first].best
+    found.forget(first)
+    assert best.depth <= 4
+    assert found.setting(second) == best
+    assert found.changes == changes
+
+
+def test_only_chains_where_only_chains_can_be_verified(requests: list[Request]) -> None:
+    setting = controllers(width=1).setting(requests[0])
+    assert setting is not None
+    assert setting.width == 1
+
+
+def test_a_plain_step_is_due_after_many_with_drafts_and_again_where_none_could_be_made() -> None:
+    plain = StepCost()
+    for _ in range(5):
+        plain.saw(1.0)
+    for _ in range(REFRESH):
+        assert not plain.is_due()
+        plain.saw_more(4, 1.5)
+    assert plain.is_due()
+    assert not plain.is_due(), "while prompts run there are no plain steps, and drafts get on"
+    for _ in range(AGAIN):
+        plain.saw_more(4, 1.5)
+    assert plain.is_due()
+    plain.saw(1.0)
+    for _ in range(REFRESH - 1):
+        plain.saw_more(4, 1.5)
+        assert not plain.is_due()
+
+
+def test_a_first_plain_step_that_was_disturbed_is_got_over() -> None:
+    """Steps with more tokens take less than it: it cannot have been what a plain one takes."""
+    plain = StepCost()
+    for _ in range(2):
+        plain.saw(3.0)
+    for _ in range(40):
+        plain.saw_more(4, 0.9)
+    assert plain.seconds < 1.2
+
+
+def test_passes_that_found_nothing_to_draft_are_charged(own: Running) -> None:
+    """They took their time: a drafter whose every token is refused is soon left out."""
+    crowd = Crowd(own, speculate="auto+self")
+    speculation = crowd.speculation
+    speculation._pays = lambda *arguments: False  # type: ignore[method-assign]
+    speculation._round_pays = lambda *arguments: True  # type: ignore[method-assign]
+    seen = []
+    crowd.ask(random_ids(5), max_tokens=80)
+    while crowd.batch.running or crowd.batch.waiting:
+        crowd.step()
+        if speculation._controllers is not None:
+            seen += [controller.setting for controller in speculation._controllers._own.values()]
+    assert any(setting is None or not setting.passes for setting in seen)
+
+
+def test_a_breath_of_noise_is_not_many_steps_in_a_large_batch(own: Running) -> None:
+    crowd = Crowd(own, speculate="off")
+    many = [crowd.ask([5, 6, number]) for number in range(32)]
+    found = controllers()
+    for _ in range(TEST + 1):
+        for each in many:
+            found.setting(each)
+        found.stepped(dict.fromkeys(many, 0) | {many[0]: 4}, {many[0]: 1}, 0.9)
+    assert max(found._own[many[0]]._tried.values()) == pytest.approx(1 / (1 - SHORTER))
+
+
+def test_while_prompts_run_rests_go_on_and_nothing_is_judged(requests: list[Request]) -> None:
+    found = controllers()
+    first = requests[0]
+    while found.setting(first) is not None:
+        found.stepped({first: 4}, {first: 1}, 2.0)
+    for _ in range(SHORTEST_REST):
+        assert found.setting(first) is None
+        found.stepped({first: 0}, {}, None)
+    setting = found.setting(first)
+    assert setting is not None
+    for _ in range(10 * TEST):
+        found.stepped({first: 4}, {first: 1}, None)
+    assert found.setting(first) == setting
+
+
+def test_who_comes_next_rests_as_long_as_it_had_come_to(requests: list[Request]) -> None:
+    found = controllers()
+    first, second, _ = requests
+    for _ in range(100):
+        found.setting(first)
+        found.stepped({first: 4}, {first: 1}, 2.0)
+    rest = found._own[first].rest
+    assert rest > SHORTEST_REST
+    found.forget(first)
+    found.setting(second)
+    assert found._own[second].rest == rest
+
+
+def test_what_it_decides_is_told(own: Running) -> None:
+    crowd = Crowd(own, speculate="auto")
+    before = crowd.speculation.telemetry()
+    assert (before["speculation_setting"], before["speculation_changes"], before["utility"]) == (
+        before["speculation"], 0, 1.0,
+    )  # fmt: skip
+    crowd.reply(random_ids(3) * 10, max_tokens=60)
+    after = crowd.speculation.telemetry()
+    assert "depth" in after["speculation_setting"] or after["speculation_setting"].startswith("off")
+    assert after["utility"] > 0
+
+
+def test_a_batch_forgets_the_sequences_that_are_over(own: Running) -> None:
+    crowd = Crowd(own, speculate="auto")
+    for number in range(3):
+        crowd.reply(random_ids(8, seed=number), max_tokens=20)
+    assert crowd.speculation._controllers is not None
+    assert crowd.speculation._controllers._own == {}

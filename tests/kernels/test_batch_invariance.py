@@ -1,0 +1,90 @@
+"""On a CPU with products of its own for bf16, a pass over drafts gives each token the bits of a step of its own.
+
+A reply may then not depend on what was drafted, in bf16 as little as in float32.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from edgemoe.kernels.cpu import dot_bf16, gemv_kernels
+from edgemoe.model.draft_tree import DraftTree
+from edgemoe.model.kv_cache import SequenceCache
+from edgemoe.model.model_runner import ModelRunner, tree_input
+from edgemoe.model.sequential_runner import PassInput
+from tests.support.checkpoints import Zoo, random_ids, running
+
+PACKED = ["mixtral", "qwen3_moe", "gemma4", "exaone_moe", "cohere2_moe", "phimoe", "mimo_v2_flash", "olmoe"]
+"""Half of them with windows of 6 tokens in some layers, one with values narrower than keys.
+
+Experts that are stored transposed (gpt_oss) have no kernel for more than two tokens, and no such promise.
+"""
+
+pytestmark = pytest.mark.skipif(not dot_bf16.available(), reason="this CPU has no AVX512-BF16")
+
+
+class Drafted:
+    """A joint runner of `family` in bf16, with a prompt, what follows it, and that token by token."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self.runner = runner
+        self.prompt, self.tokens = random_ids(40), random_ids(17, seed=1)
+        past = self.past()
+        self.expected = [runner.step(past, [token]) for token in self.tokens]
+
+    def past(self) -> SequenceCache:
+        past = self.runner.start(100)
+        list(self.runner.sequential.prefill(past, self.prompt))
+        return past
+
+
+@pytest.mark.parametrize("family", PACKED)
+def test_a_chain(family: str, zoo: Zoo) -> None:
+    with running(zoo(family), 40, dtype="bfloat16") as own:
+        drafted = Drafted(ModelRunner(own.runner()))
+        for length in (2, 3, 5, 8, 17):
+            past = drafted.past()
+            past.mark()
+            found = drafted.runner.run([PassInput(past, drafted.tokens[:length], every=True, verifies=True)])[0]
+            assert torch.equal(found, torch.stack(drafted.expected[:length])), length
+
+
+@pytest.mark.parametrize("family", PACKED)
+def test_a_tree_and_what_follows_it(family: str, zoo: Zoo) -> None:
+    """Beside every right token there is a wrong one before it; windows are shorter than the tree."""
+    with running(zoo(family), 40, dtype="bfloat16") as own:
+        drafted = Drafted(ModelRunner(own.runner()))
+        tree = DraftTree(drafted.tokens[0])
+        path = [0]
+        for token in drafted.tokens[1:8]:
+            tree.add(path[-1], (token + 1) % 256, 0.5)
+            path.append(tree.add(path[-1], token, 0.5))
+        past = drafted.past()
+        past.mark()
+        found = drafted.runner.run([tree_input(past, tree, range(len(tree)), ())._replace(verifies=True)])[0]
+        assert torch.equal(found[path], torch.stack(drafted.expected[:8]))
+        past.rollback(len(drafted.prompt), path)
+        assert torch.equal(drafted.runner.step(past, [drafted.tokens[8]]), drafted.expected[8])
+
+
+@pytest.mark.parametrize("columns", [32, 96, 2048, 12288])
+def test_a_product_has_the_same_bits_beside_any_number_of_others(columns: int) -> None:
+    generator = torch.Generator().manual_seed(columns)
+    kernel = gemv_kernels.row_kernel(torch.bfloat16, columns)
+    assert kernel is not None
+    rows = 5
+    weights = torch.randn(rows, columns, generator=generator).to(torch.bfloat16)
+    pool = weights.view(torch.uint8).view(1, -1).numpy().view(kernel.unit)
+    x = torch.randn(9, columns, generator=generator)
+
+    def products(first: int, last: int) -> torch.Tensor:
+        out = kernel.results(last - first, rows)
+        values = kernel.values(x[first:last])
+        kernel.run(np.zeros(1, np.int64), 0, columns, pool, np.array([0, last - first]), values, out, 0, rows)
+        return torch.from_numpy(out.copy())
+
+    alone = torch.cat([products(place, place + 1) for place in range(len(x))])
+    for count in range(2, len(x) + 1):
+        assert torch.equal(products(0, count), alone[:count]), count

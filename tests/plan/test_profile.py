@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgemoe import Engine, Plan
+from edgemoe.checkpoint.state_folder import StateFolder
+from edgemoe.plan.profile import NAME, VERSION, ForeignProfile, ProfileConditions, read_profile, write_profile
+from tests.support.profiles import CONDITIONS, known_profile
+
+NOTHING_MISSING = replace(CONDITIONS, direct_reads=None, host_tier=None)
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> StateFolder:
+    return StateFolder(tmp_path)
+
+
+def write_raw(state: StateFolder, kept: dict[str, Any]) -> None:
+    assert state.path is not None
+    (state.path / NAME).write_text(json.dumps(kept))
+
+
+def test_a_profile_comes_back_as_it_was(state: StateFolder) -> None:
+    assert read_profile(state, CONDITIONS) is None
+    write_profile(state, known_profile())
+    assert read_profile(state, CONDITIONS) == known_profile()
+
+
+@pytest.mark.parametrize(
+    ("elsewhere", "said"),
+    [
+        ({"processor": "Slide Rule"}, "processor Abacus 9, not Slide Rule"),
+        ({"cores": 64}, "cores 2, not 64"),
+        ({"ram_gib": 8}, "GiB of RAM 24, not 8"),
+        ({"device": "GPU 1"}, "device cpu, not GPU 1"),
+        ({"torch": "2.14.0"}, "PyTorch 2.13.0, not 2.14.0"),
+        ({"dtype": "float32"}, "dtype bfloat16, not float32"),
+        ({"threads": 1}, "threads 2, not 1"),
+        ({"link_gbps": 4.0}, "link the real one, not of 4 GB/s"),
+        ({"direct_reads": True}, "reads through the page cache, not past the page cache"),
+        ({"direct_reads": None, "host_tier": "pinned"}, "experts in their files, not in pinned RAM"),
+        ({"cores": 4, "threads": 4}, "cores 2, not 4, threads 2, not 4"),
+    ],
+)
+def test_a_profile_from_elsewhere_is_refused(state: StateFolder, elsewhere: dict[str, Any], said: str) -> None:
+    write_profile(state, known_profile())
+    with pytest.raises(ForeignProfile) as refusal:
+        read_profile(state, replace(CONDITIONS, **elsewhere))
+    assert str(refusal.value) == (
+        f"the profile of 2026-01-31 was taken elsewhere or otherwise ({said}): "
+        "take one with edgemoe profile and the same options"
+    )
+
+
+def test_where_nothing_is_missing_the_way_of_missing_experts_does_not_matter(state: StateFolder) -> None:
+    for kept, here in ((CONDITIONS, NOTHING_MISSING), (NOTHING_MISSING, CONDITIONS)):
+        write_profile(state, known_profile(kept))
+        assert read_profile(state, here) == known_profile(kept)
+
+
+def test_conditions_tell_the_way_of_missing_experts_where_some_can_be_missing() -> None:
+    full = replace(Engine.plan_for(None, device="cpu"), direct_reads=True)
+    few = replace(full, slots=full.experts - 1)
+
+    def way(plan: Plan) -> tuple[bool | None, str | None]:
+        conditions = ProfileConditions.of(plan)
+        return conditions.direct_reads, conditions.host_tier
+
+    assert way(few) == (True, "file")
+    assert way(replace(few, direct_reads=False)) == (False, "file")
+    assert way(replace(few, host_tier="pinned")) == (None, "pinned")
+    assert way(full) == (None, None)
+
+
+def test_a_profile_of_an_older_form_is_none(state: StateFolder) -> None:
+    older = known_profile().to_dict() | {"version": 1}
+    for name in ("direct_reads", "host_tier"):
+        del older["conditions"][name]
+    for version in (1, VERSION):
+        write_raw(state, older | {"version": version})
+        assert read_profile(state, CONDITIONS) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": "edgemoe heat"},
+        {"version": VERSION + 1},
+        {"times": {}},
+        {"times": None},
+        {"points": [{"batch": 1}]},
+        {"points": 3},
+        {"conditions": {"weather": "fine"}},
+        {"speed": {"memory": "fast", "arithmetic": 1, "link": 1}},
+        {"speed": {"memory": 1, "arithmetic": 1, "link": -1}},
+        {"speed": {"memory": float("nan"), "arithmetic": 1, "link": 1}},
+    ],
+)
+def test_a_file_that_is_not_sound_is_none(state: StateFolder, change: dict[str, Any]) -> None:
+    write_raw(state, known_profile().to_dict() | change)
+    assert read_profile(state, CONDITIONS) is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000])
+def test_so_is_one_that_is_no_profile_at_all(state: StateFolder, text: str) -> None:
+    assert state.path is not None
+    (state.path / NAME).write_text(text)
+    assert read_profile(state, CONDITIONS) is None

@@ -1,0 +1,208 @@
+"""What a request may say, what is taken from the checkpoint, and the distribution that comes of it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from edgemoe import RequestError, Sampling
+from edgemoe.request.sampler import Sampler
+from edgemoe.sampling import ResolvedSampling, resolve
+from tests.support.samplers import sampler
+
+PROBABILITIES = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05])
+
+
+def draws(count: int, tokens: tuple[int, ...] = (4,), **changed: Any) -> list[int]:
+    drawing = sampler(**changed)
+    return [drawing.draw(tokens, PROBABILITIES.log()) for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ({}, [0.4, 0.3, 0.15, 0.1, 0.05]),
+        ({"top_k": 2}, [4 / 7, 3 / 7]),
+        ({"top_k": 99}, [0.4, 0.3, 0.15, 0.1, 0.05]),
+        ({"top_p": 0.8}, [0.4 / 0.85, 0.3 / 0.85, 0.15 / 0.85]),
+        ({"top_p": 0.01}, [1.0]),
+        ({"min_p": 0.3}, [0.4 / 0.85, 0.3 / 0.85, 0.15 / 0.85]),
+        ({"min_p": 1.0}, [1.0]),
+        ({"temperature": 0.5}, [0.16 / 0.285, 0.09 / 0.285, 0.0225 / 0.285, 0.01 / 0.285, 0.0025 / 0.285]),
+        ({"temperature": 0.5, "top_k": 3, "top_p": 0.9}, [0.16 / 0.25, 0.09 / 0.25]),
+        ({"top_k": 4, "top_p": 0.9, "min_p": 0.3}, [0.4 / 0.85, 0.3 / 0.85, 0.15 / 0.85]),
+        ({"repetition_penalty": 2.0}, [0.4 / 0.9525, 0.3 / 0.9525, 0.15 / 0.9525, 0.1 / 0.9525, 0.0025 / 0.9525]),
+    ],
+    ids=str,
+)
+def test_the_distribution_is_the_one_worked_out_by_hand(setting: dict[str, Any], expected: list[float]) -> None:
+    """4 standard deviations in a fixed sequence of draws; the set of tokens that may come at all is exact."""
+    count = 3000
+    found = draws(count, **setting)
+    assert set(found) == set(range(len(expected)))
+    for token, probability in enumerate(expected):
+        deviation = math.sqrt(count * probability * (1 - probability))
+        assert abs(found.count(token) - count * probability) <= 4 * deviation + 1e-9
+
+
+def test_the_penalty_counts_prompt_and_reply() -> None:
+    logits = torch.tensor([2.0, 1.9, 1.0])
+    greedy = sampler(temperature=0.0, repetition_penalty=1.5)
+    assert greedy.draw([2], logits) == 0
+    assert greedy.draw([0, 2], logits) == 1
+    assert greedy.draw([0, 1], logits) == 0, "2.0 / 1.5 is above 1.9 / 1.5 and above 1.0"
+
+
+def test_greedy_takes_the_first_of_the_likeliest() -> None:
+    assert sampler(temperature=0.0).draw([0], torch.tensor([0.5, 2.0, 2.0])) == 1
+
+
+def test_the_same_seed_gives_the_same_tokens_and_another_gives_others() -> None:
+    assert draws(50, seed=7) == draws(50, seed=7)
+    assert draws(50, seed=7) != draws(50, seed=8)
+
+
+def test_drawing_leaves_torchs_own_random_state_alone() -> None:
+    before = torch.get_rng_state()
+    draws(5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_logits_are_not_changed() -> None:
+    logits = PROBABILITIES.log()
+    sampler(top_k=1, repetition_penalty=2.0, temperature=0.5).draw([0], logits)
+    assert torch.equal(logits, PROBABILITIES.log())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", "hot"),
+        ("temperature", True),
+        ("top_k", -1),
+        ("top_k", 1.5),
+        ("top_k", math.inf),
+        ("top_p", 0),
+        ("top_p", 1.01),
+        ("top_p", math.nan),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", -1.0),
+        ("seed", -1),
+        ("seed", 0.5),
+        ("seed", 1 << 64),
+        ("max_tokens", 0),
+        ("max_tokens", 2.5),
+        ("max_tokens", math.inf),
+        ("logprobs", -1),
+        ("logprobs", 21),
+        ("logprobs", 1.5),
+        ("stop", ""),
+        ("stop", ["a", ""]),
+        ("stop", ["a", 5]),
+        ("stop", 5),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(RequestError, match=f"^{name} must be "):
+        Sampling(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", 0),
+        ("temperature", 2.5),
+        ("top_k", 0),
+        ("top_p", 1),
+        ("top_p", 1e-6),
+        ("min_p", 0),
+        ("min_p", 1.0),
+        ("repetition_penalty", 0.5),
+        ("seed", 0),
+        ("seed", (1 << 63) - 1),
+        ("max_tokens", 1),
+        ("logprobs", 0),
+        ("logprobs", 20),
+    ],
+)
+def test_the_ends_of_every_range_can_be_drawn_with(name: str, value: Any) -> None:
+    settings = resolve(Sampling(**{"temperature": 1.0, name: value}), GenerationConfig(), 10, 100)
+    assert 0 <= Sampler(settings).draw([0], PROBABILITIES.log()) < 5
+
+
+@pytest.mark.parametrize("name", ["seed", "max_tokens", "logprobs", "top_k"])
+def test_whole_numbers_that_came_as_floats_are_integers(name: str) -> None:
+    """As JSON from languages that have one kind of number."""
+    settings = resolve(Sampling(**{name: 3.0}), GenerationConfig(), 10, 100)
+    assert getattr(settings, name) == 3
+    assert isinstance(getattr(settings, name), int)
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-30, 1e-6])
+def test_a_tiny_temperature_is_as_good_as_greedy(temperature: float) -> None:
+    assert set(draws(20, temperature=temperature)) == {0}
+
+
+@pytest.mark.parametrize(("given", "kept"), [("a", ("a",)), (["a", "b"], ("a", "b")), (None, ()), ((), ())])
+def test_stop_takes_a_text_or_several(given: Any, kept: tuple[str, ...]) -> None:
+    assert Sampling(stop=given).stop == kept
+
+
+def test_settings_cannot_be_misspelt_or_changed() -> None:
+    with pytest.raises(TypeError):
+        Sampling(temprature=1.0)  # type: ignore[call-arg]
+    with pytest.raises(AttributeError):
+        Sampling().top_k = 3  # type: ignore[misc]
+
+
+def resolved(sampling: Sampling, **defaults: Any) -> ResolvedSampling:
+    return resolve(sampling, GenerationConfig(**defaults), default_max_tokens=1024, room=2000)
+
+
+def test_nothing_said_anywhere_is_greedy_and_neutral() -> None:
+    settings = resolved(Sampling())
+    assert (settings.temperature, settings.top_k, settings.top_p, settings.min_p) == (0.0, 0, 1.0, 0.0)
+    assert (settings.repetition_penalty, settings.max_tokens, settings.eos) == (1.0, 1024, frozenset())
+
+
+def test_the_checkpoints_settings_fill_the_gaps() -> None:
+    defaults = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.05}
+    settings = resolved(Sampling(top_k=5), **defaults, repetition_penalty=1.1, max_new_tokens=77, eos_token_id=[2, 9])
+    assert (settings.temperature, settings.top_k, settings.top_p, settings.min_p) == (0.6, 5, 0.95, 0.05)
+    assert (settings.repetition_penalty, settings.max_tokens, settings.eos) == (1.1, 77, frozenset({2, 9}))
+
+
+def test_a_temperature_counts_only_where_the_checkpoint_samples() -> None:
+    assert resolved(Sampling(), do_sample=False, temperature=0.6).temperature == 0
+    assert resolved(Sampling(), do_sample=True).temperature == 1
+    assert resolved(Sampling(temperature=0), do_sample=True, temperature=0.6).temperature == 0
+    assert resolved(Sampling(temperature=0.3), do_sample=False).temperature == 0.3
+
+
+def test_neutral_values_override_the_checkpoints() -> None:
+    defaults = {"do_sample": True, "top_k": 20, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.3}
+    settings = resolved(Sampling(top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0), **defaults)
+    assert (settings.top_k, settings.top_p, settings.min_p, settings.repetition_penalty) == (0, 1.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(("asked", "room", "expected"), [(10, 50, 10), (100, 50, 50), (None, 50, 50)])
+def test_the_reply_is_bounded_by_the_room(asked: int | None, room: int, expected: int) -> None:
+    assert resolve(Sampling(max_tokens=asked), GenerationConfig(), 1024, room).max_tokens == expected
+
+
+def test_end_tokens_can_be_ignored() -> None:
+    assert resolved(Sampling(), eos_token_id=2).eos == {2}
+    assert resolved(Sampling(ignore_eos=True), eos_token_id=2).eos == frozenset()
+
+
+def test_a_seed_is_drawn_where_none_is_given() -> None:
+    assert resolved(Sampling(seed=5)).seed == 5
+    assert resolved(Sampling()).seed != resolved(Sampling()).seed

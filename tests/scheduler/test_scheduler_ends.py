@@ -1,0 +1,135 @@
+"""How requests leave a batch before their reply is whole: cancelled, forgotten, or with an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from edgemoe.model.kv_cache import SequenceCache
+from edgemoe.quiet import quiet_transformers
+from tests.support.checkpoints import Running, Zoo, random_ids, running
+from tests.support.crowd import Crowd, alone, assert_same_reply, completion
+
+
+@pytest.fixture
+def own(zoo: Zoo) -> Iterator[Running]:
+    with running(zoo("mixtral"), slots=12) as loaded, quiet_transformers():
+        yield loaded
+
+
+def test_cancelled_ones_end_with_what_they_have_whether_they_run_or_wait(own: Running) -> None:
+    crowd = Crowd(own, limit=2)
+    prompts = [[10 + number, 5, 6] for number in range(4)]
+    requests = [crowd.ask(prompt, max_tokens=20) for prompt in prompts]
+    for _ in range(3):
+        crowd.step()
+    crowd.cancels.waiting += 1
+    later = crowd.ask(random_ids(5, seed=9), max_tokens=20)
+    crowd.step()
+    assert [request.finished for request in requests] == [False, False, True, True]
+    crowd.cancels.all += 1
+    crowd.step()
+    assert all(request.finished for request in [*requests, later])
+    replies = [completion(request) for request in [*requests, later]]
+    assert {reply.finish_reason for reply in replies} == {"cancelled"}
+    assert [len(reply.token_ids) for reply in replies] == [4, 4, 0, 0, 0]
+    assert replies[0].token_ids == alone(own, prompts[0], max_tokens=20).token_ids[:4]
+    assert crowd.batch.running == crowd.batch.waiting == 0
+    assert_same_reply(crowd.reply(random_ids(5, 7)), alone(own, random_ids(5, 7)))
+
+
+def test_a_preempted_one_has_begun_and_is_not_cancelled_with_those_that_wait(own: Running) -> None:
+    crowd = Crowd(own, capacity=lambda size: 2 * size.nbytes(64) + 1)
+    requests = [crowd.ask(random_ids(20, seed), max_tokens=60) for seed in range(2)]
+    while not crowd.batch.totals.preemptions:
+        crowd.step()
+    crowd.cancels.waiting += 1
+    crowd.finish()
+    assert [completion(request).finish_reason for request in requests] == ["length", "length"]
+
+
+def test_nobody_computes_for_those_that_nobody_waits_for(own: Running) -> None:
+    crowd = Crowd(own, limit=2)
+    running_one, stays, waiting_one = (
+        crowd.ask([10 + number] * 3, max_tokens=count) for number, count in enumerate((500, 5, 500))
+    )
+    crowd.step()
+    running_one.abandoned = waiting_one.abandoned = True
+    crowd.finish()
+    assert completion(stays).finish_reason == "length"
+    assert len(crowd.steps) <= 6
+    assert crowd.batch.running == crowd.batch.waiting == 0
+
+
+def test_a_step_that_fails_takes_only_those_with_it_that_were_part_of_it(own: Running) -> None:
+    crowd = Crowd(own, limit=2)
+    requests = [crowd.ask(random_ids(12, seed), max_tokens=4) for seed in range(4)]
+    crowd.step()
+    run = crowd.joint.run
+
+    def fail(work: Any) -> Any:
+        raise OSError("the link is down")
+
+    crowd.joint.run = fail  # type: ignore[method-assign]
+    crowd.step()
+    crowd.joint.run = run  # type: ignore[method-assign]
+    failed = [request for request in requests if isinstance(request.error, OSError)]
+    assert len(failed) == 2
+    assert crowd.batch.running == 0
+    assert crowd.batch.nbytes == 0, "what a failed step leaves in a past is of no use to others"
+    crowd.finish()
+    for request in requests:
+        if request not in failed:
+            prompt = request.tokens[: request.prompt_length]
+            assert_same_reply(completion(request), alone(own, prompt, max_tokens=4))
+
+
+def test_a_request_whose_beginning_fails_is_not_lost(own: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its consumer would wait for ever if nobody told it."""
+    crowd = Crowd(own)
+    asked = crowd.ask(random_ids(5))
+
+    def fail(*arguments: object) -> SequenceCache:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SequenceCache, "empty", fail)
+        crowd.step()
+    assert isinstance(asked.error, MemoryError)
+    assert crowd.batch.running == crowd.batch.waiting == 0
+    assert_same_reply(crowd.reply(random_ids(5)), alone(own, random_ids(5)))
+
+
+def test_a_request_that_fails_after_it_got_its_place_gives_it_back(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a family may be run in chunks is found out by running it, which may fail."""
+
+    def fail(prompt: object) -> bool:
+        raise RuntimeError("no such kernel")
+
+    with running(zoo("gpt_oss")) as own, quiet_transformers():
+        crowd = Crowd(own)
+        asked = crowd.ask(random_ids(20))
+        monkeypatch.setattr(crowd.runner, "can_chunk", fail)
+        crowd.step()
+        assert isinstance(asked.error, RuntimeError)
+        assert crowd.steps == []
+        assert crowd.batch.running == crowd.batch.waiting == crowd.batch.nbytes == 0
+
+
+def test_what_ends_the_computing_thread_goes_on_in_it_and_is_told_to_the_others(own: Running) -> None:
+    crowd = Crowd(own, limit=2)
+    requests = [crowd.ask([10 + number] * 3) for number in range(3)]
+
+    def interrupt(work: Any) -> Any:
+        raise KeyboardInterrupt
+
+    run = crowd.joint.run
+    crowd.joint.run = interrupt  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        crowd.step()
+    crowd.joint.run = run  # type: ignore[method-assign]
+    assert [type(request.error) for request in requests] == [KeyboardInterrupt, KeyboardInterrupt, type(None)]
+    crowd.finish()
+    assert_same_reply(completion(requests[2]), alone(own, [12] * 3))

@@ -1,0 +1,195 @@
+"""A batch over a tiny model, driven step by step, and the plain loop that its replies are compared with."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from bench.support.byte_tokenizer import byte_tokenizer
+from edgemoe.config import EngineConfig
+from edgemoe.draft.pass_drafter import SelfDrafter
+from edgemoe.draft.settings import draft_settings
+from edgemoe.draft.speculation import Speculation
+from edgemoe.experts.expert_predictor import ExpertPredictor
+from edgemoe.experts.lookahead import Lookahead
+from edgemoe.model.model_runner import ModelRunner
+from edgemoe.model.sequential_runner import PassInput
+from edgemoe.plan.kv_size import KvSize, measure_kv
+from edgemoe.prefetch.link_gauge import LinkGauge
+from edgemoe.prefetch.prefetcher import Prefetcher
+from edgemoe.request.request import Cancels, Request
+from edgemoe.results import Completion
+from edgemoe.sampling import Sampling, resolve
+from edgemoe.scheduler.batch_size import BatchSize
+from edgemoe.scheduler.scheduler import Scheduler
+from tests.support.checkpoints import Running, random_ids
+
+PromptAndSettings = tuple[list[int], dict[str, Any]]
+"""A prompt and what it asks for beyond the crowd's own settings."""
+
+
+def tokenizer() -> Any:
+    """The byte tokenizer as transformers wraps it, so that replies have text."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer(), pad_token="<pad>", eos_token="<eos>")
+
+
+TOKENIZER = tokenizer()
+
+
+def new_request(number: int, prompt: Sequence[int], cancels: Cancels, **settings: Any) -> Request:
+    """A request for 8 tokens, unless `settings` say otherwise."""
+    asked = Sampling(**{"ignore_eos": True, "max_tokens": 8, **settings})
+    return Request(number, prompt, resolve(asked, None, 1024, 10_000), TOKENIZER, cancels)
+
+
+def completion(done: Request) -> Completion:
+    """The reply of a request that has finished."""
+    assert done.error is None
+    assert done.finished
+    return Completion.from_chunks(list(done.chunks), done.tokens[: done.prompt_length])
+
+
+def alone(own: Running, prompt: Sequence[int], **settings: Any) -> Completion:
+    """The reply without a batch: one sequence, its prompt in one pass, then token by token."""
+    runner = own.runner(prefill_chunk=10_000)
+    single = new_request(0, prompt, Cancels(), **settings)
+    cache = runner.start(len(prompt))
+    single.begin(cache, 0)
+    while not single.finished:
+        single.advance(runner.step(cache, single.tokens[cache.tokens :]))
+    return completion(single)
+
+
+def assert_same_reply(found: Completion, expected: Completion) -> None:
+    """Token for token, and in all that follows from the tokens."""
+    assert found.token_ids == expected.token_ids
+    assert (found.text, found.finish_reason) == (expected.text, expected.finish_reason)
+    assert found.prompt_token_ids == expected.prompt_token_ids
+    assert (found.logprobs is None) == (expected.logprobs is None)
+    for one, other in zip(found.logprobs or (), expected.logprobs or (), strict=True):
+        assert (one.token_id, one.token) == (other.token_id, other.token)
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-3)
+        assert [value for _, _, value in one.top] == pytest.approx([value for _, _, value in other.top], abs=1e-3)
+
+
+def speculating(own: Running, joint: ModelRunner, **options: Any) -> Speculation:
+    """What drafts for `own` under `options` of an engine's configuration."""
+    settings = draft_settings(EngineConfig(**options))
+    experts = own.store.experts
+    prefetcher = Prefetcher(own.cache, len(experts), LinkGauge(own.cache._link))
+    predictor = ExpertPredictor(
+        own.cache, prefetcher, Lookahead(own.model, own.blueprint.experts_modules), experts, 2, enabled=False
+    )
+    rules = ["reselect", "fewer"] if settings.rule == "auto" else [settings.rule]
+    drafts = "self" in settings.drafters
+    passes = SelfDrafter(joint, own.cache, experts, rules, None) if drafts else None
+    return Speculation(settings, joint, passes, predictor)
+
+
+def mixed_requests(count: int, longest: int, seed: int = 0) -> list[PromptAndSettings]:
+    """Requests that differ in everything that a request may say; the shortest has 1 token, the longest `longest`."""
+    draw = random.Random(seed)
+    lengths = [1, longest, *(round(longest ** draw.random()) for _ in range(count - 2))]
+    draw.shuffle(lengths)
+    requests = []
+    for number, length in enumerate(lengths):
+        settings: dict[str, Any] = {
+            "max_tokens": draw.choice([1, 2, 7, 15, 30]),
+            "temperature": draw.choice([0.0, 0.0, 0.7, 1.5]),
+            "seed": number,
+            "top_k": draw.choice([None, 5]),
+            "top_p": draw.choice([None, 0.8]),
+            "repetition_penalty": draw.choice([None, None, 1.3]),
+            "logprobs": draw.choice([None, None, 0, 3]),
+            "stop": draw.choice([(), tuple("aeinorst"), ("Z", "\n", "0", "7", "K", "x")]),
+        }
+        requests.append((random_ids(length, seed=1000 * seed + number), settings))
+    return requests
+
+
+class Crowd:
+    """A batch and a look at it after every step: the pasts within the room, the tokens within the budget."""
+
+    def __init__(
+        self,
+        own: Running,
+        *,
+        capacity: Callable[[KvSize], int] = lambda size: 64 * size.nbytes(512),
+        step_tokens: int = 64,
+        limit: int = 8,
+        patience: int = 64,
+        in_chunks: bool = True,
+        speculate: str = "off",
+        **drafts: Any,
+    ) -> None:
+        self._kv = measure_kv(own.blueprint)
+        self.room_nbytes = capacity(self._kv)
+        self.runner = own.runner(prefill_chunk=step_tokens)
+        self.joint = ModelRunner(self.runner)
+        size = BatchSize(limit, automatic=False)
+        self.speculation = speculating(own, self.joint, speculate=speculate, **drafts)
+        self.batch = Scheduler(self.joint, self.speculation, self._kv, self.room_nbytes, step_tokens, size, patience)
+        self.cancels = Cancels()
+        self.requests: list[Request] = []
+        self.steps: list[list[int]] = []
+        """Tokens of each sequence, for each pass."""
+        self._counters = own.cache.counters
+        self._limit = limit
+        self._step_tokens = step_tokens
+        self._in_chunks = in_chunks
+        self._drafts = 0 if speculate == "off" else step_tokens // 4
+        self._run = self.joint.run
+        self.joint.run = self._watched_run  # type: ignore[method-assign]
+
+    @property
+    def computed(self) -> int:
+        """Tokens that have been through the model."""
+        return sum(map(sum, self.steps))
+
+    def ask(self, prompt: Sequence[int], **settings: Any) -> Request:
+        """Puts a request in the line."""
+        asked = new_request(len(self.requests), prompt, self.cancels, **settings)
+        self.requests.append(asked)
+        self.batch.add(asked)
+        return asked
+
+    def step(self) -> None:
+        """One step, after which everything that is promised must hold."""
+        done = len(self.steps)
+        try:
+            self.batch.step(self._counters)
+        finally:
+            assert self.batch.nbytes == self._held_nbytes() <= self.room_nbytes
+            assert self.batch.running <= self._limit
+            for tokens in self.steps[done:]:
+                bound = max(self._step_tokens, len(tokens) + self._step_tokens // 4) + self._drafts
+                assert sum(tokens) <= bound or not self._in_chunks
+
+    def finish(self) -> None:
+        """Steps until nobody is left."""
+        steps = 0
+        while self.batch.running or self.batch.waiting:
+            self.step()
+            steps += 1
+            assert steps < 3000, "somebody waits for ever"
+
+    def reply(self, prompt: Sequence[int], **settings: Any) -> Completion:
+        """Asks and finishes."""
+        asked = self.ask(prompt, **settings)
+        self.finish()
+        return completion(asked)
+
+    def _held_nbytes(self) -> int:
+        """What the pasts there are take by their room, whatever they are charged with."""
+        caches = [request.cache for request in self.requests if request.cache is not None]
+        caches += [kept.cache for kept in self.batch._prefixes._kept]
+        return sum(self._kv.nbytes(cache.capacity) for cache in caches)
+
+    def _watched_run(self, work: Sequence[PassInput]) -> Any:
+        self.steps.append([len(item.tokens) for item in work])
+        return self._run(work)

@@ -1,0 +1,47 @@
+"""A cache over a link that the tests drive, and what they do with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from edgemoe.cache import EvictionPolicy, ExpertCache, ExpertId, GlobalLRU, Loan, SlotPool
+from tests.support.cache_fakes import FakeLink, FakeStore, holds
+
+NBYTES = 128
+CPU = torch.device("cpu")
+
+
+def make(slots: int, experts: Iterable[int] = (8, 8), policy: EvictionPolicy | None = None) -> ExpertCache:
+    store = FakeStore(tuple(experts), NBYTES)
+    return ExpertCache(store, FakeLink(store), SlotPool(slots, NBYTES, CPU), policy or GlobalLRU())
+
+
+def link_of(cache: ExpertCache) -> FakeLink:
+    assert isinstance(cache._link, FakeLink)
+    return cache._link
+
+
+def use(cache: ExpertCache, layer: int, *experts: int) -> list[Loan]:
+    """Borrows to the end, checking at each loan that every lent slot holds its expert and may be read."""
+    loans = []
+    for loan in cache.borrow(layer, experts):
+        for number, slot in zip(loan.experts, loan.slots, strict=True):
+            assert holds(cache.pool.memory[slot], ExpertId(layer, number), NBYTES)
+            assert ExpertId(layer, number) in link_of(cache).readable
+        cache.check_integrity()
+        loans.append(loan)
+    assert sorted(number for loan in loans for number in loan.experts) == sorted(experts)
+    cache.check_integrity()
+    return loans
+
+
+def ids(layer: int, *numbers: int) -> list[ExpertId]:
+    return [ExpertId(layer, number) for number in numbers]
+
+
+def prefetched(cache: ExpertCache, layer: int, *numbers: int) -> None:
+    """Brings experts that nothing asked for."""
+    assert cache.prefetch(ids(layer, *numbers)) == len(numbers)
+    link_of(cache).finish(*ids(layer, *numbers))
