@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.measurement import Measurement
-from edgemoe.demo.tasks import TASKS
-from edgemoe.measure.task_score import HELD_OUT_SEED
+from edgemoe.demo.tasks import HELD_OUT_SEED, TASKS
 
 NAME = "batch-resume"
 BAR = "200 of 200 lines, none twice, the same texts"

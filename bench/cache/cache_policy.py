@@ -9,14 +9,14 @@ from itertools import islice
 from typing import Any
 
 from bench.measurement import Measurement
+from bench.support.lru_policies import BalancedLRU, GlobalLRU
+from bench.support.rival_policies import LRFU, BalancedLRFU
+from bench.support.trace import belady_misses, replay
 from edgemoe import Engine, Sampling
 from edgemoe.cache.hot_temporal import HotTemporal
-from edgemoe.cache.policy import BalancedLRU, EvictionPolicy, GlobalLRU
+from edgemoe.cache.policy import EvictionPolicy
 from edgemoe.cache.record import ExpertId
-from edgemoe.cache.rival_policies import LRFU, BalancedLRFU
-from edgemoe.cache.trace import belady_misses, replay
-from edgemoe.demo.tasks import TASKS
-from edgemoe.measure.task_score import HELD_OUT_SEED
+from edgemoe.demo.tasks import HELD_OUT_SEED, TASKS
 
 NAME = "cache-policy"
 BAR = "the default's hit rate >= 0.88 of Belady's with slots for 25, 50 and 75 % of the experts, and never below LRU's"

@@ -7,8 +7,7 @@ from itertools import islice
 from bench.measurement import Measurement
 from bench.support.checkpoints import inflated
 from edgemoe import Engine, Sampling
-from edgemoe.demo.tasks import TASKS
-from edgemoe.measure.task_score import HELD_OUT_SEED
+from edgemoe.demo.tasks import HELD_OUT_SEED, TASKS
 
 NAME = "inflated-demo"
 BAR = "the same tokens; experts of >= 6 MB, 2 to 8 GB in all"

@@ -6,8 +6,7 @@ import random
 from itertools import islice, zip_longest
 
 from edgemoe import Sampling
-from edgemoe.demo.tasks import TASKS, Task
-from edgemoe.measure.task_score import HELD_OUT_SEED
+from edgemoe.demo.tasks import HELD_OUT_SEED, TASKS, Task
 
 Request = tuple[list[dict[str, str]], Sampling]
 PATIENCE = 400

@@ -19,6 +19,8 @@ from edgemoe.demo import words
 
 HELD_OUT_EVERY = 10
 """One key in this many is kept out of training."""
+HELD_OUT_SEED = 1
+"""The seed of the held-out items that everything is measured on."""
 
 
 class Item(NamedTuple):

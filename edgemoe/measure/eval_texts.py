@@ -7,8 +7,7 @@ from itertools import cycle, islice, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
-from edgemoe.demo.tasks import TASKS
-from edgemoe.measure.task_score import HELD_OUT_SEED
+from edgemoe.demo.tasks import HELD_OUT_SEED, TASKS
 
 LENGTH = 512
 """Tokens of a passage at most, and of the context: a longer text is cut into several."""

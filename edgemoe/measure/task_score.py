@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from edgemoe.demo.tasks import TASKS, Task
+from edgemoe.demo.tasks import HELD_OUT_SEED, TASKS, Task
 from edgemoe.sampling import Sampling
 
 if TYPE_CHECKING:
     from edgemoe.engine import Engine
 
-HELD_OUT_SEED = 1
 LONGEST_REPLY = 256
 """Tokens; the longest right reply of any task is shorter."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,8 @@ from edgemoe.cache import Part, RecordLayout
 from edgemoe.checkpoint.experts_module import ExpertsModule, find_experts_modules
 from edgemoe.checkpoint.tokenizer import load_tokenizer
 from edgemoe.demo import demo_folder
-from edgemoe.demo.tasks import TASKS
+from edgemoe.demo.tasks import HELD_OUT_SEED, TASKS
 from edgemoe.experts.lookahead import MAX_LEARNT, MAX_TOKENS, RANKS, Lookahead
-from edgemoe.measure.task_score import HELD_OUT_SEED
 from tests.support.checkpoints import Running, Zoo, running
 
 HIDDEN = 16
@@ -44,6 +44,24 @@ def _inference() -> Iterator[None]:
         yield
 
 
+class Experts(nn.Module):
+    is_transposed = False
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__()
+        self.down_proj = nn.Parameter(torch.zeros(count, width, 4))
+
+
+class Block(nn.Module):
+    """Experts beside their router, whose weights are drawn."""
+
+    def __init__(self, count: int, width: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.gate = nn.Linear(HIDDEN, count, bias=False)
+        self.gate.weight.copy_(torch.randn(count, HIDDEN, generator=generator))
+        self.experts = Experts(count, width)
+
+
 class Model(nn.Module):
     """Layers of so many experts each, with routers of random weights beside them."""
 
@@ -53,13 +71,7 @@ class Model(nn.Module):
         self.layers = nn.ModuleList()
         generator = torch.Generator().manual_seed(7)
         for count, width in zip(experts, widths or [HIDDEN] * len(experts), strict=True):
-            block = nn.Module()
-            block.gate = nn.Linear(HIDDEN, count, bias=False)
-            block.gate.weight.copy_(torch.randn(count, HIDDEN, generator=generator))
-            block.experts = nn.Module()
-            block.experts.is_transposed = False
-            block.experts.down_proj = nn.Parameter(torch.zeros(count, width, 4))
-            self.layers.append(block)
+            self.layers.append(Block(count, width, generator))
         self.experts_modules = [
             ExpertsModule(
                 f"layers.{number}.experts", count, RecordLayout([Part("down_proj", (width, 4), torch.float32)])
@@ -68,8 +80,9 @@ class Model(nn.Module):
         ]
 
     def weight(self, layer: int) -> torch.Tensor:
-        weight: torch.Tensor = self.layers[layer].gate.weight  # type: ignore[union-attr, assignment]
-        return weight
+        block = self.layers[layer]
+        assert isinstance(block, Block)
+        return block.gate.weight
 
 
 def made(model: Model) -> Lookahead:
@@ -96,7 +109,7 @@ def of_family(family: str, **how: int) -> tuple[nn.Module, list[ExpertsModule], 
     """A family's model without weights, and the lookahead over it."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    auto = AutoModelForImageTextToText if family == "qwen3_5_moe" else AutoModelForCausalLM
+    auto: Any = AutoModelForImageTextToText if family == "qwen3_5_moe" else AutoModelForCausalLM
     with torch.device("meta"):
         model = auto.from_config(config(family, **how))
     experts_modules = find_experts_modules(model)
