@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
+from edgemoe.results import hit_rate
 from edgemoe.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Counts:
     @property
     def hit_rate(self) -> float:
         """Share of the experts asked for that were resident."""
-        return self.hits / max(1, self.hits + self.misses)
+        return hit_rate(self.hits, self.misses)
 
     def a_step(self, total: float) -> float:
         """A total of these, divided by the steps."""

@@ -9,6 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 
+def hit_rate(hits: int, misses: int) -> float:
+    """Hits over hits and misses, from 0 to 1; 0 without any."""
+    return hits / max(1, hits + misses)
+
+
 @dataclass(frozen=True)
 class Timings:
     """Tokens, seconds and bytes of one generation."""
@@ -54,7 +59,7 @@ class Timings:
     @property
     def hit_rate(self) -> float:
         """Share of the experts asked for that were resident, from 0 to 1."""
-        return self.hits / max(1, self.hits + self.misses)
+        return hit_rate(self.hits, self.misses)
 
     @property
     def bytes_per_token(self) -> float:
@@ -197,7 +202,7 @@ class Stats:
     @property
     def hit_rate(self) -> float:
         """Share of the experts asked for that were resident, from 0 to 1."""
-        return self.hits / max(1, self.hits + self.misses)
+        return hit_rate(self.hits, self.misses)
 
     @property
     def bytes_loaded(self) -> int:

@@ -12,6 +12,7 @@ from edgemoe.cli.loading import say
 from edgemoe.cli.render import Counts, counted, drafts, duration, steps
 from edgemoe.cli.run.outbox import Outcome
 from edgemoe.cli.surface import BatchEngineView
+from edgemoe.results import hit_rate
 from edgemoe.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -69,8 +70,7 @@ class RunTally:
 
     def _hit_rate(self) -> float:
         stats, before = self._engine.stats, self._before
-        hits, misses = stats.hits - before.hits, stats.misses - before.misses
-        return hits / max(1, hits + misses)
+        return hit_rate(stats.hits - before.hits, stats.misses - before.misses)
 
 
 class Display(Protocol):
