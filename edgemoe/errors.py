@@ -1,14 +1,18 @@
-"""Every error that edgemoe raises on purpose.
+"""Every error that edgemoe raises on purpose, and what all of its modules do with the errors of others.
 
 EdgeMoEError
 ├── CheckpointError   a checkpoint that cannot be used
-├── PlanError         what was asked for does not fit this machine
+├── PlanError         a request for memory or a device that this machine does not have
 └── RequestError      a prompt or a setting that cannot be served
 
-Each message is one sentence for the user: the value, the limit, and the flag or command that mends it.
+Each message is one sentence for the user: the value, the limit, and the option or command that mends it.
 """
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class EdgeMoEError(Exception):
@@ -20,8 +24,47 @@ class CheckpointError(EdgeMoEError):
 
 
 class PlanError(EdgeMoEError):
-    """The model, context or expert cache asked for does not fit the memory that is there."""
+    """The model, context or expert cache asked for does not fit the available memory, or the device does not exist."""
 
 
 class RequestError(EdgeMoEError):
     """A prompt or sampling setting that cannot be served; the engine stays usable."""
+
+
+def reason(error: BaseException) -> str:
+    """The first line of the error's text; the name of its type where it has no text."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def unreadable(name: str, error: OSError) -> CheckpointError:
+    """The error to raise where the files of the checkpoint called `name` could be read before and now raise `error`."""
+    return CheckpointError(f"{name} cannot be read any more ({error}): fetch it again")
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Raises an OSError of the block as the CheckpointError `unreadable(name, error)`."""
+    try:
+        yield
+    except OSError as error:
+        raise unreadable(name, error) from error
+
+
+_DEVICE_ERRORS = ("OutOfMemoryError", "AcceleratorError")
+"""Names in torch; an older torch lacks the second."""
+_DEVICE_TEXTS = ("out of memory", "CUDA error", "can't allocate memory", "DefaultCPUAllocator")
+"""In the text of the plain RuntimeErrors that torch raises for the same faults."""
+
+
+def is_device_or_memory_error(error: BaseException) -> bool:
+    """Whether the machine failed (memory, device or file), so that the error says nothing about a model's code.
+
+    A probe that takes any other error for an answer must raise these.
+    """
+    # No import: without torch loaded there is no error of torch, and this module stays cheap to import.
+    torch = sys.modules.get("torch")
+    kinds = (getattr(torch, name, None) for name in _DEVICE_ERRORS)
+    if isinstance(error, (MemoryError, OSError, *(kind for kind in kinds if kind is not None))):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _DEVICE_TEXTS)

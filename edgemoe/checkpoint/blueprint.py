@@ -21,7 +21,7 @@ from edgemoe.checkpoint.checkpoint import WEIGHT_DTYPES, Checkpoint, open_checkp
 from edgemoe.checkpoint.expert_sources import ExpertSources
 from edgemoe.checkpoint.experts_module import ExpertsModule, require_experts_modules
 from edgemoe.demo import DEMO_NAME, demo_folder
-from edgemoe.errors import CheckpointError
+from edgemoe.errors import CheckpointError, is_device_or_memory_error, reason
 from edgemoe.quiet import quiet_transformers
 
 QUANTISED_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32)
@@ -45,8 +45,6 @@ class Blueprint:
     """Bytes of all weights and buffers that are not experts, in the dtypes they are kept in."""
     largest_dense_nbytes: int
     """Bytes of the largest of them: while it loads it may be held twice."""
-    skeleton: Any
-    """The model on the meta device; holds no data."""
 
     @property
     def context_limit(self) -> int | None:
@@ -82,8 +80,8 @@ def read_blueprint(checkpoint: Checkpoint, dtype: str = "auto") -> Blueprint:
         dense = tuple(key for key in checkpoint.tensors if key not in sources.keys)
         _dry_run(checkpoint, model, chosen)
         records = sources.records()
-        skeleton = build_skeleton(model_class, config, chosen)
-    sizes = _dense_sizes(skeleton, experts_modules)
+        # Another one, since the dry run has used the first up.
+        sizes = _dense_sizes(build_skeleton(model_class, config, chosen), experts_modules)
     return Blueprint(
         checkpoint,
         config,
@@ -94,7 +92,6 @@ def read_blueprint(checkpoint: Checkpoint, dtype: str = "auto") -> Blueprint:
         dense,
         sum(sizes),
         max(sizes),
-        skeleton,
     )
 
 
@@ -139,9 +136,10 @@ def _family(checkpoint: Checkpoint) -> tuple[Any, Any]:
         try:
             config = CONFIG_MAPPING[family].from_pretrained(checkpoint.folder)
         except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            if is_device_or_memory_error(error) and not isinstance(error, OSError):
+                raise
             raise CheckpointError(
-                f"{checkpoint.folder / 'config.json'} is not a valid {family} configuration: {reason}"
+                f"{checkpoint.folder / 'config.json'} is not a valid {family} configuration: {reason(error)}"
             ) from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise CheckpointError(

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from edgemoe.errors import CheckpointError
+from edgemoe.errors import CheckpointError, reason
 
 DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
@@ -100,9 +100,8 @@ def _find_folder(name: str, offline: bool) -> Path:
         mend = "run once without --offline" if offline else "check the connection, or give a local folder with -m"
         raise CheckpointError(f"{name} is not a folder and not in the local Hugging Face cache: {mend}") from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{name} could not be fetched ({reason}): check the id, or give a local folder with -m"
+            f"{name} could not be fetched ({reason(error)}): check the id, or give a local folder with -m"
         ) from error
 
 

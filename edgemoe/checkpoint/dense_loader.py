@@ -13,7 +13,7 @@ from edgemoe.cache.record import host_bytes
 from edgemoe.checkpoint.blueprint import Blueprint, build_skeleton, load_config
 from edgemoe.checkpoint.checkpoint import TensorEntry
 from edgemoe.checkpoint.experts_module import release_weights
-from edgemoe.errors import CheckpointError
+from edgemoe.errors import CheckpointError, reading
 from edgemoe.quiet import quiet_transformers
 
 
@@ -71,13 +71,10 @@ def load_dense(blueprint: Blueprint, device: torch.device, on_read: Callable[[in
     for moe in blueprint.experts_modules:
         release_weights(moe, model)
     settings = load_config(model, blueprint.dtype, device)
-    try:
-        # The loader draws initial values too, which must not show in the caller's random numbers.
-        with quiet_transformers(), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            info, _ = model._load_pretrained_model(model, lazy, None, settings)
-            info = model._finalize_model_loading(model, settings, info)
-    except OSError as error:
-        raise CheckpointError(f"{checkpoint.name} cannot be read ({error}): fetch it again") from error
+    # The loader draws initial values too, which must not show in the caller's random numbers.
+    with reading(checkpoint.name), quiet_transformers(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        info, _ = model._load_pretrained_model(model, lazy, None, settings)
+        info = model._finalize_model_loading(model, settings, info)
     lost = sorted(info.missing_keys) + sorted(info.conversion_errors)
     if lost:
         raise CheckpointError(f"{checkpoint.name}: {lost[0]} could not be loaded: fetch it again")

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from edgemoe.checkpoint.blueprint import Blueprint
 from edgemoe.checkpoint.checkpoint import Checkpoint
-from edgemoe.errors import CheckpointError, RequestError
+from edgemoe.errors import CheckpointError, RequestError, is_device_or_memory_error, reason
 from edgemoe.quiet import quiet_transformers
 
 
@@ -48,10 +48,11 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         try:
             return AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            if is_device_or_memory_error(error) and not isinstance(error, OSError):
+                raise
             raise CheckpointError(
-                f"the tokenizer in {checkpoint.folder} cannot be loaded ({reason}): fetch it again, or remove its "
-                "files to work with token ids"
+                f"the tokenizer in {checkpoint.folder} cannot be loaded ({reason(error)}): fetch it again, or remove "
+                "its files to work with token ids"
             ) from error
 
 
@@ -65,6 +66,8 @@ def load_generation_config(blueprint: Blueprint) -> Any:
             try:
                 return GenerationConfig.from_pretrained(folder, local_files_only=True)
             except Exception as error:
+                if is_device_or_memory_error(error) and not isinstance(error, OSError):
+                    raise
                 raise CheckpointError(
                     f"{folder / 'generation_config.json'} cannot be read: fetch it again, or remove it"
                 ) from error
@@ -105,6 +108,7 @@ def render_chat(tokenizer: Any, messages: Messages, name: str) -> list[int]:
                 [dict(message) for message in messages], add_generation_prompt=True, return_dict=True
             )
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RequestError(f"the chat template of {name} refuses this conversation: {reason}") from error
+        if is_device_or_memory_error(error):
+            raise
+        raise RequestError(f"the chat template of {name} refuses this conversation: {reason(error)}") from error
     return [int(token) for token in rendered["input_ids"]]

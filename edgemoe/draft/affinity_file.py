@@ -16,7 +16,7 @@ from edgemoe.cache.safetensors_store import SafetensorsStore
 from edgemoe.checkpoint.blueprint import Blueprint
 from edgemoe.checkpoint.state_folder import StateFolder
 from edgemoe.draft.affinity import Affinity, compute
-from edgemoe.errors import CheckpointError
+from edgemoe.errors import reading
 from edgemoe.results import Progress
 
 NAME = "affinity.safetensors"
@@ -72,15 +72,13 @@ def prepare(
     if kept is not None and state.path is not None:
         return Prepared(kept, state.path / NAME, was_kept=True)
     state.probe()
-    try:
+    with reading(blueprint.checkpoint.name):
         # Every byte is read once: it has no place in the page cache.
         store = SafetensorsStore(blueprint.checkpoint.files, layouts, blueprint.records, direct=True)
         try:
             made = compute(store, on_progress, cancelled)
         finally:
             store.close()
-    except OSError as error:
-        raise CheckpointError(f"{blueprint.checkpoint.name} cannot be read ({error}): fetch it again") from error
     if made is None or state.path is None:
         return None
     write(state, made)

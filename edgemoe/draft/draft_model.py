@@ -10,7 +10,7 @@ import torch
 from edgemoe.checkpoint.blueprint import Blueprint
 from edgemoe.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from edgemoe.checkpoint.tokenizer import load_tokenizer
-from edgemoe.errors import CheckpointError
+from edgemoe.errors import CheckpointError, reason
 from edgemoe.experts.expert_layer import ExpertLayers
 from edgemoe.experts.router_hook import CurrentLayer
 from edgemoe.model.model_runner import ModelRunner
@@ -64,9 +64,8 @@ class DraftModel:
                     self.checkpoint.folder, dtype=self._dtype, local_files_only=True
                 )
         except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(
-                f"{self.checkpoint.name} cannot draft, since transformers cannot load it ({reason}): "
+                f"{self.checkpoint.name} cannot draft, since transformers cannot load it ({reason(error)}): "
                 f"give another checkpoint with --draft-model"
             ) from error
         model: Any = loaded.to(device).requires_grad_(False).eval()

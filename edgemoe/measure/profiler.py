@@ -16,7 +16,7 @@ from edgemoe.cache import ExpertCache
 from edgemoe.checkpoint.blueprint import Blueprint
 from edgemoe.checkpoint.tokenizer import load_tokenizer
 from edgemoe.config import EngineConfig
-from edgemoe.errors import CheckpointError, PlanError
+from edgemoe.errors import PlanError, reading
 from edgemoe.kernels.cpu.threads import torch_threads
 from edgemoe.measure.text_passes import PROMPT, SEED, PassReading, TextPasses, task_texts
 from edgemoe.model.model_runner import ModelRunner
@@ -126,12 +126,8 @@ def take_profile(
     blueprint: Blueprint, config: EngineConfig, on_progress: Callable[[Progress], None] | None = None
 ) -> Profile:
     """Measures and fits, in a minute or two; loads the model twice. Raises PlanError, CheckpointError as that does."""
-    try:
+    with reading(blueprint.checkpoint.name):
         return _profile(blueprint, config, on_progress or _ignore)
-    except OSError as error:
-        raise CheckpointError(
-            f"{blueprint.checkpoint.name} cannot be read any more ({error}): fetch it again"
-        ) from error
 
 
 def _profile(blueprint: Blueprint, config: EngineConfig, on_progress: Callable[[Progress], None]) -> Profile:

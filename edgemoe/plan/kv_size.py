@@ -1,4 +1,4 @@
-"""How many bytes a sequence's keys, values and states take, found by a pass without data."""
+"""Bytes that a sequence's keys, values and states take, found by passes on the meta device."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from typing import Any
 
 import torch
 
-from edgemoe.checkpoint.blueprint import Blueprint
+from edgemoe.checkpoint.blueprint import Blueprint, build_skeleton
+from edgemoe.errors import is_device_or_memory_error
 from edgemoe.model.kv_cache import new_cache
 from edgemoe.quiet import quiet_transformers
 
 PROBES = (4, 132)
-"""Tokens of two passes: what grows between them grows with the tokens."""
+"""Tokens of the two passes; the difference of their bytes is the growth per token."""
 
 
 @dataclass(frozen=True)
 class KvSize:
-    """Bytes of one sequence's past: a constant, and for each layer its bytes a token and its window, if any."""
+    """Bytes of one sequence's KV cache as a function of its tokens."""
 
     fixed: int
+    """Bytes that do not depend on the tokens."""
     layers: tuple[tuple[int, int | None], ...]
+    """Of each layer: bytes per token, and the window in tokens, or None."""
 
     def nbytes(self, tokens: int) -> int:
         """Bytes after `tokens` tokens."""
@@ -33,23 +36,28 @@ class KvSize:
 
     @cached_property
     def _kinds(self) -> Counter[tuple[int, int | None]]:
-        """Layers that are alike, counted: a batch asks for sizes all the time."""
+        """How many layers there are of each kind: the scheduler asks for sizes in every step."""
         return Counter(self.layers)
 
 
 def measure_kv(blueprint: Blueprint) -> KvSize:
-    """The size of `blueprint`'s cache, from passes over the skeleton; from the configuration where they cannot run."""
-    skeleton = blueprint.skeleton
+    """The size of the KV cache of `blueprint`'s model, measured by passes without data.
+
+    A family whose forward needs values cannot run them: its size comes from the configuration (see `kv_from_config`).
+    """
+    with quiet_transformers():
+        skeleton = build_skeleton(blueprint.model_class, blueprint.config, blueprint.dtype)
     for moe in blueprint.experts_modules:
         moe.module(skeleton).forward = lambda hidden_states, *arguments, **named: torch.empty_like(hidden_states)
     try:
         with quiet_transformers(), torch.no_grad(), torch.device("meta"):
             short, long = (_probe(skeleton, tokens) for tokens in PROBES)
-    except Exception:
-        # A family may read values in its forward, which a pass without data has not.
+    except Exception as error:
+        if is_device_or_memory_error(error):
+            raise
         return kv_from_config(blueprint.config, blueprint.dtype.itemsize)
     layers, beside = short
-    # What lies beside keys and values may grow, too: an indexer's keys, rows that sum up several tokens.
+    # Tensors beside keys and values may grow too: an indexer's keys, or rows that each sum up several tokens.
     grown = -(-max(0, long[1] - beside) // (PROBES[1] - PROBES[0]))
     if grown:
         layers.append((grown, None))
@@ -57,11 +65,11 @@ def measure_kv(blueprint: Blueprint) -> KvSize:
 
 
 def _probe(skeleton: Any, tokens: int) -> tuple[list[tuple[int, int | None]], int]:
-    """Each layer's bytes of keys and values a token, with its window; and the bytes of all else after `tokens`."""
+    """Each layer's (bytes of keys and values per token, window), and the bytes of all other states after `tokens`."""
     cache = new_cache(skeleton, tokens)
     ids = torch.zeros(1, tokens, dtype=torch.long)
     cache = skeleton(input_ids=ids, past_key_values=cache, use_cache=True).past_key_values
-    # Some families keep states beside the layers.
+    # Some families keep states outside of the layers.
     own = {name: value for name, value in vars(cache).items() if name != "layers"}
     beside, layers = sum(tensor.nbytes for tensor in _tensors(own)), []
     for layer in cache.layers:
@@ -76,22 +84,22 @@ def _probe(skeleton: Any, tokens: int) -> tuple[list[tuple[int, int | None]], in
 
 
 def kv_from_config(config: Any, itemsize: int) -> KvSize:
-    """Keys and values of all layers as `config` describes them, `itemsize` bytes a value, as if none had a window."""
+    """The size by `config`, at `itemsize` bytes per value; every layer counts as one without a window."""
     text = config.get_text_config()
-    # In some families layers differ, and the whole then refuses to speak for them.
+    # A family whose layers differ declares the fields per layer; reading them from the whole raises.
     own = getattr(text, "per_layer_config", None)
     layers = [own[number] if own else text for number in range(text.num_hidden_layers)]
-    return KvSize(0, tuple((2 * _values_a_token(layer) * itemsize, None) for layer in layers))
+    return KvSize(0, tuple((2 * _values_per_token(layer) * itemsize, None) for layer in layers))
 
 
-def _values_a_token(layer: Any) -> int:
+def _values_per_token(layer: Any) -> int:
     heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
     width = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
     return int(heads * width)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Every distinct-looking tensor inside nested containers; buffers with room are left out."""
+    """Every tensor in nested containers, except a layer's preallocated `_buffers`, which `keys` and `values` view."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):

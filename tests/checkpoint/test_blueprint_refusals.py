@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from bench.support.zoo import REFUSED
@@ -106,7 +107,7 @@ def test_a_family_whose_experts_do_not_fit(family: str, zoo: Zoo) -> None:
 def dense_llama(folder: Path) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 32}
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 32}
     LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes)).save_pretrained(folder)
     return folder
 
@@ -171,6 +172,18 @@ def test_generation_settings_that_cannot_be_read(folder: Path, content: str) -> 
     (folder / "generation_config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"generation_config\.json"):
         Engine.load(folder, expert_cache=4)
+
+
+@pytest.mark.parametrize("loader", ["MixtralConfig", "AutoTokenizer", "GenerationConfig"])
+def test_a_machine_without_memory_is_no_fault_of_the_checkpoint(
+    talker: Path, loader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*of: object, **named: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(getattr(transformers, loader), "from_pretrained", fail)
+    with pytest.raises(MemoryError):
+        Engine.load(talker, expert_cache=4)
 
 
 def test_published_tensors_that_the_family_ignores_are_no_surplus(zoo: Zoo, tmp_path: Path) -> None:
