@@ -66,7 +66,11 @@ def test_two_runs_cannot_write_to_one_file(tmp_path: Path) -> None:
 def test_an_empty_file_is_taken(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     path.touch()
-    Results.open(str(path)).close()
+    results = Results.open(str(path))
+    results.begin()
+    results.write(b"1\n")
+    results.close()
+    assert path.read_bytes() == b"1\n"
 
 
 def test_what_cannot_be_written_is_told_at_once(tmp_path: Path) -> None:
@@ -80,6 +84,7 @@ def test_a_device_may_take_the_results() -> None:
     results = Results.open("/dev/null")
     results.begin()
     results.write(b"1\n")
+    assert results.written == 1
     results.close()
 
 
