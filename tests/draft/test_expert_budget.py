@@ -266,10 +266,10 @@ def test_in_a_batch_only_passes_over_drafts_are_under_it(
         crowd = Crowd(own, step_tokens=48, limit=3, speculate="ngram")
         run, restricting = crowd.joint.run, ExpertBudget.restricting
 
-        def watched(work: Sequence[PassInput]) -> Any:
+        def watched(inputs: Sequence[PassInput]) -> list[torch.Tensor]:
             under.append(own.layers._budget is not None)
-            assert under[-1] == any(item.verifies for item in work)
-            return run(work)
+            assert under[-1] == any(item.verifies for item in inputs)
+            return run(inputs)
 
         def checked(self: ExpertBudget, work: Sequence[PassInput], certain: Sequence[Sequence[float] | None]) -> Any:
             for item, known in zip(work, certain, strict=True):
@@ -330,7 +330,7 @@ def test_an_engine_counts_what_was_dropped_and_is_exact_with_room(zoo: Zoo) -> N
 def test_what_was_answered_under_a_budget_is_computed_again_for_the_next_turn(zoo: Zoo) -> None:
     """Prompts are exact: that of the second turn, too, of which the first one's reply is a part."""
     folder, first = zoo("mixtral"), random_ids(7) * 3
-    options = {"threads": 1, "speculate": "ngram", "expert_cache": "100%", "state_folder": "none"}
+    options: dict[str, Any] = {"threads": 1, "speculate": "ngram", "expert_cache": "100%", "state_folder": "none"}
     with Engine.load(folder, **options, budget=1, budget_rule="sum") as engine:
         reply = engine.generate(first, Sampling(max_tokens=30, ignore_eos=True)).token_ids
         assert engine.stats.budget_dropped > 0

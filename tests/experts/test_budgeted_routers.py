@@ -26,18 +26,18 @@ def _inference() -> Iterator[None]:
 
 
 class Pass(NamedTuple):
-    """What one layer of a pass computed: `index` and `weights` [tokens, top-k], `output` as `hidden`."""
+    """What one layer of a pass computed: `chosen` and `weights` [tokens, top-k], `output` as `hidden`."""
 
     layer: int
     hidden: torch.Tensor
-    index: torch.Tensor
+    chosen: torch.Tensor
     weights: torch.Tensor
     output: torch.Tensor
 
     def dense(self, experts: int) -> torch.Tensor:
         """The weights as [tokens, experts]."""
         weights = self.weights.float()
-        return torch.zeros(len(weights), experts).scatter_add(-1, self.index, weights)
+        return torch.zeros(len(weights), experts).scatter_add(-1, self.chosen, weights)
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ class Family(NamedTuple):
 
 
 def gate(block: Any, hidden: torch.Tensor) -> torch.Tensor:
-    return hidden @ block.gate.weight.t()
+    return torch.matmul(hidden, block.gate.weight.t())
 
 
 def softmaxed(block: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -109,7 +109,7 @@ def grouped(block: Any, hidden: torch.Tensor) -> torch.Tensor:
 def sigmoids(block: Any, hidden: torch.Tensor, scores: torch.Tensor, chosen: list[int]) -> torch.Tensor:
     """Without the bias, and to the family's factor."""
     weights = gate(block, hidden[None])[0].sigmoid()[chosen]
-    return weights / weights.sum() * block.gate.routed_scaling_factor
+    return weights / weights.sum() * float(block.gate.routed_scaling_factor)
 
 
 def of_one(scores: torch.Tensor) -> torch.Tensor:
@@ -152,7 +152,7 @@ def expected(family: Family, block: Any, seen: Pass, experts: int, size: int, ru
     allowed = best_set(family, scores, rule, size)
     weights = torch.zeros(len(scores), experts)
     for token, each in enumerate(scores):
-        top = best(each, range(experts), seen.index.shape[-1])
+        top = best(each, range(experts), seen.chosen.shape[-1])
         chosen = [expert for expert in top if expert in allowed]
         if len(chosen) < len(top) and dropped == "substitute":
             chosen = best(each, allowed, len(top))
@@ -223,7 +223,7 @@ def test_residency_first_moves_the_best_of_what_is_missing(zoo: Zoo, passes: lis
             scores = family.scores(block, seen.hidden)
             wanted = {expert for each in scores for expert in best(each, range(12), 3)}
             moved = best(scores.sum(0), sorted(wanted - {*there}), 2)
-            used = set(seen.index[seen.weights != 0].tolist())
+            used = set(seen.chosen[seen.weights != 0].tolist())
             assert set(moved) <= used <= {*there, *moved}
             assert set(own.cache.residents(seen.layer)) == {*there, *moved}
 
@@ -245,7 +245,7 @@ def test_tokens_that_verify_nothing_keep_their_choice_and_its_weights(name: str,
                 with own.layers.restricting(route):
                     own.logits(IDS)
                 found = passes[0]
-                assert torch.equal(found.index[plain], exact.index[plain])
+                assert torch.equal(found.chosen[plain], exact.chosen[plain])
                 assert torch.equal(found.weights[plain], exact.weights[plain])
                 assert torch.allclose(found.output[plain], exact.output[plain], atol=1e-6)
                 if rule != "residency":

@@ -29,7 +29,7 @@ def exact(module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch
 
     def linear(x: torch.Tensor, name: str, expert: int) -> torch.Tensor:
         weight = getattr(module, name)[expert].double()
-        product = x @ (weight if module.is_transposed else weight.t())
+        product: torch.Tensor = x @ (weight if module.is_transposed else weight.t())
         return product + getattr(module, f"{name}_bias")[expert].double() if module.has_bias else product
 
     out = torch.zeros(hidden.shape, dtype=torch.float64)
@@ -168,7 +168,12 @@ def test_with_pytorchs_threads_at_work_the_kernels_stay_out(zoo: Zoo, monkeypatc
     """Two pools of threads on the same cores would slow each other down."""
     reference_calls: list[int] = []
     original = PlainExperts._one
-    monkeypatch.setattr(FastExperts, "_one", lambda *call: (reference_calls.append(call[2]), original(*call))[1])
+
+    def counted(self: PlainExperts, batch: TokenGroups, expert: int, slot: int) -> None:
+        reference_calls.append(expert)
+        original(self, batch, expert, slot)
+
+    monkeypatch.setattr(FastExperts, "_one", counted)
     with running(zoo("mixtral"), threads=2) as own:
         moe = own.blueprint.experts_modules[0]
         inputs = torch.randn(2, 64), torch.tensor([[0], [1]]), torch.ones(2, 1)

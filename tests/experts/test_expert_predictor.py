@@ -105,11 +105,17 @@ def test_each_layer_is_foretold_from_the_one_before_it(zoo: Zoo) -> None:
 def test_what_is_brought_in_a_pass_is_for_the_layers_behind_the_one_that_it_is_in(zoo: Zoo) -> None:
     """With a draft's forecast of all of them as well."""
     with seeing(zoo) as seer:
-        after, issue = [], seer.prefetcher.issue
-        seer.prefetcher.issue = lambda layer=-1: (after.append(layer), issue(layer))[1]  # type: ignore[method-assign]
+        reached: list[int] = []
+        issue = seer.prefetcher.issue
+
+        def noting(after: int = -1) -> None:
+            reached.append(after)
+            issue(after)
+
+        seer.prefetcher.issue = noting  # type: ignore[method-assign]
         seer.told.says = {3: 0}
         seer.run(1)
-        assert after == [0, 1, 2, 3]
+        assert reached == [0, 1, 2, 3]
 
 
 def test_what_was_there_already_is_not_counted(zoo: Zoo) -> None:

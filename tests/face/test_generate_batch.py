@@ -179,7 +179,7 @@ def test_a_step_that_fails_is_raised_and_ends_the_rest(engine: Engine) -> None:
     runner = engine._scheduler.runner
     run = runner.run
 
-    def fail(work: Sequence[Any]) -> Any:
+    def fail(inputs: Sequence[Any]) -> Any:
         raise OSError("the link is down")
 
     replies = engine.generate_batch([([10], wants(1)), *(([11 + number], wants(9)) for number in range(5))])

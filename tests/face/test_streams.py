@@ -57,8 +57,8 @@ def failing(engine: Engine, error: BaseException) -> Iterator[list[int]]:
     runner = engine._scheduler.runner
     run, failed = runner.run, list[int]()
 
-    def fail(work: Sequence[Any]) -> Any:
-        failed.append(len(work))
+    def fail(inputs: Sequence[Any]) -> Any:
+        failed.append(len(inputs))
         raise error
 
     runner.run = fail  # type: ignore[method-assign]
@@ -211,7 +211,7 @@ def test_threads_are_told_of_a_failed_step_and_can_ask_again(
             meeting.wait(20)
         meeting.wait(20)
 
-    outcomes = in_threads([break_the_link, *(lambda prompt=prompt: ask(prompt) for prompt in PROMPTS[:3])])  # type: ignore[misc]
+    outcomes = in_threads([break_the_link, *(lambda prompt=prompt: ask(prompt) for prompt in PROMPTS[:3])])
     assert outcomes[1:] == [expected[prompt] for prompt in PROMPTS[:3]]
 
 
@@ -226,7 +226,7 @@ def test_who_was_no_part_of_a_failed_step_is_not_disturbed_by_computing_it(
     runner = engine._scheduler.runner
     run = runner.run
 
-    def fail_once(work: Sequence[Any]) -> Any:
+    def fail_once(inputs: Sequence[Any]) -> Any:
         runner.run = run  # type: ignore[method-assign]
         raise OSError("the link is down")
 
@@ -275,7 +275,7 @@ def test_closing_while_threads_generate_ends_them_all(engine: Engine) -> None:
         going.wait(20)
         engine.close()
 
-    outcomes = in_threads([close, *(lambda prompt=prompt: ask(prompt) for prompt in PROMPTS[:3])])  # type: ignore[misc]
+    outcomes = in_threads([close, *(lambda prompt=prompt: ask(prompt) for prompt in PROMPTS[:3])])
     for outcome in outcomes[1:]:
         assert outcome == "cancelled" or (isinstance(outcome, EdgeMoEError) and "is closed" in str(outcome))
 

@@ -184,7 +184,7 @@ def test_another_reply_that_fails_leaves_the_old_one() -> None:
     replies: dict[str, str | Exception] = {"a": "first"}
 
     class Fickle(FakeEngine):
-        def cancel(self) -> None:
+        def cancel(self, *, running: bool = True) -> None:
             return
 
     engine = Fickle(replies=replies)
@@ -214,7 +214,7 @@ def test_ctrl_c_stops_the_reply_and_keeps_its_text() -> None:
 
 def test_ctrl_c_before_the_first_word_takes_the_message_back() -> None:
     class Prompt(FakeEngine):
-        def cancel(self) -> None:
+        def cancel(self, *, running: bool = True) -> None:
             self.cancelled = True
 
         def interrupt(self, word: int) -> None:
@@ -230,7 +230,7 @@ def test_ctrl_c_before_the_first_word_takes_the_message_back() -> None:
 
 def test_a_second_ctrl_c_breaks_off_at_once() -> None:
     class Deaf(FakeEngine):
-        def cancel(self) -> None:
+        def cancel(self, *, running: bool = True) -> None:
             return
 
     engine = Deaf(before_word=lambda word: signal.raise_signal(signal.SIGINT))
