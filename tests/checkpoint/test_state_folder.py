@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from edgemoe import Engine, Sampling
+from edgemoe.cache import ExpertId
 from edgemoe.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from edgemoe.checkpoint.state_folder import StateFolder, identity, keeps_nothing, user_cache
 from tests.support.checkpoints import Zoo
@@ -81,7 +83,8 @@ def test_nothing_is_kept_where_that_is_asked_for(folder: str, tmp_path: Path) ->
     assert keeps_nothing(folder)
     assert state.path is None
     assert state.read("a", MOST) is None
-    for act in (lambda: state.write("a", b""), state.probe):
+    acts: list[Callable[[], None]] = [lambda: state.write("a", b""), state.probe]
+    for act in acts:
         with pytest.raises(OSError, match="no folder"):
             act()
     assert leftovers(tmp_path) == ["model.safetensors"]
@@ -182,7 +185,8 @@ def test_a_folder_that_cannot_be_made_is_an_error_of_writing_only(tmp_path: Path
     (tmp_path / "file").write_bytes(b"")
     state = StateFolder(tmp_path / "file" / "state")
     assert state.read("a", MOST) is None
-    for act in (lambda: state.write("a", b"1"), state.probe):
+    acts: list[Callable[[], None]] = [lambda: state.write("a", b"1"), state.probe]
+    for act in acts:
         with pytest.raises(OSError, match=r"file"):
             act()
 
@@ -246,7 +250,7 @@ def test_an_engine_runs_where_nothing_can_be_kept(where: str, zoo: Zoo, tmp_path
     folder = where if where == "none" else str(tmp_path / where)
     with Engine.load(zoo("mixtral"), expert_cache=4, threads=1, state_folder=folder) as engine:
         # Whatever the policy tells, there is something to write.
-        engine._loaded().cache._policy.heat = lambda: {(0, 0): 1.0}  # type: ignore[method-assign]
+        engine._loaded().cache._policy.heat = lambda: {ExpertId(0, 0): 1.0}  # type: ignore[method-assign]
         assert engine.generate([5, 6, 7], Sampling(max_tokens=2)).text == ""
     assert leftovers(tmp_path) == ["file"]
 
@@ -255,6 +259,6 @@ def test_the_checkpoints_own_folder_is_left_alone(zoo: Zoo, tmp_path: Path) -> N
     folder = zoo("mixtral")
     before = leftovers(folder)
     with Engine.load(folder, expert_cache=4, threads=1, state_folder=tmp_path) as engine:
-        engine._loaded().cache._policy.heat = lambda: {(0, 0): 1.0}  # type: ignore[method-assign]
+        engine._loaded().cache._policy.heat = lambda: {ExpertId(0, 0): 1.0}  # type: ignore[method-assign]
     assert leftovers(folder) == before
     assert leftovers(tmp_path) == [identity(open_checkpoint(folder))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -64,7 +65,7 @@ def connected(cluster: Any) -> Iterator[str]:
     import ray
 
     if not ray.is_initialized():
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="CRITICAL")
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.CRITICAL)
         # Ray writes the deaths of nodes to standard output, into pytest's.
         ray._private.worker._worker_logs_enabled = False
     yield cluster.address
@@ -123,7 +124,7 @@ def test_errors_of_requests_come_in_their_place(connected: str) -> None:
 
 
 def test_requests_are_read_only_a_little_ahead(connected: str) -> None:
-    read = []
+    read: list[int] = []
 
     def endless() -> Iterator[tuple[str, Sampling]]:
         while True:
@@ -179,7 +180,7 @@ def wait_for_nodes(count: int) -> None:
 
 def test_when_all_engines_die_what_has_finished_stays(connected: str) -> None:
     prompts = [*(f"prompt {number}" for number in range(20)), "die", *(f"prompt {number}" for number in range(21, 80))]
-    found = []
+    found: list[Outcome] = []
     with load(connected) as engines:
         outcomes = engines.generate_batch(asking(prompts))
         with pytest.raises(EdgeMoEError, match=r"all engines of the Ray cluster are gone \(node .*--resume"):
@@ -310,7 +311,7 @@ def test_a_node_without_a_free_cpu_is_named(connected: str, monkeypatch: pytest.
     import ray
 
     monkeypatch.setattr("edgemoe.cluster.remote_engine.BEGIN_SECONDS", 1.0)
-    greedy = ray.remote(EngineActor).options(num_cpus=4).remote()
+    greedy: Any = ray.remote(EngineActor).options(num_cpus=4).remote()
     ray.get(greedy.version.remote())
     with pytest.raises(EdgeMoEError, match=r"node .*127\.0\.0\.1.* has begun no engine in 1 s"):
         load(connected, actors=1)

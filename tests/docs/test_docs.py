@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import pytest
 
+from edgemoe.cli.arguments import Parser
 from edgemoe.cli.main import build_parser
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +59,7 @@ class Option(NamedTuple):
     variable: str
 
 
-def commands() -> dict[str, argparse.ArgumentParser]:
+def commands() -> dict[str, Parser]:
     actions = build_parser()._actions
     return next(action.choices for action in actions if isinstance(action, argparse._SubParsersAction))
 

@@ -157,13 +157,14 @@ def test_no_more_than_everything_is_expected_of_siblings(seed: int) -> None:
 # --- trees ---------------------------------------------------------------------------------------
 
 
-def everything(drafter: NgramDrafter, match: Match, depth: int) -> dict[tuple[int, ...], float]:
+def everything(drafter: NgramDrafter, match: Standing, depth: int) -> dict[tuple[int, ...], float]:
     """All that could be drafted, to a depth."""
     found: dict[tuple[int, ...], float] = {}
     for token, probability in drafter.predictions(match) if depth else ():
         found[(token,)] = probability
         for text, further in everything(drafter, drafter.advance(match, token), depth - 1).items():
-            found[(token, *text)] = probability * further
+            path = (token, *text)
+            found[path] = probability * further
     return found
 
 
@@ -212,7 +213,7 @@ def test_the_best_candidate_stays_until_it_is_in_the_tree() -> None:
     best = frontier.best()
     assert best == frontier.best() == Candidate(0, 3, kind(2).prior)
     tree.add(*best[:3])
-    assert frontier.best() == Candidate(1, 4, pytest.approx(kind(2).prior * kind(3).prior))
+    assert frontier.best() == pytest.approx(Candidate(1, 4, kind(2).prior * kind(3).prior))
 
 
 def test_what_another_drafter_added_is_continued_and_not_offered_again() -> None:
@@ -221,13 +222,13 @@ def test_what_another_drafter_added_is_continued_and_not_offered_again() -> None
     frontier = drafter.frontier(tree, max_depth=5, min_probability=0.1)
     assert frontier.best() == Candidate(0, 3, kind(2).prior)
     tree.add(0, 3, 0.9)
-    assert frontier.best() == Candidate(1, 4, pytest.approx(0.9 * kind(3).prior))
+    assert frontier.best() == pytest.approx(Candidate(1, 4, 0.9 * kind(3).prior))
     elsewhere = tree.add(0, 5, 1.0)
-    assert frontier.best() == Candidate(1, 4, pytest.approx(0.9 * kind(3).prior)), "[5] alone is matched: 1 token"
+    assert frontier.best() == pytest.approx(Candidate(1, 4, 0.9 * kind(3).prior)), "[5] alone is matched: 1 token"
     tree.add(1, 4, 0.5)
-    assert frontier.best() == Candidate(3, 1, pytest.approx(0.5 * kind(4).prior))
+    assert frontier.best() == pytest.approx(Candidate(3, 1, 0.5 * kind(4).prior))
     tree.add(3, 1, 0.1)
-    assert frontier.best() == Candidate(elsewhere, 9, pytest.approx(kind(1).prior))
+    assert frontier.best() == pytest.approx(Candidate(elsewhere, 9, kind(1).prior))
 
 
 def test_a_chain_goes_on_from_what_another_drafter_added() -> None:
@@ -235,7 +236,7 @@ def test_a_chain_goes_on_from_what_another_drafter_added() -> None:
     tree = DraftTree(2)
     frontier = drafter.frontier(tree, branching=False, max_depth=5, min_probability=0.1)
     tree.add(0, 5, 0.9)
-    assert frontier.best() == Candidate(1, 9, pytest.approx(0.9 * kind(1).prior))
+    assert frontier.best() == pytest.approx(Candidate(1, 9, 0.9 * kind(1).prior))
 
 
 def test_after_the_end_of_the_reply_nothing_is_drafted() -> None:

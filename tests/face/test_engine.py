@@ -8,6 +8,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -94,15 +95,15 @@ def test_an_end_token_ends_and_is_reported_but_has_no_text(zoo: Zoo) -> None:
 
 
 def test_a_stop_text_cuts_the_reply_where_it_begins(engine: Engine) -> None:
-    settings = {"max_tokens": 60, "ignore_eos": True, "temperature": 1.0, "seed": 11}
+    settings: dict[str, Any] = {"max_tokens": 60, "ignore_eos": True, "temperature": 1.0, "seed": 11}
     whole = engine.generate("abc", Sampling(**settings)).text
     for start, length in ((5, 1), (7, 3), (0, 2)):
         stop = whole[start : start + length]
-        reply = engine.generate("abc", Sampling(**settings, stop=stop))
+        reply = engine.generate("abc", Sampling(**settings, stop=(stop,)))
         assert reply.text == whole[: whole.index(stop)]
         assert reply.finish_reason == "stop"
         assert len(reply.token_ids) < 60
-    never = engine.generate("abc", Sampling(**settings, stop=["no such text at all"]))
+    never = engine.generate("abc", Sampling(**settings, stop=("no such text at all",)))
     assert (never.text, never.finish_reason) == (whole, "length")
 
 

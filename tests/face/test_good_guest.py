@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def global_state() -> dict[str, object]:
         "inference": torch.is_inference_mode_enabled(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "torch random": torch.get_rng_state().tolist(),
-        "numpy random": np.random.get_state()[1].tolist(),  # type: ignore[union-attr]
+        "numpy random": np.random.get_state(legacy=False)["state"]["key"].tolist(),
         "python random": random.getstate(),
         "filters": list(warnings.filters),
         "verbosity": transformers_logging.get_verbosity(),
@@ -71,9 +72,12 @@ def test_a_refusal_leaves_global_state_as_it_was(zoo: Zoo) -> None:
 @pytest.mark.parametrize("bars", [True, False])
 def test_transformers_own_talk_is_silenced_for_a_while_only(bars: bool) -> None:
     before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    switch = transformers_logging.enable_progress_bar if bars else transformers_logging.disable_progress_bar
+    switches: dict[bool, Callable[[], None]] = {
+        True: transformers_logging.enable_progress_bar,
+        False: transformers_logging.disable_progress_bar,
+    }
     try:
-        switch()
+        switches[bars]()
         transformers_logging.set_verbosity_info()
         with suppress(KeyError), quiet_transformers():
             assert transformers_logging.get_verbosity() == logging.ERROR
@@ -83,8 +87,7 @@ def test_transformers_own_talk_is_silenced_for_a_while_only(bars: bool) -> None:
         assert transformers_logging.is_progress_bar_enabled() is bars
     finally:
         transformers_logging.set_verbosity(before[0])
-        restore = transformers_logging.enable_progress_bar if before[1] else transformers_logging.disable_progress_bar
-        restore()
+        switches[before[1]]()
 
 
 def test_nothing_is_printed(zoo: Zoo, capfd: pytest.CaptureFixture[str]) -> None:

@@ -54,7 +54,7 @@ def pool_of(matrices: torch.Tensor, unit: Any) -> Array:
 
 
 def run(kernel: Kernel, matrices: torch.Tensor, x: torch.Tensor, extent: int, spans: list[tuple[int, int]]) -> Array:
-    out = kernel.results(len(OF_TOKENS), ROWS)
+    out: Array = kernel.results(len(OF_TOKENS), ROWS)
     out[:] = np.nan
     offset = PADDING * matrices.dtype.itemsize // np.dtype(kernel.unit).itemsize
     pool, values = pool_of(matrices, kernel.unit), kernel.values(x[OF_TOKENS])

@@ -57,7 +57,7 @@ def test_what_was_there_before_it_is_not_counted(link: FakeLink, clock: Clock) -
     gauge = LinkGauge(link)
     passes(clock, link, 1.0, 0.25, 1000)
     gauge.read()
-    assert (gauge.speed, gauge.busy) == (pytest.approx(4000), pytest.approx(NEWEST * 0.25))
+    assert (gauge.speed, gauge.busy) == pytest.approx((4000, NEWEST * 0.25))
 
 
 def test_within_a_moment_nothing_is_read_and_nothing_is_lost(link: FakeLink, clock: Clock) -> None:

@@ -60,7 +60,7 @@ def test_totals_by_hand() -> None:
     card = Scorecard(2, prior=0.9)
     card.settle({1: 0, 2: 0, 3: 1, 4: 1, 5: 0}, [1, 2, 3, 6, 7], [1, 7])
     assert card.totals == PredictionTotals(wanted=3, named=2, right=2, wrong=2)
-    assert (card.totals.recall, card.totals.precision) == (pytest.approx(2 / 3), pytest.approx(0.5))
+    assert (card.totals.recall, card.totals.precision) == pytest.approx((2 / 3, 0.5))
     assert card.rate(0) == pytest.approx((511 / 512 + 7.2) / (1 + 511 / 512 + 8)), "right, then wrong"
     card.settle({8: 0}, [8], [])
     assert card.totals == PredictionTotals(wanted=4, named=3, right=3, wrong=2)

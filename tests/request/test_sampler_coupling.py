@@ -43,7 +43,7 @@ def probabilities(logits: torch.Tensor, changed: dict[str, Any]) -> torch.Tensor
     steps.append(TopKLogitsWarper(changed.get("top_k", len(logits))))
     steps.append(TopPLogitsWarper(changed.get("top_p", 1.0)))
     steps.append(MinPLogitsWarper(changed.get("min_p", 0.0)))
-    return torch.as_tensor(steps(torch.tensor([TOKENS]), logits[None])[0].double().softmax(-1))
+    return torch.as_tensor(steps(torch.LongTensor([TOKENS]), logits[None])[0].double().softmax(-1))
 
 
 @pytest.mark.parametrize(("changed", "ahead"), [*((each, 0) for each in SETTINGS), ({"top_p": 0.9}, 3)], ids=str)

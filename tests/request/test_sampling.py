@@ -141,7 +141,8 @@ def test_the_ends_of_every_range_can_be_drawn_with(name: str, value: Any) -> Non
 @pytest.mark.parametrize("name", ["seed", "max_tokens", "logprobs", "top_k"])
 def test_whole_numbers_that_came_as_floats_are_integers(name: str) -> None:
     """As JSON from languages that have one kind of number."""
-    settings = resolve(Sampling(**{name: 3.0}), GenerationConfig(), 10, 100)
+    given: dict[str, Any] = {name: 3.0}
+    settings = resolve(Sampling(**given), GenerationConfig(), 10, 100)
     assert getattr(settings, name) == 3
     assert isinstance(getattr(settings, name), int)
 

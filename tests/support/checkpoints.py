@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from bench.support.lru_policies import BalancedLRU
 from bench.support.zoo import make
-from edgemoe.cache import BalancedLRU, ExpertCache, SlotPool
+from edgemoe.cache import ExpertCache, SlotPool
 from edgemoe.cache.reader_link import ReaderLink
 from edgemoe.cache.safetensors_store import SafetensorsStore
 from edgemoe.checkpoint.blueprint import Blueprint, read_blueprint
@@ -50,7 +51,8 @@ def reference(folder: Path, dtype: torch.dtype = torch.float32, device: str = "c
     from transformers import AutoModelForCausalLM
 
     with quiet_transformers():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        return model.to(device).eval()
 
 
 def random_ids(length: int, seed: int = 0) -> list[int]:
@@ -102,7 +104,7 @@ def running(
         [moe.layout for moe in blueprint.experts_modules],
         blueprint.records,
     )
-    slots = slots or store.total_experts
+    slots = slots or sum(store.experts)
     link, workers = ReaderLink(store, 2), Workers(threads)
     with SlotPool(slots, store.slot_nbytes, CPU) as pool:
         cache = ExpertCache(store, link, pool, BalancedLRU(len(blueprint.experts_modules), slots))

@@ -15,8 +15,9 @@ from edgemoe.errors import CheckpointError, PlanError, RequestError
 from edgemoe.results import Completion, Progress, Stats
 from edgemoe.sampling import Sampling
 
+_ZEROS: dict[str, Any] = {field.name: 0 for field in fields(Stats)}
 _WORDS = {"batch": 4, "batch_reason": "as asked for", "speculation": "off: asked for"}
-TOTALS = Stats(**{field.name: 0 for field in fields(Stats)} | _WORDS)
+TOTALS = Stats(**_ZEROS | _WORDS)
 
 
 @dataclass(frozen=True)

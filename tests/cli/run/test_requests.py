@@ -110,18 +110,21 @@ def test_several_choices_count_up_from_the_seed() -> None:
 
 
 def test_fields_that_ask_for_nothing_are_taken() -> None:
-    shared = {
+    shared: dict[str, Any] = {
         "stream": False, "stream_options": None, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {},
         "user": "someone", "metadata": {"a": "b"}, "safety_identifier": "s", "prompt_cache_key": "k", "model": "m",
     }  # fmt: skip
-    chats = {
+    chats: dict[str, Any] = {
         "response_format": {"type": "text"}, "modalities": ["text"], "tools": [], "tool_choice": "auto",
         "parallel_tool_calls": True, "store": False, "service_tier": "auto",
     }  # fmt: skip
     plain = chat("a", USER)
     assert one(batch(messages=[USER], **shared, **chats)) == plain
-    assert one(batch(messages=[USER], **dict.fromkeys([*shared, *chats]))) == plain
-    reply = {"refusal": None, "tool_calls": None, "annotations": [], "audio": None, "function_call": None}
+    unset: dict[str, Any] = dict.fromkeys([*shared, *chats])
+    assert one(batch(messages=[USER], **unset)) == plain
+    reply: dict[str, Any] = {
+        "refusal": None, "tool_calls": None, "annotations": [], "audio": None, "function_call": None,
+    }  # fmt: skip
     assert one(batch(messages=[{**USER, **reply}])) == plain
     completion = one(batch("/v1/completions", prompt="p", **shared, echo=False, suffix=None, n=2, best_of=2))
     assert completion == RequestLine(custom_id="a", prompt="p", sampling=Sampling(), choices=2)
