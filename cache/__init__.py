@@ -6,19 +6,17 @@ This package knows bytes and tiers. It knows nothing of tokens, routers, drafts 
 from edgemoe.cache.counters import CacheCounters
 from edgemoe.cache.expert_cache import ExpertCache, Loan
 from edgemoe.cache.link import Link, Throttle, Transfer
-from edgemoe.cache.policy import BalancedLRU, EvictionPolicy, GlobalLRU
+from edgemoe.cache.policy import EvictionPolicy
 from edgemoe.cache.record import ExpertId, Part, RecordLayout
 from edgemoe.cache.slots import SlotPool
 from edgemoe.cache.store import ExpertStore
 
 __all__ = [
-    "BalancedLRU",
     "CacheCounters",
     "EvictionPolicy",
     "ExpertCache",
     "ExpertId",
     "ExpertStore",
-    "GlobalLRU",
     "Link",
     "Loan",
     "Part",

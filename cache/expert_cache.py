@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -81,7 +81,9 @@ class ExpertCache:
         self.recording: list[list[ExpertId]] | None = None
         """When it is a list, what every pass asks for is appended to it: a trace."""
 
-    def borrow(self, layer: int, experts: Sequence[int], meanwhile: Callable[[], None] | None = None) -> Iterator[Loan]:
+    def borrow(
+        self, layer: int, experts: Sequence[int], meanwhile: Callable[[], None] | None = None
+    ) -> Generator[Loan, None, None]:
         """Yields loans that cover `experts` (distinct) of `layer` once each: hits first, misses as they arrive.
 
         Misses are put on the link before the hits are yielded, in the given order. When there are fewer
@@ -208,11 +210,6 @@ class ExpertCache:
         """The resident experts of a layer, in no order."""
         held = self._numbers[layer]
         return [number for number in held if self.is_resident(ExpertId(layer, number))]
-
-    @property
-    def free_slots(self) -> int:
-        """Slots that hold nothing."""
-        return len(self._free)
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless free and held slots add up and no slot is held twice. For tests."""

@@ -40,11 +40,6 @@ class ExpertStore(ABC):
         return max(layout.nbytes for layout in self.layouts)
 
     @property
-    def total_experts(self) -> int:
-        """Records in the store."""
-        return sum(self.experts)
-
-    @property
     def nbytes(self) -> int:
         """Bytes of all records."""
         return sum(layout.nbytes * count for layout, count in zip(self.layouts, self.experts, strict=True))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import pytest
 
-from edgemoe.cache import BalancedLRU, ExpertId
+from bench.support.lru_policies import BalancedLRU
+from edgemoe.cache import ExpertId, Transfer
 from tests.support.cache_fakes import holds
-from tests.support.driven_cache import NBYTES, link_of, make, use
+from tests.support.driven_cache import NBYTES, free_slots, link_of, make, use
 
 
 def test_a_cache_needs_a_slot() -> None:
@@ -21,7 +23,7 @@ def test_what_was_loaded_is_resident_and_lent_again_without_the_link() -> None:
     use(cache, 0, 1, 2)
     assert sorted(cache.residents(0)) == [1, 2]
     assert cache.residents(1) == []
-    assert cache.free_slots == 2
+    assert free_slots(cache) == 2
     assert link_of(cache).happened("start") == [(0, 1), (0, 2)]
     assert [loan.experts for loan in use(cache, 0, 2, 1)] == [(2, 1)]
     assert len(link_of(cache).happened("start")) == 2
@@ -49,7 +51,12 @@ def test_what_arrived_together_is_one_loan_in_the_asked_order() -> None:
     cache = make(4)
     borrowed = cache.borrow(0, [1, 2, 3])
     link = link_of(cache)
-    link.choose = lambda transfers: (link.finish(transfers[2].expert), transfers[0])[1]
+
+    def the_first_after_the_third(transfers: Sequence[Transfer]) -> Transfer:
+        link.finish(transfers[2].expert)
+        return transfers[0]
+
+    link.choose = the_first_after_the_third
     assert next(borrowed).experts == (1, 3)
     link.choose = lambda transfers: transfers[0]
     assert next(borrowed).experts == (2,)
@@ -97,7 +104,7 @@ def test_a_pinned_loan_survives_while_others_take_turns() -> None:
     hit = next(borrowed)
     assert hit.experts == (0,)
     assert holds(cache.pool.memory[hit.slots[0]], ExpertId(0, 0), NBYTES)
-    seen = []
+    seen: list[int] = []
     for loan in borrowed:
         assert all(
             holds(cache.pool.memory[slot], ExpertId(0, number), NBYTES)
@@ -172,7 +179,12 @@ def test_others_that_arrived_beside_a_failure_stay() -> None:
     cache = make(3)
     link = link_of(cache)
     link.faults[ExpertId(0, 1)] = OSError("disk gone")
-    link.choose = lambda transfers: (link.finish(transfers[0].expert, transfers[2].expert), transfers[1])[1]
+
+    def the_second_after_both_others(transfers: Sequence[Transfer]) -> Transfer:
+        link.finish(transfers[0].expert, transfers[2].expert)
+        return transfers[1]
+
+    link.choose = the_second_after_both_others
     with pytest.raises(OSError, match="disk gone"):
         list(cache.borrow(0, [0, 1, 2]))
     assert sorted(cache.residents(0)) == [0, 2]

@@ -6,9 +6,10 @@ import random
 
 import pytest
 
-from edgemoe.cache import BalancedLRU, ExpertCache, ExpertId, Loan
+from bench.support.lru_policies import BalancedLRU
+from edgemoe.cache import ExpertCache, ExpertId, Loan
 from tests.support.cache_fakes import holds
-from tests.support.driven_cache import NBYTES, ids, link_of, make, prefetched, use
+from tests.support.driven_cache import NBYTES, free_slots, ids, link_of, make, prefetched, use
 
 
 def lend(cache: ExpertCache, layer: int, *experts: int) -> Loan:
@@ -141,7 +142,7 @@ def test_with_fewer_slots_than_experts_it_never_is() -> None:
     cache = make(5, experts=(3, 3))
     use(cache, 0, 0, 1, 2)
     use(cache, 1, 0, 1, 2)
-    assert cache.free_slots == 0
+    assert free_slots(cache) == 0
     assert not cache.complete
 
 

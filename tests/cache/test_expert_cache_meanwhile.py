@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 import pytest
 
-from edgemoe.cache import BalancedLRU, ExpertCache, ExpertId
+from bench.support.lru_policies import BalancedLRU
+from edgemoe.cache import ExpertCache, ExpertId
 from tests.support.cache_fakes import holds
-from tests.support.driven_cache import NBYTES, ids, link_of, make, prefetched, use
+from tests.support.driven_cache import NBYTES, free_slots, ids, link_of, make, prefetched, use
 
 
 def load_reason(cache: ExpertCache) -> int:
@@ -152,7 +153,7 @@ def test_what_has_not_moved_is_called_off_and_its_slot_is_free() -> None:
     cache.call_off(ids(0, 0, 1, 5))
     assert link_of(cache).happened("cancel") == ids(0, 0)
     assert [cache.holds(expert) for expert in ids(0, 0, 1, 2)] == [False, True, True]
-    assert cache.free_slots == 2
+    assert free_slots(cache) == 2
     cache.check_integrity()
 
 
@@ -182,7 +183,7 @@ def test_what_was_asked_for_is_not_called_off() -> None:
     link = link_of(cache)
     cache.prefetch(ids(0, 0))
     link.queued = set(ids(0, 0, 1, 2))
-    borrowed = cache.borrow(0, [0, 1, 2], lambda: cache.call_off(ids(0, 0, 1, 2)))
+    borrowed = cache.borrow(0, [0, 1, 2], mark(cache, lambda: cache.call_off(ids(0, 0, 1, 2))))
     next(borrowed)
     borrowed.close()
     cache.call_off(ids(0, 0, 1, 2))

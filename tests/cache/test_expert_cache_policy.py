@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from edgemoe.cache import EvictionPolicy, ExpertCache, ExpertId, GlobalLRU, SlotPool
+from bench.support.lru_policies import GlobalLRU
+from bench.support.trace import replay
+from edgemoe.cache import EvictionPolicy, ExpertCache, ExpertId, SlotPool
 from edgemoe.cache.hot_temporal import HotTemporal
-from edgemoe.cache.trace import replay
 from tests.support.cache_fakes import FakeLink, FakeStore, holds
 
 NBYTES = 128
@@ -77,7 +78,8 @@ def test_prefetches_and_drafts_are_no_wishes() -> None:
 def test_what_is_asked_for_is_recorded_while_there_is_a_list() -> None:
     cache = make(3, GlobalLRU())
     use(cache, 0, 1)
-    cache.recording = trace = []
+    trace: list[list[ExpertId]] = []
+    cache.recording = trace
     use(cache, 0, 4, 2)
     use(cache, 1, *range(8))
     cache.recording = None

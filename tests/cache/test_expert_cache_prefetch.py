@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from edgemoe.cache import ExpertId
-from tests.support.driven_cache import NBYTES, ids, link_of, make, prefetched, use
+from tests.support.driven_cache import NBYTES, free_slots, ids, link_of, make, prefetched, use
 
 
 def test_free_slots_are_taken_first() -> None:
@@ -13,7 +13,7 @@ def test_free_slots_are_taken_first() -> None:
     use(cache, 0, 0, 1)
     assert cache.prefetch(ids(1, 0, 1)) == 2
     assert sorted(cache.residents(0)) == [0, 1]
-    assert cache.free_slots == 0
+    assert free_slots(cache) == 0
     assert link_of(cache).happened("prefetch") == ids(1, 0, 1)
     assert link_of(cache).happened("wait") == [((0, 0), (0, 1)), ((0, 1),)], "a prefetch waits for nothing"
 
@@ -84,7 +84,7 @@ def test_what_is_on_the_link_is_not_evicted_by_a_demand() -> None:
     use(cache, 0, 0)
     cache.prefetch(ids(1, 0))
     use(cache, 0, 1, 2, 3)
-    assert cache.free_slots == 0
+    assert free_slots(cache) == 0
     assert list(link_of(cache).under_way) == ids(1, 0)
     assert len(cache.residents(0)) == 1, "three experts went through the one other slot"
 

@@ -8,12 +8,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from bench.support.lru_policies import BalancedLRU, GlobalLRU
+from bench.support.rival_policies import LRFU, BalancedLRFU
+from bench.support.trace import belady_misses, replay
 from edgemoe.cache.hot_temporal import BACKGROUND, DECAY, DOUBT, HABIT, LEARNT, HotTemporal
-from edgemoe.cache.policy import BalancedLRU, EvictionPolicy, GlobalLRU
+from edgemoe.cache.policy import EvictionPolicy
 from edgemoe.cache.record import ExpertId
-from edgemoe.cache.rival_policies import LRFU, BalancedLRFU
 from edgemoe.cache.routing_history import RoutingHistory
-from edgemoe.cache.trace import belady_misses, replay
 
 Steps = list[list[ExpertId]]
 
@@ -170,7 +171,7 @@ def value(policy: HotTemporal, expert: ExpertId, layer: int) -> float:
     """What an expert is worth as seen from `layer`, by the definition."""
     layers = len(policy._experts)
     heat = 1.0 if policy._state[expert] == 2 else float(policy._heat[expert])
-    return (heat + policy._chance()) * policy._discount ** (((expert.layer - layer - 1) % layers) / layers)
+    return (heat + policy._chance()) * float(policy._discount ** (((expert.layer - layer - 1) % layers) / layers))
 
 
 # --- what is measured ----------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from edgemoe.cache import BalancedLRU, ExpertCache, ExpertId, Part, RecordLayout, SlotPool, Throttle
+from bench.support.lru_policies import BalancedLRU
+from edgemoe.cache import ExpertCache, ExpertId, Part, RecordLayout, SlotPool, Throttle
 from edgemoe.cache import safetensors_store as store_module
 from edgemoe.cache.reader_link import ReaderLink
 from edgemoe.cache.safetensors_store import Extent, RecordSource, SafetensorsStore

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 import torch
 
-from edgemoe.cache import EvictionPolicy, ExpertCache, ExpertId, GlobalLRU, Loan, SlotPool
+from bench.support.lru_policies import GlobalLRU
+from edgemoe.cache import EvictionPolicy, ExpertCache, ExpertId, Loan, SlotPool
 from tests.support.cache_fakes import FakeLink, FakeStore, holds
 
 NBYTES = 128
@@ -21,6 +22,12 @@ def make(slots: int, experts: Iterable[int] = (8, 8), policy: EvictionPolicy | N
 def link_of(cache: ExpertCache) -> FakeLink:
     assert isinstance(cache._link, FakeLink)
     return cache._link
+
+
+def free_slots(cache: ExpertCache) -> int:
+    """The number of slots that hold no expert, loaded or loading."""
+    experts = (ExpertId(layer, number) for layer, count in enumerate(cache.store.experts) for number in range(count))
+    return cache.pool.count - sum(map(cache.holds, experts))
 
 
 def use(cache: ExpertCache, layer: int, *experts: int) -> list[Loan]:

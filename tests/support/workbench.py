@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from edgemoe.cache import ExpertCache, ExpertId, GlobalLRU, SlotPool
+from bench.support.lru_policies import GlobalLRU
+from edgemoe.cache import ExpertCache, ExpertId, SlotPool
 from edgemoe.prefetch import prefetcher as module
 from edgemoe.prefetch.prefetcher import Prefetcher
 from tests.support.cache_fakes import FakeLink, FakeStore

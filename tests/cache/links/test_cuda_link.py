@@ -5,13 +5,16 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections.abc import Sequence
 
 import pytest
 import torch
 
-from edgemoe.cache import BalancedLRU, ExpertCache, ExpertId, ExpertStore, SlotPool, Throttle, Transfer
+from bench.support.lru_policies import BalancedLRU
+from edgemoe.cache import ExpertCache, ExpertId, ExpertStore, SlotPool, Throttle, Transfer
 from edgemoe.cache.cuda_link import CudaLink, CudaStreams, Streams
 from edgemoe.cache.link import Priority
+from edgemoe.cache.store import Piece
 from tests.support.cache_fakes import FakeStore, FakeStreams, LockedStore, holds, pattern, wait_until
 
 CPU = torch.device("cpu")
@@ -174,6 +177,7 @@ def test_releasing_nothing_leaves_no_mark(streams: FakeStreams) -> None:
     streams.compute.hold()
     bench.link.released([])
     bench.arrive(bench.start(A, 0))
+    assert bench.holds(0, A), "although compute has not got on"
     streams.compute.go()
     bench.link.close()
 
@@ -246,11 +250,17 @@ def test_a_failed_read_gives_its_staging_buffer_back_only_when_all_its_reads_hav
     pieces = bench.source.pieces
     late = threading.Event()
 
-    def slow_second_piece(expert: ExpertId, into: torch.Tensor) -> object:
-        (nbytes, move), failing = pieces(expert, into)
-        return [failing, (nbytes, lambda: (time.sleep(0.2), move(), late.set()) if expert == A else move())]
+    def slow_second_piece(expert: ExpertId, slot: torch.Tensor) -> Sequence[Piece]:
+        (nbytes, move), failing = pieces(expert, slot)
 
-    bench.source.pieces = slow_second_piece  # type: ignore[method-assign, assignment]
+        def slowly() -> None:
+            time.sleep(0.2)
+            move()
+            late.set()
+
+        return [failing, (nbytes, slowly if expert == A else move)]
+
+    bench.source.pieces = slow_second_piece  # type: ignore[method-assign]
     bench.source.faults[A] = OSError("disk gone")
     streams.copies.hold()
     bad, good = bench.start(A, 0), bench.start(B, 1)
@@ -333,7 +343,7 @@ def test_random_work_reads_the_right_bytes(device: str, locked: str, seed: int) 
             layer = step % layers
             cache.prefetch([ExpertId((layer + 1) % layers, number) for number in draw.sample(range(experts), 2)])
             wanted = draw.sample(range(experts), draw.randint(1, 5))
-            seen = []
+            seen: list[int] = []
             for loan in cache.borrow(layer, wanted):
                 for number, slot in zip(loan.experts, loan.slots, strict=True):
                     look(slot, ExpertId(layer, number))

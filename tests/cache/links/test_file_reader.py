@@ -25,7 +25,9 @@ def test_any_stretch_is_read_exactly(file: Path, direct: bool) -> None:
     draw = random.Random(1)
     edges = [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, SIZE - 1, SIZE]
     stretches = [(first, last) for first in edges for last in edges if first < last]
-    stretches += [tuple(sorted(draw.sample(range(SIZE), 2))) for _ in range(50)]
+    for _ in range(50):
+        first, last = sorted(draw.sample(range(SIZE), 2))
+        stretches.append((first, last))
     for first, last in stretches:
         into = bytearray(last - first)
         assert reader.read(first, memoryview(into)) == last - first

@@ -9,7 +9,8 @@ import time
 import pytest
 import torch
 
-from edgemoe.cache import BalancedLRU, ExpertCache, ExpertId, SlotPool, Throttle, Transfer
+from bench.support.lru_policies import BalancedLRU
+from edgemoe.cache import ExpertCache, ExpertId, SlotPool, Throttle, Transfer
 from edgemoe.cache.link import Priority
 from edgemoe.cache.reader_link import ReaderLink
 from tests.support.cache_fakes import FakeStore, holds, wait_until
@@ -233,7 +234,7 @@ def test_random_work_through_a_cache_reads_the_right_bytes(seed: int) -> None:
             following = (layer + 1) % layers
             cache.prefetch([ExpertId(following, number) for number in draw.sample(range(experts), 4)])
             wanted = draw.sample(range(experts), draw.randint(1, 8))
-            seen = []
+            seen: list[int] = []
             for loan in cache.borrow(layer, wanted):
                 for number, slot in zip(loan.experts, loan.slots, strict=True):
                     assert holds(pool.memory[slot], ExpertId(layer, number), nbytes)

@@ -5,10 +5,10 @@ import random
 
 import pytest
 
-from edgemoe.cache.policy import BalancedLRU, GlobalLRU
+from bench.support.lru_policies import BalancedLRU, GlobalLRU
+from bench.support.rival_policies import LRFU, BalancedLRFU
+from bench.support.trace import replay
 from edgemoe.cache.record import ExpertId
-from edgemoe.cache.rival_policies import LRFU, BalancedLRFU
-from edgemoe.cache.trace import replay
 
 A, B, C, D = (ExpertId(0, number) for number in range(4))
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from edgemoe.cache.policy import BalancedLRU, Evictable, EvictionPolicy
+from bench.support.lru_policies import BalancedLRU
+from edgemoe.cache.policy import Evictable, EvictionPolicy
 from edgemoe.cache.record import ExpertId
 
 

@@ -4,9 +4,10 @@ import random
 
 import pytest
 
-from edgemoe.cache.policy import BalancedLRU, EvictionPolicy, GlobalLRU, ReferenceLRU
+from bench.support.lru_policies import BalancedLRU, GlobalLRU, ReferenceLRU
+from bench.support.rival_policies import LRFU, BalancedLRFU
+from edgemoe.cache.policy import EvictionPolicy
 from edgemoe.cache.record import ExpertId
-from edgemoe.cache.rival_policies import LRFU, BalancedLRFU
 
 POLICIES = [GlobalLRU, ReferenceLRU, lambda: BalancedLRU(3, 6), lambda: LRFU(4), lambda: BalancedLRFU(3, 6, 4)]
 

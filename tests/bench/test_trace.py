@@ -7,18 +7,18 @@ from functools import cache
 
 import pytest
 
+from bench.support.lru_policies import BalancedLRU, GlobalLRU, ReferenceLRU
+from bench.support.rival_policies import LRFU
+from bench.support.trace import belady_misses, replay
 from edgemoe.cache.hot_temporal import HotTemporal
-from edgemoe.cache.policy import BalancedLRU, EvictionPolicy, GlobalLRU, ReferenceLRU
+from edgemoe.cache.policy import EvictionPolicy
 from edgemoe.cache.record import ExpertId
-from edgemoe.cache.rival_policies import LRFU
-from edgemoe.cache.trace import belady_misses, replay
-from edgemoe.prefetch.fill import fill_order
 
 A, B, C, D = (ExpertId(0, number) for number in range(4))
 Steps = list[list[ExpertId]]
 
 
-def batch_invariant(text: str) -> Steps:
+def one_by_one(text: str) -> Steps:
     return [[{"a": A, "b": B, "c": C, "d": D}[letter]] for letter in text]
 
 
@@ -62,7 +62,7 @@ def random_trace(draw: random.Random, layers: int, experts: int, top_k: int, pas
     ],
 )
 def test_small_traces_worked_out_by_hand(letters: str, slots: int, lru: int, best: int) -> None:
-    trace = batch_invariant(letters)
+    trace = one_by_one(letters)
     assert replay(trace, GlobalLRU(), slots) == lru
     assert replay(trace, ReferenceLRU(), slots) == lru
     assert belady_misses(trace, slots) == best
@@ -129,21 +129,3 @@ def test_no_policy_beats_belady_and_the_reference_agrees(seed: int) -> None:
         assert best <= min(misses)
         assert misses[0] == replay(trace, ReferenceLRU(), slots)
     assert misses == [best] * 4, "with a slot for each, every policy only has the first misses"
-
-
-def test_fill_order_spreads_evenly_and_goes_in_layer_order() -> None:
-    assert fill_order([4, 4], 3) == [(0, 0), (0, 1), (1, 0)]
-    assert fill_order([4, 4], 5) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
-
-
-def test_fill_order_names_everything_once_where_everything_fits() -> None:
-    experts = [2, 5, 1]
-    everything = [(layer, index) for layer, count in enumerate(experts) for index in range(count)]
-    assert fill_order(experts, 8) == everything
-    assert fill_order(experts, 100) == everything
-
-
-def test_fill_order_gives_the_room_of_a_short_layer_to_the_others() -> None:
-    assert fill_order([1, 3], 4) == [(0, 0), (1, 0), (1, 1), (1, 2)]
-    assert fill_order([], 4) == []
-    assert fill_order([3], 0) == []
