@@ -10,9 +10,9 @@ from edgemoe.config import EngineConfig
 from edgemoe.draft.controller import SHORTER, SHORTEST_REST, TEST, Controllers, Setting
 from edgemoe.draft.settings import draft_settings
 from edgemoe.draft.step_cost import AGAIN, REFRESH, StepCost
-from edgemoe.request.request import Request
+from edgemoe.request.request import Cancels, Request
 from tests.support.checkpoints import Running, Zoo, random_ids, running
-from tests.support.crowd import Crowd
+from tests.support.crowd import Crowd, new_request
 
 
 @pytest.fixture
@@ -21,10 +21,14 @@ def own(zoo: Zoo) -> Iterator[Running]:
         yield own
 
 
+def some_requests(count: int) -> list[Request]:
+    """Requests that no model answers: controllers only tell them apart."""
+    return [new_request(number, [5, 6, number], Cancels()) for number in range(count)]
+
+
 @pytest.fixture
-def requests(own: Running) -> list[Request]:
-    crowd = Crowd(own, speculate="off")
-    return [crowd.ask([5, 6, number]) for number in range(3)]
+def requests() -> list[Request]:
+    return some_requests(3)
 
 
 def controllers(width: int = 4, **settings: str | int) -> Controllers:
@@ -133,9 +137,8 @@ def test_passes_that_found_nothing_to_draft_are_charged(own: Running) -> None:
     assert any(setting is None or not setting.passes for setting in seen)
 
 
-def test_a_breath_of_noise_is_not_many_steps_in_a_large_batch(own: Running) -> None:
-    crowd = Crowd(own, speculate="off")
-    many = [crowd.ask([5, 6, number]) for number in range(32)]
+def test_a_breath_of_noise_is_not_many_steps_in_a_large_batch() -> None:
+    many = some_requests(32)
     found = controllers()
     for _ in range(TEST + 1):
         for each in many:
