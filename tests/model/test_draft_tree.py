@@ -14,7 +14,8 @@ Path = tuple[int, ...]
 
 def random_tree(draw: random.Random, nodes: int, tokens: int = 4) -> tuple[DraftTree, list[Path]]:
     """A tree and the text of each of its nodes, the root's token first."""
-    tree, paths = DraftTree(9), [(9,)]
+    tree = DraftTree(9)
+    paths: list[Path] = [(9,)]
     while len(paths) < nodes:
         parent, token = draw.randrange(len(paths)), draw.randrange(tokens)
         node = tree.add(parent, token, draw.random())

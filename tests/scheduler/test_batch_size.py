@@ -102,7 +102,7 @@ def test_after_a_long_while_it_looks_again_and_follows_what_has_changed() -> Non
     trial = STEPS_BETWEEN_TRIALS + 10 * STEPS
     found = []
     for best in (32, 8, 8, 8, 64):
-        run(size, lambda batch, best=best: float(min(batch, best)), trial)
+        run(size, lambda batch: float(min(batch, best)), trial)  # noqa: B023
         found.append(size.limit)
     assert found == [32, 16, 8, 8, 64]
 
