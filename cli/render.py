@@ -179,7 +179,7 @@ def _drafts(counts: Counts, stats: StatsView) -> list[tuple[str, str, str]]:
         rows.append((name, duration(seconds), f"{milliseconds(each(seconds))} a cycle"))
     if stats.budget_choices:
         share = stats.budget_dropped / stats.budget_choices
-        rows.append(("budget", f"{share:.1%}", "of the experts chosen in checks of drafts were left out: lossy"))
+        rows.append(("budget", f"{share:.1%}", "of the experts chosen in verifications of drafts were left out: lossy"))
     moved = (stats.forecast_bytes_useful, stats.forecast_bytes_late, stats.forecast_bytes_wasted)
     return [*rows, *_foretold("forecast", stats.forecast_recall, stats.forecast_precision, moved)]
 

@@ -1,63 +1,148 @@
-"""The one place where edgemoe's defaults live."""
+"""The settings of an engine: one definition each, which the library, the cluster and the command line read."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 GIB = 1 << 30
 MIB = 1 << 20
 
 
 @dataclass(frozen=True)
+class SettingInfo:
+    """What people are told of a setting, wherever it can be set."""
+
+    help: str
+    """What it does, in a few words."""
+    group: str
+    """Settings that commands take together: "machine", "context", "batch", "state" or "draft"."""
+    choices: tuple[str, ...] = ()
+    """The words that it may be; empty where it takes other values."""
+    metavar: str = "N"
+    """A name for its value."""
+
+
+def _setting(default: Any, help: str, group: str, *, choices: tuple[str, ...] = (), metavar: str = "N") -> Any:
+    return field(default=default, metadata={"info": SettingInfo(help, group, choices, metavar)})
+
+
+@dataclass(frozen=True)
 class EngineConfig:
-    """How an engine is built. Every default of the library and of the command line is read from here."""
+    """How an engine is built. Fields with a `SettingInfo` are its settings; the others are fixed by the library.
 
-    device: str = "auto"
-    """"auto" (the first CUDA device, else the CPU), "cpu", "cuda" or "cuda:N"."""
-    dtype: str = "auto"
-    """"auto" (as the checkpoint stores its weights), "bfloat16", "float16" or "float32"."""
-    expert_cache: str | int = "auto"
-    """"auto" (all the memory that is left), bytes ("6GiB"), a share of the experts ("40%"), or slots (an int)."""
-    context: int | None = None
-    """Longest sequence, prompt and reply, in tokens; None takes the model's, at most `default_context`."""
-    threads: int | None = None
+    `Engine.load` takes fields by name. A field is defined here and nowhere else.
+    """
+
+    threads: int | None = _setting(None, "CPU threads to compute with", "machine")
     """Compute threads; None takes the cores that this process may use."""
-    offline: bool = False
-    """Never reach for the network."""
-    link_gbps: float | None = None
-    """Simulates a link of so many GB/s (1e9 bytes); None measures the real one."""
+    device: str = _setting("auto", "auto, cpu, cuda or cuda:N", "machine", metavar="DEVICE")
+    """"auto" (the first CUDA device, else the CPU), "cpu", "cuda" or "cuda:N"."""
+    dtype: str = _setting(
+        "auto",
+        "auto, bfloat16, float16, float32",
+        "machine",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        metavar="DTYPE",
+    )
+    """"auto" (as the checkpoint stores its weights), "bfloat16", "float16" or "float32"."""
+    expert_cache: str | int = _setting(
+        "auto",
+        "memory for experts on the device: auto, bytes (6GiB), a share of the experts (40%) or slots (96)",
+        "machine",
+        metavar="SIZE",
+    )
+    """"auto" (all the memory that is left), bytes ("6GiB"), a share of the experts ("40%"), or slots (an int)."""
+    offline: bool = _setting(False, "use only what is on this machine", "machine")
+    """Never use the network."""
+    link_gbps: float | None = _setting(
+        None, "simulate a link between host and device of N gigabytes a second", "machine"
+    )
+    """Simulates a link of so many GB/s (1e9 bytes); None uses the real one."""
 
-    state_folder: str | os.PathLike[str] | None = None
-    """Where small files about each checkpoint are kept: None is the user's cache folder, "none" keeps nothing."""
+    context: int | None = _setting(None, "tokens of context to make room for", "context")
+    """Longest sequence, prompt and reply, in tokens; None takes the model's, at most `default_context`."""
+    batch: str | int = _setting("auto", "sequences to decode together: auto (as many as pay), or N", "batch")
+    """Most sequences that are decoded together: "auto" (as many as make more tokens a second), or a number."""
+    state_folder: str | os.PathLike[str] | None = _setting(
+        None,
+        "keep small files about the model in DIR, not in the user's cache folder; none keeps nothing",
+        "state",
+        metavar="DIR",
+    )
+    """Folder for small files about each checkpoint: None is the user's cache folder, "none" keeps nothing."""
 
-    batch: str | int = "auto"
-    """Sequences that are decoded together at most: "auto" (as many as make more tokens a second), or a number."""
-
-    speculate: str = "auto"
-    """What drafts: "auto" or "auto+self" (what pays), "off", or what always does: "ngram", "self", "model",
+    speculate: str = _setting(
+        "auto",
+        "what drafts tokens: auto, auto+self, off, ngram, self, model, ngram+self, ngram+model; "
+        "auto drafts what pays, a named drafter always drafts",
+        "draft",
+        choices=("auto", "auto+self", "off", "ngram", "self", "model", "ngram+self", "ngram+model"),
+        metavar="WHAT",
+    )
+    """What drafts: "auto" or "auto+self" (what pays), "off", or drafters that always draft: "ngram", "self", "model",
     "ngram+self" or "ngram+model"."""
-    draft_model: str | os.PathLike[str] | None = None
+    draft_model: str | os.PathLike[str] | None = _setting(
+        None,
+        "smaller checkpoint with the same tokenizer, which drafts with auto or model",
+        "draft",
+        metavar="MODEL",
+    )
     """A second, smaller checkpoint with the same tokenizer, for the drafter "model"."""
-    draft_nodes: int = 16
+    draft_nodes: int = _setting(16, "most drafted tokens that are verified at once (16)", "draft")
     """Most drafted tokens of a sequence that one pass verifies."""
-    draft_depth: int = 8
+    draft_depth: int = _setting(8, "most drafted tokens that follow one another (8)", "draft")
     """Most drafted tokens that follow one another."""
-    draft_shape: str = "tree"
+    draft_shape: str = _setting(
+        "tree", "tree, or chain for drafts without branches", "draft", choices=("tree", "chain"), metavar="SHAPE"
+    )
     """"tree", or "chain" for no branches."""
-    draft_rule: str = "auto"
+    draft_rule: str = _setting(
+        "auto",
+        "what a self-draft does without an expert that is not resident: takes the next best (reselect), the most "
+        "similar (affinity), the best two resident ones (fewer), or whichever of these turns out best (auto)",
+        "draft",
+        choices=("auto", "reselect", "affinity", "fewer"),
+        metavar="RULE",
+    )
     """What a self-draft does with an expert that is not resident: "reselect", "affinity" or "fewer"; "auto" is the
     best of them, as measured."""
-    prefetch: str = "auto"
-    """Loading experts before they are asked for: "auto" (while it pays) or "off"."""
+    prefetch: str = _setting(
+        "auto",
+        "load experts before they are requested: auto (while that pays) or off",
+        "draft",
+        choices=("auto", "off"),
+        metavar="WHAT",
+    )
+    """Loading experts before they are requested: "auto" (while it pays) or "off"."""
 
-    budget: str | int = "off"
+    budget: str | int = _setting(
+        "off",
+        "lossy: keep each verification of drafts to N experts a layer (8), a share of the routing mass (95%) or "
+        "bytes of experts (64MiB); off is exact",
+        "draft",
+        metavar="SIZE",
+    )
     """Lossy. What a verification may use: "off", experts of each layer (8), a share of the routing mass ("95%"), or
     bytes of a pass ("64MiB")."""
-    budget_rule: str = "residency"
+    budget_rule: str = _setting(
+        "residency",
+        "which experts the budget allows: those with most routing (sum), the same weighted by how likely each draft "
+        "is (path), or enough for every token where only experts that are not resident count (residency)",
+        "draft",
+        choices=("sum", "path", "residency"),
+        metavar="RULE",
+    )
     """Which experts those are, and what counts: "sum", "path" or "residency" (see `prefetch.budget.RULES`)."""
-    budget_dropped: str = "substitute"
-    """What becomes of a choice outside: "substitute" (the token chooses again inside) or "truncate"."""
+    budget_dropped: str = _setting(
+        "substitute",
+        "what a token does without an expert outside of the budget: takes another (substitute) or none (truncate)",
+        "draft",
+        choices=("substitute", "truncate"),
+        metavar="HOW",
+    )
+    """What becomes of a choice outside of the budget: "substitute" (the token chooses again inside) or "truncate"."""
 
     default_context: int = 8192
     default_max_tokens: int = 1024
@@ -65,9 +150,9 @@ class EngineConfig:
     max_batch: int = 256
     """Most sequences that "auto" decodes together."""
     kv_share: float = 0.1
-    """Share of the free memory that keys and values of several sequences may take, where one takes less."""
+    """Share of the free memory that KV caches of several sequences may take, where one takes less."""
     patience: int = 256
-    """Requests that may be taken before one that came earlier, so that those with the same beginning run together."""
+    """Requests that may be taken before one that came earlier, so that those with a common prefix run together."""
     prefill_workspace: int = 128 * MIB
     """Bytes that a prefill chunk's activations may take; decides how many tokens a chunk has."""
     prefill_chunk: int = 2048
@@ -84,3 +169,21 @@ class EngineConfig:
     """Share of the free RAM that may be page-locked for a CUDA device."""
     staging_records: int = 8
     """Page-locked buffers, each one record, through which records go that are not page-locked themselves."""
+
+    def changed(self, **settings: Any) -> EngineConfig:
+        """A copy with other values; TypeError for a name that is no field."""
+        unknown = sorted(settings.keys() - {entry.name for entry in fields(self)})
+        if unknown:
+            raise TypeError(f"{unknown[0]!r} is no setting of an engine: the fields of EngineConfig are")
+        return replace(self, **settings)
+
+
+def settings_of(*groups: str) -> dict[str, SettingInfo]:
+    """What people are told of the settings in `groups`, of all groups where none is named; in order, by name."""
+    infos = {entry.name: entry.metadata["info"] for entry in fields(EngineConfig) if "info" in entry.metadata}
+    return {name: info for name, info in infos.items() if not groups or info.group in groups}
+
+
+def choices_of(setting: str) -> tuple[str, ...]:
+    """The words that `setting` may be."""
+    return settings_of()[setting].choices

@@ -52,8 +52,8 @@ def _self_drafter(settings: DraftSettings, runner: ModelRunner, runtime: Runtime
     affinity = affinity_file.read(runtime.state, experts)
     if settings.rule == "affinity" and affinity is None:
         raise PlanError(
-            "--draft-rule affinity needs the similarities of the model's experts, which are not there yet: "
-            "compute them with edgemoe affinity, or give --draft-rule auto"
+            "draft_rule='affinity' needs the similarities of the model's experts, which are not computed yet: "
+            "compute them with edgemoe affinity, or give draft_rule='auto'"
         )
     rules = [settings.rule]
     if settings.rule == "auto":

@@ -11,8 +11,7 @@ from edgemoe.checkpoint.blueprint import Blueprint
 from edgemoe.checkpoint.state_folder import StateFolder
 from edgemoe.config import EngineConfig
 from edgemoe.draft.draft_model import DraftModel
-from edgemoe.draft.expert_budget import budget_settings
-from edgemoe.draft.settings import draft_settings
+from edgemoe.draft.settings import budget_settings, draft_settings
 from edgemoe.errors import PlanError
 from edgemoe.plan.kv_size import measure_kv
 from edgemoe.plan.machine import cores, ram_free
@@ -32,7 +31,7 @@ def make_plan(blueprint: Blueprint, config: EngineConfig, draft_model: DraftMode
     Raises PlanError, naming the smallest change that fits, when it cannot be done.
     """
     if config.link_gbps is not None and not config.link_gbps > 0:
-        raise PlanError(f"a simulated link of {config.link_gbps} GB/s moves nothing: give more than 0 with --link-gbps")
+        raise PlanError(f"a simulated link of {config.link_gbps} GB/s moves nothing: give more than 0 as link_gbps=")
     drafts, budget = draft_settings(config), budget_settings(config)
     device = choose_device(config.device)
     free = _device_free(device)
@@ -97,11 +96,11 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise PlanError(f"device {name!r} is not one of auto, cpu, cuda, cuda:N: choose one with --device") from None
+        raise PlanError(f"device {name!r} is not one of auto, cpu, cuda, cuda:N: choose one as device=") from None
     if device.type not in ("cpu", "cuda"):
-        raise PlanError(f"device {name!r} is not supported: choose auto, cpu, cuda or cuda:N with --device")
+        raise PlanError(f"device {name!r} is not supported: choose auto, cpu, cuda or cuda:N as device=")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise PlanError(f"device {name!r} is not there ({torch.cuda.device_count()} CUDA devices): use --device cpu")
+        raise PlanError(f"device {name!r} is not there ({torch.cuda.device_count()} CUDA devices): use device='cpu'")
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
@@ -117,11 +116,9 @@ def _context(blueprint: Blueprint, config: EngineConfig) -> int:
     if config.context is None:
         return min(limit or config.default_context, config.default_context)
     if config.context < 2:
-        raise PlanError(
-            f"a context of {config.context} tokens holds no prompt and reply: give at least 2 with --ctx-size"
-        )
+        raise PlanError(f"a context of {config.context} tokens holds no prompt and reply: give at least 2 as context=")
     if limit is not None and config.context > limit:
-        raise PlanError(f"a context of {config.context} tokens exceeds the model's {limit}: lower it with --ctx-size")
+        raise PlanError(f"a context of {config.context} tokens exceeds the model's {limit}: lower context=")
     return config.context
 
 
@@ -154,9 +151,7 @@ def _max_sequences(config: EngineConfig) -> int:
     if text == "auto":
         return config.max_batch
     if not text.isdecimal() or int(text) < 1:
-        raise PlanError(
-            f"a batch of {config.batch!r} is none: give a number of sequences from 1, or auto, with --batch"
-        )
+        raise PlanError(f"a batch of {config.batch!r} is none: give a number of sequences from 1, or auto, as batch=")
     return int(text)
 
 
@@ -184,7 +179,7 @@ def _slots(plan: Plan, asked: str | int) -> int:
     fitting = room // plan.slot_nbytes
     if fitting < 1:
         short = format_bytes(plan.slot_nbytes - room)
-        mend = "give a smaller --ctx-size" if plan.kv_nbytes > plan.slot_nbytes - room else "free that much memory"
+        mend = "give a smaller context=" if plan.kv_nbytes > plan.slot_nbytes - room else "free that much memory"
         raise PlanError(
             f"{plan.model} needs at least {format_bytes(plan.device_free - room + plan.slot_nbytes)} free on "
             f"{plan.device}, where {format_bytes(plan.device_free)} are free, {short} too little: {mend}"
@@ -196,13 +191,13 @@ def _slots(plan: Plan, asked: str | int) -> int:
     if slots > fitting:
         raise PlanError(
             f"an expert cache of {slots} slots ({format_bytes(slots * plan.slot_nbytes)}) does not fit {plan.device}, "
-            f"where {format_bytes(room)} are left for it: give --expert-cache {fitting} or less, or auto"
+            f"where {format_bytes(room)} are left for it: give expert_cache={fitting} or less, or auto"
         )
     return slots
 
 
 def _wanted_slots(plan: Plan, asked: str | int) -> int | None:
-    """What `--expert-cache` asks for, in slots; None for auto."""
+    """The slots that `expert_cache` asks for; None for auto."""
     forms = 'bytes ("6GiB"), a share ("40%"), a number of slots ("96") or "auto"'
     text = str(asked).strip()
     if text.lower() == "auto":
@@ -215,10 +210,10 @@ def _wanted_slots(plan: Plan, asked: str | int) -> int | None:
         else:
             slots = parse_bytes(text) // plan.slot_nbytes
     except (ValueError, OverflowError):
-        raise PlanError(f"--expert-cache {text!r} is none of {forms}: give one of these") from None
+        raise PlanError(f"expert_cache={text!r} is none of {forms}: give one of these") from None
     if slots < 1:
         raise PlanError(
-            f"--expert-cache {text} holds no expert: one takes {format_bytes(plan.slot_nbytes)}: "
+            f"expert_cache={text} holds no expert: one takes {format_bytes(plan.slot_nbytes)}: "
             f"give at least that, or 1 slot"
         )
     return slots

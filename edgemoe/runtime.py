@@ -25,6 +25,7 @@ from edgemoe.experts.expert_predictor import ExpertPredictor
 from edgemoe.experts.lookahead import Lookahead
 from edgemoe.kernels.cpu import batch_invariant_linear
 from edgemoe.kernels.cpu.threads import Workers
+from edgemoe.model.sequential_runner import SequentialRunner
 from edgemoe.plan.plan import Plan
 from edgemoe.prefetch.fill import fill_order
 from edgemoe.prefetch.link_gauge import LinkGauge
@@ -42,6 +43,7 @@ class Runtime:
         self, blueprint: Blueprint, plan: Plan, config: EngineConfig, on_progress: Callable[[Progress], None]
     ) -> None:
         self._stack = ExitStack()
+        self._plan = plan
         self.model: Any = None
         try:
             self._build(blueprint, plan, config, on_progress)
@@ -104,6 +106,15 @@ class Runtime:
             store = host
         streams = CudaStreams(torch.device(plan.device))
         return CudaLink(store, streams, config.staging_records, config.reader_threads, throttle)
+
+    def runner(self) -> SequentialRunner:
+        """What runs passes on the loaded model."""
+        plan = self._plan
+        share = plan.layers * plan.top_k / plan.experts
+        device = torch.device(plan.device)
+        return SequentialRunner(
+            self.model, self.layers, device, plan.prefill_chunk, plan.threads, plan.nbytes_per_token, share
+        )
 
     def close(self) -> None:
         """Ends the threads and gives files and memory back. Idempotent."""

@@ -31,14 +31,14 @@ class DraftModel:
             self.checkpoint = open_checkpoint(name, offline=offline)
         except CheckpointError as error:
             # It says so of any checkpoint, and of the first one -m is right.
-            raise CheckpointError(str(error).replace("with -m", "with --draft-model")) from error
+            raise CheckpointError(str(error).replace("with -m", "as draft_model=")) from error
         self._dtype = target.dtype
         with quiet_transformers():
             self._config = AutoConfig.from_pretrained(self.checkpoint.folder, local_files_only=True)
         if _vocabulary(self.checkpoint, self._config) != _vocabulary(target.checkpoint, target.config):
             raise CheckpointError(
                 f"{self.checkpoint.name} has another vocabulary than {target.checkpoint.name}, so it cannot draft "
-                f"for it: give a checkpoint with the same tokenizer with --draft-model"
+                f"for it: give a checkpoint with the same tokenizer as draft_model="
             )
 
     @property
@@ -66,7 +66,7 @@ class DraftModel:
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"{self.checkpoint.name} cannot draft, since transformers cannot load it ({reason(error)}): "
-                f"give another checkpoint with --draft-model"
+                f"give another checkpoint as draft_model="
             ) from error
         model: Any = loaded.to(device).requires_grad_(False).eval()
         layers = ExpertLayers(CurrentLayer(model, []))
@@ -76,7 +76,7 @@ class DraftModel:
         if not runner.verifies:
             raise CheckpointError(
                 f"{self.checkpoint.name} cannot draft, since {runner.refusal}: "
-                f"give a checkpoint of another family with --draft-model"
+                f"give a checkpoint of another family as draft_model="
             )
         return runner
 

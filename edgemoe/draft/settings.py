@@ -1,16 +1,21 @@
-"""What drafts, and how much: the settings of speculation, checked."""
+"""The settings of speculation and of expert budgets, checked. Needs no torch."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from edgemoe.config import EngineConfig
+from edgemoe.config import EngineConfig, choices_of
 from edgemoe.errors import PlanError
-from edgemoe.experts.draft_routing import RULES
+from edgemoe.sizes import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from edgemoe.prefetch.budget import Budget
 
 DRAFTERS = ("ngram", "self", "model")
-SHAPES = ("tree", "chain")
-RULE_CHOICES = ("auto", *RULES)
+MAX_NODES = 256
+"""Limit of `draft_nodes` and `draft_depth`."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +25,11 @@ class DraftSettings:
     drafters: frozenset[str]
     """Any of `DRAFTERS`; with none there is no speculation."""
     priced: bool
-    """Whether a node must pay for itself to be drafted; else as many as fit the bounds are."""
+    """Whether a node must be worth its cost to be drafted; else all that fit the bounds are drafted."""
     shape: str
     """"tree" or "chain"."""
     rule: str
-    """What a self-draft does with an expert that is not resident: one of `RULES`, or "auto" for the best of them."""
+    """What a self-draft does with an expert that is not resident; "auto" is the best rule, as measured."""
     nodes: int
     """Most drafted tokens of a sequence and cycle."""
     depth: int
@@ -39,11 +44,33 @@ class DraftSettings:
         return f"{' and '.join(sorted(self.drafters))}, {when}, {self.shape}s of at most {tokens}"
 
 
-def draft_settings(config: EngineConfig) -> DraftSettings:
-    """The settings that `config` asks for; PlanError names what is wrong with it.
+@dataclass(frozen=True)
+class BudgetSettings:
+    """A budget on experts, and what becomes of choices outside of it."""
 
-    "auto" drafts what pays: n-grams, and with a draft model that one too; "auto+self" has the model itself beside
-    the n-grams. Drafters that are named without "auto" always draft.
+    budget: Budget
+    dropped: str
+    """"substitute" (the node chooses again inside) or "truncate" (the node does without)."""
+
+    def describe(self) -> str:
+        """What is lossy about it, in a few words."""
+        from edgemoe.prefetch.budget import Unit
+
+        amount, moved = self.budget.amount, self.budget.rule == "residency"
+        if self.budget.unit is Unit.MASS:
+            size = f"{100 * amount:.4g}% of each {'token' if moved else 'layer'}'s routing mass"
+        elif self.budget.unit is Unit.EXPERTS:
+            size = f"{amount:.0f} {'new ' if moved else ''}expert{'s' if amount != 1 else ''} a layer"
+        else:
+            size = f"{format_bytes(amount)} of {'new ' if moved else ''}experts a pass"
+        return f"verifications of drafts keep to {size}"
+
+
+def draft_settings(config: EngineConfig) -> DraftSettings:
+    """The settings that `config` asks for; PlanError names what is wrong with them.
+
+    "auto" drafts what pays: n-grams, and the draft model where one is named; "auto+self" has the model itself beside
+    the n-grams. Drafters named without "auto" always draft.
     """
     asked = config.speculate.strip().lower()
     priced = asked in ("auto", "auto+self")
@@ -54,16 +81,18 @@ def draft_settings(config: EngineConfig) -> DraftSettings:
     else:
         drafters = set(asked.split("+"))
         if not drafters <= set(DRAFTERS):
-            raise PlanError(f"--speculate {config.speculate!r} is none of {_CHOICES}: give one of these")
+            check_choice("speculate", config.speculate)
     if {"self", "model"} <= drafters:
-        raise PlanError("both a draft model and the model itself cannot draft: give one of them with --speculate")
+        raise PlanError("both a draft model and the model itself cannot draft: give one of them as speculate=")
     if "model" in drafters and not config.draft_model:
-        raise PlanError("--speculate model needs a second checkpoint: name it with --draft-model")
-    one_of("--draft-shape", config.draft_shape, SHAPES)
-    one_of("--draft-rule", config.draft_rule, RULE_CHOICES)
-    for option, value in (("--draft-nodes", config.draft_nodes), ("--draft-depth", config.draft_depth)):
-        if not 1 <= value <= MAX_NODES:
-            raise PlanError(f"{option} {value} is not possible: give a number from 1 to {MAX_NODES}")
+        raise PlanError("speculate='model' needs a second checkpoint: name it as draft_model=")
+    for setting in ("draft_shape", "draft_rule"):
+        check_choice(setting, getattr(config, setting))
+    for setting in ("draft_nodes", "draft_depth"):
+        if not 1 <= getattr(config, setting) <= MAX_NODES:
+            raise PlanError(
+                f"{setting}={getattr(config, setting)} is not possible: give a number from 1 to {MAX_NODES}"
+            )
     return DraftSettings(
         drafters=frozenset(drafters),
         priced=priced,
@@ -74,11 +103,35 @@ def draft_settings(config: EngineConfig) -> DraftSettings:
     )
 
 
-MAX_NODES = 256
-_CHOICES = "auto, auto+self, off, ngram, self, model, ngram+self, ngram+model"
+def budget_settings(config: EngineConfig) -> BudgetSettings | None:
+    """The budget that `config` asks for, or None; PlanError names what is wrong with it."""
+    check_choice("budget_rule", config.budget_rule)
+    check_choice("budget_dropped", config.budget_dropped)
+    text = str(config.budget).strip().lower()
+    return None if text == "off" else BudgetSettings(_budget(text, config.budget_rule), config.budget_dropped)
 
 
-def one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
-    """PlanError, naming `option`, unless `value` is among `choices`."""
-    if value not in choices:
-        raise PlanError(f"{option} {value!r} is none of {', '.join(choices)}: give one of these")
+def _budget(text: str, rule: str) -> Budget:
+    from edgemoe.prefetch.budget import Budget, Unit
+
+    if re.fullmatch(r"\d+", text):
+        unit, amount, least = Unit.EXPERTS, float(text), 1.0
+    elif match := re.fullmatch(r"(\d+(?:\.\d+)?)%", text):
+        unit, amount, least = Unit.MASS, float(match[1]) / 100, 1e-9
+    else:
+        try:
+            unit, amount, least = Unit.NBYTES, float(parse_bytes(text)), 1.0
+        except ValueError:
+            raise PlanError(
+                f'budget={text!r} is no size: give off, experts of a layer ("8"), a share of the routing mass '
+                '("95%") or bytes of a pass ("64MiB")'
+            ) from None
+    if amount < least or (unit is Unit.MASS and amount > 1):
+        raise PlanError(f"budget={text} is not possible: give at least 1 expert or byte, or a share up to 100%")
+    return Budget(unit, amount, rule)
+
+
+def check_choice(setting: str, value: str) -> None:
+    """PlanError unless `value` is one of the words that `setting` may be."""
+    if value not in choices_of(setting):
+        raise PlanError(f"{setting}={value!r} is none of {', '.join(choices_of(setting))}: give one of these")

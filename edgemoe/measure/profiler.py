@@ -20,7 +20,6 @@ from edgemoe.errors import PlanError, reading
 from edgemoe.kernels.cpu.threads import torch_threads
 from edgemoe.measure.text_passes import PROMPT, SEED, PassReading, TextPasses, task_texts
 from edgemoe.model.model_runner import ModelRunner
-from edgemoe.model.sequential_runner import SequentialRunner
 from edgemoe.plan import fitting, machine
 from edgemoe.plan.performance_model import MachineSpeed, ModelShape
 from edgemoe.plan.plan import Plan
@@ -95,12 +94,7 @@ def profiling_run(
         )
     runtime = Runtime(blueprint, plan, config, on_progress)
     try:
-        share = plan.layers * plan.top_k / plan.experts
-        device = torch.device(plan.device)
-        plain = SequentialRunner(
-            runtime.model, runtime.layers, device, plan.prefill_chunk, plan.threads, plan.nbytes_per_token, share
-        )
-        runner = ModelRunner(plain)
+        runner = ModelRunner(runtime.runner())
         if not runner.verifies:
             raise PlanError(f"{name} cannot take drafts back, so that there is no speculation to profile")
         vocabulary = blueprint.config.get_text_config().vocab_size

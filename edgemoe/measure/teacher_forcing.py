@@ -11,13 +11,15 @@ from edgemoe.checkpoint.tokenizer import Vocabulary
 from edgemoe.engine import Engine
 from edgemoe.measure.eval_texts import EvalText
 from edgemoe.model.kv_cache import SequenceCache
+from edgemoe.model.model_runner import ModelRunner
 from edgemoe.model.sequential_runner import PassInput
+from edgemoe.scheduler.step_loop import StepLoop
 
 
 class TeacherForcedScorer:
-    """Looks into one engine, as no other module does, and runs text through it in the shape of verifications.
+    """Runs given text through one engine, in passes of the shape of verifications, by the engine's internal seam.
 
-    It takes the engine's lock for each pass, so that streams of other threads go on in between.
+    Each pass holds the device, so streams of other threads go on between passes.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -40,62 +42,57 @@ class TeacherForcedScorer:
 
     @contextmanager
     def exactly(self) -> Iterator[None]:
-        """In the block the engine is exact, for all that is asked of it."""
-        with self.engine._device:
-            batch = self.engine._scheduler
-            budget, batch.budget = batch.budget, None
+        """In the block the engine is exact, for all its requests."""
+        with self.engine._exclusive() as loop:
+            budget, loop.runner.budget = loop.runner.budget, None
         try:
             yield
         finally:
-            with self.engine._device:
-                batch.budget = budget
+            with self.engine._exclusive() as loop:
+                loop.runner.budget = budget
 
     def predictions(self, eval_text: EvalText) -> Iterator[torch.Tensor]:
-        """The logits after each token of `eval_text` behind its prompt, but for the last, pass by pass.
+        """The logits after each token of `eval_text` from the end of its prompt to the last but one, pass by pass.
 
         Each is float32 [tokens, vocabulary] on the CPU. Raises CheckpointError where a file cannot be read any more.
         """
         tokens = eval_text.tokens[:-1]
         cache = None
         while cache is None or cache.tokens < len(tokens):
-            with self.engine._device:
-                self.engine._loaded()
-                try:
-                    if cache is None:
-                        cache = self._prompted(tokens, eval_text.prompt)
-                    logits = self._pass(cache, tokens)
-                except OSError as error:
-                    raise self.engine._failure(error) from error
+            with self.engine._exclusive() as loop:
+                if cache is None:
+                    cache = self._prefilled(loop.runner.model, tokens, eval_text.prompt)
+                logits = self._pass(loop, cache, tokens)
             yield logits
 
-    def _prompted(self, tokens: Sequence[int], prompt: int) -> SequenceCache:
-        """A past with room for all of `tokens`, which has the first `prompt` of them."""
-        runner = self.engine._scheduler.runner
-        cache = runner.start(len(tokens))
-        size = self.engine.plan.prefill_chunk if runner.sequential.can_chunk(tokens) else prompt
+    def _prefilled(self, model: ModelRunner, tokens: Sequence[int], prompt: int) -> SequenceCache:
+        """A KV cache with the capacity for all of `tokens` that holds the first `prompt` of them."""
+        cache = model.start(len(tokens))
+        size = self.engine.plan.prefill_chunk if model.can_chunk else prompt
         for start in range(0, prompt, size):
-            runner.step(cache, tokens[start : min(start + size, prompt)])
+            model.step(cache, tokens[start : min(start + size, prompt)])
         return cache
 
-    def _pass(self, cache: SequenceCache, tokens: Sequence[int]) -> torch.Tensor:
-        """As many of `tokens` behind `cache` as a verification has at most; one where there can be none."""
-        batch, plan = self.engine._scheduler, self.engine.plan
-        most = 1
-        if batch.runner.verifies:
-            turn = batch.runner.max_depth(cache.tokens)
-            most += min(batch.speculation.max_nodes, plan.prefill_chunk - 1, *([] if turn is None else [turn]))
+    def _pass(self, loop: StepLoop, cache: SequenceCache, tokens: Sequence[int]) -> torch.Tensor:
+        """The logits of the next tokens, as many as the longest verification has; one where there can be none."""
+        model, most = loop.runner.model, 1
+        if model.verifies:
+            depth = model.max_depth(cache.tokens)
+            most += min(
+                loop.speculation.max_nodes, self.engine.plan.prefill_chunk - 1, *([] if depth is None else [depth])
+            )
         item = PassInput(cache, tokens[cache.tokens : cache.tokens + most], every=True, verifies=most > 1)
-        with self._budgeted(item):
-            logits = batch.runner.run([item])[0]
-        self.engine._loaded().predictor.end_cycle()
+        with self._restricted(loop, item):
+            logits = model.run([item])[0]
+        loop.speculation.abandon()
         return logits
 
-    def _budgeted(self, item: PassInput) -> AbstractContextManager[None]:
-        """The block in which a pass runs: under the engine's budget, where it has one and would verify drafts.
+    def _restricted(self, loop: StepLoop, item: PassInput) -> AbstractContextManager[None]:
+        """The context in which a pass runs: under the engine's budget, where it has one and would verify drafts.
 
-        The tokens are those of the text, so that all of them would be accepted: the probability of each path is 1.
+        The tokens are those of the text, so all of them would be accepted: the probability of each path is 1.
         """
-        batch = self.engine._scheduler
-        if batch.budget is None or not item.verifies or not batch.speculation.active:
+        budget = loop.runner.budget
+        if budget is None or not item.verifies or not loop.speculation.active:
             return nullcontext()
-        return batch.budget.restricting([item], [[1.0] * len(item.tokens)])
+        return budget.restricting([item], [[1.0] * len(item.tokens)])

@@ -107,11 +107,11 @@ class DraftTree:
 
 
 class TreeMask(NamedTuple):
-    """The tokens of a pass that continue a past of `base` tokens in several ways.
+    """Tree attention (SpecInfer, arXiv 2305.09781): which cached and new tokens each token of a pass attends to.
 
-    Rows beyond `base` are drafted: those of earlier passes first, then the pass's own. `depths` has the place of
-    each behind `base`; `ancestors`, bool [tokens of the pass, rows beyond `base`], says which of them a token attends
-    to, itself included. Everything before `base` is seen by all.
+    The first `base` tokens of the cache are committed, and every token attends to them. Drafted tokens follow: those
+    of earlier passes, then those of this pass. `depths` are their distances from `base`. `ancestors`, bool [tokens of
+    the pass, drafted tokens], marks the drafted tokens that a token attends to, itself included.
     """
 
     base: int
@@ -124,7 +124,7 @@ class TreeMask(NamedTuple):
         return [self.base + depth for depth in self.depths[len(self.depths) - len(self.ancestors) :]]
 
     def visible(self, keys: int, window: int | None) -> torch.Tensor:
-        """Bool [tokens, keys]: which of the last `keys` rows each token attends to, in a layer with `window`."""
+        """Bool [tokens, keys]: which of the last `keys` keys each token attends to, in a layer with `window`."""
         drafted = len(self.depths)
         held = keys - drafted
         before = torch.ones(len(self.ancestors), held, dtype=torch.bool)
@@ -135,7 +135,7 @@ class TreeMask(NamedTuple):
         return visible & (rows > torch.tensor(self.positions)[:, None] - window)
 
 
-def additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`visible`, bool [tokens, keys], as a mask that is added to scores: 0, and the least number of `dtype`."""
+def additive_mask(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`visible`, bool [tokens, keys], as a mask added to scores: 0 where visible, else the least number of `dtype`."""
     hidden = torch.finfo(dtype).min
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, hidden)

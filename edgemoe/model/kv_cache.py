@@ -16,11 +16,11 @@ from transformers.cache_utils import (
 
 
 class GrowingLayer(DynamicLayer):
-    """A full-attention layer over one buffer with capacity to grow.
+    """A full-attention layer that appends to one buffer.
 
-    transformers' own layer concatenates, which copies the whole past at every step. `keys` and `values`
-    are views of the filled part, [batch, heads, tokens, width], valid until the buffer grows. `capacity` is how
-    many tokens the next buffer is made for; a sequence that outgrows it gets half as much again.
+    transformers' own layer concatenates, which copies all keys and values at every step. Here `keys` and `values`
+    are views of the filled part, [batch, heads, tokens, width], valid until the buffer is replaced. The next buffer
+    holds `capacity` tokens, or half as many again as are cached where that is less.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -43,12 +43,12 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def reset(self) -> None:
-        """Forgets everything and gives the buffer back."""
+        """Drops everything and frees the buffer."""
         self._buffers = None
         super().reset()
 
     def mark(self) -> None:
-        """What comes now may be forgotten again by `rollback`, which a buffer of rows always allows."""
+        """Does nothing: a buffer of rows can always be rolled back."""
 
     def rollback(self, base: int, rows: Sequence[int]) -> None:
         """Keeps the first `base` rows and, moved up behind them, those at `rows` (ascending, counted from `base`)."""
@@ -86,10 +86,10 @@ class GrowingLayer(DynamicLayer):
 
 
 class WindowLayer(DynamicSlidingWindowLayer):
-    """A layer with a window that can take back what was appended to it.
+    """A sliding-window layer that can be rolled back.
 
-    Between passes it holds the last `sliding_window` - 1 rows, as transformers' own does. From `mark` to `rollback`
-    it drops none, so that drafted rows may go and those before them are still there.
+    Between passes it holds the last `sliding_window` - 1 rows, as transformers' own layer does. From `mark` to
+    `rollback` it drops no row: a rollback needs the rows before the drafted ones.
     """
 
     def __init__(self, sliding_window: int) -> None:
@@ -99,7 +99,7 @@ class WindowLayer(DynamicSlidingWindowLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends [batch, heads, new tokens, width] and returns all that was held, with it."""
+        """Appends [batch, heads, new tokens, width] and returns the held rows and the new ones."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
@@ -113,12 +113,12 @@ class WindowLayer(DynamicSlidingWindowLayer):
         return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """How many keys the next pass of `query_length` tokens sees, and the place of the first one."""
+        """How many keys the next pass of `query_length` tokens attends to, and the position of the first one."""
         held = self.keys.shape[-2] if self.is_initialized and self.keys is not None else 0
         return held + query_length, self.cumulative_length - held
 
     def mark(self) -> None:
-        """What comes now may be forgotten again by `rollback`."""
+        """Keeps all rows until `rollback`."""
         self._drafting = True
 
     def rollback(self, base: int, rows: Sequence[int]) -> None:
@@ -159,66 +159,67 @@ def _own_layer(layer: Any, capacity: int) -> Any:
 
 
 def has_recurrent_state(cache: Any) -> bool:
-    """Whether some of the past is a state rather than rows, so that it cannot be cut and may not extend in chunks."""
+    """Whether some layer keeps a state and no rows: such a cache cannot be cropped, and may not extend in chunks."""
     return cache is None or any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
 
 
 CAPACITY_STEP = 64
-"""Tokens; capacity grows in multiples of this, and by at least an eighth, so that growing copies little."""
+"""Capacities are multiples of this number of tokens and grow by at least an eighth: growing then copies little."""
 
 
 class SequenceCache:
-    """What a model remembers of one sequence of `tokens` tokens.
+    """The KV cache of one sequence of `tokens` tokens, on the model's device. It belongs to one owner at a time.
 
-    `cache` is None until the first pass where a model makes its own. `capacity` is how many tokens it has
-    buffers for, which is what it is charged with.
+    The owner is a running request, the prefix cache, or a draft model; a runner appends to it for its owner. `kv` is
+    transformers' cache, or None before the first pass of a model that makes its own. Buffers hold `capacity` tokens,
+    which is what the sequence is charged for.
     """
 
-    def __init__(self, cache: Any, capacity: int, tokens: int = 0) -> None:
-        self.kv = cache
+    def __init__(self, kv: Any, capacity: int, tokens: int = 0) -> None:
+        self.kv = kv
         self.capacity = capacity
         self.tokens = tokens
 
     @classmethod
     def empty(cls, model: Any, capacity: int) -> SequenceCache:
-        """The past of a sequence that has not begun."""
+        """The cache of a sequence without tokens."""
         return cls(new_cache(model, capacity), capacity)
 
     def reserve(self, capacity: int) -> None:
-        """Lets the buffers grow to `capacity` tokens when they need to."""
+        """Raises the capacity to `capacity` tokens; a buffer is replaced when it is full, and not before."""
         self.capacity = max(self.capacity, capacity)
         for layer in getattr(self.kv, "layers", ()):
             if isinstance(layer, GrowingLayer):
                 layer.capacity = self.capacity
 
     def can_crop(self) -> bool:
-        """Whether any number of the last tokens may be forgotten: all of it is rows, and no window has dropped one."""
+        """Whether any number of the last tokens can be dropped: all layers hold rows, and no window has dropped one."""
         return type(self.kv) is DynamicCache and all(map(_keeps_all_rows, self.kv.layers))
 
     def can_always_crop(self) -> bool:
-        """Whether that stays so however long it gets: no layer has a window or a state."""
+        """Whether `can_crop` holds at any length: no layer has a window or a state."""
         return type(self.kv) is DynamicCache and all(type(layer) is GrowingLayer for layer in self.kv.layers)
 
     def crop(self, tokens: int) -> None:
-        """Forgets all but the first `tokens`; only where `can_crop`."""
+        """Drops all but the first `tokens`; only where `can_crop`."""
         for layer in self.kv.layers:
             layer.crop(tokens - self.tokens)
         self.tokens = tokens
 
     @property
     def can_roll_back(self) -> bool:
-        """Whether tokens may be appended on trial: all of it is rows, which `rollback` can drop again."""
+        """Whether `rollback` can drop appended tokens: all layers hold rows."""
         return type(self.kv) is DynamicCache and all(
             type(layer) in (GrowingLayer, WindowLayer) for layer in self.kv.layers
         )
 
     def mark(self) -> None:
-        """Marks the present end, to which `rollback` goes back. Only where `can_roll_back`."""
+        """Marks the end: `rollback` can drop what is appended from now on. Only where `can_roll_back`."""
         for layer in self.kv.layers:
             layer.mark()
 
     def rollback(self, base: int, rows: Sequence[int] = ()) -> None:
-        """Keeps the `base` tokens that there were at `mark` and, of those appended since, the ones at `rows`.
+        """Drops what was appended since `mark`, when there were `base` tokens, except for `rows`.
 
         `rows` are ascending and counted from `base`; afterwards they follow one another.
         """
@@ -228,15 +229,15 @@ class SequenceCache:
         self.tokens = base + len(rows)
 
     def fork(self, tokens: int, capacity: int) -> SequenceCache:
-        """A copy of the first `tokens` tokens with capacity for `capacity`. Fewer than all only where `can_crop`."""
+        """A copy of the first `tokens` tokens with its own buffers. ValueError for fewer than all unless `can_crop`."""
         if tokens < self.tokens and not self.can_crop():
-            raise ValueError(f"a past that cannot be cut has {self.tokens} tokens, not {tokens}")
+            raise ValueError(f"a cache that cannot be cropped has {self.tokens} tokens, not {tokens}")
         self.trim()
         with torch.inference_mode():
             return SequenceCache(self._copied(tokens, capacity), capacity, tokens)
 
     def trim(self) -> None:
-        """Gives back the memory of rows that windows have dropped: those kept are views of the last chunk's."""
+        """Frees rows that windows have dropped: the rows that are left are views of the last chunk's."""
         with torch.inference_mode():
             for layer in getattr(self.kv, "layers", ()):
                 if not isinstance(layer, GrowingLayer):
@@ -249,7 +250,7 @@ class SequenceCache:
         other.layers = []
         for layer in self.kv.layers:
             if isinstance(layer, GrowingLayer):
-                # It leaves out the rows that would be cut at once.
+                # Copies no row that would be cropped at once.
                 other.layers.append(layer.fork(tokens, capacity))
             else:
                 other.layers.append(copy.deepcopy(layer))
@@ -259,13 +260,13 @@ class SequenceCache:
 
 
 def capacity_for(tokens: int, limit: int) -> int:
-    """The capacity that a sequence of `tokens` tokens is given, when it will have at most `limit`."""
+    """The capacity for a sequence of `tokens` tokens that will have at most `limit`."""
     wanted = max(tokens + tokens // 8, tokens + 1)
     return max(tokens, min(limit, -(-wanted // CAPACITY_STEP) * CAPACITY_STEP))
 
 
 def _own(values: dict[Any, Any]) -> None:
-    """Puts a copy in the place of every tensor that is a part of a larger one."""
+    """Replaces every tensor that is part of a larger storage by a copy."""
     for name, value in values.items():
         if isinstance(value, torch.Tensor) and value.untyped_storage().nbytes() > value.nbytes:
             values[name] = value.clone()

@@ -1,4 +1,4 @@
-"""Runs several sequences at once in the best way that is right for the model."""
+"""Runs passes over any number of sequences, in the best way that is right for the model."""
 
 from __future__ import annotations
 
@@ -7,96 +7,94 @@ from functools import partial
 
 import torch
 
+from edgemoe.errors import is_device_or_memory_error
 from edgemoe.model.draft_tree import DraftTree, TreeMask
 from edgemoe.model.kv_cache import SequenceCache
-from edgemoe.model.packed_runner import PackedRunner, turning_points
+from edgemoe.model.packed_attention import configs_of
+from edgemoe.model.packed_runner import PackedRunner
+from edgemoe.model.rope import rescaling_lengths
 from edgemoe.model.sequential_runner import PROBE_TOKENS, PassInput, SequentialRunner
 from edgemoe.quiet import quiet_transformers
 
 
 class ModelRunner:
-    """One step over any number of sequences, in which every needed expert is acquired once.
+    """Passes over several sequences, in which every needed expert is acquired once. Holds no sequence itself.
 
-    They run packed into one pass where the family allows it, else side by side, meeting at the experts.
-    `sequential`, one after the other, is what both are tested against.
+    Sequences run packed into one pass where the family allows it, else in lockstep, side by side. `sequential`, one
+    sequence a pass, is the plain form that both are tested against.
     """
 
+    packs: bool
+    """Whether sequences share one pass."""
+    verifies: str
+    """What one pass can verify: a "tree", a "chain", or "" where drafted tokens cannot be taken back."""
+    refusal: str
+    """Why nothing can be verified; empty where something can."""
+
     def __init__(self, sequential: SequentialRunner) -> None:
+        """Probes what the model can do, with a few tokens and without experts.
+
+        Raises what the device or the memory raises meanwhile; any other error means that the family cannot do it.
+        """
         self.sequential = sequential
+        self.can_chunk = sequential.can_chunk
         self._packed = PackedRunner(sequential)
-        self._verifies: str | None = None
-        self.refusal = ""
-        """Why nothing can be verified, once `verifies` was asked for and says so."""
-        self._turns = turning_points(sequential.model)
+        self.packs = self._packed.works
+        self._rescaling = rescaling_lengths(configs_of(sequential.model))
+        self.verifies, self.refusal = self._probe_verification()
 
     @property
     def vocabulary(self) -> int:
-        """Tokens that logits are given for."""
-        return int(self.sequential.model.config.get_text_config(decoder=True).vocab_size)
+        """Number of tokens that logits are given for."""
+        return self.sequential.vocabulary
 
     def rows_within(self, nbytes: int) -> int:
-        """How many tokens' logits, as the model gives them and in float32, `nbytes` hold."""
+        """How many tokens' logits fit in `nbytes`, as the model computes them and in float32."""
         return nbytes // int((self.sequential.model.dtype.itemsize + torch.float32.itemsize) * self.vocabulary)
 
-    @property
-    def packs(self) -> bool:
-        """Whether sequences run in one pass; the first look tries it on the model."""
-        return self._packed.works()
-
-    @property
-    def verifies(self) -> str:
-        """What one pass can verify: a "tree", a "chain", or "" where nothing drafted can be taken back.
-
-        The first look tries it on the model, with a few tokens and without experts.
-        """
-        if self._verifies is None:
-            self._verifies = next((shape for shape in ("tree", "chain") if self._verified(shape)), "")
-        return self._verifies
-
     def max_depth(self, tokens: int) -> int | None:
-        """How many tokens may be drafted one after the other, behind a past of `tokens` and one more; None is any.
+        """Depth up to which drafts may follow `tokens` cached tokens and the last one; None is no limit.
 
-        Where positions are scaled by how long a pass reaches, no draft may take one beyond the turn before its time.
+        LongRoPE rescales all positions once a pass crosses the original context, so a draft must not cross it.
         """
-        return min((turn - tokens - 1 for turn in self._turns if turn > tokens), default=None)
+        return min((length - tokens - 1 for length in self._rescaling if length > tokens), default=None)
 
     def start(self, capacity: int) -> SequenceCache:
-        """An empty sequence with room for `capacity` tokens."""
+        """The KV cache of a new sequence, with buffers for `capacity` tokens. The caller owns it."""
         return self.sequential.start(capacity)
 
-    def step(self, sequence: SequenceCache, tokens: Sequence[int]) -> torch.Tensor:
+    def step(self, cache: SequenceCache, tokens: Sequence[int]) -> torch.Tensor:
         """As `run` for one sequence."""
-        return self.run([PassInput(sequence, tokens)])[0]
+        return self.run([PassInput(cache, tokens)])[0]
 
     def run(self, inputs: Sequence[PassInput]) -> list[torch.Tensor]:
-        """Appends each item's tokens to its past; returns each one's last logits, float32 [vocabulary] on the CPU.
+        """Appends each input's tokens to its cache; returns each one's last logits, float32 [vocabulary] on the CPU.
 
-        When it raises, the pasts of `inputs` are of no use any more.
+        With `every` they are those of all its tokens, [tokens, vocabulary]. After an error the caches are invalid.
         """
         if self.packs:
             return self._packed.run(inputs)
-        return self.sequential.run(inputs) if len(inputs) == 1 else self._side_by_side(inputs)
+        return self.sequential.run(inputs) if len(inputs) == 1 else self._in_lockstep(inputs)
 
-    def _side_by_side(self, inputs: Sequence[PassInput]) -> list[torch.Tensor]:
-        with self.sequential.passing(inputs, kind="meeting"), self.sequential.layers.lockstep() as lockstep:
+    def _in_lockstep(self, inputs: Sequence[PassInput]) -> list[torch.Tensor]:
+        with self.sequential.passing(inputs, kind="lockstep"), self.sequential.layers.lockstep() as lockstep:
             return lockstep.run([partial(self.sequential.forward, item) for item in inputs])
 
+    def _probe_verification(self) -> tuple[str, str]:
+        """What a pass can verify, and why it is nothing."""
+        if not self.start(1).can_roll_back:
+            return "", "this family's cache has a state that cannot be rolled back"
+        for shape in ("tree", "chain"):
+            if self._verified(shape):
+                return shape, ""
+        return "", "this family does not give several tokens in one pass the logits of one after the other"
+
     def _verified(self, shape: str) -> bool:
-        """Whether drafted tokens get the logits that they get one after the other, and leave the same past."""
+        """Whether drafted tokens get the logits that they get one by one, and leave the same cache."""
         sequential = self.sequential
-        vocabulary = self.vocabulary
-        prompt = [(17 * place + 3) % vocabulary for place in range(PROBE_TOKENS)]
-        tree = DraftTree(5 % vocabulary)
-        first = tree.add(0, 11 % vocabulary, 1.0)
-        if shape == "tree":
-            tree.add(0, 13 % vocabulary, 1.0)
-        last = tree.add(first, 7 % vocabulary, 1.0)
-        tree.add(last, 13 % vocabulary, 1.0)
+        prompt = [(17 * place + 3) % self.vocabulary for place in range(PROBE_TOKENS)]
+        tree, last = _probe_tree(shape, self.vocabulary)
         cache, other = sequential.start(4 * PROBE_TOKENS), sequential.start(4 * PROBE_TOKENS)
-        if not cache.can_roll_back:
-            self.refusal = "this family's past has a state that cannot be taken back"
-            return False
-        self.refusal = "this family does not give several tokens in one pass the logits of one after the other"
         with sequential.layers.silenced(), quiet_transformers():
             try:
                 for each in (cache, other):
@@ -107,19 +105,32 @@ class ModelRunner:
                 expected = [sequential.step(other, [tree.tokens[node]]) for node in path]
                 cache.rollback(len(prompt), path)
                 after = self.run([PassInput(cache, [3])])[0]
-            except Exception:
-                # Whatever a family's forward makes of masks and positions that it was not written for.
+            except Exception as error:
+                if is_device_or_memory_error(error):
+                    raise
+                # The family's forward was not written for these masks and positions.
                 return False
             pairs = [*zip(expected, found[path], strict=True), (sequential.step(other, [3]), after)]
         return all(sequential.agree(*pair) for pair in pairs)
 
 
+def _probe_tree(shape: str, vocabulary: int) -> tuple[DraftTree, int]:
+    """A small tree, or chain, and the node at the end of the path that is kept."""
+    tree = DraftTree(5 % vocabulary)
+    first = tree.add(0, 11 % vocabulary, 1.0)
+    if shape == "tree":
+        tree.add(0, 13 % vocabulary, 1.0)
+    last = tree.add(first, 7 % vocabulary, 1.0)
+    tree.add(last, 13 % vocabulary, 1.0)
+    return tree, last
+
+
 def tree_input(cache: SequenceCache, tree: DraftTree, nodes: Sequence[int], drafted: Sequence[int]) -> PassInput:
-    """The pass over `nodes` of `tree`, whose nodes `drafted` have been appended to `cache` already, in that order."""
+    """The input that runs `nodes` of `tree`; its nodes `drafted` are in `cache` already, in that order."""
     order = [*drafted, *nodes]
     tokens = [tree.tokens[node] for node in nodes]
     if order == list(range(len(order))) and tree.is_chain:
         return PassInput(cache, tokens, every=True)
     depths = [tree.depths[node] for node in order]
-    seen = tree.ancestry()[list(nodes)][:, order]
-    return PassInput(cache, tokens, True, TreeMask(cache.tokens - len(drafted), depths, seen))
+    ancestors = tree.ancestry()[list(nodes)][:, order]
+    return PassInput(cache, tokens, True, TreeMask(cache.tokens - len(drafted), depths, ancestors))

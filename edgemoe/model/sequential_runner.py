@@ -1,10 +1,11 @@
-"""Token steps: a prompt in chunks, then one token after the other. Knows token ids and logits, no text."""
+"""Passes over one sequence at a time: the plain form of all runners. Knows token ids and logits, no text."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -12,23 +13,23 @@ import torch
 from edgemoe.experts.expert_layer import ExpertLayers
 from edgemoe.kernels.cpu.gemv_kernels import few_tokens
 from edgemoe.kernels.cpu.threads import torch_threads
-from edgemoe.model.draft_tree import TreeMask, additive
+from edgemoe.model.draft_tree import TreeMask, additive_mask
 from edgemoe.model.kv_cache import SequenceCache, has_recurrent_state
 from edgemoe.quiet import quiet_transformers
 
 AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 3e-2}
 """How far logits may differ, relative to their spread, for two ways of computing the same thing."""
 
-WORTH_THREADS = 2 << 30
-"""Tokens times the weight bytes that each one multiplies; a pass with less is done sooner by one thread ..."""
-WORTH_PAIRS = 1 << 16
-"""... unless more pairs of tokens than this attend to one another.
+MIN_THREADED_WORK = 2 << 30
+"""Tokens times weight bytes per token from which a pass runs on several of PyTorch's threads.
 
-Threads that share little work mostly wait for each other, and for long where other programs run on the cores.
+Threads that share less work mostly wait for each other, and for long where other programs run on the cores.
 """
+MIN_THREADED_PAIRS = 1 << 16
+"""Pairs of tokens that attend to one another from which a pass runs on several threads, whatever its weights."""
 
 PROBE_TOKENS = 8
-"""Tokens that are run both ways to see whether two ways agree."""
+"""Number of tokens that a probe runs in two ways to see whether they agree."""
 
 
 class PassInput(NamedTuple):
@@ -37,27 +38,27 @@ class PassInput(NamedTuple):
     cache: SequenceCache
     tokens: Sequence[int]
     every: bool = False
-    """Whether the logits of all of them are wanted, [tokens, vocabulary], and not the last one's alone."""
+    """Whether the pass returns the logits of all tokens, [tokens, vocabulary], or of the last one, [vocabulary]."""
     tree_mask: TreeMask | None = None
-    """How they lie beside the past where they do not simply follow one another."""
+    """The tokens as nodes of a draft tree; None where each follows the one before it."""
     verifies: bool = False
-    """Whether drafts are verified by the logits, which then must not depend on what was drafted."""
+    """Whether the logits verify drafts: they must then have the bits of single steps, as far as that is possible."""
 
     @property
     def outputs(self) -> int:
-        """Tokens of which the logits are wanted."""
+        """Number of tokens whose logits the pass returns."""
         return len(self.tokens) if self.every else 1
 
     @property
     def positions(self) -> Sequence[int]:
-        """The tokens' positions."""
+        """The positions of the tokens in their sequence."""
         if self.tree_mask is not None:
             return self.tree_mask.positions
         return range(self.cache.tokens, self.cache.tokens + len(self.tokens))
 
 
 class SequentialRunner:
-    """Runs one model, one sequence a pass. Its state is in the sequences, so that any number of them may exist."""
+    """Runs one model, one sequence a pass. All state is in the sequences' caches, of which any number may exist."""
 
     def __init__(
         self,
@@ -69,7 +70,10 @@ class SequentialRunner:
         nbytes_per_token: int,
         expert_share: float = 1.0,
     ) -> None:
-        """`expert_share` is the share of a layer's experts that a token uses."""
+        """`nbytes_per_token` are the weight bytes that a token multiplies.
+
+        `expert_share`, from 0 to 1, is the share of a layer's experts that a token uses.
+        """
         self.model = model
         self.layers = layers
         self.device = device
@@ -79,31 +83,25 @@ class SequentialRunner:
         self._expert_share = expert_share
         self.keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._few_tokens = few_tokens(model.dtype) if device.type == "cpu" else 0
-        self._extends_in_chunks: bool | None = None
         self._seen: set[object] = set()
 
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens that logits are given for."""
+        return int(self.model.config.get_text_config(decoder=True).vocab_size)
+
     def start(self, capacity: int) -> SequenceCache:
-        """An empty sequence with room for `capacity` tokens."""
+        """The KV cache of a new sequence, with buffers for `capacity` tokens. The caller owns it."""
         return SequenceCache.empty(self.model, capacity)
-
-    def prefill(self, sequence: SequenceCache, prompt: Sequence[int]) -> Iterator[torch.Tensor]:
-        """Runs `prompt` in chunks and yields, after each, its last token's logits, float32 [vocabulary] on the CPU.
-
-        Only those of the last chunk continue the prompt; the others are where a caller may stop.
-        """
-        small = len(prompt) <= self.prefill_chunk
-        size = len(prompt) if small or not self.can_chunk(prompt) else self.prefill_chunk
-        for start in range(0, len(prompt), size):
-            yield self.step(sequence, prompt[start : start + size])
 
     def step(self, sequence: SequenceCache, tokens: Sequence[int]) -> torch.Tensor:
         """Appends `tokens` to `sequence` and returns the last one's logits, float32 [vocabulary] on the CPU."""
         return self.run([PassInput(sequence, tokens)])[0]
 
     def run(self, inputs: Sequence[PassInput]) -> list[torch.Tensor]:
-        """Runs `inputs`, one after the other: the reference for everything that runs several at once.
+        """Runs `inputs` one after the other, appending to their caches.
 
-        For each its last token's logits, float32 [vocabulary] on the CPU, or all of its tokens' where `every`.
+        Returns each one's last logits, float32 [vocabulary] on the CPU, or those of all its tokens where `every`.
         """
         results = []
         for item in inputs:
@@ -112,7 +110,7 @@ class SequentialRunner:
         return results
 
     def forward(self, inputs: PassInput) -> torch.Tensor:
-        """The pass of `run` for one, for callers that are inside of `passing` already."""
+        """The pass of `run` for one input, for callers that are already inside of `passing`."""
         sequence = inputs.cache
         ids = torch.tensor([list(inputs.tokens)], device=self.device)
         extra: dict[str, Any] = {"logits_to_keep": inputs.outputs} if self.keeps_last else {}
@@ -137,20 +135,20 @@ class SequentialRunner:
             keys, _ = layer.get_mask_sizes(len(tree_mask.ancestors))
             window = layer.sliding_window if layer.is_sliding else None
             visible = tree_mask.visible(keys, window).to(self.device)
-            masks[kind] = additive(visible, self.model.dtype)[None, None]
+            masks[kind] = additive_mask(visible, self.model.dtype)[None, None]
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     @contextmanager
     def passing(self, inputs: Sequence[PassInput], *, kind: object) -> Iterator[None]:
-        """What every pass runs in: no gradients, as many of PyTorch's threads as pay, silence in the first of a kind.
+        """The context of every pass: no gradients, the number of PyTorch's threads that pays, no messages.
 
-        Silent is the first pass of each `kind`, since that is when transformers tells what it falls back on.
+        transformers names its fallbacks in the first pass of each `kind`; that pass is silenced.
         """
         tokens = sum(len(item.tokens) for item in inputs)
         pairs = sum(len(item.tokens) * (item.cache.tokens + len(item.tokens)) for item in inputs)
-        small = tokens * self._nbytes_per_token < WORTH_THREADS and pairs < WORTH_PAIRS
-        # Either our kernels have the cores or PyTorch has: its threads go on spinning after an operation, on the
-        # very cores that ours would run on next.
+        small = tokens * self._nbytes_per_token < MIN_THREADED_WORK and pairs < MIN_THREADED_PAIRS
+        # PyTorch's threads spin after an operation, on the cores that kernel threads would run on next: only one of
+        # the two kinds gets the cores of a pass.
         alone = small or tokens <= self._few_tokens or self._spread_thin(tokens)
         quiet = nullcontext() if kind in self._seen else quiet_transformers()
         self._seen.add(kind)
@@ -158,40 +156,37 @@ class SequentialRunner:
             yield
 
     def batch_invariant(self, inputs: Sequence[PassInput]) -> bool:
-        """Whether the tokens of a pass can have, and shall have, the bits that steps over single tokens give.
+        """Whether the tokens of a pass get the bits of single steps: where drafts are verified and kernels allow it.
 
-        They can where the kernels multiply all of them. More tokens than that, other CPUs and GPUs go without: there a
-        loop over tokens would cost more than drafts gain.
+        Kernels allow it up to the number of tokens that they multiply. Beyond that number, on other CPUs and on GPUs
+        a loop over tokens would cost more than drafts gain.
         """
         tokens = sum(len(item.tokens) for item in inputs)
         return 1 < tokens <= self._few_tokens and any(item.verifies for item in inputs)
 
     def _spread_thin(self, tokens: int) -> bool:
-        """Whether each expert gets so few of `tokens` that kernels save more on experts than they cost elsewhere."""
+        """Whether each expert gets so few of `tokens` that kernels gain more on experts than they lose elsewhere."""
         return tokens <= 4 * self._few_tokens and tokens * self._expert_share <= self._few_tokens / 4
 
     @property
     def bulk_from(self) -> int:
-        """Tokens from which a pass leaves our kernels for PyTorch's products; 0 where there are no kernels."""
+        """Number of tokens from which a pass uses PyTorch's products, not kernels; 0 where there are no kernels."""
         if not self._few_tokens:
             return 0
         thin = min(4 * self._few_tokens, int(self._few_tokens / 4 / self._expert_share))
-        return max(self._few_tokens, thin, (WORTH_THREADS - 1) // self._nbytes_per_token) + 1
+        return max(self._few_tokens, thin, (MIN_THREADED_WORK - 1) // self._nbytes_per_token) + 1
 
-    def can_chunk(self, prompt: Sequence[int]) -> bool:
-        """Whether a prompt may be run in parts.
+    @cached_property
+    def can_chunk(self) -> bool:
+        """Whether a prompt may be run in parts; probed once, without experts.
 
-        Rows of keys and values always allow it. Of the families with a recurrent state some extend it by
-        one token only, and say so by being wrong: so the first tokens are run both ways and compared,
-        once a model.
+        Keys and values always allow it. Some families with a recurrent state extend it by one token only, and show
+        it by a wrong result, so a few tokens are run both ways and compared.
         """
-        if self._extends_in_chunks is None:
-            sample = (list(prompt) * PROBE_TOKENS)[:PROBE_TOKENS]
-            rows_only = not has_recurrent_state(self.start(1).kv)
-            self._extends_in_chunks = rows_only or self._chunks_agree(sample)
-        return self._extends_in_chunks
+        return not has_recurrent_state(self.start(1).kv) or self._chunks_agree()
 
-    def _chunks_agree(self, tokens: Sequence[int]) -> bool:
+    def _chunks_agree(self) -> bool:
+        tokens = [(17 * place + 3) % self.vocabulary for place in range(PROBE_TOKENS)]
         half = len(tokens) // 2
         whole, parts = self.start(len(tokens)), self.start(len(tokens))
         with self.layers.silenced():
@@ -210,7 +205,7 @@ class SequentialRunner:
 
 
 def _first_state(cache: Any) -> list[torch.Tensor]:
-    """The recurrent state of the first layer that has one: it depends on the tokens only, so that it hardly rounds."""
+    """The recurrent state of the first layer that has one: only tokens and weights enter it, so rounding is small."""
     for layer in cache.layers:
         states = getattr(layer, "recurrent_states", None)
         if states:

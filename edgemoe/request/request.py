@@ -44,12 +44,10 @@ class Request:
         self.chunks: deque[Chunk] = deque()
         self.error: BaseException | None = None
         self.shared_tokens = 0
-        self.nbytes = 0
-        """What its past is charged with."""
+        self.lossy = False
+        """Whether its KV cache has tokens that were computed under a budget on experts."""
         self.abandoned = False
         """Whether nobody waits for it any more."""
-        self.pause_at: int | None = None
-        """Where its prompt's pass ends once, so that its past there can be kept for others."""
         self._settings = settings
         self._tokenizer = tokenizer
         self._cancels = cancels
@@ -99,16 +97,16 @@ class Request:
             return True
         return not self.begun and self._cancels.waiting > waiting
 
-    def begin(self, cache: SequenceCache, nbytes: int) -> None:
-        """Takes its place in the batch, with a past that may have some of its prompt."""
-        self.cache, self.nbytes = cache, nbytes
+    def begin(self, cache: SequenceCache) -> None:
+        """Starts it, or starts it again, with a KV cache of its own that may hold a part of its tokens."""
+        self.cache = cache
         if not self.begun:
             self._begun_at = time.perf_counter()
             self.shared_tokens = cache.tokens
 
     def release_cache(self) -> SequenceCache:
-        """Leaves its place; what it has generated stays."""
-        cache, self.cache, self.nbytes = self.cache, None, 0
+        """Gives its KV cache to the caller; what it has generated stays."""
+        cache, self.cache = self.cache, None
         assert cache is not None
         return cache
 

@@ -1,4 +1,4 @@
-"""Pasts that later requests may begin with: those of running sequences, and the latest of finished ones."""
+"""Finds prompts with a common prefix: running requests, and the KV caches of the latest finished ones."""
 
 from __future__ import annotations
 
@@ -9,77 +9,84 @@ from typing import NamedTuple
 
 from edgemoe.model.kv_cache import SequenceCache
 from edgemoe.request.token_key import WIDTH, shared_tokens, token_key
+from edgemoe.scheduler.kv_budget import KvBudget
 
 
 class CachedPrefix(NamedTuple):
-    """A past of its own that nobody computes on."""
+    """A KV cache that the prefix cache owns, and the key of its tokens."""
 
     key: bytes
     cache: SequenceCache
-    nbytes: int
 
 
 class PrefixMatch(NamedTuple):
-    """The past that shares most with a prompt, and how many of its tokens may be taken over."""
+    """The KV cache that shares most with a prompt, and how many of its tokens may be used."""
 
     cache: SequenceCache
     tokens: int
-    kept: CachedPrefix | None
-    """Where it is a kept one."""
+    prefix: CachedPrefix | None
+    """The entry that owns it; None where it belongs to a running request, from which it can only be copied."""
 
 
 class PrefixCache:
-    """Finds shared beginnings. Running pasts are looked at, kept ones are owned until they are taken or dropped."""
+    """Owns the KV caches of finished requests, at most `max_kept`, and knows those of running ones.
 
-    def __init__(self, max_kept: int) -> None:
+    A cache that is kept stays charged to `budget` until it is taken or evicted, the least recently used one first.
+    """
+
+    def __init__(self, budget: KvBudget, max_kept: int) -> None:
+        self._budget = budget
         self._max_kept = max_kept
         self._kept: list[CachedPrefix] = []
         self._running: list[tuple[bytes, int]] = []
         self._caches: dict[int, SequenceCache] = {}
 
     @property
-    def nbytes(self) -> int:
-        """What the kept pasts are charged with."""
-        return sum(kept.nbytes for kept in self._kept)
+    def kept(self) -> Sequence[CachedPrefix]:
+        """The entries, the least recently used one first."""
+        return tuple(self._kept)
 
     def watch(self, key: bytes, number: int, cache: SequenceCache) -> None:
-        """Looks at the past of running request `number`, whose prompt is `key`."""
+        """Adds running request `number`, whose prompt has the key `key`; its cache stays its own."""
         insort(self._running, (key, number))
         self._caches[number] = cache
 
     def unwatch(self, key: bytes, number: int) -> None:
-        """Looks at it no more."""
+        """Removes running request `number`."""
         del self._running[bisect_left(self._running, (key, number))]
         del self._caches[number]
 
-    def keep(self, tokens: Sequence[int], cache: SequenceCache, nbytes: int) -> None:
-        """Owns the past of `tokens`, charged with `nbytes`; the one that was not used longest goes for it."""
-        self._kept.append(CachedPrefix(token_key(tokens), cache, nbytes))
+    def keep(self, tokens: Sequence[int], cache: SequenceCache) -> None:
+        """Takes ownership of the charged `cache` of `tokens`; evicts beyond `max_kept` entries."""
+        self._kept.append(CachedPrefix(token_key(tokens), cache))
         while len(self._kept) > self._max_kept:
-            self.drop_oldest()
+            self._evict()
 
-    def drop_oldest(self) -> bool:
-        """Gives back the kept past that was not used longest; whether there was one."""
-        if not self._kept:
-            return False
-        del self._kept[0]
-        return True
+    def take(self, prefix: CachedPrefix) -> SequenceCache:
+        """Removes an entry and ends its charge; its cache belongs to the caller."""
+        self._remove(prefix)
+        self._budget.release(prefix.cache)
+        return prefix.cache
 
-    def take(self, kept: CachedPrefix) -> None:
-        """Gives `kept` away: its past belongs to the caller."""
-        self._kept = [each for each in self._kept if each is not kept]
+    def touch(self, prefix: CachedPrefix) -> None:
+        """Makes an entry the most recently used one."""
+        self._remove(prefix)
+        self._kept.append(prefix)
 
-    def owns(self, kept: CachedPrefix) -> bool:
-        """Whether `kept` is still here."""
-        return any(each is kept for each in self._kept)
+    def evict_for(self, nbytes: int) -> list[CachedPrefix]:
+        """Evicts entries until `nbytes` more fit the budget or none is left; returns them, which nobody owns."""
+        evicted = []
+        while self._kept and not self._budget.fits(nbytes):
+            evicted.append(self._evict())
+        return evicted
 
-    def touch(self, kept: CachedPrefix) -> None:
-        """`kept` was of use."""
-        self.take(kept)
-        self._kept.append(kept)
+    def clear(self) -> None:
+        """Evicts all entries."""
+        while self._kept:
+            self._evict()
 
     def best(self, key: bytes) -> PrefixMatch | None:
-        """The past with the longest beginning of the prompt `key` that may be taken over; None where none has any.
+        """The cache with the longest usable prefix of the prompt `key`; None where no token can be used.
 
         At least one token of the prompt is left over, whose logits start the reply.
         """
@@ -88,7 +95,7 @@ class PrefixCache:
             for kept in self._kept
         ]
         best = max(found, key=lambda match: match.tokens, default=None)
-        for shared, number in self._alike(key):
+        for shared, number in self._nearest(key):
             if best is not None and shared <= best.tokens:
                 break
             cache = self._caches[number]
@@ -98,20 +105,29 @@ class PrefixCache:
         return best if best is not None and best.tokens > 0 else None
 
     def coming(self, key: bytes) -> tuple[int, int] | None:
-        """The running request whose prompt shares most with `key`, and how many tokens, computed or not yet."""
-        tokens, number = next(self._alike(key), (0, -1))
+        """The running request whose prompt shares most with `key`, and how many tokens, computed or not."""
+        tokens, number = next(self._nearest(key), (0, -1))
         return (number, tokens) if tokens else None
 
-    def _alike(self, key: bytes) -> Iterator[tuple[int, int]]:
-        """The running prompts, those first that share most with `key`: tokens and number of each."""
+    def _nearest(self, key: bytes) -> Iterator[tuple[int, int]]:
+        """Shared tokens and number of each running request, the most shared tokens first."""
         at = bisect_left(self._running, (key, -1))
-        # In the order of tokens, what is shared falls off to both sides.
+        # In the order of tokens, the number of shared tokens falls to both sides.
         sides = reversed(self._running[:at]), self._running[at:]
         shared = [((shared_tokens(key, other), number) for other, number in side) for side in sides]
         return merge(*shared, key=lambda each: each[0], reverse=True)
 
+    def _remove(self, prefix: CachedPrefix) -> None:
+        # By identity: comparing would compare keys, and two entries may have the same tokens.
+        self._kept = [each for each in self._kept if each is not prefix]
+
+    def _evict(self) -> CachedPrefix:
+        prefix = self._kept.pop(0)
+        self._budget.release(prefix.cache)
+        return prefix
+
     @staticmethod
     def _usable(key: bytes, shared: int, cache: SequenceCache) -> int:
-        # The past of a running prompt may be shorter than the prompt, or longer by the reply, which is not in its key.
+        # A running request's cache may have fewer tokens than its prompt, or those of its reply, which the key lacks.
         shared = min(shared, cache.tokens, len(key) // WIDTH - 1)
         return shared if shared == cache.tokens or cache.can_crop() else 0

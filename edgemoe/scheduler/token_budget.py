@@ -1,48 +1,44 @@
-"""What each running request computes in a step."""
+"""How many tokens each running request gets in a step: decoding first, then parts of prompts (chunked prefill)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 from edgemoe.request.request import Request
-
-CanChunk = Callable[[Sequence[int]], bool]
-"""Whether a prompt may be run in parts."""
+from edgemoe.scheduler.step import ScheduledTokens
 
 
-class ScheduledTokens(NamedTuple):
-    """What one request computes in a step."""
+def select(
+    running: Sequence[Request], step_tokens: int, can_chunk: bool, pauses: Mapping[Request, int]
+) -> list[ScheduledTokens]:
+    """Divides `step_tokens`: one for each request that decodes, the rest equally among prompts.
 
-    request: Request
-    tokens: int
-    """How many, the next ones that its past does not have."""
-
-
-def select(running: Sequence[Request], step_tokens: int, can_chunk: CanChunk) -> list[ScheduledTokens]:
-    """Who computes how many of `step_tokens`: one each for those that decode, shares of what is left for prompts."""
+    Prompts get a quarter of the step however many requests decode. `pauses` are the numbers of cached tokens at which
+    a prompt's next part ends, so that its KV cache can be copied there. Where `can_chunk` is False a prompt runs
+    whole, one in a step.
+    """
     decoding = [request for request in running if request.missing == 1]
     prompts = [request for request in running if request.missing > 1]
     scheduled = [ScheduledTokens(request, 1) for request in decoding]
-    # However many decode, newcomers get on.
     budget = max(step_tokens - len(decoding), step_tokens // 4, 1)
     left = budget
     for place, request in enumerate(prompts):
-        count = _chunk(request, max(1, left // (len(prompts) - place)), can_chunk, first=left == budget)
+        part = max(1, left // (len(prompts) - place))
+        count = _prompt_tokens(request, part, can_chunk, pauses.get(request), first=left == budget)
         if count:
             scheduled.append(ScheduledTokens(request, count))
             left = max(0, left - count)
     return scheduled
 
 
-def _chunk(request: Request, each_share: int, can_chunk: CanChunk, *, first: bool) -> int:
-    """Tokens of a prompt for this step. What cannot be run in parts goes whole, one in a step, or waits."""
+def _prompt_tokens(request: Request, part: int, can_chunk: bool, pause: int | None, *, first: bool) -> int:
+    """How many tokens of a prompt run in this step; 0 where the prompt cannot be divided and another one is whole."""
     assert request.cache is not None
     wanted = request.missing
-    if request.pause_at is not None and request.cache.tokens < request.pause_at:
-        wanted = min(wanted, request.pause_at - request.cache.tokens)
-    if wanted <= each_share:
+    if pause is not None and request.cache.tokens < pause:
+        wanted = min(wanted, pause - request.cache.tokens)
+    if wanted <= part:
         return wanted
-    if can_chunk(request.tokens):
-        return each_share
+    if can_chunk:
+        return part
     return wanted if first else 0

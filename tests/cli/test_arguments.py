@@ -13,8 +13,7 @@ from edgemoe.cli.arguments import model_settings, read_command_line, sampling_fr
 from edgemoe.cli.exits import UsageError
 from edgemoe.cli.main import build_parser
 from edgemoe.cluster.engines import RayEngines
-from edgemoe.config import EngineConfig
-from edgemoe.draft.expert_budget import DROPPED
+from edgemoe.config import EngineConfig, choices_of
 from edgemoe.draft.settings import RULE_CHOICES, SHAPES, draft_settings
 from edgemoe.prefetch.budget import RULES as BUDGET_RULES
 from edgemoe.sampling import Sampling
@@ -80,7 +79,7 @@ def test_every_keyword_is_taken_and_a_setting_of_the_engine_with_its_default(tak
 
 def test_the_choices_of_drafts_are_those_of_the_library() -> None:
     assert (options._SHAPES, options._RULES) == (SHAPES, RULE_CHOICES)
-    assert (options._BUDGET_RULES, options._DROPPED) == (BUDGET_RULES, DROPPED)
+    assert (BUDGET_RULES, choices_of("budget_dropped")) == (options._BUDGET_RULES, options._DROPPED)
     for words in options._SPECULATE:
         drafters = draft_settings(
             EngineConfig(speculate=words, draft_model="small/model" if "model" in words else None)

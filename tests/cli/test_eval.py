@@ -251,4 +251,4 @@ def test_the_real_plan_is_what_says_it(tmp_path: Path, capsys: pytest.CaptureFix
     file = tmp_path / "prompts.txt"
     file.write_text("Hello\n")
     assert main(["run", str(file), "--budget", "8", "-n", "2"]) == 0
-    assert "edgemoe: lossy: checks of drafts keep to 8" in capsys.readouterr().err
+    assert "edgemoe: lossy: verifications of drafts keep to 8" in capsys.readouterr().err

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from edgemoe import Engine, PlanError
-from edgemoe.config import EngineConfig
-from edgemoe.draft.expert_budget import DROPPED, BudgetSettings, budget_settings
+from edgemoe.config import EngineConfig, choices_of
+from edgemoe.draft.settings import BudgetSettings, budget_settings
 from edgemoe.prefetch.budget import RULES, Budget, Unit
 from tests.support.checkpoints import Zoo
 
@@ -44,7 +44,7 @@ def test_without_one_there_is_none() -> None:
 
 def test_the_rule_and_what_becomes_of_what_is_dropped() -> None:
     for rule in RULES:
-        for dropped in DROPPED:
+        for dropped in choices_of("budget_dropped"):
             found = settings(budget=4, budget_rule=rule, budget_dropped=dropped)
             assert found == BudgetSettings(Budget(Unit.EXPERTS, 4.0, rule), dropped)
 
@@ -56,20 +56,20 @@ LEAST = "is not possible: give at least 1 expert or byte, or a share up to 100%$
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"budget": "much"}, "^--budget 'much' is no size: " + FORMS),
-        ({"budget": ""}, "^--budget '' is no size: " + FORMS),
-        ({"budget": "-3"}, "^--budget '-3' is no size: " + FORMS),
-        ({"budget": "1.5"}, r"^--budget '1\.5' is no size: " + FORMS),
-        ({"budget": 0.95}, r"^--budget '0\.95' is no size: " + FORMS),
-        ({"budget": "95 %"}, "^--budget '95 %' is no size: " + FORMS),
-        ({"budget": "8 apples"}, "^--budget '8 apples' is no size: " + FORMS),
-        ({"budget": 0}, "^--budget 0 " + LEAST),
-        ({"budget": "0%"}, "^--budget 0% " + LEAST),
-        ({"budget": "101%"}, "^--budget 101% " + LEAST),
-        ({"budget": "0MiB"}, "^--budget 0mib " + LEAST),
-        ({"budget": "0.5B"}, r"^--budget 0\.5b " + LEAST),
-        ({"budget_rule": "best"}, "^--budget-rule 'best' is none of sum, path, residency: give one of these$"),
-        ({"budget": 8, "budget_dropped": "x"}, "^--budget-dropped 'x' is none of substitute, truncate: give one of "),
+        ({"budget": "much"}, "^budget='much' is no size: " + FORMS),
+        ({"budget": ""}, "^budget='' is no size: " + FORMS),
+        ({"budget": "-3"}, "^budget='-3' is no size: " + FORMS),
+        ({"budget": "1.5"}, r"^budget='1\.5' is no size: " + FORMS),
+        ({"budget": 0.95}, r"^budget='0\.95' is no size: " + FORMS),
+        ({"budget": "95 %"}, "^budget='95 %' is no size: " + FORMS),
+        ({"budget": "8 apples"}, "^budget='8 apples' is no size: " + FORMS),
+        ({"budget": 0}, "^budget=0 " + LEAST),
+        ({"budget": "0%"}, "^budget=0% " + LEAST),
+        ({"budget": "101%"}, "^budget=101% " + LEAST),
+        ({"budget": "0MiB"}, "^budget=0mib " + LEAST),
+        ({"budget": "0.5B"}, r"^budget=0\.5b " + LEAST),
+        ({"budget_rule": "best"}, "^budget_rule='best' is none of sum, path, residency: give one of these$"),
+        ({"budget": 8, "budget_dropped": "x"}, "^budget_dropped='x' is none of substitute, truncate: give one of "),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(asked: dict[str, Any], message: str) -> None:
@@ -79,19 +79,19 @@ def test_what_cannot_be_is_refused_in_a_sentence(asked: dict[str, Any], message:
 
 def test_it_is_refused_before_any_weight_is_read(zoo: Zoo) -> None:
     for ask in (Engine.plan_for, Engine.load):
-        with pytest.raises(PlanError, match="--budget 'some' is no size"):
+        with pytest.raises(PlanError, match="budget='some' is no size"):
             ask(zoo("mixtral"), budget="some")
 
 
 @pytest.mark.parametrize(
     ("asked", "sentence"),
     [
-        ({"budget": 8, "budget_rule": "sum"}, "checks of drafts keep to 8 experts a layer"),
-        ({"budget": 1, "budget_rule": "path"}, "checks of drafts keep to 1 expert a layer"),
-        ({"budget": 8}, "checks of drafts keep to 8 new experts a layer"),
-        ({"budget": "99.5%"}, "checks of drafts keep to 99.5% of each token's routing mass"),
-        ({"budget": "64MiB"}, "checks of drafts keep to 64.0 MiB of new experts a pass"),
-        ({"budget": "64MiB", "budget_rule": "path"}, "checks of drafts keep to 64.0 MiB of experts a pass"),
+        ({"budget": 8, "budget_rule": "sum"}, "verifications of drafts keep to 8 experts a layer"),
+        ({"budget": 1, "budget_rule": "path"}, "verifications of drafts keep to 1 expert a layer"),
+        ({"budget": 8}, "verifications of drafts keep to 8 new experts a layer"),
+        ({"budget": "99.5%"}, "verifications of drafts keep to 99.5% of each token's routing mass"),
+        ({"budget": "64MiB"}, "verifications of drafts keep to 64.0 MiB of new experts a pass"),
+        ({"budget": "64MiB", "budget_rule": "path"}, "verifications of drafts keep to 64.0 MiB of experts a pass"),
     ],
 )
 def test_the_plan_says_what_is_lossy(asked: dict[str, Any], sentence: str, zoo: Zoo) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from edgemoe.config import EngineConfig
 from edgemoe.draft.controller import SHORTER, SHORTEST_REST, TEST, Controllers, Setting
+from edgemoe.draft.proposer import DraftPrice, DraftProposer
 from edgemoe.draft.settings import draft_settings
 from edgemoe.draft.step_cost import AGAIN, REFRESH, StepCost
 from edgemoe.request.request import Cancels, Request
@@ -122,18 +123,17 @@ def test_a_first_plain_step_that_was_disturbed_is_got_over() -> None:
     assert plain.seconds < 1.2
 
 
-def test_passes_that_found_nothing_to_draft_are_charged(own: Running) -> None:
+def test_passes_that_found_nothing_to_draft_are_charged(own: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """They took their time: a drafter whose every token is refused is soon left out."""
     crowd = Crowd(own, speculate="auto+self")
     speculation = crowd.speculation
-    speculation._pays = lambda *arguments: False  # type: ignore[method-assign]
-    speculation._round_pays = lambda *arguments: True  # type: ignore[method-assign]
+    monkeypatch.setattr(DraftPrice, "pays", lambda *arguments: False)
+    monkeypatch.setattr(DraftProposer, "_round_pays", lambda *arguments: True)
     seen = []
     crowd.ask(random_ids(5), max_tokens=80)
-    while crowd.batch.running or crowd.batch.waiting:
+    while crowd.scheduler.running or crowd.scheduler.waiting:
         crowd.step()
-        if speculation._controllers is not None:
-            seen += [controller.setting for controller in speculation._controllers._own.values()]
+        seen += [controller.setting for controller in speculation._controllers._own.values()]
     assert any(setting is None or not setting.passes for setting in seen)
 
 
@@ -178,9 +178,8 @@ def test_who_comes_next_rests_as_long_as_it_had_come_to(requests: list[Request])
 def test_what_it_decides_is_told(own: Running) -> None:
     crowd = Crowd(own, speculate="auto")
     before = crowd.speculation.telemetry()
-    assert (before["speculation_setting"], before["speculation_changes"], before["utility"]) == (
-        before["speculation"], 0, 1.0,
-    )  # fmt: skip
+    assert "depth" in before["speculation_setting"]
+    assert (before["speculation_changes"], before["utility"]) == (0, 1.0)
     crowd.reply(random_ids(3) * 10, max_tokens=60)
     after = crowd.speculation.telemetry()
     assert "depth" in after["speculation_setting"] or after["speculation_setting"].startswith("off")
@@ -191,5 +190,4 @@ def test_a_batch_forgets_the_sequences_that_are_over(own: Running) -> None:
     crowd = Crowd(own, speculate="auto")
     for number in range(3):
         crowd.reply(random_ids(8, seed=number), max_tokens=20)
-    assert crowd.speculation._controllers is not None
     assert crowd.speculation._controllers._own == {}

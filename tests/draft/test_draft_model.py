@@ -51,7 +51,7 @@ def load(folder: Path, **options: Any) -> Engine:
 
 
 def drafter_of(engine: Engine) -> ModelDrafter:
-    passes = engine._scheduler.speculation._passes
+    passes = engine._loop.speculation._passes
     assert isinstance(passes, ModelDrafter)
     return passes
 
@@ -124,5 +124,5 @@ def test_a_pass_that_fails_spoils_no_later_one(
 
 
 def test_another_tokenizer_is_refused(zoo: Zoo, spoken: Callable[..., Path]) -> None:
-    with pytest.raises(CheckpointError, match=r"has another vocabulary .* --draft-model"):
+    with pytest.raises(CheckpointError, match=r"has another vocabulary .* draft_model="):
         load(spoken(), speculate="model", draft_model=zoo(FAMILY, vocab_size=300))

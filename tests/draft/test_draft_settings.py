@@ -51,26 +51,26 @@ def test_the_bounds_are_taken_over() -> None:
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"speculate": "fast"}, r"^--speculate 'fast' is none of auto, auto\+self, off, ngram, .*: give one of these$"),
-        ({"speculate": ""}, r"^--speculate '' is none of auto, "),
-        ({"speculate": "ngram+"}, r"^--speculate 'ngram\+' is none of auto, "),
-        ({"speculate": "off+self"}, r"^--speculate 'off\+self' is none of auto, "),
+        ({"speculate": "fast"}, r"^speculate='fast' is none of auto, auto\+self, off, ngram, .*: give one of these$"),
+        ({"speculate": ""}, r"^speculate='' is none of auto, "),
+        ({"speculate": "ngram+"}, r"^speculate='ngram\+' is none of auto, "),
+        ({"speculate": "off+self"}, r"^speculate='off\+self' is none of auto, "),
         (
             {"speculate": "self+model", "draft_model": "small"},
             r"^both a draft model and the model itself cannot draft: ",
         ),
-        ({"speculate": "model"}, r"^--speculate model needs a second checkpoint: name it with --draft-model$"),
-        ({"speculate": "ngram+model"}, r"needs a second checkpoint: name it with --draft-model$"),
-        ({"draft_shape": "bush"}, r"^--draft-shape 'bush' is none of tree, chain: give one of these$"),
+        ({"speculate": "model"}, r"^speculate='model' needs a second checkpoint: name it as draft_model=$"),
+        ({"speculate": "ngram+model"}, r"needs a second checkpoint: name it as draft_model=$"),
+        ({"draft_shape": "bush"}, r"^draft_shape='bush' is none of tree, chain: give one of these$"),
         (
             {"draft_rule": "drop"},
-            r"^--draft-rule 'drop' is none of auto, reselect, affinity, fewer: give one of these$",
+            r"^draft_rule='drop' is none of auto, reselect, affinity, fewer: give one of these$",
         ),
-        ({"draft_nodes": 0}, r"^--draft-nodes 0 is not possible: give a number from 1 to 256$"),
-        ({"draft_nodes": 257}, r"^--draft-nodes 257 is not possible: give a number from 1 to 256$"),
-        ({"draft_depth": 0}, r"^--draft-depth 0 is not possible: give a number from 1 to 256$"),
-        ({"draft_depth": -3}, r"^--draft-depth -3 is not possible: "),
-        ({"speculate": "off", "draft_depth": 1000}, r"^--draft-depth 1000 is not possible: "),
+        ({"draft_nodes": 0}, r"^draft_nodes=0 is not possible: give a number from 1 to 256$"),
+        ({"draft_nodes": 257}, r"^draft_nodes=257 is not possible: give a number from 1 to 256$"),
+        ({"draft_depth": 0}, r"^draft_depth=0 is not possible: give a number from 1 to 256$"),
+        ({"draft_depth": -3}, r"^draft_depth=-3 is not possible: "),
+        ({"speculate": "off", "draft_depth": 1000}, r"^draft_depth=1000 is not possible: "),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(asked: dict[str, Any], message: str) -> None:
@@ -80,7 +80,7 @@ def test_what_cannot_be_is_refused_in_a_sentence(asked: dict[str, Any], message:
 
 def test_it_is_refused_before_any_weight_is_read(zoo: Zoo) -> None:
     for ask in (Engine.plan_for, Engine.load):
-        with pytest.raises(PlanError, match="--draft-nodes 0 is not possible"):
+        with pytest.raises(PlanError, match="draft_nodes=0 is not possible"):
             ask(zoo("mixtral"), draft_nodes=0)
 
 

@@ -13,8 +13,9 @@ import torch
 
 from edgemoe import Engine, Sampling
 from edgemoe.cache import CacheCounters
-from edgemoe.config import EngineConfig
-from edgemoe.draft.expert_budget import DROPPED, ExpertBudget, budget_settings
+from edgemoe.config import EngineConfig, choices_of
+from edgemoe.draft.expert_budget import ExpertBudget
+from edgemoe.draft.settings import budget_settings
 from edgemoe.experts.expert_layer import ExpertLayers
 from edgemoe.model.draft_tree import DraftTree
 from edgemoe.model.kv_cache import SequenceCache
@@ -99,7 +100,7 @@ def test_with_room_for_all_no_bit_changes(family: str, dtype: str, zoo: Zoo) -> 
             side = Side(ModelRunner(own.runner()), shapes)
             exact = side.run()
             for rule in RULES:
-                for dropped in DROPPED:
+                for dropped in choices_of("budget_dropped"):
                     for size in sizes:
                         budget = budgeted(own, size, rule, dropped)
                         found = side.run(budget)
@@ -112,7 +113,7 @@ def test_what_verifies_nothing_in_the_same_pass_keeps_its_result(family: str, zo
     with running(zoo(family)) as own:
         side = Side(ModelRunner(own.runner()), MIXED)
         exact = side.run()
-        for dropped in DROPPED:
+        for dropped in choices_of("budget_dropped"):
             budget = budgeted(own, 1, "sum", dropped)
             found = side.run(budget)
             assert budget.totals.budget_dropped > 0
@@ -221,7 +222,7 @@ def test_bytes_bound_what_a_pass_moves(family: str, shapes: list[str], zoo: Zoo)
 
 
 def test_bytes_bound_what_a_pass_moves_on_top_of_what_is_there(zoo: Zoo) -> None:
-    for dropped in DROPPED:
+    for dropped in choices_of("budget_dropped"):
         with cold(zoo, "mixtral", SEVERAL) as (own, side, asked):
             for layer in range(len(own.store.experts)):
                 for _ in own.cache.borrow(layer, [3, 5]):
@@ -279,12 +280,12 @@ def test_in_a_batch_only_passes_over_drafts_are_under_it(
 
         crowd.joint.run = watched  # type: ignore[method-assign]
         monkeypatch.setattr(ExpertBudget, "restricting", checked)
-        crowd.batch.budget = budgeted(own, 1, "sum", "truncate")
+        crowd.loop.runner.budget = budgeted(own, 1, "sum", "truncate")
         prompts = [ECHO, random_ids(40, seed=2), ECHO[3:]]
         asked = [crowd.ask(prompt, max_tokens=12, logprobs=0) for prompt in prompts]
         crowd.finish()
         assert set(under) == {True, False}
-        assert crowd.batch.budget.totals.budget_dropped > 0
+        assert crowd.loop.runner.budget.totals.budget_dropped > 0
         for prompt, request in zip(prompts, asked, strict=True):
             first = alone(own, prompt, max_tokens=1, logprobs=0).logprobs
             found = completion(request).logprobs
@@ -297,9 +298,9 @@ def test_in_a_batch_only_passes_over_drafts_are_under_it(
 def test_without_drafts_a_reply_is_the_models_own(zoo: Zoo) -> None:
     with running(zoo("mixtral")) as own:
         crowd = Crowd(own)
-        crowd.batch.budget = budgeted(own, 1, "sum", "truncate")
+        crowd.loop.runner.budget = budgeted(own, 1, "sum", "truncate")
         assert_same_reply(crowd.reply(ECHO, max_tokens=20), alone(own, ECHO, max_tokens=20))
-        assert crowd.batch.budget.totals.budget_choices == 0
+        assert crowd.loop.runner.budget.totals.budget_choices == 0
 
 
 def reply(engine: Engine) -> tuple[int, ...]:

@@ -113,7 +113,7 @@ def test_families_that_cannot_be_rewound_decode_plainly_and_say_why(
         for number in (0, 1):
             assert_same_reply(ask(engine, number), plain(family)[number])
         stats = engine.stats
-    assert stats.speculation == "off: this family's past has a state that cannot be taken back"
+    assert stats.speculation == "off: this family's cache has a state that cannot be rolled back"
     assert (stats.drafted, stats.cycles, stats.accepted, stats.tokens_per_cycle) == (0, 0, 0, 0)
 
 
@@ -135,7 +135,7 @@ def test_a_seed_draws_the_same_whatever_drafts(talker: Path) -> None:
     settings = [Sampling(max_tokens=16, ignore_eos=True, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
     found: list[list[tuple[int, ...]]] = []
     for options in ({"speculate": "off"}, {"speculate": "self"}, {"speculate": "ngram+self", "draft_nodes": 3}):
-        with Engine.load(talker, threads=1, expert_cache="60%", **options) as engine:  # type: ignore[arg-type]
+        with Engine.load(talker, threads=1, expert_cache="60%", **options) as engine:
             found.append([engine.generate("abcabcab", each).token_ids for each in settings])
     assert found[0] == found[1] == found[2]
     assert found[0][0] == found[0][1] != found[0][2]
@@ -145,12 +145,12 @@ def test_what_was_said_before_is_drafted_for_whoever_is_told_it_again(talker: Pa
     sampling = Sampling(max_tokens=40, temperature=0.8, seed=3, ignore_eos=True)
     with Engine.load(talker, dtype="float32", speculate="ngram") as engine:
         first, again = (engine.generate([5, 9, 200, 31, 7], sampling) for _ in range(2))
-        speculation = engine._scheduler.speculation
-        assert len(speculation._replies) >= 40
+        speculation = engine._loop.speculation
+        assert len(speculation._ngrams.replies) >= 40
     assert first.token_ids == again.token_ids
     assert again.timings.cycles < first.timings.generated_tokens / 4
     assert again.timings.accepted > 3 * first.timings.accepted
-    assert len(speculation._replies) == 0, "a closed engine remembers nothing"
+    assert len(speculation._ngrams.replies) == 0, "a closed engine remembers nothing"
 
 
 # --- several at once -------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from edgemoe import CheckpointError, Completion, EdgeMoEError, Engine, Sampling
+from edgemoe.draft.proposal import Proposal, StepReport, Verified
 from edgemoe.draft.step_cost import StepCost
 from edgemoe.experts.expert_layer import ExpertLayer
 from edgemoe.model.draft_tree import DraftTree
@@ -71,7 +72,7 @@ def test_a_stop_text_in_a_draft_ends_the_reply_where_it_begins(engine: Engine, w
     ended = 0
     for start, length in ((3, 1), (9, 1), (12, 3)):
         stop = whole.text[start : start + length]
-        reply = engine.generate("abc", Sampling(**SETTINGS, max_tokens=40, stop=stop))
+        reply = engine.generate("abc", Sampling(**SETTINGS, max_tokens=40, stop=(stop,)))
         assert reply.text == whole.text[: whole.text.index(stop)]
         assert reply.finish_reason == "stop"
         assert reply.token_ids == whole.token_ids[: len(reply.token_ids)]
@@ -195,12 +196,12 @@ def test_an_error_in_a_drafting_pass_reaches_its_consumers_and_no_one_else(
 def test_an_error_in_a_verifying_pass_does_too(engine: Engine, whole: Completion) -> None:
     stream = engine.stream("abc", Sampling(**SETTINGS, max_tokens=40))
     next(stream)
-    runner = engine._scheduler.runner
+    runner = engine._loop.runner.model
     run = runner.run
 
-    def fail(work: Sequence[Any]) -> Any:
-        logits = run(work)
-        if any(item.tree_mask is not None for item in work) and engine._scheduler.speculation._passes is not None:
+    def fail(inputs: Sequence[Any]) -> Any:
+        logits = run(inputs)
+        if any(item.tree_mask is not None for item in inputs) and engine._loop.speculation._passes is not None:
             raise RuntimeError("no luck")
         return logits
 
@@ -254,7 +255,7 @@ def test_who_loses_its_past_for_lack_of_room_is_computed_again(zoo: Zoo) -> None
         crowd.finish()
         for request, (prompt, settings) in zip(requests, asked, strict=True):
             assert_same_reply(completion(request), alone(own, prompt, **settings))
-        totals = crowd.batch.totals
+        totals = crowd.scheduler.totals
         assert totals.preemptions > 0
         assert totals.tokens_generated == 150
         assert crowd.speculation.totals.drafted > crowd.speculation.totals.accepted > 0
@@ -276,22 +277,22 @@ def test_drafts_take_what_a_step_has_left(step_tokens: int, zoo: Zoo) -> None:
 def test_no_step_drafts_more_than_there_is_room_for_logits(zoo: Zoo) -> None:
     with running(zoo("mixtral"), slots=12) as own, quiet_transformers():
         crowd = Crowd(own, limit=4, speculate="ngram", draft_nodes=64, draft_depth=64)
-        crowd.batch._max_drafted = 9
-        grow, drafted = crowd.speculation.grow, []
+        crowd.scheduler._max_drafted = 9
+        propose, drafted = crowd.speculation.propose, []
 
-        def growing(rooms: Mapping[Request, int], *, mixed: bool = False) -> dict[Request, DraftTree]:
-            trees = grow(rooms, mixed=mixed)
-            drafted.append(sum(tree.drafted for tree in trees.values()))
-            return trees
+        def proposing(limits: Mapping[Request, int], *, mixed: bool = False) -> Proposal:
+            proposal = propose(limits, mixed=mixed)
+            drafted.append(sum(tree.drafted for tree in proposal.trees.values()))
+            return proposal
 
-        crowd.speculation.grow = growing  # type: ignore[method-assign]
+        crowd.speculation.propose = proposing  # type: ignore[method-assign]
         for seed in range(4):
             crowd.ask(random_ids(5, seed) * 6, max_tokens=30)
         crowd.finish()
         assert 2 < max(drafted) <= 9
     with Engine.load(zoo("mixtral"), threads=1) as engine:
-        row = engine._scheduler.runner.vocabulary * 2 * torch.float32.itemsize
-        assert engine._scheduler._max_drafted == engine.plan.workspace_nbytes // row
+        row = engine._loop.runner.model.vocabulary * 2 * torch.float32.itemsize
+        assert engine._loop.scheduler._max_drafted == engine.plan.workspace_nbytes // row
 
 
 def test_mixed_requests_in_a_crowd_with_drafts(zoo: Zoo) -> None:
@@ -356,18 +357,23 @@ def test_only_what_the_model_was_asked_about_is_learnt_from(
     path: list[int], made: int, expected: dict[int, bool], own: Running
 ) -> None:
     """Not what lies below a wrong guess, nor what was drafted behind the reply's end: there, one fewer was made."""
-    speculation = Crowd(own, speculate="self").speculation
+    crowd = Crowd(own, speculate="self")
+    speculation, asked = crowd.speculation, crowd.ask([5, 6])
     tree = DraftTree(9)
     for parent, token in ((0, 1), (0, 2), (1, 3), (2, 4), (3, 5)):
         tree.add(parent, token, 0.5)
     seen: dict[int, bool] = {}
-    speculation._calibration.saw = seen.__setitem__  # type: ignore[method-assign]
-    speculation._bins = {tree: {node: node for node in range(1, 6)}}
-    speculation.learn(Crowd(own, speculate="self").ask([5, 6]), tree, path, made)
+
+    def saw(number: int, came_true: bool) -> None:
+        seen[number] = came_true
+
+    speculation._calibration.saw = saw  # type: ignore[method-assign]
+    proposal = Proposal({asked: tree}, {asked: {node: node for node in range(1, 6)}})
+    report = StepReport({asked: Verified(path, made)}, 1, 6, 0, 1.0, 0.0)
+    speculation.learn(proposal, report)
     assert seen == expected
     totals = speculation.totals
     assert (totals.cycles, totals.drafted, totals.accepted) == (1, 5, len(path) - 1)
-    assert speculation._bins == {}
 
 
 def test_how_far_a_draft_stands_out_is_measured_against_what_came_of_it(zoo: Zoo) -> None:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from edgemoe.draft.speculation import MARGIN
+from edgemoe.draft.proposer import MARGIN
 from edgemoe.draft.step_cost import CALM, FIRST_GUESS, REFRESH, SHARING, CycleCost, StepCost
 
 

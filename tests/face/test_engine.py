@@ -77,7 +77,7 @@ def test_the_context_bounds_prompt_and_reply_together(talker: Path) -> None:
         assert (len(reply.token_ids), reply.finish_reason) == (3, "length")
         assert len(small.generate([5] * 11, LONG).token_ids) == 1
         for length in (12, 40):
-            with pytest.raises(RequestError, match=rf"{length} tokens and the context 12.*--ctx-size"):
+            with pytest.raises(RequestError, match=rf"{length} tokens and the context 12.*context="):
                 small.generate([5] * length)
 
 

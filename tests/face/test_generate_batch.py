@@ -51,7 +51,7 @@ def test_every_request_is_answered_once_as_if_it_were_alone(engine: Engine) -> N
         assert (reply.token_ids, reply.text) == (expected.token_ids, expected.text)
         assert reply.finish_reason == "length"
         assert reply.prompt_token_ids == expected.prompt_token_ids
-    assert engine._scheduler.running == engine._scheduler.waiting == 0
+    assert engine._loop.scheduler.running == engine._loop.scheduler.waiting == 0
 
 
 def test_replies_come_as_they_finish(engine: Engine) -> None:
@@ -145,7 +145,7 @@ def test_closing_it_ends_what_is_in_flight(engine: Engine) -> None:
     steps = engine.stats.steps
     assert engine.generate("abc", wants(3)).finish_reason == "length"
     assert engine.stats.steps == steps + 3
-    assert engine._scheduler.running == engine._scheduler.waiting == 0
+    assert engine._loop.scheduler.running == engine._loop.scheduler.waiting == 0
 
 
 def test_cancelling_ends_what_is_in_flight_and_not_what_is_read_later(engine: Engine) -> None:
@@ -176,7 +176,7 @@ def test_cancelling_what_has_not_begun_lets_the_running_ones_finish(engine: Engi
 
 
 def test_a_step_that_fails_is_raised_and_ends_the_rest(engine: Engine) -> None:
-    runner = engine._scheduler.runner
+    runner = engine._loop.runner.model
     run = runner.run
 
     def fail(inputs: Sequence[Any]) -> Any:
@@ -190,7 +190,7 @@ def test_a_step_that_fails_is_raised_and_ends_the_rest(engine: Engine) -> None:
     runner.run = run  # type: ignore[method-assign]
     assert list(replies) == []
     assert len(list(engine.generate_batch([("abc", wants(2))] * 3))) == 3
-    assert engine._scheduler.running == engine._scheduler.waiting == 0
+    assert engine._loop.scheduler.running == engine._loop.scheduler.waiting == 0
 
 
 def test_an_error_of_the_input_goes_on_and_ends_what_is_in_flight(engine: Engine) -> None:

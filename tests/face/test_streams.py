@@ -54,7 +54,7 @@ def in_threads(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
 @contextmanager
 def failing(engine: Engine, error: BaseException) -> Iterator[list[int]]:
     """In the block every pass of `engine` raises `error`; yields how many sequences each had."""
-    runner = engine._scheduler.runner
+    runner = engine._loop.runner.model
     run, failed = runner.run, list[int]()
 
     def fail(inputs: Sequence[Any]) -> Any:
@@ -136,7 +136,7 @@ def test_streams_that_are_closed_or_forgotten_free_their_places(
     del stream
     streams.clear()
     assert engine.generate("~", SETTINGS).token_ids == expected["~"]
-    assert engine._scheduler.running == engine._scheduler.waiting == 0
+    assert engine._loop.scheduler.running == engine._loop.scheduler.waiting == 0
     assert engine.stats.steps < 4 + 4 + 12 + 2, "nothing was computed for those that nobody reads"
 
 
@@ -223,7 +223,7 @@ def test_who_was_no_part_of_a_failed_step_is_not_disturbed_by_computing_it(
     for stream in streams:
         next(stream)
     last = engine.stream("~", SETTINGS)
-    runner = engine._scheduler.runner
+    runner = engine._loop.runner.model
     run = runner.run
 
     def fail_once(inputs: Sequence[Any]) -> Any:
@@ -286,7 +286,7 @@ def test_closing_gives_the_pasts_of_open_streams_back_at_once(engine: Engine) ->
     try:
         stream = engine.stream("abc", LONG)
         next(stream)
-        cache = weakref.ref(engine._scheduler._running[0].cache)
+        cache = weakref.ref(engine._loop.scheduler._running[0].cache)
         assert cache() is not None
         engine.close()
         assert cache() is None

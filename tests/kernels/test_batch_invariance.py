@@ -36,7 +36,7 @@ class Drafted:
 
     def past(self) -> SequenceCache:
         past = self.runner.start(100)
-        list(self.runner.sequential.prefill(past, self.prompt))
+        self.runner.sequential.step(past, self.prompt)
         return past
 
 

@@ -75,7 +75,7 @@ def test_a_small_budget_costs_something(lossy: Engine, exact: Engine) -> None:
     plain = evaluate(exact, [TEXT], tokens=120)
     assert quality.exact_perplexity == pytest.approx(plain.perplexity, rel=1e-6)
     assert quality.perplexity != quality.exact_perplexity
-    assert lossy._scheduler.budget is not None, "the engine is lossy again"
+    assert lossy._loop.runner.budget is not None, "the engine is lossy again"
 
 
 def test_what_a_lossy_pass_leaves_behind_stays(lossy: Engine) -> None:
@@ -141,7 +141,7 @@ def test_who_calls_may_give_up(lossy: Engine) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         evaluate(lossy, [TEXT], tokens=50, on_progress=give_up)
-    assert lossy._scheduler.budget is not None
+    assert lossy._loop.runner.budget is not None
     assert evaluate(lossy, [TEXT], tokens=50).kl_mean > 0
 
 

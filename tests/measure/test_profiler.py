@@ -257,7 +257,7 @@ def test_drafts_are_priced_by_a_profile_of_this_machine_alone(tmp_path: Path, fo
     conditions = CONDITIONS if foreign else ProfileConditions.of(Engine.plan_for(None, **settings))
     write_profile(StateFolder.of(open_blueprint(None).checkpoint, tmp_path), known_profile(conditions))
     with Engine.load(None, **settings) as engine:
-        plain = engine._scheduler.speculation._cost.of(3)
+        plain = engine._loop.speculation._cost.of(3)
         plain.saw(1.0)
         plain.saw(1.0)
         model = known_profile().model

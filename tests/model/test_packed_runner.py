@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import pytest
 import torch
 
+from edgemoe.cache import Loan
 from edgemoe.model.kv_cache import SequenceCache
 from edgemoe.model.model_runner import ModelRunner
 from edgemoe.model.packed_runner import PackedRunner
@@ -67,7 +68,7 @@ def works(caches: Sequence[SequenceCache], tokens: Sequence[Sequence[int]]) -> l
 
 
 def packs(runner: SequentialRunner) -> bool:
-    return PackedRunner(runner).works()
+    return PackedRunner(runner).works
 
 
 @pytest.mark.parametrize("family", PACKED)
@@ -100,9 +101,9 @@ def test_in_bfloat16_joint_steps_differ_by_rounding_only(family: str, packed: bo
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_positions_that_depend_on_the_longest_sequence_are_not_packed(kind: str, zoo: Zoo) -> None:
     """One long sequence would change what its companions get."""
-    scales = {"short_factor": [1.0] * 8, "long_factor": [1.0 + place / 8 for place in range(8)]}
+    scales: dict[str, Any] = {"short_factor": [1.0] * 8, "long_factor": [1.0 + place / 8 for place in range(8)]}
     scales |= {"short_mscale": 1.0, "long_mscale": 1.2}
-    rope = {"rope_type": kind, "rope_theta": 1e4, "original_max_position_embeddings": 16}
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 1e4, "original_max_position_embeddings": 16}
     rope |= scales if kind == "longrope" else {"factor": 2.0}
     folder = zoo("phimoe" if kind == "longrope" else "mixtral", rope_parameters=rope)
     with running(folder) as own, quiet_transformers():
@@ -120,7 +121,7 @@ def test_every_layer_acquires_its_experts_once_a_step(family: str, zoo: Zoo) -> 
         asked: list[int] = []
         borrow = own.cache.borrow
 
-        def counting(layer: int, experts: Sequence[int], meanwhile: Any = None) -> Iterator[Any]:
+        def counting(layer: int, experts: Sequence[int], meanwhile: Any = None) -> Generator[Loan, None, None]:
             asked.append(layer)
             assert len(set(experts)) == len(experts)
             return borrow(layer, experts, meanwhile)
@@ -158,7 +159,7 @@ def test_an_error_leaves_no_trace_either(zoo: Zoo) -> None:
     with running(zoo("mixtral")) as own, quiet_transformers():
         runner = own.runner()
         packed = PackedRunner(runner)
-        assert packed.works()
+        assert packed.works
         before = implementations(own.model)
         alone = own.logits(PROMPT)
         with pytest.raises(IndexError):
@@ -168,8 +169,9 @@ def test_an_error_leaves_no_trace_either(zoo: Zoo) -> None:
         with pytest.raises(TypeError):
             packed.run(works([runner.start(8), broken], [[5, 6], [7]]))
         assert implementations(own.model) == before
-        assert packed._pack.rows == ()
-        assert packed._pack._masks == {}
+        assert packed._attention is not None
+        assert packed._attention._rows == ()
+        assert packed._attention._masks == {}
         assert torch.equal(own.logits(PROMPT), alone)
         assert_steps_equal_the_reference(own, ROUNDS[:2], 1e-4)
 
@@ -183,7 +185,8 @@ def test_two_packed_models_live_side_by_side(zoo: Zoo) -> None:
         for own in (one, other):
             runner = own.runner()
             assert packs(runner)
-            sides.append((runner, ModelRunner(runner), *([runner.start(8) for _ in range(2)] for _ in range(2))))
+            alone, together = ([runner.start(8) for _ in range(2)] for _ in range(2))
+            sides.append((runner, ModelRunner(runner), alone, together))
         for counts in ROUNDS[:3]:
             tokens = [random_ids(count) for count in counts[:2]]
             for runner, joint, alone, together in sides:

@@ -115,7 +115,7 @@ def test_a_state_is_copied_whole_or_not_at_all(family: str, zoo: Zoo) -> None:
         cache = after(own.runner(), TOKENS[:3])
         assert not cache.can_crop()
         assert not cache.can_always_crop()
-        with pytest.raises(ValueError, match="cannot be cut has 3 tokens, not 2"):
+        with pytest.raises(ValueError, match="cannot be cropped has 3 tokens, not 2"):
             cache.fork(2, 64)
 
 

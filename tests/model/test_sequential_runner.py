@@ -27,7 +27,8 @@ def prefilled(own: Running, prompt: list[int], chunk: int, following: int = 4) -
     steps = own.runner(chunk)
     cache = steps.start(len(prompt) + following)
     with quiet_transformers():
-        logits = list(steps.prefill(cache, prompt))
+        size = chunk if steps.can_chunk else len(prompt)
+        logits = [steps.step(cache, prompt[at : at + size]) for at in range(0, len(prompt), size)]
         for _ in range(following):
             logits.append(steps.step(cache, [int(logits[-1].argmax())]))
     return logits
@@ -60,11 +61,15 @@ def test_rounding_is_not_taken_for_a_lost_state(family: str, dtype: str, zoo: Zo
         assert len(prefilled(own, PROMPT, 6)) == 4 + 4
 
 
-def test_a_short_prompt_is_one_pass_and_is_not_tried_both_ways(zoo: Zoo) -> None:
-    with running(zoo("nemotron_h")) as own:
-        prefilled(own, PROMPT[:6], 6, following=0)
-        asked = own.cache.counters.hits + own.cache.counters.misses
-        assert asked <= len(own.blueprint.experts_modules) * own.blueprint.experts_modules[0].experts
+def test_whether_prompts_may_be_divided_is_probed_once_and_without_experts(zoo: Zoo) -> None:
+    with running(zoo("nemotron_h")) as own, quiet_transformers():
+        steps, passes = own.runner(), []
+        run = steps.run
+        steps.run = lambda inputs: passes.append(1) or run(inputs)  # type: ignore[method-assign, func-returns-value]
+        assert steps.can_chunk
+        assert steps.can_chunk
+        assert len(passes) == 3, "the tokens whole, and in two parts"
+        assert own.cache.counters.hits + own.cache.counters.misses == 0
 
 
 def test_sequences_do_not_disturb_one_another(zoo: Zoo) -> None:

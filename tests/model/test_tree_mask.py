@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from edgemoe.model.draft_tree import DraftTree, TreeMask, additive
+from edgemoe.model.draft_tree import DraftTree, TreeMask, additive_mask
 from edgemoe.model.kv_cache import SequenceCache
 from edgemoe.model.model_runner import tree_input
 
@@ -98,7 +98,7 @@ def test_a_chain_needs_no_branches() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_an_additive_mask_leaves_what_is_seen_and_hides_the_rest(dtype: torch.dtype) -> None:
     visible = torch.tensor([[True, False, True], [False, False, True]])
-    mask = additive(visible, dtype)
+    mask = additive_mask(visible, dtype)
     assert mask.dtype == dtype
     assert mask.isfinite().all()
     assert torch.equal(mask == 0, visible)

@@ -96,7 +96,7 @@ def test_windows_are_masked_where_sequences_are_not_packed_too(
     family: str, zoo: Zoo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As for checkpoints whose positions are scaled by their length."""
-    monkeypatch.setattr(PackedRunner, "works", lambda self: False)
+    monkeypatch.setattr(PackedRunner, "_agrees", lambda self: False)
     with running(zoo(family)) as own, quiet_transformers():
         joint = ModelRunner(own.runner())
         assert joint.verifies == "tree"

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from edgemoe.draft.speculation import MAX_PROMPTS, Speculation
+from edgemoe.draft.proposal import Proposal, StepReport
+from edgemoe.draft.speculation import MAX_PROMPT_TOKENS, Speculation
 from edgemoe.draft.step_cost import REFRESH
-from edgemoe.model.sequential_runner import PassInput
 from edgemoe.request.request import Request
 from tests.support.checkpoints import Zoo, running
 from tests.support.crowd import Crowd
@@ -22,58 +22,59 @@ def crowd(zoo: Zoo) -> Iterator[Crowd]:
         yield Crowd(own, speculate="auto")
 
 
-def ran(crowd: Crowd, sequences: int, drafted: int = 0, prompt: int = 0) -> list[PassInput]:
-    """A step for `sequences` that decode, the first of which verifies `drafted` tokens, beside part of a prompt."""
-    cache = crowd.runner.start(64)
-    decoding = [PassInput(cache, [1] * (1 + drafted), every=bool(drafted))] + [PassInput(cache, [1])] * (sequences - 1)
-    return decoding + ([PassInput(cache, [1] * prompt)] if prompt else [])
+def report(sequences: int, seconds: float, *, drafted: int = 0, prompt: int = 0) -> StepReport:
+    """A step for `sequences` that decode, the first of which verified `drafted` tokens, beside part of a prompt."""
+    return StepReport({}, sequences, sequences + drafted + prompt, prompt, seconds, 0.0)
 
 
-def measured(speculation: Speculation, crowd: Crowd, sequences: int) -> None:
+def measured(speculation: Speculation, sequences: int) -> None:
     """Plain steps of a second are known."""
     for _ in range(3):
-        speculation.stepped(ran(crowd, sequences), False, 1.0, 0.0)
-    assert speculation._cost.of(sequences).seconds == 1.0
+        speculation.learn(Proposal(), report(sequences, 1.0))
+    assert speculation._costs.of(sequences).seconds == 1.0
 
 
 def test_the_tokens_of_a_short_prompt_tell_what_a_token_costs(crowd: Crowd) -> None:
     speculation = crowd.speculation
-    measured(speculation, crowd, 2)
+    measured(speculation, 2)
     for _ in range(200):
-        speculation.stepped(ran(crowd, 2, drafted=4, prompt=2 * MAX_PROMPTS), True, 1.8, 0.0)
-    assert speculation._cost.of(2).token == pytest.approx(0.1, abs=0.01)
-    assert speculation._cost.of(2).seconds == 1.0, "no such step is a plain one"
+        speculation.learn(Proposal(), report(2, 1.8, drafted=4, prompt=2 * MAX_PROMPT_TOKENS))
+    assert speculation._costs.of(2).token == pytest.approx(0.1, abs=0.01)
+    assert speculation._costs.of(2).seconds == 1.0, "no such step is a plain one"
 
 
 def test_those_of_a_long_one_tell_nothing(crowd: Crowd) -> None:
     speculation = crowd.speculation
-    measured(speculation, crowd, 2)
-    before = speculation._cost.of(2).token
+    measured(speculation, 2)
+    before = speculation._costs.of(2).token
     for _ in range(200):
-        speculation.stepped(ran(crowd, 2, drafted=4, prompt=2 * MAX_PROMPTS + 1), True, 9.0, 0.0)
-    assert speculation._cost.of(2).token == before
+        speculation.learn(Proposal(), report(2, 9.0, drafted=4, prompt=2 * MAX_PROMPT_TOKENS + 1))
+    assert speculation._costs.of(2).token == before
 
 
 def test_prompts_alone_are_no_step_to_learn_from(crowd: Crowd) -> None:
-    crowd.speculation.stepped(ran(crowd, 0, prompt=9)[1:], False, 1.0, 0.0)
-    assert [each.seconds for each in crowd.speculation._cost._plain.values()] == [0.0]
+    crowd.speculation.learn(Proposal(), report(0, 1.0, prompt=9))
+    assert [each.seconds for each in crowd.speculation._costs._plain.values()] == []
 
 
 def told(crowd: Crowd, prompt: int) -> float:
     """The plain steps that a controller was told a step took, with a draft of 4 and part of a prompt in it."""
     speculation, asked = crowd.speculation, crowd.ask(REPEATED)
-    measured(speculation, crowd, 1)
+    measured(speculation, 1)
     heard: list[float | None] = []
-    speculation.grow({asked: 8})
-    assert speculation._controllers is not None
-    speculation._controllers.stepped = lambda drafted, made, steps: heard.append(steps)  # type: ignore[method-assign]
-    speculation.stepped(ran(crowd, 1, drafted=4, prompt=prompt), True, 2.5, 0.0)
+    proposal = speculation.propose({asked: 8})
+
+    def stepped(drafted: object, made: object, plain_steps: float | None) -> None:
+        heard.append(plain_steps)
+
+    speculation._controllers.stepped = stepped  # type: ignore[method-assign]
+    speculation.learn(proposal, report(1, 2.5, drafted=4, prompt=prompt))
     assert heard[0] is not None
     return heard[0]
 
 
 def test_what_a_prompt_took_is_not_laid_to_a_draft(crowd: Crowd) -> None:
-    cost = crowd.speculation._cost.of(1)
+    cost = crowd.speculation._costs.of(1)
     with_prompt = told(crowd, prompt=2)
     assert with_prompt == pytest.approx(2.5 - 2 * 0.35, abs=0.05)
     assert cost.token > 0
@@ -82,13 +83,13 @@ def test_what_a_prompt_took_is_not_laid_to_a_draft(crowd: Crowd) -> None:
 def test_a_plain_step_is_not_made_while_prompts_run(crowd: Crowd) -> None:
     """It would measure nothing, and the drafts would be lost."""
     speculation, asked = crowd.speculation, crowd.ask(REPEATED)
-    measured(speculation, crowd, 1)
+    measured(speculation, 1)
     for _ in range(REFRESH):
-        speculation.stepped(ran(crowd, 1, drafted=2), True, 1.01, 0.0)
+        speculation.learn(Proposal(), report(1, 1.01, drafted=2))
     assert drafts(speculation, asked, mixed=True) > 0
     assert drafts(speculation, asked, mixed=False) == 0
     assert drafts(speculation, asked, mixed=False) > 0, "asked again only after a while"
 
 
 def drafts(speculation: Speculation, asked: Request, *, mixed: bool) -> int:
-    return sum(tree.drafted for tree in speculation.grow({asked: 8}, mixed=mixed).values())
+    return sum(tree.drafted for tree in speculation.propose({asked: 8}, mixed=mixed).trees.values())

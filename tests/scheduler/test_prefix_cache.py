@@ -8,16 +8,22 @@ from typing import Any
 
 import pytest
 
+from edgemoe.plan.kv_size import KvSize
 from edgemoe.request.token_key import token_key
+from edgemoe.scheduler.kv_budget import KvBudget
 from edgemoe.scheduler.prefix_cache import PrefixCache
 
 
-@dataclass
-class FakePast:
-    """Knows how many tokens it has and whether the last of them may be forgotten."""
+@dataclass(eq=False)
+class FakeCache:
+    """Knows how many tokens it has and whether the last of them may be dropped; charged 10 bytes a token."""
 
     tokens: int
     cuttable: bool = True
+
+    @property
+    def capacity(self) -> int:
+        return self.tokens
 
     def can_crop(self) -> bool:
         return self.cuttable
@@ -28,7 +34,19 @@ class Known:
     """What the oracle knows of a past: all tokens of its key, and the past."""
 
     tokens: list[int]
-    cache: FakePast
+    cache: FakeCache
+
+
+class FakeBudget(KvBudget):
+    """Charges what is kept, as the scheduler does before it gives a cache away."""
+
+    def __init__(self, limit: int = 1 << 30) -> None:
+        super().__init__(KvSize(0, ((10, None),)), limit)
+
+
+def kept_in(prefixes: Any, tokens: list[int], cache: Any) -> None:
+    prefixes._budget.charge(cache)
+    prefixes.keep(tokens, cache)
 
 
 def shared(one: list[int], other: list[int]) -> int:
@@ -53,18 +71,18 @@ def random_tokens(draw: random.Random, length: int) -> list[int]:
 def test_the_best_match_is_the_one_that_looking_at_all_would_find(seed: int) -> None:
     """Kept pasts of any length, cuttable or not; running ones that are anywhere in their prompts."""
     draw = random.Random(seed)
-    prefixes: Any = PrefixCache(max_kept=5)
+    prefixes: Any = PrefixCache(FakeBudget(), 5)
     kept = [
-        Known(tokens, FakePast(len(tokens), draw.random() < 0.5))
+        Known(tokens, FakeCache(len(tokens), draw.random() < 0.5))
         for tokens in (random_tokens(draw, draw.randint(1, 9)) for _ in range(5))
     ]
     for known in kept:
-        prefixes.keep(known.tokens, known.cache, 1)
+        kept_in(prefixes, known.tokens, known.cache)
     running = []
     for number in range(draw.randint(0, 12)):
         prompt = random_tokens(draw, draw.randint(1, 9))
         # A running past may be longer than its prompt, by the reply.
-        running.append(Known(prompt, FakePast(draw.randint(0, len(prompt) + 2), draw.random() < 0.7)))
+        running.append(Known(prompt, FakeCache(draw.randint(0, len(prompt) + 2), draw.random() < 0.7)))
         prefixes.watch(token_key(prompt), number, running[-1].cache)
     for _ in range(40):
         prompt = random_tokens(draw, draw.randint(1, 10))
@@ -75,16 +93,16 @@ def test_the_best_match_is_the_one_that_looking_at_all_would_find(seed: int) -> 
         if match:
             known = next(known for known in candidates if known.cache is match.cache)
             assert usable(prompt, known) == most
-            assert (match.kept is not None) == any(known is each for each in kept)
+            assert (match.prefix is not None) == any(known is each for each in kept)
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_what_is_coming_is_the_longest_beginning_of_any_running_prompt(seed: int) -> None:
     draw = random.Random(seed)
-    prefixes: Any = PrefixCache(max_kept=5)
+    prefixes: Any = PrefixCache(FakeBudget(), 5)
     prompts = {number: random_tokens(draw, draw.randint(1, 9)) for number in range(draw.randint(0, 12))}
     for number, prompt in prompts.items():
-        prefixes.watch(token_key(prompt), number, FakePast(0))
+        prefixes.watch(token_key(prompt), number, FakeCache(0))
     for number in list(prompts)[::3]:
         prefixes.unwatch(token_key(prompts.pop(number)), number)
     for _ in range(40):
@@ -100,8 +118,8 @@ def test_what_is_coming_is_the_longest_beginning_of_any_running_prompt(seed: int
 
 def test_a_prompt_is_never_taken_over_whole() -> None:
     """Its last token's logits start the reply, so that at least one token is left to compute."""
-    prefixes: Any = PrefixCache(2)
-    prefixes.keep([1, 2, 3, 4, 5], FakePast(5), 1)
+    prefixes: Any = PrefixCache(FakeBudget(), 2)
+    kept_in(prefixes, [1, 2, 3, 4, 5], FakeCache(5))
     match = prefixes.best(token_key([1, 2, 3]))
     assert match is not None
     assert match.tokens == 2
@@ -109,8 +127,8 @@ def test_a_prompt_is_never_taken_over_whole() -> None:
 
 
 def test_what_cannot_be_cut_is_taken_over_whole_or_not_at_all() -> None:
-    prefixes: Any = PrefixCache(2)
-    prefixes.keep([1, 2, 3], FakePast(3, cuttable=False), 1)
+    prefixes: Any = PrefixCache(FakeBudget(), 2)
+    kept_in(prefixes, [1, 2, 3], FakeCache(3, cuttable=False))
     assert prefixes.best(token_key([1, 2, 3])) is None
     assert prefixes.best(token_key([1, 2, 9, 9])) is None
     match = prefixes.best(token_key([1, 2, 3, 4]))
@@ -120,19 +138,19 @@ def test_what_cannot_be_cut_is_taken_over_whole_or_not_at_all() -> None:
 
 def test_the_reply_of_a_running_request_is_no_beginning_of_another() -> None:
     """Its key is its prompt; what it has generated since is not looked at."""
-    prefixes: Any = PrefixCache(2)
-    prefixes.watch(token_key([1, 2, 3]), 7, FakePast(6))
+    prefixes: Any = PrefixCache(FakeBudget(), 2)
+    prefixes.watch(token_key([1, 2, 3]), 7, FakeCache(6))
     match = prefixes.best(token_key([1, 2, 3, 4, 5, 6, 7]))
     assert match is not None
-    assert (match.tokens, match.kept) == (3, None)
+    assert (match.tokens, match.prefix) == (3, None)
     prefixes.unwatch(token_key([1, 2, 3]), 7)
     assert prefixes.best(token_key([1, 2, 3, 4])) is None
     assert prefixes.coming(token_key([1, 2, 3, 4])) is None
 
 
 def test_equal_prompts_are_told_apart_by_their_numbers() -> None:
-    prefixes: Any = PrefixCache(2)
-    caches = [FakePast(0), FakePast(3), FakePast(1)]
+    prefixes: Any = PrefixCache(FakeBudget(), 2)
+    caches = [FakeCache(0), FakeCache(3), FakeCache(1)]
     for number, cache in enumerate(caches):
         prefixes.watch(token_key([5, 5, 5]), number, cache)
     prefixes.unwatch(token_key([5, 5, 5]), 0)
@@ -142,38 +160,41 @@ def test_equal_prompts_are_told_apart_by_their_numbers() -> None:
     assert match.cache is caches[1]
 
 
-def test_the_past_that_was_of_no_use_for_longest_goes_first() -> None:
-    prefixes: Any = PrefixCache(3)
+def test_the_least_recently_used_entry_is_evicted_first() -> None:
+    budget = FakeBudget(limit=100)
+    prefixes: Any = PrefixCache(budget, 3)
     for name in (1, 2, 3):
-        prefixes.keep([name, name, name], FakePast(3), 10 * name)
-    assert prefixes.nbytes == 60
+        kept_in(prefixes, [name, name, name], FakeCache(3))
+    assert budget.nbytes == 90
     match = prefixes.best(token_key([1, 1, 1, 1]))
     assert match is not None
-    prefixes.touch(match.kept)
-    prefixes.keep([4, 4, 4], FakePast(3), 40)
+    prefixes.touch(match.prefix)
+    kept_in(prefixes, [4, 4, 4], FakeCache(3))
     assert prefixes.best(token_key([2, 2])) is None, "the oldest, since the first was of use"
-    assert prefixes.nbytes == 80
-    assert prefixes.drop_oldest()
+    assert budget.nbytes == 90
+    assert prefixes.evict_for(10) == [], "that fits"
+    assert [each.key for each in prefixes.evict_for(30)] == [token_key([3, 3, 3])]
     assert prefixes.best(token_key([3, 3])) is None
     assert prefixes.best(token_key([1, 1])) is not None
-    assert prefixes.drop_oldest()
-    assert prefixes.drop_oldest()
-    assert not prefixes.drop_oldest()
-    assert prefixes.nbytes == 0
+    assert len(prefixes.evict_for(1000)) == 2, "all, although that is not enough"
+    assert not budget.fits(1000)
+    assert budget.nbytes == 0
 
 
 def test_what_is_taken_is_gone_and_no_longer_charged() -> None:
     """Of two that are equal only the one that was taken."""
-    prefixes: Any = PrefixCache(3)
-    caches = [FakePast(3), FakePast(3)]
+    budget = FakeBudget()
+    prefixes: Any = PrefixCache(budget, 3)
+    caches = [FakeCache(3), FakeCache(3)]
     for cache in caches:
-        prefixes.keep([1, 2, 3], cache, 10)
+        kept_in(prefixes, [1, 2, 3], cache)
     match = prefixes.best(token_key([1, 2, 3, 4]))
     assert match is not None
-    assert prefixes.owns(match.kept)
-    prefixes.take(match.kept)
-    assert not prefixes.owns(match.kept)
-    assert prefixes.nbytes == 10
+    assert prefixes.take(match.prefix) is match.cache
+    assert match.prefix not in prefixes.kept
+    assert budget.nbytes == 30
     other = prefixes.best(token_key([1, 2, 3, 4]))
     assert other is not None
     assert other.cache is not match.cache
+    prefixes.clear()
+    assert budget.nbytes == 0

@@ -45,7 +45,7 @@ def test_mixed_requests_get_what_they_get_alone(family: str, count: int, in_chun
         own.cache.check_integrity()
     assert {reply.finish_reason for reply in replies} == {"stop", "length"}
     assert max(map(len, crowd.steps)) >= (6 if in_chunks else 3)
-    assert crowd.batch.totals.preemptions == 0
+    assert crowd.scheduler.totals.preemptions == 0
 
 
 @pytest.mark.parametrize("companions", [1, 4])
@@ -75,22 +75,22 @@ def test_who_loses_its_past_for_lack_of_room_is_computed_again(family: str, zoo:
         ]
         requests = [crowd.ask(prompt, **settings) for prompt, settings in asked]
         lost: list[Any] = []
-        while crowd.batch.running or crowd.batch.waiting:
+        while crowd.scheduler.running or crowd.scheduler.waiting:
             before = [request for request in requests if request.cache is not None]
             crowd.step()
             lost += [request for request in before if request.cache is None and not request.finished]
-        assert crowd.batch.totals.preemptions == len(lost) >= 2
+        assert crowd.scheduler.totals.preemptions == len(lost) >= 2
         for request, (prompt, settings) in zip(requests, asked, strict=True):
             assert_same_reply(completion(request), alone(own, prompt, **settings))
-        assert crowd.batch.totals.tokens_generated == 50 + 51 + 52 + 53
-        assert crowd.batch.totals.tokens_prompt == 4 * 20
+        assert crowd.scheduler.totals.tokens_generated == 50 + 51 + 52 + 53
+        assert crowd.scheduler.totals.tokens_prompt == 4 * 20
 
 
 def test_the_youngest_lose_their_places_and_get_them_back_first(own: Running) -> None:
     crowd = Crowd(own, capacity=lambda size: size.nbytes(192))
     old, middle, young = (crowd.ask([number] * 20, max_tokens=60) for number in (5, 6, 7))
     later = crowd.ask([7] * 20, max_tokens=2)
-    while not crowd.batch.totals.preemptions:
+    while not crowd.scheduler.totals.preemptions:
         crowd.step()
     assert old.cache is not None
     assert middle.cache is not None
@@ -120,7 +120,7 @@ def test_who_needs_room_that_only_older_ones_have_waits_for_them(own: Running) -
     assert young.cache is None
     assert old.cache is not None
     crowd.finish()
-    assert crowd.batch.totals.preemptions == 1
+    assert crowd.scheduler.totals.preemptions == 1
     assert_same_reply(completion(young), alone(own, prompt, max_tokens=80))
 
 
@@ -133,7 +133,7 @@ def test_a_request_that_is_preempted_within_its_prompt_is_counted_once(own: Runn
     prompt = random_ids(200, seed=1)
     young = crowd.ask(prompt, max_tokens=4)
     crowd.finish()
-    totals = crowd.batch.totals
+    totals = crowd.scheduler.totals
     assert totals.preemptions == 1
     assert young.shared_tokens == 0
     assert (totals.tokens_prompt, totals.tokens_shared, totals.tokens_generated) == (250, 0, 64)
@@ -160,13 +160,13 @@ def test_kept_pasts_go_before_anybody_has_to_wait(own: Running) -> None:
     crowd = Crowd(own, capacity=lambda size: 2 * size.nbytes(128))
     for seed in range(3):
         crowd.reply(random_ids(60, seed=seed), max_tokens=4)
-    assert crowd.batch.nbytes > crowd.room_nbytes // 2
+    assert crowd.scheduler.kv.nbytes > crowd.room_nbytes // 2
     one, other = crowd.ask(random_ids(110, seed=8), max_tokens=18), crowd.ask(random_ids(110, seed=9), max_tokens=18)
     crowd.step()
     assert one.cache is not None
     assert other.cache is not None
     crowd.finish()
-    assert crowd.batch.totals.preemptions == 0
+    assert crowd.scheduler.totals.preemptions == 0
 
 
 def test_room_that_is_short_is_named_as_the_bound_on_the_batch(own: Running) -> None:
@@ -174,9 +174,9 @@ def test_room_that_is_short_is_named_as_the_bound_on_the_batch(own: Running) -> 
     for seed in range(5):
         crowd.ask(random_ids(20, seed=seed), max_tokens=60)
     crowd.step()
-    assert crowd.batch.running == 3
-    assert crowd.batch.waiting == 2
-    assert crowd.batch.size.reason == "the memory for keys and values holds 3"
+    assert crowd.scheduler.running == 3
+    assert crowd.scheduler.waiting == 2
+    assert crowd.scheduler.size.reason == "the memory for keys and values holds 3"
 
 
 # --- steps -----------------------------------------------------------------------------------------
@@ -247,8 +247,8 @@ def test_a_request_runs_in_as_many_steps_as_it_has_tokens(own: Running) -> None:
     crowd = Crowd(own, step_tokens=64)
     crowd.reply(random_ids(20), max_tokens=10)
     assert crowd.steps == [[20], *[[1]] * 9]
-    assert crowd.batch.totals.steps == 10
-    assert crowd.batch.totals.seconds > 0
+    assert crowd.scheduler.totals.steps == 10
+    assert crowd.scheduler.totals.seconds > 0
 
 
 def test_never_more_run_than_the_limit_and_places_are_filled_at_once(own: Running) -> None:
@@ -256,8 +256,8 @@ def test_never_more_run_than_the_limit_and_places_are_filled_at_once(own: Runnin
     for seed in range(7):
         crowd.ask(random_ids(5, seed), max_tokens=2 + seed)
     sizes = []
-    while crowd.batch.running or crowd.batch.waiting:
-        waited = crowd.batch.waiting
+    while crowd.scheduler.running or crowd.scheduler.waiting:
+        waited = crowd.scheduler.waiting
         crowd.step()
         sizes.append(len(crowd.steps[-1]))
         assert sizes[-1] == 3 or waited == 0
@@ -272,18 +272,18 @@ def test_every_generated_token_counts_in_the_measurement_of_the_batch(max_tokens
     """The last of a reply as well: replies of one token would otherwise never be measured."""
     crowd = Crowd(own, step_tokens=32)
     seen: list[tuple[int, int]] = []
-    observe = crowd.batch.size.observe
+    observe = crowd.scheduler.size.observe
 
     def noting(running: int, tokens: int, seconds: float) -> None:
         seen.append((running, tokens))
         observe(running, tokens, seconds)
 
-    crowd.batch.size.observe = noting  # type: ignore[method-assign]
+    crowd.scheduler.size.observe = noting  # type: ignore[method-assign]
     for seed in range(4):
         # A step of 8 tokens each leaves one for a step that generates, and no sooner.
         crowd.ask(random_ids(25, seed), max_tokens=max_tokens)
     crowd.finish()
-    assert sum(tokens for _, tokens in seen) == crowd.batch.totals.tokens_generated == 4 * max_tokens
+    assert sum(tokens for _, tokens in seen) == crowd.scheduler.totals.tokens_generated == 4 * max_tokens
     assert [running for running, _ in seen] == [len(tokens) for tokens in crowd.steps]
 
 

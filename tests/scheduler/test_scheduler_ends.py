@@ -36,14 +36,14 @@ def test_cancelled_ones_end_with_what_they_have_whether_they_run_or_wait(own: Ru
     assert {reply.finish_reason for reply in replies} == {"cancelled"}
     assert [len(reply.token_ids) for reply in replies] == [4, 4, 0, 0, 0]
     assert replies[0].token_ids == alone(own, prompts[0], max_tokens=20).token_ids[:4]
-    assert crowd.batch.running == crowd.batch.waiting == 0
+    assert crowd.scheduler.running == crowd.scheduler.waiting == 0
     assert_same_reply(crowd.reply(random_ids(5, 7)), alone(own, random_ids(5, 7)))
 
 
 def test_a_preempted_one_has_begun_and_is_not_cancelled_with_those_that_wait(own: Running) -> None:
     crowd = Crowd(own, capacity=lambda size: 2 * size.nbytes(64) + 1)
     requests = [crowd.ask(random_ids(20, seed), max_tokens=60) for seed in range(2)]
-    while not crowd.batch.totals.preemptions:
+    while not crowd.scheduler.totals.preemptions:
         crowd.step()
     crowd.cancels.waiting += 1
     crowd.finish()
@@ -60,7 +60,7 @@ def test_nobody_computes_for_those_that_nobody_waits_for(own: Running) -> None:
     crowd.finish()
     assert completion(stays).finish_reason == "length"
     assert len(crowd.steps) <= 6
-    assert crowd.batch.running == crowd.batch.waiting == 0
+    assert crowd.scheduler.running == crowd.scheduler.waiting == 0
 
 
 def test_a_step_that_fails_takes_only_those_with_it_that_were_part_of_it(own: Running) -> None:
@@ -69,7 +69,7 @@ def test_a_step_that_fails_takes_only_those_with_it_that_were_part_of_it(own: Ru
     crowd.step()
     run = crowd.joint.run
 
-    def fail(work: Any) -> Any:
+    def fail(inputs: Any) -> Any:
         raise OSError("the link is down")
 
     crowd.joint.run = fail  # type: ignore[method-assign]
@@ -77,8 +77,8 @@ def test_a_step_that_fails_takes_only_those_with_it_that_were_part_of_it(own: Ru
     crowd.joint.run = run  # type: ignore[method-assign]
     failed = [request for request in requests if isinstance(request.error, OSError)]
     assert len(failed) == 2
-    assert crowd.batch.running == 0
-    assert crowd.batch.nbytes == 0, "what a failed step leaves in a past is of no use to others"
+    assert crowd.scheduler.running == 0
+    assert crowd.scheduler.kv.nbytes == 0, "what a failed step leaves in a past is of no use to others"
     crowd.finish()
     for request in requests:
         if request not in failed:
@@ -98,31 +98,30 @@ def test_a_request_whose_beginning_fails_is_not_lost(own: Running, monkeypatch: 
         patched.setattr(SequenceCache, "empty", fail)
         crowd.step()
     assert isinstance(asked.error, MemoryError)
-    assert crowd.batch.running == crowd.batch.waiting == 0
+    assert crowd.scheduler.running == crowd.scheduler.waiting == 0
     assert_same_reply(crowd.reply(random_ids(5)), alone(own, random_ids(5)))
 
 
 def test_a_request_that_fails_after_it_got_its_place_gives_it_back(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether a family may be run in chunks is found out by running it, which may fail."""
-
-    def fail(prompt: object) -> bool:
-        raise RuntimeError("no such kernel")
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("no such sequence")
 
     with running(zoo("gpt_oss")) as own, quiet_transformers():
         crowd = Crowd(own)
         asked = crowd.ask(random_ids(20))
-        monkeypatch.setattr(crowd.runner, "can_chunk", fail)
+        # What an admission does last: the request runs already.
+        monkeypatch.setattr(SequenceCache, "can_always_crop", fail)
         crowd.step()
         assert isinstance(asked.error, RuntimeError)
         assert crowd.steps == []
-        assert crowd.batch.running == crowd.batch.waiting == crowd.batch.nbytes == 0
+        assert crowd.scheduler.running == crowd.scheduler.waiting == crowd.scheduler.kv.nbytes == 0
 
 
 def test_what_ends_the_computing_thread_goes_on_in_it_and_is_told_to_the_others(own: Running) -> None:
     crowd = Crowd(own, limit=2)
     requests = [crowd.ask([10 + number] * 3) for number in range(3)]
 
-    def interrupt(work: Any) -> Any:
+    def interrupt(inputs: Any) -> Any:
         raise KeyboardInterrupt
 
     run = crowd.joint.run

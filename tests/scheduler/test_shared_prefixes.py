@@ -9,13 +9,13 @@ import pytest
 
 from edgemoe import Engine, Sampling
 from edgemoe.quiet import quiet_transformers
-from edgemoe.scheduler.scheduler import MAX_CACHED_PREFIXES, WORTH_SHARING, WORTH_WAITING
+from edgemoe.scheduler.scheduler import MAX_CACHED_PREFIXES, MIN_AWAITED_PREFIX, MIN_PREFIX
 from tests.support.checkpoints import Running, Zoo, random_ids, running
 from tests.support.crowd import Crowd, alone, assert_same_reply, completion
 
 KINDS = ["mixtral", "gpt_oss", "nemotron_h", "minimax"]
 """Rows only; windows of 6 tokens; recurrent states, in transformers' cache and in one of the family's own."""
-HEADER = random_ids(WORTH_WAITING + 22, seed=50)
+HEADER = random_ids(MIN_AWAITED_PREFIX + 22, seed=50)
 
 
 @pytest.fixture(params=KINDS)
@@ -37,7 +37,7 @@ def test_a_header_of_several_requests_is_computed_once(own: Running) -> None:
     crowd.finish()
     rest = sum(len(prompt) - len(HEADER) for prompt in prompts)
     assert prompt_tokens_computed(crowd) == len(HEADER) + rest
-    assert crowd.batch.totals.tokens_shared == 4 * len(HEADER)
+    assert crowd.scheduler.totals.tokens_shared == 4 * len(HEADER)
     assert sorted(request.shared_tokens for request in requests) == [0, *[len(HEADER)] * 4]
     for request, prompt in zip(requests, prompts, strict=True):
         assert completion(request).timings.shared_tokens == request.shared_tokens
@@ -51,7 +51,7 @@ def test_of_a_header_that_takes_many_steps_little_is_computed_twice(own: Running
     for seed in range(4):
         crowd.ask([*header, *random_ids(10, seed)], max_tokens=1)
     crowd.finish()
-    assert crowd.batch.totals.tokens_shared > 3 * (len(header) - WORTH_WAITING)
+    assert crowd.scheduler.totals.tokens_shared > 3 * (len(header) - MIN_AWAITED_PREFIX)
 
 
 def test_a_header_is_still_there_when_the_next_requests_come_later(own: Running) -> None:
@@ -67,7 +67,7 @@ def test_a_header_is_still_there_when_the_next_requests_come_later(own: Running)
 
 def test_requests_of_two_headers_share_each_with_its_own(own: Running) -> None:
     crowd = Crowd(own, limit=3, step_tokens=256)
-    other = random_ids(WORTH_WAITING + 5, seed=51)
+    other = random_ids(MIN_AWAITED_PREFIX + 5, seed=51)
     prompts = [[*(HEADER, other)[seed % 2], *random_ids(5, seed)] for seed in range(8)]
     requests = [crowd.ask(prompt, max_tokens=3) for prompt in prompts]
     crowd.finish()
@@ -139,15 +139,15 @@ def test_nobody_waits_for_a_beginning_that_is_short(zoo: Zoo) -> None:
     with running(zoo("mixtral")) as own, quiet_transformers():
         crowd = Crowd(own, step_tokens=64)
         for seed in range(3):
-            crowd.ask([*random_ids(WORTH_WAITING - 1, seed=9), *random_ids(50, seed)], max_tokens=1)
+            crowd.ask([*random_ids(MIN_AWAITED_PREFIX - 1, seed=9), *random_ids(50, seed)], max_tokens=1)
         crowd.step()
-        assert crowd.batch.running == 3
+        assert crowd.scheduler.running == 3
 
 
 def test_a_beginning_of_a_few_tokens_is_not_looked_after(zoo: Zoo) -> None:
     with running(zoo("mixtral")) as own, quiet_transformers():
         crowd = Crowd(own)
-        for length, shared in ((WORTH_SHARING - 1, 0), (WORTH_SHARING, WORTH_SHARING)):
+        for length, shared in ((MIN_PREFIX - 1, 0), (MIN_PREFIX, MIN_PREFIX)):
             header = random_ids(length, seed=length)
             for seed in range(2):
                 asked = crowd.ask([*header, 3 + seed, 5], max_tokens=3)
@@ -157,8 +157,8 @@ def test_a_beginning_of_a_few_tokens_is_not_looked_after(zoo: Zoo) -> None:
 
 def test_a_short_prompt_is_one_step_where_a_copy_of_its_past_would_be_of_no_use(own: Running) -> None:
     crowd = Crowd(own)
-    crowd.reply(random_ids(WORTH_SHARING), max_tokens=2)
-    assert crowd.steps == [[WORTH_SHARING], [1]]
+    crowd.reply(random_ids(MIN_PREFIX), max_tokens=2)
+    assert crowd.steps == [[MIN_PREFIX], [1]]
 
 
 def test_a_prompt_of_a_family_that_goes_whole_shares_nothing(zoo: Zoo) -> None:
@@ -167,7 +167,7 @@ def test_a_prompt_of_a_family_that_goes_whole_shares_nothing(zoo: Zoo) -> None:
         for seed in range(2):
             prompt = [*HEADER, *random_ids(5, seed)]
             assert_same_reply(crowd.reply(prompt, max_tokens=2), alone(own, prompt, max_tokens=2))
-        assert crowd.batch.totals.tokens_shared == 0
+        assert crowd.scheduler.totals.tokens_shared == 0
 
 
 def test_only_the_latest_are_kept(zoo: Zoo) -> None:
@@ -192,12 +192,12 @@ def test_what_is_kept_holds_no_more_memory_than_it_is_charged_with(zoo: Zoo) -> 
         assert crowd.steps == [[60, 60]]
         held = {
             rows.untyped_storage().data_ptr(): rows.untyped_storage().nbytes()
-            for kept in crowd.batch._prefixes._kept
+            for kept in crowd.scheduler._prefixes.kept
             for layer in kept.cache.kv.layers
             for rows in (layer.keys, layer.values)
         }
         assert len(held) == 2 * 2 * 4, "keys and values of both in four layers"
-        assert sum(held.values()) <= crowd.batch.nbytes
+        assert sum(held.values()) <= crowd.scheduler.kv.nbytes
 
 
 def test_an_engine_tells_how_much_was_shared(talker: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+import torch
 
 from bench.support.byte_tokenizer import byte_tokenizer
 from edgemoe.config import EngineConfig
@@ -24,7 +25,10 @@ from edgemoe.request.request import Cancels, Request
 from edgemoe.results import Completion
 from edgemoe.sampling import Sampling, resolve
 from edgemoe.scheduler.batch_size import BatchSize
+from edgemoe.scheduler.kv_budget import KvBudget
 from edgemoe.scheduler.scheduler import Scheduler
+from edgemoe.scheduler.step_loop import StepLoop
+from edgemoe.scheduler.step_runner import StepRunner
 from tests.support.checkpoints import Running, random_ids
 
 PromptAndSettings = tuple[list[int], dict[str, Any]]
@@ -59,7 +63,7 @@ def alone(own: Running, prompt: Sequence[int], **settings: Any) -> Completion:
     runner = own.runner(prefill_chunk=10_000)
     single = new_request(0, prompt, Cancels(), **settings)
     cache = runner.start(len(prompt))
-    single.begin(cache, 0)
+    single.begin(cache)
     while not single.finished:
         single.advance(runner.step(cache, single.tokens[cache.tokens :]))
     return completion(single)
@@ -133,12 +137,19 @@ class Crowd:
         self.joint = ModelRunner(self.runner)
         size = BatchSize(limit, automatic=False)
         self.speculation = speculating(own, self.joint, speculate=speculate, **drafts)
-        self.batch = Scheduler(self.joint, self.speculation, self._kv, self.room_nbytes, step_tokens, size, patience)
+        self.scheduler = Scheduler(
+            self.joint,
+            KvBudget(self._kv, self.room_nbytes),
+            step_tokens,
+            size,
+            patience,
+            max_draft_nodes=self.speculation.max_nodes if self.speculation.active else 0,
+        )
+        self.loop = StepLoop(self.scheduler, self.speculation, StepRunner(self.joint, own.cache.counters))
         self.cancels = Cancels()
         self.requests: list[Request] = []
         self.steps: list[list[int]] = []
         """Tokens of each sequence, for each pass."""
-        self._counters = own.cache.counters
         self._limit = limit
         self._step_tokens = step_tokens
         self._in_chunks = in_chunks
@@ -155,17 +166,17 @@ class Crowd:
         """Puts a request in the line."""
         asked = new_request(len(self.requests), prompt, self.cancels, **settings)
         self.requests.append(asked)
-        self.batch.add(asked)
+        self.loop.add(asked)
         return asked
 
     def step(self) -> None:
         """One step, after which everything that is promised must hold."""
         done = len(self.steps)
         try:
-            self.batch.step(self._counters)
+            self.loop.step()
         finally:
-            assert self.batch.nbytes == self._held_nbytes() <= self.room_nbytes
-            assert self.batch.running <= self._limit
+            assert self.scheduler.kv.nbytes == self._held_nbytes() <= self.room_nbytes
+            assert self.scheduler.running <= self._limit
             for tokens in self.steps[done:]:
                 bound = max(self._step_tokens, len(tokens) + self._step_tokens // 4) + self._drafts
                 assert sum(tokens) <= bound or not self._in_chunks
@@ -173,7 +184,7 @@ class Crowd:
     def finish(self) -> None:
         """Steps until nobody is left."""
         steps = 0
-        while self.batch.running or self.batch.waiting:
+        while self.scheduler.running or self.scheduler.waiting:
             self.step()
             steps += 1
             assert steps < 3000, "somebody waits for ever"
@@ -187,9 +198,9 @@ class Crowd:
     def _held_nbytes(self) -> int:
         """What the pasts there are take by their room, whatever they are charged with."""
         caches = [request.cache for request in self.requests if request.cache is not None]
-        caches += [kept.cache for kept in self.batch._prefixes._kept]
+        caches += [kept.cache for kept in self.scheduler._prefixes.kept]
         return sum(self._kv.nbytes(cache.capacity) for cache in caches)
 
-    def _watched_run(self, work: Sequence[PassInput]) -> Any:
-        self.steps.append([len(item.tokens) for item in work])
-        return self._run(work)
+    def _watched_run(self, inputs: Sequence[PassInput]) -> list[torch.Tensor]:
+        self.steps.append([len(item.tokens) for item in inputs])
+        return self._run(inputs)

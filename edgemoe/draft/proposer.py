@@ -1,0 +1,208 @@
+"""Builds the draft trees of a step: n-grams first, which cost nothing, then a drafter that runs passes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+
+from edgemoe.draft.controller import Controllers
+from edgemoe.draft.ngram_drafters import NgramDrafters
+from edgemoe.draft.pass_drafter import Branch, PassDrafter
+from edgemoe.draft.proposal import Proposal
+from edgemoe.draft.settings import DraftSettings
+from edgemoe.draft.step_cost import CycleCost, StepCost
+from edgemoe.draft.tree_builder import TreeBuilder
+from edgemoe.experts.expert_predictor import ExpertPredictor
+from edgemoe.model.draft_tree import Candidate
+from edgemoe.prefetch.calibration import CalibratedRates
+from edgemoe.request.request import Request
+
+MIN_PROBABILITY = 0.02
+"""Path probability below which nothing is drafted, however many nodes are allowed."""
+MIN_CHAIN_PROBABILITY = 0.5
+"""Path probability below which n-grams leave a chain's next node to a drafter that runs passes."""
+MARGIN = 1.4
+"""Worth over cost from which a priced node is drafted: both are estimates."""
+SHARE_BINS = 10
+"""Bins of a drafted token's share of the softmax, each with its own acceptance rate."""
+
+
+class DraftPrice(NamedTuple):
+    """What a drafted token costs in a step, and what it is worth, both in seconds (the rule of S2-MoE)."""
+
+    priced: bool
+    """Whether a node must be worth its cost."""
+    step: StepCost
+    worth: float
+    """Seconds that an accepted token saves: a plain step's time for one sequence."""
+    load_seconds: float
+    """Seconds that a pass waits for one missing expert."""
+
+    def pays(self, probability: float, loads: int | None = None) -> bool:
+        """Whether a node with this path probability is worth its cost.
+
+        `loads` is the number of experts that the node is likely to add to those resident or needed already; None
+        where it is not known, and the average cost of a token is taken.
+        """
+        if probability < MIN_PROBABILITY:
+            return False
+        if not self.priced:
+            return True
+        cost = self.step.token if loads is None else self.step.computing + loads * self.load_seconds
+        return 0 < MARGIN * cost <= probability * self.worth
+
+
+class DraftProposer:
+    """Builds trees within each sequence's setting. Where nodes are priced, a node is added only while it pays."""
+
+    def __init__(
+        self,
+        settings: DraftSettings,
+        controllers: Controllers,
+        costs: CycleCost,
+        calibration: CalibratedRates,
+        ngrams: NgramDrafters,
+        passes: PassDrafter | None,
+        predictor: ExpertPredictor,
+    ) -> None:
+        """`calibration` has a rate for each of `SHARE_BINS`; whoever learns updates it, `controllers` and `costs`."""
+        self._settings = settings
+        self._controllers = controllers
+        self._costs = costs
+        self._calibration = calibration
+        self._ngrams = ngrams
+        self._passes = passes
+        self._predictor = predictor
+
+    def propose(self, limits: Mapping[Request, int], *, mixed: bool) -> Proposal:
+        """The drafts of a step, at most `limits` nodes for each request. `mixed`: the step runs parts of prompts too.
+
+        Drafting passes append to KV caches and roll back. Predicted experts may be on the link afterwards.
+        """
+        started = time.perf_counter()
+        step = self._costs.of(len(limits))
+        price = DraftPrice(self._settings.priced, step, step.seconds / len(limits), self._predictor.load_seconds)
+        # A plain step is measured without drafts and without prompts.
+        builders = [] if self._settings.priced and not mixed and step.is_due() else self._builders(limits)
+        if "ngram" in self._settings.drafters:
+            self._ngrams.read(limits)
+            for builder in builders:
+                self._add_ngrams(builder, price)
+        passed = self._add_by_passes(builders, price)
+        nodes = dict.fromkeys(limits, 0)
+        # A pass takes its time also where it finds nothing that is worth drafting.
+        nodes |= {each.request: max(each.tree.drafted, each.request in passed) for each in builders}
+        return Proposal(
+            trees={each.request: each.tree for each in builders if each.tree.drafted},
+            bins={each.request: each.bins for each in builders},
+            nodes=nodes,
+            passed=passed,
+            cost=step,
+            seconds=time.perf_counter() - started,
+        )
+
+    def _builders(self, limits: Mapping[Request, int]) -> list[TreeBuilder]:
+        """A builder for each request that is drafted for now."""
+        settings = ((request, limit, self._controllers.setting(request)) for request, limit in limits.items())
+        return [
+            TreeBuilder(request, min(limit, self._settings.nodes), setting)
+            for request, limit, setting in settings
+            if setting is not None
+        ]
+
+    def _add_ngrams(self, builder: TreeBuilder, price: DraftPrice) -> None:
+        # A chain has one node at each depth: an unlikely one is left to the drafter that comes next.
+        shared = builder.chain and builder.passes and self._passes is not None
+        frontier = self._ngrams.frontier(
+            builder.request,
+            builder.tree,
+            branching=not builder.chain,
+            max_depth=builder.max_depth,
+            min_probability=MIN_CHAIN_PROBABILITY if shared else MIN_PROBABILITY,
+        )
+        while not builder.full and (best := frontier.best()) is not None and price.pays(best.probability):
+            builder.add(best)
+
+    # --- drafting passes ---------------------------------------------------------------------------
+
+    def _add_by_passes(self, builders: Sequence[TreeBuilder], price: DraftPrice) -> frozenset[Request]:
+        """Rounds of drafting passes while they pay; the requests that they were run for."""
+        passes = self._passes
+        if passes is None:
+            return frozenset()
+        growing = [each for each in builders if each.passes and not each.full and passes.takes(each.request)]
+        if not growing or not self._round_pays(growing, price):
+            return frozenset()
+        begun = list(growing)
+        self._predictor.begin_cycle()
+        try:
+            passes.begin([builder.request for builder in begun])
+            growing = self._round(passes, growing, price)
+            while growing and self._round_pays(growing, price):
+                growing = self._round(passes, growing, price)
+            self._run_leaves(passes, [each for each in begun if each.unexpanded and each.tree.drafted])
+        finally:
+            passes.end()
+        return frozenset(builder.request for builder in begun)
+
+    def _round(self, passes: PassDrafter, builders: list[TreeBuilder], price: DraftPrice) -> list[TreeBuilder]:
+        """Runs the unexpanded nodes and adds the best children; the builders that have unexpanded nodes again."""
+        started = time.perf_counter()
+        branches = [Branch(builder.request, builder.tree, builder.unexpanded) for builder in builders]
+        logits = passes.run(branches)
+        self._costs.saw_draft(len(builders), time.perf_counter() - started)
+        self._add_predictions(passes, builders)
+        for builder, after in zip(builders, logits, strict=True):
+            self._propose_children(builder, after)
+            builder.unexpanded = []
+            # Exactly the width: a candidate that is taken out is not proposed again.
+            for candidate in islice(builder.best_proposals(), builder.width):
+                if not price.pays(candidate.probability, builder.loads.get(candidate.parent)):
+                    break
+                builder.add(candidate)
+        return [builder for builder in builders if any(map(builder.fits, builder.unexpanded))]
+
+    def _run_leaves(self, passes: PassDrafter, builders: list[TreeBuilder]) -> None:
+        """Runs the last nodes for their routing alone, where cycles wait for the link more than they compute."""
+        if builders and passes.predicts_experts and self._predictor.link_bound:
+            passes.run([Branch(builder.request, builder.tree, builder.unexpanded) for builder in builders])
+            self._add_predictions(passes, builders)
+
+    def _propose_children(self, builder: TreeBuilder, logits: torch.Tensor) -> None:
+        """Proposes what may follow the unexpanded nodes, given the logits after each, [nodes, vocabulary]."""
+        tree = builder.tree
+        for node, after in zip(builder.unexpanded, logits, strict=True):
+            if node and tree.tokens[node] in builder.request.ends:
+                continue
+            for token, share in builder.request.candidates(tree, node, after, builder.width):
+                number = min(int(share * SHARE_BINS), SHARE_BINS - 1)
+                path = tree.probabilities[node] * self._calibration.rate(number)
+                builder.propose(Candidate(node, token, path, number))
+
+    def _round_pays(self, builders: list[TreeBuilder], price: DraftPrice) -> bool:
+        """Whether one more drafting pass is likely to save more time than it takes."""
+        if not price.priced:
+            return True
+        likeliest = sum(max(each.tree.probabilities[node] for node in each.unexpanded) for each in builders)
+        gain = likeliest * price.worth * self._calibration.rate(SHARE_BINS - 1)
+        return self._costs.draft_pays(len(builders), gain)
+
+    def _add_predictions(self, passes: PassDrafter, builders: Sequence[TreeBuilder]) -> None:
+        """Predicts the experts of the nodes that were just run, and counts those that each node adds.
+
+        A child needs much of what its parent needs, so the count prices the children.
+        """
+        if not passes.predicts_experts:
+            return
+        nodes = [(builder, node) for builder in builders for node in builder.unexpanded]
+        certain = torch.tensor([builder.tree.probabilities[node] for builder, node in nodes])
+        loads = torch.zeros(len(nodes), dtype=torch.long)
+        for layer, wanted in enumerate(passes.wanted):
+            loads += self._predictor.add_prediction(layer, wanted, certain)
+        for (builder, node), count in zip(nodes, loads.tolist(), strict=True):
+            builder.loads[node] = count
+        self._predictor.issue()

@@ -1,0 +1,200 @@
+"""Attention over the tokens of several sequences laid end to end, through transformers' attention registry.
+
+Everything in a model but attention treats each token alone, so a row of tokens may come from any sequences. The
+attention modules of a packed model call `attend`, which splits the row, appends each sequence's keys and values to
+its own cache, and runs the family's own attention for each sequence.
+
+Where the state lives: `ALL_ATTENTION_FUNCTIONS` holds `attend` under `NAME`, once for the process. Each attention
+module holds a reference to its model's `PackedAttention`. A pass's rows are in that object, inside `running` only.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional as F
+from transformers.cache_utils import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from edgemoe.model.draft_tree import TreeMask, additive_mask
+from edgemoe.model.rope import scales_with_length
+
+NAME = "edgemoe_packed"
+"""The entry in transformers' registry of attention functions. It keeps no state: every model brings its own."""
+KINDS = {"full_attention", "sliding_attention"}
+"""Kinds of attention whose masks this module can make."""
+_ATTRIBUTE = "edgemoe_packed_attention"
+
+
+class Row(NamedTuple):
+    """One sequence's part of the packed row: its KV cache, and its first token and the end of its tokens in the row."""
+
+    kv: DynamicCache
+    first: int
+    last: int
+    tree_mask: TreeMask | None
+    batch_invariant: bool = False
+    """Whether each of several tokens attends as it does in a step of its own, to the same bits."""
+
+
+class _Attached(NamedTuple):
+    """What an attention module holds: its model's rows, and the attention that it runs by itself."""
+
+    packed: PackedAttention
+    base: Callable[..., Any]
+    additive: bool
+    """Whether the masks of `base` are added to the scores."""
+
+
+class PackedAttention:
+    """The attention of one model's packed passes. Used by one thread at a time."""
+
+    def __init__(self, model: Any) -> None:
+        """`attached` is False where the family's attention cannot be packed; `model` is then left as it is."""
+        self._rows: Sequence[Row] = ()
+        self._masks: dict[object, torch.Tensor] = {}
+        self._picks: dict[object, list[slice | torch.Tensor]] = {}
+        self._configs = configs_of(model)
+        self._bases = [config._attn_implementation for config in self._configs]
+        self.attached = self._attach(model)
+
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether some row of the pass under way asks for the bits of single steps."""
+        return any(row.batch_invariant for row in self._rows)
+
+    @contextmanager
+    def running(self, rows: Sequence[Row]) -> Iterator[None]:
+        """In the block the model's attention works on `rows`; afterwards its configurations are as they were."""
+        self._rows = rows
+        try:
+            for config in self._configs:
+                config._attn_implementation = NAME
+            yield
+        finally:
+            # Outer configurations come first: setting one sets the inner ones, which are then set again.
+            for config, base in zip(self._configs, self._bases, strict=True):
+                config._attn_implementation = base
+            self._rows = ()
+            self._masks.clear()
+            self._picks.clear()
+
+    def _attach(self, model: Any) -> bool:
+        kinds = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or KINDS)
+        # Positions scaled by the length of the longest sequence would make companions depend on one another.
+        scaled = any(scales_with_length(config) for config in self._configs)
+        if scaled or not kinds <= KINDS or not getattr(model, "_supports_attention_backend", False):
+            return False
+        for module in model.modules():
+            if isinstance(getattr(module, "layer_idx", None), int) and (base := _base_attention(module)) is not None:
+                vars(module)[_ATTRIBUTE] = _Attached(self, *base)
+        ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
+        return True
+
+    def attend(self, module: Any, query: Any, key: Any, value: Any, attached: _Attached, options: Any) -> torch.Tensor:
+        """See `attend`."""
+        outputs = []
+        for row in self._rows:
+            first, last = row.first, row.last
+            keys, values = row.kv.update(key[:, :, first:last], value[:, :, first:last], module.layer_idx)
+            layer = row.kv.layers[module.layer_idx]
+            window = layer.sliding_window if layer.is_sliding else None
+            folds = not attached.additive and keys.device.type == "cpu" and options.get("position_bias") is None
+            if row.batch_invariant or (folds and last - first == 1):
+                single = _single_sdpa if folds else attached.base
+                for place, pick in enumerate(self._picked_keys(row, keys.shape[-2], window), first):
+                    own = query[:, :, place : place + 1]
+                    outputs.append(single(module, own, keys[:, :, pick], values[:, :, pick], None, **options)[0])
+            else:
+                mask = self._mask(row, keys, window, additive=attached.additive)
+                outputs.append(attached.base(module, query[:, :, first:last], keys, values, mask, **options)[0])
+        return torch.cat(outputs, dim=1)
+
+    def _mask(self, row: Row, keys: torch.Tensor, window: int | None, *, additive: bool) -> torch.Tensor | None:
+        """Which of `keys`, [1, heads, keys, width], each token of `row` attends to; None where no mask is needed.
+
+        Bool [1, 1, queries, keys], or 0 and the smallest number of the dtype where `additive`.
+        """
+        queries, count = row.last - row.first, keys.shape[-2]
+        unmasked = queries == 1 or (queries == count and not additive)
+        if row.tree_mask is None and unmasked and (window is None or count <= window):
+            return None
+        # Rows without a tree that are equally long share a mask.
+        key = (row.first if row.tree_mask else -queries, count, window)
+        if key not in self._masks:
+            visible = row.tree_mask.visible(count, window) if row.tree_mask else _causal(queries, count, window)
+            visible = visible.to(keys.device)
+            self._masks[key] = (additive_mask(visible, keys.dtype) if additive else visible)[None, None]
+        return self._masks[key]
+
+    def _picked_keys(self, row: Row, count: int, window: int | None) -> list[slice | torch.Tensor]:
+        """For each token of `row`, which of the last `count` keys it attends to; a slice where these are adjacent."""
+        key = (row.first, count, window)
+        if key not in self._picks:
+            if row.tree_mask:
+                self._picks[key] = [_pick(each.nonzero()[:, 0]) for each in row.tree_mask.visible(count, window)]
+            else:
+                ends = range(count - (row.last - row.first) + 1, count + 1)
+                self._picks[key] = [slice(max(0, end - window) if window else 0, end) for end in ends]
+        return self._picks[key]
+
+
+def attend(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **options: Any
+) -> tuple[torch.Tensor, None]:
+    """Attention over a packed row, with transformers' signature: `query` is [1, heads, tokens, width].
+
+    Appends to the KV cache of every row. Returns [1, tokens, heads, width].
+    """
+    attached: _Attached = vars(module)[_ATTRIBUTE]
+    return attached.packed.attend(module, query, key, value, attached, options), None
+
+
+def configs_of(model: Any) -> list[Any]:
+    """Every configuration that a module of `model` reads, outer ones first."""
+    found = {id(module.config): module.config for module in model.modules() if getattr(module, "config", None)}
+    return list(found.values())
+
+
+def _pick(positions: torch.Tensor) -> slice | torch.Tensor:
+    first, last = int(positions[0]), int(positions[-1])
+    return slice(first, last + 1) if last - first + 1 == len(positions) else positions
+
+
+def _causal(queries: int, count: int, window: int | None) -> torch.Tensor:
+    """Bool [queries, count]: the causal mask of the last `queries` of `count` tokens."""
+    positions = torch.arange(count)
+    own = positions[count - queries :, None]
+    return positions <= own if window is None else (positions <= own) & (positions > own - window)
+
+
+def _single_sdpa(
+    module: Any,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    attention_mask: None,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' SDPA for a single query that attends to all keys, on a CPU.
+
+    Query heads that share a key head take the places of queries: PyTorch's own grouping is fifteen times as slow.
+    """
+    heads, width = query.shape[1], query.shape[-1]
+    folded = query.reshape(1, keys.shape[1], heads // keys.shape[1], width)
+    output = F.scaled_dot_product_attention(folded, keys, values, scale=scaling)
+    return output.reshape(1, 1, heads, values.shape[-1]), None
+
+
+def _base_attention(module: Any) -> tuple[Callable[..., Any], bool] | None:
+    """The attention that `module` runs by itself, and whether its masks are added; None where it has none."""
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if implementation == "sdpa":
+        return ALL_ATTENTION_FUNCTIONS["sdpa"], False
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return (eager, True) if implementation == "eager" and eager is not None else None
