@@ -9,21 +9,15 @@ import argparse
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, NamedTuple, NoReturn
 
 from edgemoe.cli.exits import UsageError
-from edgemoe.config import EngineConfig
+from edgemoe.config import EngineConfig, choices_of, settings_of
 from edgemoe.errors import RequestError
 from edgemoe.sampling import Sampling
 from edgemoe.sizes import parse_bytes
 
-_DEFAULTS = EngineConfig()
-_DTYPES = ("auto", "bfloat16", "float16", "float32")
-_SPECULATE = ("auto", "auto+self", "off", "ngram", "self", "model", "ngram+self", "ngram+model")
-_SHAPES = ("tree", "chain")
-_RULES = ("auto", "reselect", "affinity", "fewer")
-_BUDGET_RULES = ("sum", "path", "residency")
-_DROPPED = ("substitute", "truncate")
 _SHARE = re.compile(r"\d+(\.\d+)?%")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _WORDS_FOR = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
@@ -180,100 +174,53 @@ def expert_cache(value: str) -> str | int:
     return size
 
 
+_FLAGS = {"context": ("-c", "--ctx-size"), "threads": ("-t", "--threads")}
+"""Options with another name than their setting, or a short one."""
+
+
+def flags_of(setting: str) -> tuple[str, ...]:
+    """The options of a setting of the engine, the long one last."""
+    return _FLAGS.get(setting, (f"--{setting.replace('_', '-')}",))
+
+
+def option_of(setting: str) -> str:
+    """The name under which the arguments have a setting of the engine."""
+    return flags_of(setting)[-1].lstrip("-").replace("-", "_")
+
+
+def _kind(setting: str) -> Callable[[str], Any]:
+    """How a setting's value is read: by its choices, a reader of its own, or its type."""
+    choices = choices_of(setting)
+    if choices:
+        return one_of(*choices)
+    own: dict[str, Callable[[str], Any]] = {
+        "batch": batch_size, "device": device, "expert_cache": expert_cache, "link_gbps": speed,
+    }  # fmt: skip
+    by_type: dict[str, Callable[[str], Any]] = {"bool": yes_or_no, "int": counted, "int | None": counted}
+    types = {entry.name: str(entry.type) for entry in fields(EngineConfig)}
+    return own.get(setting) or by_type.get(types[setting]) or text
+
+
+_KINDS = {setting: _kind(setting) for setting in settings_of()}
+
+
 # --- groups of options ---------------------------------------------------------------------------
+
+
+def add_settings(parser: Parser, *groups: str) -> None:
+    """The settings of an engine in `groups`, as `EngineConfig` defines them."""
+    for name, info in settings_of(*groups).items():
+        help = info.help.replace("%", "%%")
+        if _KINDS[name] is yes_or_no:
+            parser.switch(*flags_of(name), help=help)
+        else:
+            parser.option(*flags_of(name), convert=_KINDS[name], metavar=info.metavar, help=help)
 
 
 def add_model_options(parser: Parser) -> None:
     """Which model and how to hold it."""
     add_model_option(parser)
-    parser.option("-c", "--ctx-size", convert=counted, metavar="N", help="tokens of context to make room for")
-    add_machine_options(parser)
-    _add_draft_options(parser)
-
-
-def add_machine_options(parser: Parser) -> None:
-    """What to compute with, and where from."""
-    parser.option("-t", "--threads", convert=counted, metavar="N", help="CPU threads to compute with")
-    parser.option("--device", convert=device, metavar="DEVICE", help="auto, cpu, cuda or cuda:N")
-    parser.option("--dtype", convert=one_of(*_DTYPES), metavar="DTYPE", help=", ".join(_DTYPES))
-    parser.option(
-        "--expert-cache",
-        convert=expert_cache,
-        metavar="SIZE",
-        help="room for experts on the device: auto, bytes (6GiB), a share of the experts (40%%) or slots (96)",
-    )
-    add_offline_option(parser)
-    parser.option(
-        "--link-gbps",
-        convert=speed,
-        metavar="N",
-        help="simulate a link between host and device of N gigabytes a second",
-    )
-
-
-def _add_draft_options(parser: Parser) -> None:
-    """What drafts tokens ahead, and what is brought in ahead."""
-    parser.option(
-        "--speculate",
-        convert=one_of(*_SPECULATE),
-        metavar="WHAT",
-        help=f"what drafts tokens: {', '.join(_SPECULATE)}; auto drafts what pays, a named drafter always drafts",
-    )
-    parser.option(
-        "--draft-model",
-        convert=text,
-        metavar="MODEL",
-        help="smaller checkpoint with the same tokenizer, which drafts with --speculate auto or model",
-    )
-    parser.option(
-        "--draft-nodes",
-        convert=counted,
-        metavar="N",
-        help=f"most drafted tokens that are checked at once ({_DEFAULTS.draft_nodes})",
-    )
-    parser.option(
-        "--draft-depth",
-        convert=counted,
-        metavar="N",
-        help=f"most drafted tokens that follow one another ({_DEFAULTS.draft_depth})",
-    )
-    parser.option(
-        "--draft-shape", convert=one_of(*_SHAPES), metavar="SHAPE", help="tree, or chain for drafts without branches"
-    )
-    parser.option(
-        "--draft-rule",
-        convert=one_of(*_RULES),
-        metavar="RULE",
-        help="how --speculate self does without an expert that is not there: "
-        "with the next best (reselect), the most similar (affinity), the best two that are there (fewer), "
-        "or whichever of these turns out best (auto)",
-    )
-    parser.option(
-        "--prefetch",
-        convert=one_of("auto", "off"),
-        metavar="WHAT",
-        help="bring in experts before they are asked for: auto (while that pays) or off",
-    )
-    parser.option(
-        "--budget",
-        convert=text,
-        metavar="SIZE",
-        help="lossy: keep each check of drafts to N experts a layer (8), a share of the routing mass (95%%) or "
-        "bytes of experts (64MiB); off is exact",
-    )
-    parser.option(
-        "--budget-rule",
-        convert=one_of(*_BUDGET_RULES),
-        metavar="RULE",
-        help="which experts the budget is for: those with most routing (sum), the same by how likely each draft is "
-        "(path), or enough for every token where only what is not there counts (residency)",
-    )
-    parser.option(
-        "--budget-dropped",
-        convert=one_of(*_DROPPED),
-        metavar="HOW",
-        help="what tokens do without an expert that was dropped: take another (substitute) or none (truncate)",
-    )
+    add_settings(parser, "context", "machine", "draft")
 
 
 def add_model_option(parser: Parser) -> None:
@@ -289,17 +236,7 @@ def add_model_option(parser: Parser) -> None:
 
 def add_offline_option(parser: Parser) -> None:
     """Where a model may come from."""
-    parser.switch("--offline", help="use only what is on this machine")
-
-
-def add_state_option(parser: Parser) -> None:
-    """Where to keep what was learnt about a model."""
-    parser.option(
-        "--state-folder",
-        convert=text,
-        metavar="DIR",
-        help="keep small files about the model in DIR, not in the user's cache folder; none keeps nothing",
-    )
+    parser.switch("--offline", help=settings_of()["offline"].help)
 
 
 def add_sampling_options(parser: Parser) -> None:
@@ -315,18 +252,11 @@ def add_sampling_options(parser: Parser) -> None:
     parser.switch("--ignore-eos", help="go on after the model's end of text, up to --max-tokens")
 
 
-def add_batch_option(parser: Parser) -> None:
-    """How many sequences to decode together."""
-    parser.option(
-        "--batch", convert=batch_size, metavar="N", help="sequences to decode together: auto (as many as pay), or N"
-    )
-
-
 def add_generation_options(parser: Parser) -> None:
     """Everything that generating takes: the model, the sampling, the system prompt, and what is said of it."""
     parser.option("-sys", "--system-prompt", convert=text, metavar="TEXT", help="system prompt of conversations")
     add_model_options(parser)
-    add_state_option(parser)
+    add_settings(parser, "state")
     add_sampling_options(parser)
     parser.switch("-v", "--verbose", help="say more on standard error: the plan, the timings of each reply")
 
@@ -345,28 +275,6 @@ _SAMPLING_FIELDS = {
     "ignore_eos": "ignore_eos",
     "logprobs": "logprobs",
 }
-_MODEL_FIELDS = {
-    "model": "model",
-    "ctx_size": "context",
-    "threads": "threads",
-    "device": "device",
-    "dtype": "dtype",
-    "expert_cache": "expert_cache",
-    "offline": "offline",
-    "link_gbps": "link_gbps",
-    "batch": "batch",
-    "state_folder": "state_folder",
-    "speculate": "speculate",
-    "draft_model": "draft_model",
-    "draft_nodes": "draft_nodes",
-    "draft_depth": "draft_depth",
-    "draft_shape": "draft_shape",
-    "draft_rule": "draft_rule",
-    "prefetch": "prefetch",
-    "budget": "budget",
-    "budget_rule": "budget_rule",
-    "budget_dropped": "budget_dropped",
-}
 
 
 def sampling_from(arguments: argparse.Namespace) -> Sampling:
@@ -381,7 +289,7 @@ def sampling_from(arguments: argparse.Namespace) -> Sampling:
 
 def model_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `Engine.load` and `Engine.plan_for` that the command line gives."""
-    return _given(arguments, _MODEL_FIELDS)
+    return _given(arguments, {"model": "model"} | {option_of(name): name for name in settings_of()})
 
 
 def _given(arguments: argparse.Namespace, fields: Mapping[str, str]) -> dict[str, Any]:

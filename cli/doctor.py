@@ -21,6 +21,7 @@ from edgemoe.cli.loading import factory
 from edgemoe.cli.output import put
 from edgemoe.cli.render import columns, counted
 from edgemoe.cli.surface import EngineFactory
+from edgemoe.cli.wording import in_options
 from edgemoe.errors import EdgeMoEError
 from edgemoe.sizes import format_bytes
 
@@ -177,7 +178,7 @@ def _model(name: str, model: str | None, engine: EngineFactory | None) -> Check:
     try:
         plan = factory(engine).plan_for(model)
     except EdgeMoEError as error:
-        return Check(name, PROBLEM, str(error))  # which names the mend itself
+        return Check(name, PROBLEM, in_options(str(error)))  # which names the mend itself
     except (ImportError, OSError) as error:
         return Check(name, PROBLEM, f"cannot be looked at: {error}", "mend the problems above first")
     return Check(name, OK, f"{plan.model} can run on {plan.device} in {plan.dtype}")

@@ -7,11 +7,16 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from edgemoe.cli.arguments import model_settings
 from edgemoe.cli.render import columns
-from edgemoe.cli.surface import BatchEngineView, EngineFactory, EngineView, LoadProgress, PlanView
+from edgemoe.cli.surface import BatchEngineView, EngineFactory, EngineView
+from edgemoe.cli.wording import in_options
+
+if TYPE_CHECKING:
+    from edgemoe.plan.plan import Plan
+    from edgemoe.results import Progress
 
 Loaded = TypeVar("Loaded", bound=BatchEngineView)
 
@@ -37,13 +42,13 @@ def say_which_model(arguments: argparse.Namespace) -> None:
         say("no model given, so the small demo model that ships with edgemoe is used (choose another with -m)")
 
 
-def say_simulation(plan: PlanView) -> None:
+def say_simulation(plan: Plan) -> None:
     """Say what is simulated, so that no number is taken for this machine's own."""
     if plan.simulation is not None:
-        say(plan.simulation)
+        say(in_options(plan.simulation))
 
 
-def say_lossy(plan: PlanView) -> None:
+def say_lossy(plan: Plan) -> None:
     """Say what makes replies differ from the model's own, and how to see how much."""
     if plan.lossy:
         say(f"lossy: {plan.lossy}; 'edgemoe eval' with the same options of the model measures what that costs")
@@ -76,19 +81,20 @@ def _open(arguments: argparse.Namespace, loader: Callable[[], Callable[..., Load
 
 
 @contextlib.contextmanager
-def progress_bar() -> Iterator[Callable[[LoadProgress], None] | None]:
+def progress_bar() -> Iterator[Callable[[Progress], None] | None]:
     """A bar on standard error within the block, when that is a terminal."""
     if not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
+    from rich.progress import Progress as ProgressBar
 
     parts = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
-    with Progress(*parts, console=Console(stderr=True), transient=True) as bar:
+    with ProgressBar(*parts, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("loading", total=None)
 
-        def show(progress: LoadProgress) -> None:
+        def show(progress: Progress) -> None:
             bar.update(task, description=progress.stage, completed=progress.done, total=progress.total or None)
 
         yield show

@@ -20,6 +20,7 @@ from edgemoe.cli import arguments as options
 from edgemoe.cli.exits import DESCRIPTION, Exit, UsageError, exit_for
 from edgemoe.cli.output import settle
 from edgemoe.cli.surface import EngineFactory
+from edgemoe.cli.wording import in_options
 from edgemoe.errors import EdgeMoEError
 
 _Commands: TypeAlias = "argparse._SubParsersAction[options.Parser]"
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None, *, engine: EngineFactory | None = No
         return Exit.FILE
     except EdgeMoEError as error:
         _show_traceback()
-        _complain(str(error))
+        _complain(in_options(str(error)))
         return exit_for(error)
     except Exception as error:  # the last line of defence: a person gets a sentence, whatever broke
         _show_traceback()
@@ -94,7 +95,7 @@ def _add_run(commands: _Commands) -> None:
     )
     parser.switch("--raw", help="complete plain-text lines as they are, without the chat template")
     options.add_generation_options(parser)
-    options.add_batch_option(parser)
+    options.add_settings(parser, "batch")
     parser.option(
         "--logprobs", convert=options.whole, metavar="N", help="report log-probabilities, with N alternatives a token"
     )
@@ -129,8 +130,8 @@ def _add_plan(commands: _Commands) -> None:
     )
     parser.switch("--json", help="print the plan as JSON")
     options.add_model_options(parser)
-    options.add_batch_option(parser)
-    options.add_state_option(parser)
+    options.add_settings(parser, "batch")
+    options.add_settings(parser, "state")
 
 
 def _add_eval(commands: _Commands) -> None:
@@ -165,7 +166,7 @@ def _add_eval(commands: _Commands) -> None:
     )
     parser.switch("--json", help="print the result as JSON")
     options.add_model_options(parser)
-    options.add_state_option(parser)
+    options.add_settings(parser, "state")
     parser.switch("-v", "--verbose", help="show the plan on standard error")
 
 
@@ -184,8 +185,8 @@ def _add_profile(commands: _Commands) -> None:
         help="draw measured against predicted, as FILE.png or FILE.svg (needs edgemoe[plot])",
     )
     options.add_model_option(parser)
-    options.add_machine_options(parser)
-    options.add_state_option(parser)
+    options.add_settings(parser, "machine")
+    options.add_settings(parser, "state")
 
 
 def _add_affinity(commands: _Commands) -> None:
@@ -197,7 +198,7 @@ def _add_affinity(commands: _Commands) -> None:
     )
     options.add_model_option(parser)
     options.add_offline_option(parser)
-    options.add_state_option(parser)
+    options.add_settings(parser, "state")
 
 
 def _add_doctor(commands: _Commands) -> None:

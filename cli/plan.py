@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from typing import TYPE_CHECKING
 
 from edgemoe.cli.arguments import model_settings
 from edgemoe.cli.exits import Exit
 from edgemoe.cli.loading import factory, say_simulation, say_which_model
 from edgemoe.cli.output import put
 from edgemoe.cli.render import columns
-from edgemoe.cli.surface import EngineFactory, PlanView
+from edgemoe.cli.surface import EngineFactory
+
+if TYPE_CHECKING:
+    from edgemoe.plan.plan import Plan
 
 _HEADINGS = ("what", "how much", "where and why")
 
@@ -30,7 +34,7 @@ def plan(arguments: argparse.Namespace, engine: EngineFactory | None = None) -> 
     return Exit.OK
 
 
-def _print_table(made: PlanView) -> None:
+def _print_table(made: Plan) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -10,8 +10,7 @@ from edgemoe.results import hit_rate
 from edgemoe.sizes import format_bytes
 
 if TYPE_CHECKING:
-    from edgemoe import Timings
-    from edgemoe.cli.surface import StatsView
+    from edgemoe import Stats, Timings
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Counts:
     verify_seconds: float
 
     @classmethod
-    def of(cls, stats: StatsView) -> Counts:
+    def of(cls, stats: Stats) -> Counts:
         """Since the engine was loaded."""
         return cls(**{entry.name: getattr(stats, entry.name) for entry in fields(cls)})
 
@@ -117,7 +116,7 @@ def drafts(counts: Counts, speculation: str) -> str:
     )
 
 
-def measured(timings: Timings, stats: StatsView, before: Counts) -> list[str]:
+def measured(timings: Timings, stats: Stats, before: Counts) -> list[str]:
     """Everything about one reply: its own timings, and what the engine has counted since `before`."""
     counts = Counts.of(stats).since(before)
     lines = [speeds(timings), steps(counts), drafts(counts, stats.speculation)]
@@ -126,7 +125,7 @@ def measured(timings: Timings, stats: StatsView, before: Counts) -> list[str]:
     return lines
 
 
-def totals(stats: StatsView) -> list[tuple[str, str, str]]:
+def totals(stats: Stats) -> list[tuple[str, str, str]]:
     """All that an engine counted, as rows of what, how much, and what that is of or for each."""
     counts = Counts.of(stats)
     asked, shared = counts.hits + counts.misses, stats.prefix_tokens
@@ -161,7 +160,7 @@ def totals(stats: StatsView) -> list[tuple[str, str, str]]:
     ]
 
 
-def _drafts(counts: Counts, stats: StatsView) -> list[tuple[str, str, str]]:
+def _drafts(counts: Counts, stats: Stats) -> list[tuple[str, str, str]]:
     what, _, why = stats.speculation.partition(": " if stats.speculation.startswith("off") else ", ")
     rows = [("speculation", what, why)]
     if not counts.cycles:

@@ -128,71 +128,71 @@ class Progress:
 class Stats:
     """An engine's totals since it was loaded."""
 
-    slots: int
-    experts: int
-    hits: int
-    misses: int
-    bytes_hit: int
-    bytes_demanded: int
-    bytes_prefetched_used: int
-    bytes_prefetched_late: int
-    bytes_prefetched_wasted: int
-    bytes_filled: int
+    slots: int = 0
+    experts: int = 0
+    hits: int = 0
+    misses: int = 0
+    bytes_hit: int = 0
+    bytes_demanded: int = 0
+    bytes_prefetched_used: int = 0
+    bytes_prefetched_late: int = 0
+    bytes_prefetched_wasted: int = 0
+    bytes_filled: int = 0
     """Bytes that were brought to fill the cache at the start, once they were asked for or evicted."""
-    link_wait_seconds: float
-    requests: int
-    tokens_prompt: int
-    tokens_generated: int
-    seconds: float
+    link_wait_seconds: float = 0.0
+    requests: int = 0
+    tokens_prompt: int = 0
+    tokens_generated: int = 0
+    seconds: float = 0.0
     """Time spent in steps."""
-    steps: int
+    steps: int = 0
     """Passes over the model, each for every request that was running."""
-    batch: int
+    batch: int = 0
     """Sequences that are decoded together at most, as asked for or as found best so far."""
-    batch_reason: str
+    batch_reason: str = ""
     """Why that many."""
-    preemptions: int
+    preemptions: int = 0
     """Requests that lost their keys and values for lack of room, and were computed again."""
-    prefix_tokens: int
+    prefix_tokens: int = 0
     """Prompt tokens that were not computed, since another request had computed them."""
-    speculation: str
+    speculation: str = ""
     """What drafts, or why nothing does."""
-    speculation_setting: str
+    speculation_setting: str = ""
     """How far the sequence that was drafted for last is drafted for, on trial or as found best, or why it is not."""
-    speculation_changes: int
+    speculation_changes: int = 0
     """How often a setting has changed, of all sequences."""
-    utility: float
+    utility: float = 0.0
     """Tokens per cycle over the cycle's time in plain steps, of that setting and lately; above 1 drafting wins. 0 where
     nothing is controlled: what drafts was named, or nothing drafts."""
-    cycles: int
+    cycles: int = 0
     """Verifications of at least one drafted token, each of one sequence."""
-    drafted: int
+    drafted: int = 0
     """Tokens that were drafted for them."""
-    accepted: int
+    accepted: int = 0
     """Drafted tokens that are in a reply."""
-    draft_seconds: float
-    verify_seconds: float
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
     """Steps that verified something, whatever else they computed."""
-    budget_choices: int
+    budget_choices: int = 0
     """Experts that nodes of verifications under a budget chose, each for each node and layer."""
-    budget_dropped: int
+    budget_dropped: int = 0
     """Those of them that the budget left out."""
-    forecast_recall: float
+    forecast_recall: float = 0.0
     """Share of the experts missing at a draft's beginning that its routing named before they were asked for."""
-    forecast_precision: float
+    forecast_precision: float = 0.0
     """Share of the missing experts that it named that were asked for."""
-    forecast_bytes_useful: int
+    forecast_bytes_useful: int = 0
     """Bytes brought for it that were there when the verification asked for them."""
-    forecast_bytes_late: int
+    forecast_bytes_late: int = 0
     """Those that were still on their way then."""
-    forecast_bytes_wasted: int
+    forecast_bytes_wasted: int = 0
     """Those that the verification did not ask for, whatever asked for them later."""
-    lookahead_recall: float
+    lookahead_recall: float = 0.0
     """The same five of the lookahead from each layer to the next."""
-    lookahead_precision: float
-    lookahead_bytes_useful: int
-    lookahead_bytes_late: int
-    lookahead_bytes_wasted: int
+    lookahead_precision: float = 0.0
+    lookahead_bytes_useful: int = 0
+    lookahead_bytes_late: int = 0
+    lookahead_bytes_wasted: int = 0
 
     @property
     def tokens_per_cycle(self) -> float:

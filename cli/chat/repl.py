@@ -11,6 +11,7 @@ from edgemoe.cli.answers import ask
 from edgemoe.cli.chat.slash import Next, Session, execute
 from edgemoe.cli.interruption import Interruption
 from edgemoe.cli.render import Counts, measured
+from edgemoe.cli.wording import in_options
 from edgemoe.errors import EdgeMoEError
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class Repl:
                 self.reply_again()
             return outcome.then
         except EdgeMoEError as error:
-            self._complain(str(error))
+            self._complain(in_options(str(error)))
             return Next.READ
 
     def _reply(self) -> Completion | None:
@@ -135,7 +136,7 @@ class Repl:
         if os.environ.get("EDGEMOE_TRACEBACK") == "1":
             traceback.print_exception(error, file=self._err)
         named = isinstance(error, EdgeMoEError)
-        self._complain(str(error) if named else f"unexpected {type(error).__name__}: {error}")
+        self._complain(in_options(str(error)) if named else f"unexpected {type(error).__name__}: {error}")
 
     def _complain(self, sentence: str) -> None:
         self._note(f"edgemoe: error: {sentence}")

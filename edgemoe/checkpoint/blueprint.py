@@ -54,7 +54,7 @@ class Blueprint:
 
 
 def open_blueprint(
-    model: str | os.PathLike[str] | None = None, dtype: str = "auto", *, offline: bool = False
+    model: str | os.PathLike[str] | None = None, dtype: str = "auto", *, offline: bool = False, setting: str = "model"
 ) -> Blueprint:
     """The blueprint of `model`, a checkpoint's folder or Hugging Face id; None is the model that ships with edgemoe.
 
@@ -62,7 +62,7 @@ def open_blueprint(
     """
     if model is None:
         return read_blueprint(open_checkpoint(demo_folder(), name=DEMO_NAME), dtype)
-    return read_blueprint(open_checkpoint(model, offline=offline), dtype)
+    return read_blueprint(open_checkpoint(model, offline=offline, setting=setting), dtype)
 
 
 def read_blueprint(checkpoint: Checkpoint, dtype: str = "auto") -> Blueprint:
@@ -167,7 +167,7 @@ def _dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
     names = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     if dtype != "auto":
         if dtype not in names:
-            raise CheckpointError(f"dtype {dtype!r} is not one of auto, {', '.join(names)}: choose one with --dtype")
+            raise CheckpointError(f"dtype {dtype!r} is not one of auto, {', '.join(names)}: choose one as dtype=")
         return names[dtype]
     stored: Counter[torch.dtype] = Counter()
     for entry in weights.values():

@@ -60,17 +60,20 @@ class Checkpoint:
         return any((self.folder / name).exists() for name in names)
 
 
-def open_checkpoint(model: str | os.PathLike[str], *, offline: bool = False, name: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    model: str | os.PathLike[str], *, offline: bool = False, name: str | None = None, setting: str = "model"
+) -> Checkpoint:
     """Finds `model`, a folder or a Hugging Face id, and reads its configuration and tensor tables.
 
-    `name` is what messages and results call it; None takes `model` itself.
+    `name` is what messages and results call it; None takes `model` itself. `setting` is the argument that messages
+    tell a user to correct.
 
     Raises CheckpointError when it cannot be found or read, has pickle weights only, needs remote code, is
     quantised, or a file is truncated. With `offline` nothing is downloaded.
     """
-    folder = _find_folder(os.fspath(model), offline)
+    folder = _find_folder(os.fspath(model), offline, setting)
     name = name or os.fspath(model)
-    config = _read_config(folder, name)
+    config = _read_config(folder, name, setting)
     files = _weight_files(folder, name)
     tensors: dict[str, TensorEntry] = {}
     for number, file in enumerate(files):
@@ -81,7 +84,7 @@ def open_checkpoint(model: str | os.PathLike[str], *, offline: bool = False, nam
     return Checkpoint(folder, name, config, tuple(files), tensors)
 
 
-def _find_folder(name: str, offline: bool) -> Path:
+def _find_folder(name: str, offline: bool, setting: str) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -89,7 +92,7 @@ def _find_folder(name: str, offline: bool) -> Path:
     if folder.exists() or not looks_like_id:
         kind = "is not a folder" if folder.exists() else "does not exist"
         raise CheckpointError(
-            f"{name} {kind}: give a checkpoint's folder or a Hugging Face id such as org/name with -m"
+            f"{name} {kind}: give a checkpoint's folder or a Hugging Face id such as org/name as {setting}="
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -97,26 +100,28 @@ def _find_folder(name: str, offline: bool) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS, local_files_only=offline))
     except LocalEntryNotFoundError as error:
-        mend = "run once without --offline" if offline else "check the connection, or give a local folder with -m"
+        mend = "run once without offline=" if offline else f"check the connection, or give a local folder as {setting}="
         raise CheckpointError(f"{name} is not a folder and not in the local Hugging Face cache: {mend}") from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(
-            f"{name} could not be fetched ({reason(error)}): check the id, or give a local folder with -m"
+            f"{name} could not be fetched ({reason(error)}): check the id, or give a local folder as {setting}="
         ) from error
 
 
-def _read_config(folder: Path, name: str) -> dict[str, Any]:
+def _read_config(folder: Path, name: str, setting: str) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
-            f"{name} has no config.json: -m must name the folder of a transformers checkpoint"
+            f"{name} has no config.json: {setting}= must name the folder of a transformers checkpoint"
         ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}): fetch the checkpoint again") from error
     if not isinstance(config, dict) or "model_type" not in config:
-        raise CheckpointError(f"{path} names no model_type: -m must name the folder of a transformers checkpoint")
+        raise CheckpointError(
+            f"{path} names no model_type: {setting}= must name the folder of a transformers checkpoint"
+        )
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
         raise CheckpointError(f"{name} is quantised ({method}): use its bf16, fp16 or fp32 version")

@@ -25,7 +25,7 @@ class Vocabulary:
         if self.size != other.size or self._words() != other._words():
             raise CheckpointError(
                 f"{other.model} has another vocabulary than {self.model}, so that their predictions cannot be "
-                f"compared: give a checkpoint with the same tokenizer with --against"
+                f"compared: give a checkpoint with the same tokenizer as against="
             )
 
     def _words(self) -> object:

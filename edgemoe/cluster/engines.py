@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from edgemoe.engine import Engine
     from edgemoe.plan.plan import Plan
 
-DEFAULTS = EngineConfig()
 SHARES = ("forecast_recall", "forecast_precision", "lookahead_recall", "lookahead_precision")
 """The fields of `Stats` that are shares, which cannot be summed."""
 
@@ -51,29 +50,12 @@ class RayEngines:
         cls,
         address: str,
         model: str | os.PathLike[str] | None = None,
+        config: EngineConfig | None = None,
         *,
         actors: int | None = None,
-        device: str = DEFAULTS.device,
-        dtype: str = DEFAULTS.dtype,
-        expert_cache: str | int = DEFAULTS.expert_cache,
-        context: int | None = DEFAULTS.context,
-        threads: int | None = DEFAULTS.threads,
-        offline: bool = DEFAULTS.offline,
-        link_gbps: float | None = DEFAULTS.link_gbps,
-        batch: str | int = DEFAULTS.batch,
-        state_folder: str | os.PathLike[str] | None = DEFAULTS.state_folder,
-        speculate: str = DEFAULTS.speculate,
-        draft_model: str | os.PathLike[str] | None = DEFAULTS.draft_model,
-        draft_nodes: int = DEFAULTS.draft_nodes,
-        draft_depth: int = DEFAULTS.draft_depth,
-        draft_shape: str = DEFAULTS.draft_shape,
-        draft_rule: str = DEFAULTS.draft_rule,
-        prefetch: str = DEFAULTS.prefetch,
-        budget: str | int = DEFAULTS.budget,
-        budget_rule: str = DEFAULTS.budget_rule,
-        budget_dropped: str = DEFAULTS.budget_dropped,
         on_progress: Callable[[Progress], None] | None = None,
         factory: type[Engine] | None = None,
+        **settings: Any,
     ) -> RayEngines:
         """Loads `model` on `actors` nodes (None: on every one) of the running Ray cluster at `address`.
 
@@ -82,28 +64,9 @@ class RayEngines:
         `context` is None, the smallest that a node picks holds for all. Raises EdgeMoEError when Ray or the
         cluster cannot be used, and CheckpointError and PlanError with the node's name.
         """
-        settings = {
-            "device": device,
-            "dtype": dtype,
-            "expert_cache": expert_cache,
-            "context": context,
-            "threads": threads,
-            "offline": offline,
-            "link_gbps": link_gbps,
-            "batch": batch,
-            "state_folder": state_folder,
-            "speculate": speculate,
-            "draft_model": _everywhere(draft_model),
-            "draft_nodes": draft_nodes,
-            "draft_depth": draft_depth,
-            "draft_shape": draft_shape,
-            "draft_rule": draft_rule,
-            "prefetch": prefetch,
-            "budget": budget,
-            "budget_rule": budget_rule,
-            "budget_dropped": budget_dropped,
-        }
-        return cls._load(RayCluster.connect(address), actors, _everywhere(model), settings, on_progress, factory)
+        chosen = (config or EngineConfig()).changed(**settings)
+        own = vars(chosen) | {"draft_model": _everywhere(chosen.draft_model)}
+        return cls._load(RayCluster.connect(address), actors, _everywhere(model), own, on_progress, factory)
 
     @classmethod
     def _load(

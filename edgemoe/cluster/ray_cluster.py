@@ -95,7 +95,7 @@ class RayCluster:
         usable = [node for node in nodes if on_gpu[node] or (node.cpus > 0 and not device.startswith("cuda"))]
         if not usable:
             wanted = "a GPU" if device.startswith("cuda") else "a CPU"
-            raise PlanError(f"no node of the Ray cluster at {self.address} offers {wanted} for --device {device}")
+            raise PlanError(f"no node of the Ray cluster at {self.address} offers {wanted} for device={device!r}")
         usable.sort(key=lambda node: (not on_gpu[node], -node.cpus))
         most = sum(node.gpus if on_gpu[node] else 1 for node in usable)
         count = len(usable) if actors is None else actors
@@ -120,7 +120,7 @@ def _import_ray() -> ModuleType:
     try:
         import ray
     except ImportError as error:
-        raise EdgeMoEError(f"--ray needs Ray ({error}): pip install 'edgemoe[ray]'") from error
+        raise EdgeMoEError(f"address= needs Ray ({error}): pip install 'edgemoe[ray]'") from error
     return ray
 
 
@@ -130,7 +130,9 @@ def _check_reachable(address: str) -> None:
         return
     match = re.fullmatch(r"(?:ray://)?\[?([^\[\]/]+?)\]?:(\d{1,5})/?", address)
     if match is None:
-        raise EdgeMoEError(f"{address!r} is no address of a Ray cluster: give --ray auto, HOST:PORT or ray://HOST:PORT")
+        raise EdgeMoEError(
+            f"{address!r} is no address of a Ray cluster: give address=auto, HOST:PORT or ray://HOST:PORT"
+        )
     try:
         socket.create_connection((match[1], int(match[2])), REACH_SECONDS).close()
     except (OSError, OverflowError) as error:
@@ -205,7 +207,7 @@ def _silent(ray: ModuleType) -> Iterator[None]:
 
 def _unreachable(address: str, why: str) -> EdgeMoEError:
     return EdgeMoEError(
-        f"no Ray cluster can be used at {address} ({why}): start one with 'ray start --head', or correct --ray"
+        f"no Ray cluster can be used at {address} ({why}): start one with 'ray start --head', or correct address="
     )
 
 

@@ -82,7 +82,8 @@ class Sharding:
             ready = self._exchange(hands, 0.0 if found else PATIENCE_SECONDS)
         except ConnectionError as error:
             raise EdgeMoEError(
-                f"the connection to the Ray cluster broke ({error}): what has finished stays; go on with --resume"
+                f"the connection to the Ray cluster broke ({error}): "
+                "what has finished stays; ask for the rest again (edgemoe run --resume)"
             ) from error
         for call in ready:
             found += self._receive(self._calls.pop(call), call)
@@ -124,7 +125,7 @@ class Sharding:
         if len(reasons) == len(self._engines):
             raise EdgeMoEError(
                 f"all engines of the Ray cluster are gone ({'; '.join(reasons)}): what has finished stays; see in "
-                "'ray status' what is left, and go on with --resume"
+                "'ray status' what is left, and ask for the rest again (edgemoe run --resume)"
             )
         busy = set(self._calls.values())
         return [engine for engine in self._engines if engine.lost is None and engine not in busy]

@@ -14,5 +14,7 @@ def demo_folder() -> Path:
     """The folder of the shipped checkpoint; CheckpointError when the installation lacks it."""
     folder = Path(__file__).parent / "model"
     if not (folder / "model.safetensors").exists():
-        raise CheckpointError("the shipped model is missing from this installation: install edgemoe again, or give -m")
+        raise CheckpointError(
+            "the shipped model is missing from this installation: install edgemoe again, or give model="
+        )
     return folder

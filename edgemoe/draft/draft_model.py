@@ -27,11 +27,7 @@ class DraftModel:
         """Raises CheckpointError when it cannot be read, or does not have the target's vocabulary."""
         from transformers import AutoConfig
 
-        try:
-            self.checkpoint = open_checkpoint(name, offline=offline)
-        except CheckpointError as error:
-            # It says so of any checkpoint, and of the first one -m is right.
-            raise CheckpointError(str(error).replace("with -m", "as draft_model=")) from error
+        self.checkpoint = open_checkpoint(name, offline=offline, setting="draft_model")
         self._dtype = target.dtype
         with quiet_transformers():
             self._config = AutoConfig.from_pretrained(self.checkpoint.folder, local_files_only=True)

@@ -24,7 +24,7 @@ from edgemoe.config import EngineConfig
 from edgemoe.demo import DEMO_NAME
 from edgemoe.demo.tasks import TASKS
 from edgemoe.engine import Engine
-from edgemoe.errors import CheckpointError, RequestError
+from edgemoe.errors import RequestError
 from edgemoe.measure.eval_texts import EvalText, built_in_texts, conversations, cut, limited
 from edgemoe.measure.logits_file import LogitsFile
 from edgemoe.measure.quality import EXACT, Quality, QualityMeter, TaskQuality
@@ -94,8 +94,8 @@ def task_eval_texts(engine: Engine, tokens: int = TOKENS) -> list[EvalText]:
 def _some(eval_texts: list[EvalText]) -> list[EvalText]:
     if not eval_texts:
         raise RequestError(
-            "there is nothing to predict: give a text of at least three tokens, a context (--ctx-size) that it fits, "
-            "and at least one token to predict (--tokens)"
+            "there is nothing to predict: give a text of at least three tokens, a context= that it fits, "
+            "and at least one token to predict (tokens=)"
         )
     return eval_texts
 
@@ -103,11 +103,7 @@ def _some(eval_texts: list[EvalText]) -> list[EvalText]:
 def check_comparable(model: Any, against: Any, *, offline: bool = EngineConfig.offline) -> None:
     """Looks at two checkpoints, names or folders, without loading them; CheckpointError for other vocabularies."""
     one = open_blueprint(model, offline=offline)
-    try:
-        other = open_blueprint(against, offline=offline)
-    except CheckpointError as error:
-        # It says so of any checkpoint, and of the first one -m is right.
-        raise CheckpointError(str(error).replace("with -m", "with --against")) from error
+    other = open_blueprint(against, offline=offline, setting="against")
     _vocabulary(one).check_same(_vocabulary(other))
 
 

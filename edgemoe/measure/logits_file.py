@@ -24,7 +24,7 @@ class LogitsFile:
         free = shutil.disk_usage(folder).free
         self._refusal = (
             f"the logits of {most} tokens take {format_bytes(nbytes)} in {folder}, where {format_bytes(free)} are "
-            f"free: measure fewer with --tokens (tokens= in the library), or name another folder in TMPDIR"
+            f"free: measure fewer with tokens=, or name another folder in TMPDIR"
         )
         if nbytes > free:
             raise PlanError(self._refusal)

@@ -90,7 +90,7 @@ def profiling_run(
     if sequences < MIN_SEQUENCES:
         raise PlanError(
             f"{name} leaves room for {sequences} sequences of {limit} tokens, of which a profile needs "
-            f"{MIN_SEQUENCES}: give a smaller --expert-cache"
+            f"{MIN_SEQUENCES}: give a smaller expert_cache="
         )
     runtime = Runtime(blueprint, plan, config, on_progress)
     try:
@@ -132,7 +132,7 @@ def _profile(blueprint: Blueprint, config: EngineConfig, on_progress: Callable[[
         if lean == plan.slots and shapes < fitting.MIN_POINTS:
             raise PlanError(
                 f"{plan.model} with 1 slot has {shapes} kinds of passes to measure, of which a profile needs "
-                f"{fitting.MIN_POINTS}: give --expert-cache 2 or more"
+                f"{fitting.MIN_POINTS}: give expert_cache=2 or more"
             )
         points = measure(full, SHAPES, fitting.MIN_POINTS)
         speed = _ceilings(blueprint, full)

@@ -158,7 +158,7 @@ def test_a_table_of_integers_that_the_family_wants_is_no_weight(zoo: Zoo) -> Non
 
 
 def test_a_dtype_to_compute_in_that_is_none(folder: Path) -> None:
-    refusal(folder, "dtype 'int8' is not one of auto, bfloat16, float16, float32", "--dtype", dtype="int8")
+    refusal(folder, "dtype 'int8' is not one of auto, bfloat16, float16, float32", "as dtype=", dtype="int8")
 
 
 def test_a_tokenizer_that_cannot_be_loaded(folder: Path) -> None:

@@ -68,14 +68,14 @@ def test_every_tensor_is_found_where_it_lies(sharded: Path) -> None:
 
 def test_a_folder_that_does_not_exist() -> None:
     for name in ("/no/such/model", "./no/model", "~/no-such-model-here", "plainname"):
-        refusal(name, name, "does not exist", "-m")
+        refusal(name, name, "does not exist", "as model=")
 
 
 def test_a_file_where_a_folder_should_be(folder: Path) -> None:
-    refusal(folder / "config.json", "config.json is not a folder", "-m")
+    refusal(folder / "config.json", "config.json is not a folder", "as model=")
 
 
-@pytest.mark.parametrize(("offline", "mend"), [(True, "run once without --offline"), (False, "check the connection")])
+@pytest.mark.parametrize(("offline", "mend"), [(True, "run once without offline="), (False, "check the connection")])
 def test_a_hugging_face_id_that_is_not_in_the_cache(offline: bool, mend: str) -> None:
     refusal(
         "nobody/no-such-model", "nobody/no-such-model", "not in the local Hugging Face cache", mend, offline=offline
@@ -84,7 +84,7 @@ def test_a_hugging_face_id_that_is_not_in_the_cache(offline: bool, mend: str) ->
 
 def test_no_configuration(folder: Path) -> None:
     (folder / "config.json").unlink()
-    refusal(folder, str(folder), "has no config.json", "-m must name the folder")
+    refusal(folder, str(folder), "has no config.json", "model= must name the folder")
 
 
 @pytest.mark.parametrize("content", ["{", "", "\x00\x01"])
@@ -96,7 +96,7 @@ def test_a_configuration_that_is_no_json(folder: Path, content: str) -> None:
 @pytest.mark.parametrize("content", ["{}", "[]", '"mixtral"'])
 def test_a_configuration_that_names_no_family(folder: Path, content: str) -> None:
     (folder / "config.json").write_text(content)
-    refusal(folder, "config.json names no model_type", "-m must name the folder of a transformers checkpoint")
+    refusal(folder, "config.json names no model_type", "model= must name the folder of a transformers checkpoint")
 
 
 @pytest.mark.parametrize("settings", [{"quant_method": "fp8"}, {"quant_method": "mxfp4"}, {"bits": 4}])

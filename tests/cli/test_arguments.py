@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import argparse
-import inspect
+import ast
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,11 +13,14 @@ from edgemoe.cli import arguments as options
 from edgemoe.cli.arguments import model_settings, read_command_line, sampling_from
 from edgemoe.cli.exits import UsageError
 from edgemoe.cli.main import build_parser
+from edgemoe.cli.wording import in_options
 from edgemoe.cluster.engines import RayEngines
-from edgemoe.config import EngineConfig, choices_of
-from edgemoe.draft.settings import RULE_CHOICES, SHAPES, draft_settings
+from edgemoe.config import EngineConfig, choices_of, settings_of
+from edgemoe.draft.settings import draft_settings
+from edgemoe.experts.draft_routing import RULES as DRAFT_RULES
 from edgemoe.prefetch.budget import RULES as BUDGET_RULES
 from edgemoe.sampling import Sampling
+from tests.support import ROOT
 
 
 def parse(*argv: str, **environment: str) -> argparse.Namespace:
@@ -71,20 +75,70 @@ def test_every_model_option_reaches_its_keyword() -> None:
 
 
 @pytest.mark.parametrize("takes", [Engine.load, Engine.plan_for, RayEngines.load])
-def test_every_keyword_is_taken_and_a_setting_of_the_engine_with_its_default(takes: Callable[..., Any]) -> None:
-    parameters = inspect.signature(takes).parameters
-    for name in set(options._MODEL_FIELDS.values()) - {"model"}:
-        assert parameters[name].default == getattr(EngineConfig(), name)
+def test_what_takes_the_settings_of_an_engine_refuses_an_unknown_one(takes: Callable[..., Any]) -> None:
+    address = ["127.0.0.1:1"] if takes == RayEngines.load else []
+    with pytest.raises(TypeError, match="'expert_cach' is no setting of an engine"):
+        takes(*address, expert_cach="40%")
 
 
-def test_the_choices_of_drafts_are_those_of_the_library() -> None:
-    assert (options._SHAPES, options._RULES) == (SHAPES, RULE_CHOICES)
-    assert (BUDGET_RULES, choices_of("budget_dropped")) == (options._BUDGET_RULES, options._DROPPED)
-    for words in options._SPECULATE:
+def test_every_setting_of_the_engine_is_an_option_and_told_as_the_library_tells_it() -> None:
+    parser = build_parser().parse_args(["run", "-"]).parser
+    helps = {action.dest: action.help for action in parser._actions}
+    for name, info in settings_of().items():
+        told = helps[options.option_of(name)]
+        assert told.startswith(info.help.replace("%", "%%"))
+        assert all(choice in told for choice in info.choices)
+
+
+def test_a_setting_that_is_not_given_is_left_to_the_library() -> None:
+    assert model_settings(parse("run", "-")) == {}
+
+
+def test_the_choices_are_those_of_what_they_choose_among() -> None:
+    assert choices_of("budget_rule") == BUDGET_RULES
+    assert choices_of("draft_rule") == ("auto", *DRAFT_RULES)
+    for words in choices_of("speculate"):
         drafters = draft_settings(
             EngineConfig(speculate=words, draft_model="small/model" if "model" in words else None)
         )
         assert words in ("auto", "auto+self", "off") or drafters.drafters == set(words.split("+"))
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("lower context=", "lower --ctx-size"),
+        ("give it as model=, or not", "give it as -m, or not"),
+        ("use device='cpu'", "use --device cpu"),
+        ("give expert_cache=12 or less", "give --expert-cache 12 or less"),
+        ("budget='much' is no size", "--budget much is no size"),
+        ("budget=0.5b is not possible", "--budget 0.5b is not possible"),
+        ("draft_depth=-3 is not possible", "--draft-depth -3 is not possible"),
+        ("speculate='ngram+' is none", "--speculate ngram+ is none"),
+        ("(link_gbps=)", "(--link-gbps)"),
+        ("expert_cache='much more' is none", "--expert-cache 'much more' is none"),
+        ("a file with model=x in its name.safetensors", "a file with -m x in its name.safetensors"),
+        ("the_model=4 and x.batch=3 stay", "the_model=4 and x.batch=3 stay"),
+    ],
+)
+def test_the_terminal_names_its_options_for_arguments_of_the_library(message: str, shown: str) -> None:
+    assert in_options(message) == shown
+
+
+def test_no_message_of_the_library_names_an_option() -> None:
+    """Docstrings and commands in parentheses (edgemoe run --resume) may."""
+    wrong = []
+    for file in (ROOT / "edgemoe").rglob("*.py"):
+        if file.name == "train.py":
+            continue
+        tree = ast.parse(file.read_text("utf-8"))
+        documented = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documented:
+                text = re.sub(r"edgemoe run --resume|ray start --head", "", node.value)
+                if re.search(r"(?<![\w-])(--[a-z]|-m\b)", text):
+                    wrong.append(f"{file.relative_to(ROOT)}:{node.lineno} {node.value!r}")
+    assert wrong == []
 
 
 @pytest.mark.parametrize("command", ["run -", "chat", "plan"])

@@ -46,7 +46,7 @@ def test_a_missing_ray_is_named_with_the_extra(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("address", ["", "local", "127.0.0.1", "ray://host", "http://127.0.0.1:1", "a:b"])
 def test_another_form_of_address_is_refused(ray: ModuleType, address: str) -> None:
-    with pytest.raises(EdgeMoEError, match=r"give --ray auto, HOST:PORT or ray://HOST:PORT") as caught:
+    with pytest.raises(EdgeMoEError, match=r"give address=auto, HOST:PORT or ray://HOST:PORT") as caught:
         RayCluster.connect(address)
     assert repr(address) in str(caught.value)
 
@@ -56,7 +56,7 @@ def test_where_nobody_listens_is_said_at_once(ray: ModuleType, form: str, port: 
     with socket.create_server(("127.0.0.1", 0)) as server:
         closed = server.getsockname()[1]
     started = time.monotonic()
-    with pytest.raises(EdgeMoEError, match="refused.*start one with 'ray start --head', or correct --ray") as caught:
+    with pytest.raises(EdgeMoEError, match="refused.*start one with 'ray start --head', or correct address=") as caught:
         RayCluster.connect(form.format(closed))
     assert form.format(closed) in str(caught.value)
     assert time.monotonic() - started < 5
@@ -131,8 +131,8 @@ def test_engines_go_to_different_nodes_and_gpus(
     [
         ([FEW, MANY], "auto", 3, "3 engines .* has places for 1 to 2"),
         ([FEW, MANY], "auto", 0, "0 engines .* has places for 1 to 2"),
-        ([FEW], "cuda", None, "offers a GPU for --device cuda"),
-        ([NONE], "auto", None, "offers a CPU for --device auto"),
+        ([FEW], "cuda", None, "offers a GPU for device='cuda'"),
+        ([NONE], "auto", None, "offers a CPU for device='auto'"),
     ],
 )
 def test_too_few_places_are_refused(

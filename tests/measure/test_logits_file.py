@@ -48,7 +48,7 @@ def test_rows_that_are_no_rows_in_memory_and_rows_of_another_width() -> None:
 
 def test_a_disk_without_room_is_refused_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 4 * 1024 * 100 - 1))
-    with pytest.raises(PlanError, match=r"the logits of 100 tokens take 400\.0 KiB in .*fewer with --tokens.*TMPDIR"):
+    with pytest.raises(PlanError, match=r"the logits of 100 tokens take 400\.0 KiB in .*fewer with tokens=.*TMPDIR"):
         LogitsFile(1024, 100)
     LogitsFile(1024, 99).close()
 
@@ -67,5 +67,5 @@ def test_a_disk_that_becomes_full_is_the_same(monkeypatch: pytest.MonkeyPatch) -
 
     with closing(LogitsFile(7, 4)) as file, monkeypatch.context() as patched:
         patched.setattr(file, "_file", Full())
-        with pytest.raises(PlanError, match="measure fewer with --tokens"):
+        with pytest.raises(PlanError, match="measure fewer with tokens="):
             file.append(torch.zeros(4, 7))

@@ -15,7 +15,7 @@ from edgemoe.demo import demo_folder
 from edgemoe.draft.step_cost import FIRST_GUESS, SHARING
 from edgemoe.measure import profiler
 from edgemoe.measure.text_passes import PROMPT, PassReading, task_texts
-from edgemoe.model.sequential_runner import WORTH_THREADS
+from edgemoe.model.sequential_runner import MIN_THREADED_WORK
 from edgemoe.plan.fitting import MIN_POINTS
 from edgemoe.plan.prediction import predict
 from edgemoe.plan.profile import ProfileConditions, read_profile, write_profile
@@ -89,7 +89,7 @@ def test_however_short_time_is_there_are_points_enough_for_a_fit(quick: None, mo
 def test_too_few_kinds_of_passes_are_refused_before_measuring(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profiler, "measure", lambda *of: pytest.fail("it measures"))
     with pytest.raises(
-        PlanError, match="with 1 slot has 7 kinds of passes to measure, of which a profile needs 8: give --expert-cache"
+        PlanError, match="with 1 slot has 7 kinds of passes to measure, of which a profile needs 8: give expert_cache="
     ):
         profiler.take_profile(open_blueprint(None), EngineConfig(device="cpu", expert_cache=1))
 
@@ -189,7 +189,7 @@ def test_where_large_products_begin_is_where_the_decoder_changes(quick: None) ->
             pytest.skip("this CPU has no kernels")
 
         def by_kernels(tokens: int) -> bool:
-            small = tokens * plain._nbytes_per_token < WORTH_THREADS
+            small = tokens * plain._nbytes_per_token < MIN_THREADED_WORK
             return small or tokens <= plain._few_tokens or plain._spread_thin(tokens)
 
         assert [by_kernels(plain.bulk_from + more) for more in (-1, 0)] == [True, False]
@@ -257,7 +257,7 @@ def test_drafts_are_priced_by_a_profile_of_this_machine_alone(tmp_path: Path, fo
     conditions = CONDITIONS if foreign else ProfileConditions.of(Engine.plan_for(None, **settings))
     write_profile(StateFolder.of(open_blueprint(None).checkpoint, tmp_path), known_profile(conditions))
     with Engine.load(None, **settings) as engine:
-        plain = engine._loop.speculation._cost.of(3)
+        plain = engine._loop.speculation._costs.of(3)
         plain.saw(1.0)
         plain.saw(1.0)
         model = known_profile().model
