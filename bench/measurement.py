@@ -1,4 +1,4 @@
-"""What a measurement gives back, and where it may keep large files."""
+"""What a measurement takes and gives back, and where it may keep large files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,21 @@ import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+CHECKOUT = Path(__file__).parent.parent
+PICTURES = CHECKOUT / "docs" / "benchmarks"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseSize:
+    """How much is measured. Every measurement has a `Size` of its own: the defaults, and `SMALL` for the tests."""
+
+    small: bool = False
+    """Whether this is a run of seconds on a tiny model, which nothing is concluded from."""
+
+    def picture(self, name: str) -> Path:
+        """Where a picture goes: into the documentation, or beside the checkpoints where it is of a small run."""
+        return (work_folder() if self.small else PICTURES) / f"{name}.svg"
 
 
 @dataclass(frozen=True)
@@ -26,6 +41,6 @@ class Measurement:
 
 def work_folder() -> Path:
     """Where checkpoints made for measurements are kept: $EDGEMOE_BENCH_DIR, or .bench in the checkout."""
-    folder = Path(os.environ.get("EDGEMOE_BENCH_DIR", Path(__file__).parent.parent / ".bench")).resolve()
+    folder = Path(os.environ.get("EDGEMOE_BENCH_DIR", CHECKOUT / ".bench")).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     return folder

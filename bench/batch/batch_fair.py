@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import random
 import statistics
+from dataclasses import dataclass
 from typing import Any
 
-from bench.measurement import Measurement
+from bench.measurement import BaseSize, Measurement
 from edgemoe import Engine, Sampling
 from edgemoe.config import EngineConfig
 from edgemoe.results import Completion
@@ -15,14 +16,27 @@ from edgemoe.results import Completion
 NAME = "batch-fair"
 BAR = "every request begins within its bound: `patience` turns late at most, in seconds as turns and service times give"
 BATCH = 8
-SHORT, LONG = 240, 16
-REPLY_SHORT, REPLY_LONG = 8, 160
-HEADER, PROMPT_LONG = 200, 900
 
 
-def run() -> Measurement:
+@dataclass(frozen=True, kw_only=True)
+class Size(BaseSize):
+    """Short and long requests, their replies, and the longest prompt, in tokens."""
+
+    short: int = 240
+    long: int = 16
+    reply_short: int = 8
+    reply_long: int = 160
+    header: int = 200
+    """Tokens with which all short prompts begin."""
+    prompt_long: int = 900
+
+
+FULL, SMALL = Size(), Size(small=True, short=10, long=2, reply_short=2, reply_long=8, header=20, prompt_long=60)
+
+
+def run(size: Size = FULL) -> Measurement:
     """The shipped model, 8 at a time. The short ones begin alike, so that the order of the line favours them."""
-    requests, kinds = adversarial()
+    requests, kinds = adversarial(size)
     patience = EngineConfig().patience
     with Engine.load(device="cpu", batch=BATCH) as engine:
         taken = _record_turns(engine)
@@ -55,16 +69,16 @@ def run() -> Measurement:
     return Measurement(NAME, value, BAR, not broken and len(replies) == len(requests), detail)
 
 
-def adversarial() -> tuple[list[tuple[list[int], Sampling]], list[str]]:
+def adversarial(size: Size) -> tuple[list[tuple[list[int], Sampling]], list[str]]:
     """Many short requests with one header, and a few long ones that share nothing, anywhere among them."""
     draw = random.Random(0)
-    header = [draw.randint(3, 1000) for _ in range(HEADER)]
-    kinds = ["short"] * SHORT + ["long"] * LONG
+    header = [draw.randint(3, 1000) for _ in range(size.header)]
+    kinds = ["short"] * size.short + ["long"] * size.long
     draw.shuffle(kinds)
     requests = []
     for kind in kinds:
-        own = [draw.randint(3, 1000) for _ in range(PROMPT_LONG if kind == "long" else 6)]
-        tokens = REPLY_LONG if kind == "long" else REPLY_SHORT
+        own = [draw.randint(3, 1000) for _ in range(size.prompt_long if kind == "long" else 6)]
+        tokens = size.reply_long if kind == "long" else size.reply_short
         settings = Sampling(temperature=0, max_tokens=tokens, ignore_eos=True)
         requests.append((own if kind == "long" else header + own, settings))
     return requests, kinds
@@ -72,7 +86,7 @@ def adversarial() -> tuple[list[tuple[list[int], Sampling]], list[str]]:
 
 def _record_turns(engine: Engine) -> list[int]:
     """Fills with the numbers of the requests in the order in which they get their places."""
-    line, taken = engine._scheduler._waiting, []
+    line, taken = engine._loop.scheduler._waiting, list[int]()
     take_first = line.take_first
 
     def recording() -> Any:

@@ -9,30 +9,44 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-from bench.measurement import Measurement
+from bench.measurement import BaseSize, Measurement
 
 NAME = "batch-memory"
 BAR = "peak RSS with 100,000 lines <= 1.05 x that with 100"
-FEW, MANY = 100, 100_000
 BATCH = 16
 """Stated, so that both runs decode as many together: the few lines end before "auto" has measured much."""
 
 
-def run() -> Measurement:
+@dataclass(frozen=True, kw_only=True)
+class Size(BaseSize):
+    """Lines of the two runs."""
+
+    warm: int = 1
+    """Runs that come before: the first one compiles the kernels, which takes memory of its own."""
+    few: int = 100
+    many: int = 100_000
+
+
+FULL, SMALL = Size(), Size(small=True, warm=0, few=3, many=12)
+
+
+def run(size: Size = FULL) -> Measurement:
     """Prompts of one length, replies of one or two tokens: only the number of lines differs."""
     with tempfile.TemporaryDirectory() as folder:
-        _peak(Path(folder), FEW)  # compiles the kernels, which takes memory of its own
-        few, _ = _peak(Path(folder), FEW)
-        many, seconds = _peak(Path(folder), MANY)
+        for _ in range(size.warm):
+            _peak(Path(folder), size.few)
+        few, _ = _peak(Path(folder), size.few)
+        many, seconds = _peak(Path(folder), size.many)
     value = round(many / few, 3)
     detail = {
         "few_mib": round(few / 1024, 1),
         "many_mib": round(many / 1024, 1),
-        "lines": [FEW, MANY],
+        "lines": [size.few, size.many],
         "batch": BATCH,
-        "requests_per_second": round(MANY / seconds),
+        "requests_per_second": round(size.many / seconds),
     }
     return Measurement(NAME, value, BAR, value <= 1.05, detail)
 

@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
-from bench.batch.batch_sharing import LINK_GBPS, TOKENS, point
-from bench.measurement import Measurement
-from bench.support.checkpoints import inflated
+from dataclasses import dataclass
+
+from bench.batch.batch_sharing import LINK_GBPS, point
+from bench.measurement import BaseSize, Measurement
+from bench.support.checkpoints import FACTOR, SMALL_FACTOR, inflated
 from bench.support.workload import mixed
 from edgemoe import Engine
 
 NAME = "batch-on-demand"
 BAR = "tokens/s >= 4x"
-BATCH = 64
-ALONE = 16
-"""Requests that the slow side answers: enough for its speed, which does not depend on their number."""
 
 
-def run() -> Measurement:
+@dataclass(frozen=True, kw_only=True)
+class Size(BaseSize):
+    """How wide the experts are, how many sequences share them, and what is asked."""
+
+    factor: int = FACTOR
+    batch: int = 64
+    alone: int = 16
+    """Requests that the slow side answers: enough for its speed, which does not depend on their number."""
+    tokens: int = 64
+
+
+FULL, SMALL = Size(), Size(small=True, factor=SMALL_FACTOR, batch=3, alone=1, tokens=4)
+
+
+def run(size: Size = FULL) -> Measurement:
     """On demand, a sequence runs alone and finds nothing: as many slots as one layer's pass needs, in all."""
-    top_k = Engine.plan_for(inflated(), device="cpu").top_k
-    requests = mixed(2 * BATCH, TOKENS)
-    shared = point(BATCH, requests)
-    alone = point(1, requests[:ALONE], expert_cache=top_k)
-    for name, at in (("batch 64", shared), ("on demand", alone)):
+    top_k = Engine.plan_for(inflated(size.factor), device="cpu").top_k
+    requests = mixed(2 * size.batch, size.tokens)
+    shared = point(size.batch, requests, size.factor)
+    alone = point(1, requests[: size.alone], size.factor, expert_cache=top_k)
+    for name, at in ((f"batch {size.batch}", shared), ("on demand", alone)):
         print(f"{name:10} {at['tokens_per_second']:6.1f} tokens/s, {at['mb_per_token']:6.1f} MB a token", flush=True)
     ratio = shared["tokens_per_second"] / alone["tokens_per_second"]
     volume = shared["mb_per_token"] / alone["mb_per_token"]
     value = {"ratio": round(ratio, 2), "transfer_volume": round(volume, 3)}
-    detail = {"batch_64": shared, "on_demand": alone, "link_gbps": LINK_GBPS}
+    detail = {"shared": shared, "on_demand": alone, "link_gbps": LINK_GBPS}
     return Measurement(NAME, value, BAR, ratio >= 4, detail)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.measurement import Measurement
+from bench.measurement import BaseSize, Measurement
 from bench.support.alternating import warm_up
-from bench.support.checkpoints import inflated
+from bench.support.checkpoints import FACTOR, SMALL_FACTOR, inflated
 from bench.support.workload import Request, mixed
 from edgemoe import Engine
 
@@ -18,14 +20,24 @@ LINK_GBPS = 4.0
 CACHE = "25%"
 REQUESTS = {1: 27, 4: 36, 16: 144, 64: 144, 256: 288}
 """Requests that each size answers; a large batch needs more of them to be full for most of the time."""
-TOKENS = 64
-PICTURE = Path(__file__).parents[2] / "docs" / "benchmarks" / "batch-sharing.svg"
 
 
-def run() -> Measurement:
+@dataclass(frozen=True, kw_only=True)
+class Size(BaseSize):
+    """How wide the experts are, what each size of a batch answers, and the longest reply."""
+
+    factor: int = FACTOR
+    requests: Mapping[int, int] = field(default_factory=lambda: REQUESTS)
+    tokens: int = 64
+
+
+FULL, SMALL = Size(), Size(small=True, factor=SMALL_FACTOR, requests={1: 2, 16: 6}, tokens=4)
+
+
+def run(size: Size = FULL) -> Measurement:
     """Each size answers the first requests of one mix. Warm: one request came before."""
-    questions = mixed(max(REQUESTS.values()), TOKENS)
-    curve = [point(size, questions[:count]) for size, count in REQUESTS.items()]
+    questions = mixed(max(size.requests.values()), size.tokens)
+    curve = [point(batch, questions[:count], size.factor) for batch, count in size.requests.items()]
     base = curve[0]["tokens_per_second"]
     for at in curve:
         at["ratio"] = round(at["tokens_per_second"] / base, 2)
@@ -34,16 +46,22 @@ def run() -> Measurement:
             f"{at['mb_per_token']:5.1f} MB a token, link {at['link_share']:.0%} busy",
             flush=True,
         )
-    draw(curve, PICTURE)
+    picture = size.picture(NAME)
+    draw(curve, picture)
     ratio = next(at["ratio"] for at in curve if at["batch"] == 16)
-    detail = {"curve": curve, "link_gbps": LINK_GBPS, "cache": CACHE, "picture": PICTURE.name}
+    detail = {"curve": curve, "link_gbps": LINK_GBPS, "cache": CACHE, "picture": picture.name}
     return Measurement(NAME, {"batch_16_over_1": ratio}, BAR, ratio >= 4, detail)
 
 
-def point(size: int, requests: list[Request], **settings: Any) -> dict[str, Any]:
-    """One engine, `size` sequences at a time, over all of `requests`: generated tokens/s, prefills included."""
-    options = {"device": "cpu", "expert_cache": CACHE, "link_gbps": LINK_GBPS, "context": 512} | settings
-    with Engine.load(inflated(), batch=size, **options) as engine:
+def point(batch: int, requests: list[Request], factor: int, **settings: Any) -> dict[str, Any]:
+    """One engine, `batch` sequences at a time, over all of `requests`: generated tokens/s, prefills included."""
+    options: dict[str, Any] = {
+        "device": "cpu",
+        "expert_cache": CACHE,
+        "link_gbps": LINK_GBPS,
+        "context": 512,
+    } | settings
+    with Engine.load(inflated(factor), batch=batch, **options) as engine:
         warm_up(engine, requests[0][1])
         before, started = engine.stats, time.perf_counter()
         replies = list(engine.generate_batch(requests))
@@ -54,7 +72,7 @@ def point(size: int, requests: list[Request], **settings: Any) -> dict[str, Any]
     prompt = after.tokens_prompt - before.tokens_prompt
     moved = after.bytes_loaded - before.bytes_loaded
     return {
-        "batch": size,
+        "batch": batch,
         "requests": len(requests),
         "tokens_per_second": generated / seconds,
         "generated": generated,

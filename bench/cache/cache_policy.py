@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from bench.measurement import Measurement
+from bench.measurement import BaseSize, Measurement
+from bench.support.engine_parts import cache_of
 from bench.support.lru_policies import BalancedLRU, GlobalLRU
 from bench.support.rival_policies import LRFU, BalancedLRFU
 from bench.support.trace import belady_misses, replay
@@ -20,9 +22,6 @@ from edgemoe.demo.tasks import HELD_OUT_SEED, TASKS
 
 NAME = "cache-policy"
 BAR = "the default's hit rate >= 0.88 of Belady's with slots for 25, 50 and 75 % of the experts, and never below LRU's"
-ITEMS = 8
-"""Held-out questions of each documented task, one at a time."""
-TOKENS = 160
 SIZES = (0.125, 0.25, 0.5, 0.75)
 JUDGED = SIZES[1:]
 DEFAULT, LRUS = "HotTemporal", ("LRU, all layers together", "LRU, equal shares")
@@ -32,8 +31,19 @@ SPECULATION = {"plain": "off", "verified": "ngram"}
 Entries = list[list[ExpertId]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Size(BaseSize):
+    """Held-out questions of each documented task, one at a time, and the longest reply."""
+
+    items: int = 8
+    tokens: int = 160
+
+
+FULL, SMALL = Size(), Size(small=True, items=1, tokens=8)
+
+
 def policies(experts: Sequence[int], slots: int) -> dict[str, Callable[[], EvictionPolicy]]:
-    """What is compared, by name; each is made anew for a trace."""
+    """The factories of the compared policies, by name."""
     layers = len(experts)
     return {
         LRUS[0]: GlobalLRU,
@@ -46,35 +56,35 @@ def policies(experts: Sequence[int], slots: int) -> dict[str, Callable[[], Evict
     }
 
 
-def run() -> Measurement:
+def run(size: Size = FULL) -> Measurement:
     """Records once for each way of making passes, replays in the tasks' order and shuffled, with empty slots first."""
     found: dict[str, dict[str, Any]] = {}
     for passes, speculate in SPECULATION.items():
-        replies, experts = recorded(speculate)
+        replies, experts = recorded(speculate, size)
         shuffled = random.Random(0).sample(replies, len(replies))
         for order, those in (("by task", replies), ("shuffled", shuffled)):
             name = f"{passes}, {order}"
             found[name] = compare([entry for reply in those for entry in reply], experts)
             show(name, found[name])
-    judged = [at[str(size)] for at in found.values() for size in JUDGED]
+    judged = [at[str(share)] for at in found.values() for share in JUDGED]
     least = min(at["of_belady"][DEFAULT] for at in judged)
     every = [at["hit_rates"] for sizes in found.values() for at in sizes.values()]
     below = sum(rates[DEFAULT] < max(rates[lru] for lru in LRUS) for rates in every)
     value = {"least_share_of_belady": round(least, 3), "below_lru": below}
-    detail = {"questions": ITEMS * len(TASKS), "tokens": TOKENS, "traces": found}
+    detail = {"questions": size.items * len(TASKS), "tokens": size.tokens, "traces": found}
     return Measurement(NAME, value, BAR, least >= 0.88 and not below, detail)
 
 
-def recorded(speculate: str) -> tuple[list[Entries], tuple[int, ...]]:
-    """What each reply's passes asked for, prompt included, and the shipped model's number of experts of each layer."""
+def recorded(speculate: str, size: Size) -> tuple[list[Entries], tuple[int, ...]]:
+    """The trace of each reply, prompt included, and the number of experts of each layer of the shipped model."""
     replies: list[Entries] = []
-    settings = Sampling(temperature=0, max_tokens=TOKENS)
-    # What is asked for depends neither on the cache nor on the link.
+    settings = Sampling(temperature=0, max_tokens=size.tokens)
+    # Requests depend neither on the cache nor on the link.
     options: dict[str, Any] = {"expert_cache": "100%", "context": 512, "prefetch": "off", "state_folder": "none"}
     with Engine.load(device="cpu", speculate=speculate, **options) as engine:
-        cache = engine._loaded().cache
+        cache = cache_of(engine)
         for task in TASKS:
-            for item in islice(task.items(HELD_OUT_SEED, held_out=True), ITEMS):
+            for item in islice(task.items(HELD_OUT_SEED, held_out=True), size.items):
                 cache.recording = []
                 engine.generate(engine.chat_prompt([{"role": "user", "content": item.user}]), settings)
                 replies.append(cache.recording)
@@ -82,7 +92,7 @@ def recorded(speculate: str) -> tuple[list[Entries], tuple[int, ...]]:
 
 
 def compare(trace: Entries, experts: Sequence[int]) -> dict[str, Any]:
-    """For each share of the experts that have slots: Belady's hit rate, and each policy's, also as a share of his."""
+    """For each share of experts with slots: Belady's hit rate, and each policy's, absolute and relative to Belady's."""
     asked = sum(map(len, trace))
     found = {}
     for size in SIZES:

@@ -6,9 +6,10 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-from bench.measurement import Measurement
+from bench.measurement import CHECKOUT, BaseSize, Measurement
 from bench.support.checkpoints import wide
 
 NAME = "memory"
@@ -17,12 +18,22 @@ CACHE = "1GiB"
 MIB = 1 << 20
 
 
-def run() -> Measurement:
+@dataclass(frozen=True, kw_only=True)
+class Size(BaseSize):
+    """Tokens of the prompt and of the reply."""
+
+    prompt: int = 512
+    tokens: int = 32
+
+
+FULL, SMALL = Size(), Size(small=True, prompt=16, tokens=4)
+
+
+def run(size: Size = FULL) -> Measurement:
     """Runs a long prompt and a reply in a process of its own, and watches its anonymous memory."""
-    folder = wide()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bench.cache.memory", str(folder)], stdout=subprocess.PIPE, text=True
-    )
+    folder = wide(small=size.small)
+    command = [sys.executable, "-m", "bench.cache.memory", str(folder), str(size.prompt), str(size.tokens)]
+    process = subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, text=True)
     status = Path(f"/proc/{process.pid}/status")
     peak = whole = 0
     while process.poll() is None:
@@ -53,14 +64,16 @@ def _sizes(status: Path) -> dict[str, int]:
     return {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines if line[-1] == "kB"}
 
 
-def work(folder: Path) -> None:
-    """A 512-token prompt and 32 tokens of reply."""
+def work(folder: Path, prompt: int, tokens: int) -> None:
+    """A prompt of so many tokens and so many of reply."""
     from edgemoe import Engine, Sampling
 
     with Engine.load(folder, device="cpu", expert_cache=CACHE) as engine:
-        engine.generate([3 + 7 * index % 30000 for index in range(512)], Sampling(max_tokens=32, ignore_eos=True))
+        engine.generate(
+            [3 + 7 * index % 30000 for index in range(prompt)], Sampling(max_tokens=tokens, ignore_eos=True)
+        )
         print(json.dumps(engine.plan.to_dict()))
 
 
 if __name__ == "__main__":
-    work(Path(sys.argv[1]))
+    work(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from bench.measurement import Measurement
+from bench.measurement import BaseSize, Measurement
 from bench.support.checkpoints import wide
+from bench.support.engine_parts import cache_of, runner_of
 from edgemoe import Engine
 from edgemoe.cache import ExpertId
 from edgemoe.quiet import quiet_transformers
@@ -18,14 +20,23 @@ from edgemoe.quiet import quiet_transformers
 NAME = "resident"
 BAR = "decode >= 1.15x transformers and >= 0.65 of its floor; prefill (512) >= 1.0x transformers"
 THREADS = 2
-ROUNDS = 5
-STEPS = 12
-PROMPT = 512
 
 
-def run() -> Measurement:
+@dataclass(frozen=True, kw_only=True)
+class Size(BaseSize):
+    """Rounds, and in each the tokens of a prompt and the steps after it."""
+
+    rounds: int = 5
+    prompt: int = 512
+    steps: int = 12
+
+
+FULL, SMALL = Size(), Size(small=True, rounds=1, prompt=16, steps=2)
+
+
+def run(size: Size = FULL) -> Measurement:
     """Both models in one process, alternating; medians of ratios."""
-    folder = wide()
+    folder = wide(small=size.small)
     torch.set_num_threads(THREADS)
     from transformers import AutoModelForCausalLM
 
@@ -33,7 +44,7 @@ def run() -> Measurement:
         make_resident(engine)
         with quiet_transformers():
             peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-        rounds = [_round(engine, peer, seed) for seed in range(ROUNDS)]
+        rounds = [_round(engine, peer, seed, size) for seed in range(size.rounds)]
         floor_bytes = _bytes_per_token(engine, peer)
     bandwidth = statistics.median(item["bandwidth"] for item in rounds)
     ours = statistics.median(item["decode"] for item in rounds)
@@ -43,8 +54,8 @@ def run() -> Measurement:
     detail = {
         "tokens_per_second": 1 / ours,
         "peer_tokens_per_second": 1 / statistics.median(item["peer_decode"] for item in rounds),
-        "prefill_tokens_per_second": PROMPT / statistics.median(item["prefill"] for item in rounds),
-        "peer_prefill_tokens_per_second": PROMPT / statistics.median(item["peer_prefill"] for item in rounds),
+        "prefill_tokens_per_second": size.prompt / statistics.median(item["prefill"] for item in rounds),
+        "peer_prefill_tokens_per_second": size.prompt / statistics.median(item["peer_prefill"] for item in rounds),
         "bytes_per_token": floor_bytes,
         "read_bandwidth_gb_per_second": bandwidth / 1e9,
         "threads": THREADS,
@@ -56,19 +67,19 @@ def run() -> Measurement:
 
 def make_resident(engine: Engine) -> None:
     """Waits until every expert is in its slot."""
-    runtime = engine._loaded()
-    for layer, count in enumerate(runtime.cache.store.experts):
-        for _ in runtime.cache.borrow(layer, range(count)):
+    cache = cache_of(engine)
+    for layer, count in enumerate(cache.store.experts):
+        for _ in cache.borrow(layer, range(count)):
             pass
-        assert all(runtime.cache.is_resident(ExpertId(layer, number)) for number in range(count))
+        assert all(cache.is_resident(ExpertId(layer, number)) for number in range(count))
 
 
-def _round(engine: Engine, peer: Any, seed: int) -> dict[str, float]:
+def _round(engine: Engine, peer: Any, seed: int, size: Size) -> dict[str, float]:
     generator = torch.Generator().manual_seed(seed)
-    prompt = torch.randint(3, 32000, (PROMPT,), generator=generator).tolist()
-    tokens = torch.randint(3, 32000, (STEPS,), generator=generator).tolist()
-    memory = engine._loaded().cache.pool.memory.view(torch.int64)
-    contenders = [("", engine_steps(engine, prompt)), ("peer_", peer_steps(peer, prompt))]
+    prompt = torch.randint(3, 32000, (size.prompt,), generator=generator).tolist()
+    tokens = torch.randint(3, 32000, (size.steps,), generator=generator).tolist()
+    memory = cache_of(engine).pool.memory.view(torch.int64)
+    contenders = [("", engine_steps(engine, size.prompt + size.steps)), ("peer_", peer_steps(peer))]
     found: dict[str, float] = {}
     for whose, step in contenders if seed % 2 else contenders[::-1]:
         found[f"{whose}prefill"] = _timed(step, prompt)
@@ -77,13 +88,14 @@ def _round(engine: Engine, peer: Any, seed: int) -> dict[str, float]:
     return found | {"bandwidth": memory.nbytes / seconds}
 
 
-def engine_steps(engine: Engine, prompt: list[int]) -> Callable[[list[int]], object]:
-    """Appends tokens to a sequence of ours."""
-    cache = engine._scheduler.runner.start(len(prompt) + STEPS)
-    return lambda tokens: engine._scheduler.runner.step(cache, tokens)
+def engine_steps(engine: Engine, length: int) -> Callable[[list[int]], object]:
+    """Appends tokens to a sequence of ours, at most `length`."""
+    runner = runner_of(engine)
+    cache = runner.start(length)
+    return lambda tokens: runner.step(cache, tokens)
 
 
-def peer_steps(peer: Any, prompt: list[int]) -> Callable[[list[int]], object]:
+def peer_steps(peer: Any) -> Callable[[list[int]], object]:
     """Appends tokens to a sequence of transformers'."""
     from transformers import DynamicCache
 

@@ -9,26 +9,36 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-from bench.measurement import Measurement
+from bench.measurement import BaseSize, Measurement
 
 NAME = "start"
 BAR = "first token <= 8 s; --help <= 0.5 s"
-ROUNDS = 5
 
 
-def run() -> Measurement:
+@dataclass(frozen=True, kw_only=True)
+class Size(BaseSize):
+    """Runs of each command."""
+
+    rounds: int = 5
+
+
+FULL, SMALL = Size(), Size(small=True, rounds=1)
+
+
+def run(size: Size = FULL) -> Measurement:
     """The first run compiles the kernels into a fresh folder (cold); the others find them there (warm)."""
     command = str(Path(sys.executable).parent / "edgemoe")
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder) / "prompts.jsonl"
         prompts.write_text(json.dumps({"prompt": "Hello", "max_tokens": 1}) + "\n")
         environment = os.environ | {"NUMBA_CACHE_DIR": folder}
-        first = [_seconds([command, "run", str(prompts)], environment) for _ in range(ROUNDS)]
-        help_ = [_seconds([command, "--help"], environment) for _ in range(ROUNDS)]
+        first = [_seconds([command, "run", str(prompts)], environment) for _ in range(size.rounds)]
+        help_ = [_seconds([command, "--help"], environment) for _ in range(size.rounds)]
     value = {
-        "first_token": round(max(first[0], statistics.median(first[1:])), 2),
+        "first_token": round(max(first[0], statistics.median(first[1:] or first)), 2),
         "help": round(statistics.median(help_), 3),
     }
     detail = {"cold": first[0], "warm": first[1:], "help": help_}

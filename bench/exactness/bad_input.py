@@ -9,15 +9,26 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from bench.measurement import Measurement
+from bench.measurement import BaseSize, Measurement
 from bench.support.zoo import make
 from edgemoe.demo import demo_folder
 
 NAME = "bad-input"
 BAR = "one clear sentence naming the mend, exit status not 0 (or one error record), nothing lost"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size(BaseSize):
+    """Every how many-th of the cases is tried."""
+
+    every: int = 1
+
+
+FULL, SMALL = Size(), Size(small=True, every=12)
 
 
 @dataclass(frozen=True)
@@ -33,10 +44,10 @@ class Case:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def run() -> Measurement:
-    """Runs every case through the installed command."""
+def run(size: Size = FULL) -> Measurement:
+    """Runs the cases through the installed command."""
     with tempfile.TemporaryDirectory() as folder:
-        found = {case.name: check(case) for case in cases(Path(folder))}
+        found = {case.name: check(case) for case in islice(cases(Path(folder)), 0, None, size.every)}
     failed = {name: said for name, (ok, said) in found.items() if not ok}
     value = {"cases": len(found), "failed": sorted(failed)}
     return Measurement(NAME, value, BAR, not failed, {name: said for name, (_, said) in found.items()})

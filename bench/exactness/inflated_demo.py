@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import islice
 
-from bench.measurement import Measurement
-from bench.support.checkpoints import inflated
+from bench.measurement import BaseSize, Measurement
+from bench.support.checkpoints import FACTOR, SMALL_FACTOR, inflated
 from edgemoe import Engine, Sampling
 from edgemoe.demo.tasks import HELD_OUT_SEED, TASKS
 
@@ -13,11 +14,22 @@ NAME = "inflated-demo"
 BAR = "the same tokens; experts of >= 6 MB, 2 to 8 GB in all"
 
 
-def run() -> Measurement:
-    """Two held-out questions of every task to both, greedily, in bf16."""
-    folder = inflated()
+@dataclass(frozen=True, kw_only=True)
+class Size(BaseSize):
+    """How wide the experts become, and the questions of each task."""
+
+    factor: int = FACTOR
+    questions: int = 2
+
+
+FULL, SMALL = Size(), Size(small=True, factor=SMALL_FACTOR, questions=1)
+
+
+def run(size: Size = FULL) -> Measurement:
+    """The same held-out questions to both, greedily, in bf16."""
+    folder = inflated(size.factor)
     settings = Sampling(temperature=0, max_tokens=200)
-    asked = [item.user for task in TASKS for item in islice(task.items(HELD_OUT_SEED, held_out=True), 2)]
+    asked = [item.user for task in TASKS for item in islice(task.items(HELD_OUT_SEED, held_out=True), size.questions)]
     replies = []
     for model in (None, folder):
         with Engine.load(model, device="cpu") as engine:

@@ -6,33 +6,49 @@ import random
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from bench.measurement import Measurement
-from bench.support.zoo import FAMILIES, REFUSED, WRAPPERS, make
+from bench.measurement import BaseSize, Measurement
+from bench.support.engine_parts import runner_of
+from bench.support.zoo import TESTED, make
 from edgemoe import Completion, Engine, Sampling
 from edgemoe.checkpoint.blueprint import open_blueprint
+from edgemoe.config import choices_of
 from edgemoe.draft.affinity_file import prepare
-from edgemoe.draft.settings import SHAPES
 from edgemoe.experts.draft_routing import RULES
 from edgemoe.quiet import quiet_transformers
 
 NAME = "spec-exact"
 BAR = "token ids and length equal to plain decoding"
-TOKENS = 200
 LENGTHS = (1, 5, 23, 64)
 """Tokens of the prompts without a pattern ..."""
 PERIODS = {12: 3, 30: 7, 61: 1, 100: 9}
 """... and of those that repeat themselves, with what they repeat."""
 TOGETHER = 4
 """Sequences at once, where it is more than one."""
-SHALLOW = {"draft_nodes": 6, "draft_depth": 3}
+SHALLOW: dict[str, Any] = {"draft_nodes": 6, "draft_depth": 3}
 """Bounds for most of what drafts by passes: many drafts instead of deep ones."""
 OTHER_FAMILY = "mixtral"
 """Of the draft model for families that cannot draft for themselves."""
+
+
+SHAPES = choices_of("draft_shape")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size(BaseSize):
+    """The families, the tokens of a reply, and every how many-th way of drafting is tried."""
+
+    families: tuple[str, ...] = TESTED
+    tokens: int = 200
+    every: int = 1
+
+
+FULL, SMALL = Size(), Size(small=True, families=("mixtral",), tokens=24, every=3)
 
 
 @dataclass(frozen=True)
@@ -63,7 +79,7 @@ class Case(NamedTuple):
     batch: int
     prompts: tuple[int, ...]
     """Numbers of prompts."""
-    bounds: dict[str, int]
+    bounds: dict[str, Any]
 
 
 class Found(NamedTuple):
@@ -75,13 +91,13 @@ class Found(NamedTuple):
     wrong: list[str]
 
 
-def run() -> Measurement:
+def run(size: Size = FULL) -> Measurement:
     """Every family, with caches from (top-k + 2) slots in all to one for every expert."""
     torch.set_num_threads(1)
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        for number, family in enumerate(name for name in [*FAMILIES, *WRAPPERS] if name not in REFUSED):
-            found[family] = item = compare(family, Path(folder) / family, number)
+        for number, family in enumerate(size.families):
+            found[family] = item = compare(family, Path(folder) / family, number, size)
             print(
                 f"{family:20} {item['same']:2} of {item['cases']:2} the same, "
                 f"accepted {item['accepted']} of {item['drafted']}, verifies {item['verifies'] or item['reason']}",
@@ -95,24 +111,24 @@ def run() -> Measurement:
     counted = {name: sum(item[name] for item in found.values()) for name in ("cases", "same", "drafted", "accepted")}
     shapes = {shape: sum(item["verifies"] == shape for item in found.values()) for shape in (*SHAPES, "")}
     value = {"families": len(found), "tree": shapes["tree"], "chain": shapes["chain"], "refuse": shapes[""], **counted}
-    detail = {"tokens": TOKENS, "wrong": wrong, "without_accepted": untested, "families": found}
+    detail = {"tokens": size.tokens, "wrong": wrong, "without_accepted": untested, "families": found}
     return Measurement(NAME, value, BAR, not wrong and not untested, detail)
 
 
-def compare(family: str, folder: Path, number: int) -> dict[str, Any]:
+def compare(family: str, folder: Path, number: int, size: Size) -> dict[str, Any]:
     """How many cases of `family`, the `number`th, give what plain decoding gives; `folder` is for its checkpoints."""
     folders = checkpoints(family, folder)
-    asked = requests(number)
+    asked = requests(number, size.tokens)
     settings: dict[str, Any] = {"device": "cpu", "dtype": "float32", "threads": 1, "state_folder": folder / "state"}
     # For the rule that takes the most similar expert.
     prepare(open_blueprint(folders["same"], "float32"), folder / "state")
     with Engine.load(folders["same"], speculate="off", prefetch="off", batch=1, **settings) as plain:
         assert plain.plan.slots == plain.plan.experts
         expected = [plain.generate(*request) for request in asked]
-        verifies, plan = plain._scheduler.runner.verifies, plain.plan
+        verifies, plan = runner_of(plain).verifies, plain.plan
         few = plan.top_k + 2
         sizes = (few, few * plan.layers, plan.experts)
-        cases = list(covering(number, sizes) if verifies else plainly(sizes))
+        cases = islice(covering(number, sizes) if verifies else plainly(sizes), 0, None, size.every)
         results = [case_result(folders, settings, case, asked, expected, plain) for case in cases]
     return {
         "verifies": verifies,
@@ -135,7 +151,7 @@ def checkpoints(family: str, folder: Path) -> dict[str, Path]:
         }
 
 
-def requests(number: int) -> list[tuple[list[int], Sampling]]:
+def requests(number: int, tokens: int) -> list[tuple[list[int], Sampling]]:
     """Prompts of many lengths, half of them with repetitions; every fourth reply may end by itself."""
     draw = random.Random(number)
     prompts = [[draw.randint(3, 250) for _ in range(length)] for length in LENGTHS]
@@ -143,7 +159,7 @@ def requests(number: int) -> list[tuple[list[int], Sampling]]:
         part = [draw.randint(3, 250) for _ in range(period)]
         prompts.append((part * length)[:length])
     return [
-        (prompt, Sampling(max_tokens=TOKENS, temperature=0.0, ignore_eos=place % 4 != 3))
+        (prompt, Sampling(max_tokens=tokens, temperature=0.0, ignore_eos=place % 4 != 3))
         for place, prompt in enumerate(prompts)
     ]
 
@@ -222,7 +238,7 @@ def difference(plain: Engine, expected: Completion, reply: Completion) -> str:
     first = next((place for place, (own, other) in enumerate(pairs) if own != other), None)
     if first is None:
         return f"{len(reply.token_ids)} tokens instead of {len(expected.token_ids)}"
-    runner = plain._scheduler.runner.sequential
+    runner = runner_of(plain).sequential
     tokens = [*expected.prompt_token_ids, *expected.token_ids[:first]]
     logits = runner.step(runner.start(len(tokens)), tokens)
     own, other = pairs[first]

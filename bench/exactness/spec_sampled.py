@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bench.measurement import Measurement
+from bench.measurement import BaseSize, Measurement
 from bench.support.zoo import make
 from edgemoe import Engine, Sampling
 from edgemoe.model.draft_tree import DraftTree
@@ -22,7 +22,6 @@ from edgemoe.sampling import resolve
 
 NAME = "spec-sampled"
 BAR = "p > 0.001 for every setting, and a broken acceptance rule fails the same test"
-RUNS = 20_000
 LEAST_P = 0.001
 VOCABULARY = 8
 PROMPT = [3, 4, 5, 3, 4, 6, 3, 4]
@@ -36,6 +35,17 @@ MIN_COUNT = 5
 BATCH = 128
 LIKELY = 0.2
 """The probability from which one of the broken rules takes a drafted token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size(BaseSize):
+    """Runs of each setting, and every how many-th setting is tried with the rule as it is."""
+
+    runs: int = 20_000
+    every: int = 1
+
+
+FULL, SMALL = Size(), Size(small=True, runs=300, every=4)
 
 
 @dataclass(frozen=True)
@@ -63,23 +73,23 @@ Choose = Callable[[Request, DraftTree, int, torch.Tensor], int]
 """The token after a node of a tree, given the logits there."""
 
 
-def run() -> Measurement:
+def run(size: Size = FULL) -> Measurement:
     """Every setting with the acceptance rule as it is, then the first of each drafter with every broken one."""
     torch.set_num_threads(1)
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = checkpoint(Path(name))
-        for place, setting in enumerate(SETTINGS):
+        for place, setting in enumerate(SETTINGS[:: size.every]):
             # Other seeds each time: the same ones would be lucky or unlucky in all.
-            rows.append(measured(folder, setting, range(place * RUNS, (place + 1) * RUNS)))
+            rows.append(measured(folder, setting, range(place * size.runs, (place + 1) * size.runs)))
         for rule in BROKEN:
-            rows += [measured(folder, setting, range(RUNS), rule) for setting in (SETTINGS[0], SETTINGS[4])]
+            rows += [measured(folder, setting, range(size.runs), rule) for setting in (SETTINGS[0], SETTINGS[4])]
     right = [row for row in rows if row["rule"] == "right"]
     wrong = [row for row in rows if row["rule"] != "right"]
     least, most = min(row["p"] for row in right), max(row["p"] for row in wrong)
     verified = all(row["accepted"] for row in rows)
     value = {"settings": len(right), "least_p": least, "broken_rules": len(wrong), "most_p_of_a_broken_rule": most}
-    return Measurement(NAME, value, BAR, least > LEAST_P > most and verified, {"runs": RUNS, "rows": rows})
+    return Measurement(NAME, value, BAR, least > LEAST_P > most and verified, {"runs": size.runs, "rows": rows})
 
 
 def measured(folder: Path, setting: Setting, seeds: range, rule: str = "right") -> dict[str, Any]:
@@ -102,14 +112,14 @@ def checkpoint(folder: Path) -> Path:
     """A tiny qwen3_moe whose next token is neither certain nor anybody's guess, and depends on its experts."""
     from transformers import AutoModelForCausalLM
 
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    experts = {"num_experts": 8, "num_experts_per_tok": 2, "mlp_only_layers": []}
+    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_experts": 8, "num_experts_per_tok": 2, "mlp_only_layers": []}
     with quiet_transformers(), torch.no_grad():
-        make("qwen3_moe", folder, **sizes, **experts)
+        make("qwen3_moe", folder, **sizes)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         for name, weights in model.named_parameters():
             if "down_proj" in name or "lm_head" in name:
-                weights *= 4 if "down_proj" in name else 3
+                weights.mul_(4 if "down_proj" in name else 3)
         model.save_pretrained(folder)
     return folder
 
@@ -123,7 +133,7 @@ def exact(folder: Path, settings: dict[str, Any]) -> torch.Tensor:
 
     with quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    processors = Sampler(resolve(Sampling(**settings), GenerationConfig(), 1, 1))._processors
+    processors: Any = Sampler(resolve(Sampling(**settings), GenerationConfig(), 1, 1))._processors
     joint = torch.ones(1, dtype=torch.float64)
     prefixes = torch.tensor([PROMPT])
     for _ in range(LOOKED_AT):
@@ -201,11 +211,11 @@ def accepting(rule: str) -> Iterator[None]:
     """In the block drafts are accepted by `rule`, one of `BROKEN`, or "right": by the one that there is."""
     kept = Request.verify
     if rule != "right":
-        Request.verify = _verifying(BROKEN[rule])  # type: ignore[method-assign]
+        setattr(Request, "verify", _verifying(BROKEN[rule]))  # noqa: B010
     try:
         yield
     finally:
-        Request.verify = kept  # type: ignore[method-assign]
+        setattr(Request, "verify", kept)  # noqa: B010
 
 
 def _verifying(choose: Choose) -> Callable[[Request, DraftTree, torch.Tensor], list[int]]:

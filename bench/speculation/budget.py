@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from contextlib import closing
-from pathlib import Path
+from dataclasses import dataclass
+from statistics import quantiles
 from typing import Any
 
-from bench.measurement import Measurement
+from bench.measurement import BaseSize, Measurement
 from bench.support.alternating import alternate, loaded, questions
-from bench.support.checkpoints import inflated
+from bench.support.checkpoints import FACTOR, SMALL_FACTOR, inflated
 from bench.support.link_cells import Cell
 from edgemoe import Sampling
 from edgemoe.measure.evaluation import Evaluation, task_eval_texts
@@ -18,25 +19,40 @@ NAME = "budget"
 BAR = ">= 1.2x tokens/s of exact speculation at <= 1 point of task score and >= 98 % top-1 agreement"
 CELL = Cell("25%", 1.0)
 """Where bytes are dear: a budget is for that."""
+FEW: dict[str, Any] = {"tasks": ("repeat", "count"), "tokens": 6, "scored": 0, "predicted": 40}
+"""What is asked in a small run."""
 BUDGETS: dict[str, dict[str, Any]] = {
     f"{rule} {size}": {"budget": size, "budget_rule": rule}
     for rule, sizes in {"sum": ("12", "95%"), "path": ("95%",), "residency": ("3", "85%", "90%", "95%")}.items()
     for size in sizes
 }
 """MoE-Spec's rule by its own count and by mass, the same by path probability, and residency first by both."""
-SETTINGS = Sampling(temperature=0, max_tokens=48)
-QUESTIONS = 1
-SCORED = 12
-"""Held-out questions of each task for the score, where the agreement is good enough to ask."""
 AGREEMENT, LOST = 0.98, 1.0
-TOKENS = 1000
-"""Predicted tokens for the agreement."""
 
 
-def run() -> Measurement:
+@dataclass(frozen=True, kw_only=True)
+class Size(BaseSize):
+    """How wide the experts are, what is tried, and what is asked."""
+
+    factor: int = FACTOR
+    budgets: tuple[str, ...] = tuple(BUDGETS)
+    tasks: tuple[str, ...] = ()
+    """Of the shipped model; all of them where none is named."""
+    questions: int = 1
+    """Of each task for the speed."""
+    tokens: int = 48
+    scored: int = 12
+    """Held-out questions of each task for the score, where the agreement is good enough to ask; none lose none."""
+    predicted: int = 1000
+    """Tokens for the agreement."""
+
+
+FULL, SMALL = Size(), Size(small=True, factor=SMALL_FACTOR, budgets=("sum 12", "residency 85%"), **FEW)
+
+
+def run(size: Size = FULL) -> Measurement:
     """Decoding alone, warm, alternating with the default, which speculates exactly."""
-    model = inflated()
-    tried = {name: measure(model, CELL.settings, own) for name, own in BUDGETS.items()}
+    tried = {name: measure(CELL.settings, BUDGETS[name], size) for name in size.budgets}
     good = {
         name: at["speed"] for name, at in tried.items() if at["lost_points"] is not None and at["lost_points"] <= LOST
     }
@@ -45,15 +61,20 @@ def run() -> Measurement:
     return Measurement(NAME, value, BAR, best is not None and good[best] >= 1.2, {"budgets": tried})
 
 
-def measure(model: Path, cell: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+def measure(cell: dict[str, Any], own: dict[str, Any], size: Size) -> dict[str, Any]:
     """One budget: its speed over that of exact speculation, and what it costs."""
-    found = alternate(model, {"exact": cell, "budget": cell | own}, questions(QUESTIONS), SETTINGS)
+    sampling = Sampling(temperature=0, max_tokens=size.tokens)
+    variants = {"exact": cell, "budget": cell | own}
+    found = alternate(inflated(size.factor), variants, questions(size.questions, size.tasks), sampling)
     exact, budget = found["exact"], found["budget"]
     speed = budget.tokens / budget.total * exact.total / exact.tokens
-    quality = cost(cell | own)
-    lost = lost_points(cost(cell | own, SCORED)) if quality.agreement >= AGREEMENT else None
+    quality = cost(cell | own, size.predicted)
+    lost = lost_points(cost(cell | own, size.predicted, size.scored)) if quality.agreement >= AGREEMENT else None
+    ratios = [ours / theirs for ours, theirs in zip(budget.speeds, exact.speeds, strict=True) if theirs]
     at = {
         "speed": speed,
+        "replies": len(ratios),
+        "speed_quartiles": quantiles(ratios, method="inclusive"),
         "tokens_per_second": budget.tokens / budget.total,
         "exact_tokens_per_second": exact.tokens / exact.total,
         "mb_per_token": [each.grew("bytes_loaded") / each.tokens / 1e6 for each in (exact, budget)],
@@ -71,12 +92,12 @@ def measure(model: Path, cell: dict[str, Any], own: dict[str, Any]) -> dict[str,
     return at
 
 
-def cost(settings: dict[str, Any], scored: int = 0) -> Quality:
+def cost(settings: dict[str, Any], predicted: int, scored: int = 0) -> Quality:
     """What `settings` cost in quality, of the shipped model, which routes as the widened one does, always drafting."""
     kept = {name: value for name, value in settings.items() if name not in ("link_gbps", "file_reads")}
     with (
         loaded(None, **kept | {"speculate": "ngram"}) as engine,
-        closing(Evaluation(task_eval_texts(engine, TOKENS), scored)) as evaluation,
+        closing(Evaluation(task_eval_texts(engine, predicted), scored)) as evaluation,
     ):
         evaluation.measure(engine)
         return evaluation.against(engine)

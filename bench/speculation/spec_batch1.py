@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
-from bench.measurement import Measurement
+from bench.measurement import BaseSize, Measurement
 from bench.support.alternating import Answers, alternate, questions
-from bench.support.checkpoints import inflated
+from bench.support.checkpoints import FACTOR, SMALL_FACTOR, inflated
 from bench.support.link_cells import CELLS, PLAIN, Cell, link_nbytes_per_token
 from edgemoe import Sampling
 
@@ -17,7 +18,6 @@ BAR = (
     "copying, all resident, n-grams >= 1.5x"
 )
 COPYING = ("repeat", "replace")
-SETTINGS = Sampling(temperature=0, max_tokens=40)
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": PLAIN,
     "default": {},
@@ -28,12 +28,33 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """Against the first: the default, each half of it alone, and with drafts of the model itself."""
 
 
-def run() -> Measurement:
+@dataclass(frozen=True, kw_only=True)
+class Size(BaseSize):
+    """Cells, how wide the experts are, and what is asked in each."""
+
+    cells: tuple[Cell, ...] = tuple(CELLS)
+    factor: int = FACTOR
+    tasks: tuple[str, ...] = ()
+    """Of the shipped model; all of them where none is named."""
+    tokens: int = 40
+
+    @property
+    def sampling(self) -> Sampling:
+        """Greedy replies."""
+        return Sampling(temperature=0, max_tokens=self.tokens)
+
+
+FULL, SMALL = Size(), Size(small=True, cells=(Cell("25%", 4.0),), factor=SMALL_FACTOR, tasks=COPYING, tokens=6)
+
+
+def run(size: Size = FULL) -> Measurement:
     """One held-out question of every task in every cell; decoding alone, warm, alternating."""
-    resident = alternate(inflated(), {"plain": PLAIN, "default": {}}, questions(2), SETTINGS)
+    resident = alternate(
+        inflated(size.factor), {"plain": PLAIN, "default": {}}, questions(2, size.tasks), size.sampling
+    )
     computing = resident["plain"].total / resident["plain"].tokens
     copying = _ratio(resident, "default", COPYING)
-    cells = [measure(cell, computing) for cell in CELLS]
+    cells = [measure(cell, computing, size) for cell in size.cells]
     near = [at["best"] for at in cells if 0.5 <= at["link_over_computing"] <= 2]
     mean = math.exp(sum(map(math.log, near)) / len(near)) if near else 0.0
     worst = min(at["default"] for at in [*cells, {"default": _ratio(resident, "default")}])
@@ -42,9 +63,10 @@ def run() -> Measurement:
     return Measurement(NAME, value, BAR, mean >= 1.25 and worst >= 0.95 and copying >= 1.5, detail)
 
 
-def measure(cell: Cell, computing: float) -> dict[str, Any]:
+def measure(cell: Cell, computing: float, size: Size) -> dict[str, Any]:
     """One cell: each variant's speed over the plain one's, and how long the link takes beside the computing."""
-    found = alternate(inflated(), {name: cell.settings | own for name, own in VARIANTS.items()}, questions(1), SETTINGS)
+    variants = {name: cell.settings | own for name, own in VARIANTS.items()}
+    found = alternate(inflated(size.factor), variants, questions(1, size.tasks), size.sampling)
     plain = found["plain"]
     speeds = {name: _ratio(found, name) for name in VARIANTS if name != "plain"}
     speed = cell.gbps * 1e9 if cell.gbps else _disk_speed(plain)

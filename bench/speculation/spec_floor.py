@@ -4,31 +4,57 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from bench.measurement import Measurement
+from bench.measurement import BaseSize, Measurement
 from bench.support.alternating import Question, loaded, questions, warm_up
-from bench.support.checkpoints import inflated
+from bench.support.checkpoints import FACTOR, SMALL_FACTOR, inflated
+from bench.support.engine_parts import cache_of, link_of
 from bench.support.link_cells import CELLS, Cell
 from edgemoe import Engine, Sampling
 from edgemoe.cache import ExpertId
+from edgemoe.cache.safetensors_store import SafetensorsStore
 from edgemoe.config import EngineConfig
 
 NAME = "spec-floor"
 BAR = "time of a cycle <= 1.3x max(bytes moved / link bandwidth, bytes read / memory bandwidth) in every cell"
-SETTINGS = Sampling(temperature=0, max_tokens=40)
 
 
-def run() -> Measurement:
+@dataclass(frozen=True, kw_only=True)
+class Size(BaseSize):
+    """Cells, how wide the experts are, and what is asked in each."""
+
+    cells: tuple[Cell, ...] = tuple(CELLS)
+    factor: int = FACTOR
+    tasks: tuple[str, ...] = ()
+    """Of the shipped model; all of them where none is named."""
+    tokens: int = 40
+
+
+FULL, SMALL = (
+    Size(),
+    Size(
+        small=True,
+        cells=(Cell("25%", 4.0), Cell("25%", None)),
+        factor=SMALL_FACTOR,
+        tasks=("repeat", "count"),
+        tokens=6,
+    ),
+)
+
+
+def run(size: Size = FULL) -> Measurement:
     """The default settings, one held-out question of every task in every cell. Decoding alone, warm."""
-    cells = [measure(cell) for cell in CELLS]
+    cells = [measure(cell, size) for cell in size.cells]
     worst = max(at["over_floor"] for at in cells)
     return Measurement(NAME, {"worst": round(worst, 2)}, BAR, worst <= 1.3, {"cells": cells})
 
 
-class Reading(NamedTuple):
+@dataclass(frozen=True)
+class Reading:
     """What an engine has done up to a moment."""
 
     seconds: float
@@ -42,18 +68,28 @@ class Reading(NamedTuple):
     @classmethod
     def of(cls, engine: Engine) -> Reading:
         """Up to now."""
-        stats, link = engine.stats, engine._loaded().link
+        stats, link = engine.stats, link_of(engine)
         return cls(stats.seconds, stats.steps, stats.hits + stats.misses, link.bytes_moved, link.busy_seconds)
 
+    def __add__(self, other: Reading) -> Reading:
+        return self._with(other, 1)
 
-def measure(cell: Cell) -> dict[str, Any]:
+    def __sub__(self, other: Reading) -> Reading:
+        return self._with(other, -1)
+
+    def _with(self, other: Reading, sign: int) -> Reading:
+        return Reading(**{name: value + sign * getattr(other, name) for name, value in vars(self).items()})
+
+
+def measure(cell: Cell, size: Size) -> dict[str, Any]:
     """All steps of one cell that decode, against their floor."""
-    with loaded(inflated(), **cell.settings) as engine:
-        warm_up(engine, SETTINGS)
+    sampling = Sampling(temperature=0, max_tokens=size.tokens)
+    with loaded(inflated(size.factor), **cell.settings) as engine:
+        warm_up(engine, sampling)
         memory, link = _read_bandwidth(engine), _link_bandwidth(engine)
-        decoded = [_decode(engine, question) for question in questions(1)]
+        decoded = [_decode(engine, question, sampling) for question in questions(1, size.tasks)]
         memory, plan = max(memory, _read_bandwidth(engine)), engine.plan
-    did = Reading(*(sum(each) for each in zip(*decoded, strict=True)))
+    did = sum(decoded[1:], decoded[0])
     # What this machine reads, and no more than a simulated link brings.
     link = max(link, did.moved / max(did.busy, 1e-9))
     link = min(link, cell.gbps * 1e9) if cell.gbps else link
@@ -80,20 +116,21 @@ def measure(cell: Cell) -> dict[str, Any]:
     return at
 
 
-def _decode(engine: Engine, question: Question) -> Reading:
+def _decode(engine: Engine, question: Question, sampling: Sampling) -> Reading:
     """What the engine did for an answer after its first token."""
     prompt = engine.chat_prompt([{"role": "user", "content": question.text}])
-    chunks = engine.stream(prompt, SETTINGS)
+    chunks = engine.stream(prompt, sampling)
     next(chunks)
     before = Reading.of(engine)
     for _ in chunks:
         pass
-    return Reading(*(after - first for after, first in zip(Reading.of(engine), before, strict=True)))
+    return Reading.of(engine) - before
 
 
 def _link_bandwidth(engine: Engine) -> float:
     """Bytes a second at which experts can be read now, by as many threads as the link has."""
-    store, threads = engine._loaded().cache.store, EngineConfig().reader_threads
+    store, threads = cache_of(engine).store, EngineConfig().reader_threads
+    assert isinstance(store, SafetensorsStore)
     buffers = [torch.empty(store.record_nbytes(ExpertId(0, 0)), dtype=torch.uint8) for _ in range(threads)]
     numbers = range(len(buffers), store.experts[0])
 
@@ -114,7 +151,7 @@ def _link_bandwidth(engine: Engine) -> float:
 def _read_bandwidth(engine: Engine) -> float:
     """Bytes a second at which the slots' memory can be read now, by as many threads as compute."""
     torch.set_num_threads(engine.plan.threads)
-    memory = engine._loaded().cache.pool.memory.view(torch.int64)
+    memory = cache_of(engine).pool.memory.view(torch.int64)
     best = min(_timed(memory) for _ in range(3))
     return memory.nbytes / best
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from bench.measurement import Measurement
-from bench.support.checkpoints import inflated
+from bench.measurement import BaseSize, Measurement
+from bench.support.checkpoints import inflated, tiny
 from edgemoe.checkpoint.blueprint import Blueprint, open_blueprint
 from edgemoe.config import EngineConfig
 from edgemoe.measure.profiler import LEAN_SHAPES, SHAPES, ProfilingRun, point, profiling_run, take_profile
@@ -21,26 +22,35 @@ from edgemoe.plan.profile_plot import draw
 NAME = "speedup-model"
 BAR = "mean absolute error of the predicted speed-up <= 12 % at >= 30 points that were not used in the fit"
 LINK_GBPS = 4.0
-CACHES = ("100%", "50%", "25%")
-BATCHES = (1, 3, 6, 12, 24, 48, 64)
-DEPTHS = (2, 5, 8)
-ENDS = {1: (2, 5, 7), 64: (2, 5, 7)}
-"""Depths at the batches where the fit had 8."""
+DEPTHS = dict.fromkeys((1, 3, 6, 12, 24, 48, 64), (2, 5, 8)) | dict.fromkeys((1, 64), (2, 5, 7))
+"""Of drafts, at every batch. At its ends the fit had 8."""
 ALPHA = 0.7
 """Probability with which a drafted token is right here; the share that was is what the model is told."""
-ROUNDS = 3
 SEED = 1000
 """Of texts that the fit has not read."""
-PICTURE = Path(__file__).parents[2] / "docs" / "benchmarks" / "profile.svg"
 
 
-def run() -> Measurement:
+@dataclass(frozen=True, kw_only=True)
+class Size(BaseSize):
+    """The model, and where cycles are measured how often."""
+
+    model: Callable[[], Path] = inflated
+    caches: tuple[str, ...] = ("100%", "50%", "25%")
+    depths: Mapping[int, tuple[int, ...]] = field(default_factory=lambda: DEPTHS)
+    rounds: int = 3
+
+
+FULL, SMALL = Size(), Size(small=True, model=tiny, caches=("50%",), depths={3: (2,)}, rounds=1)
+
+
+def run(size: Size = FULL) -> Measurement:
     """A profile first, then cycles and plain steps in turns at every point of every cache. Warm."""
-    blueprint = open_blueprint(inflated())
+    blueprint = open_blueprint(size.model())
     config = EngineConfig(device="cpu", link_gbps=LINK_GBPS, file_reads="cached")
     profile = take_profile(blueprint, config)
-    draw(profile, PICTURE)
-    found = [at for cache in CACHES for at in measure(blueprint, config, cache, profile.model)]
+    picture = size.picture("profile")
+    draw(profile, picture)
+    found = [at for cache in size.caches for at in measure(blueprint, config, cache, profile.model, size)]
     for at in found:
         print(
             f"{at['cache']:>4} batch {at['batch']:2} drafted {at['depth']}: {at['measured']:.2f} x, predicted "
@@ -53,27 +63,29 @@ def run() -> Measurement:
         "error": round(error, 3),
         "median_error": round(median(at["error"] for at in found), 3),
         "error_by_cache": {
-            cache: round(fmean(at["error"] for at in found if at["cache"] == cache), 3) for cache in CACHES
+            cache: round(fmean(at["error"] for at in found if at["cache"] == cache), 3) for cache in size.caches
         },
         "error_without_hit_rate": round(fmean(abs(at["by_share"] / at["measured"] - 1) for at in found), 3),
     }
-    detail = {"points": found, "profile": profile.to_dict(), "alpha": ALPHA, "picture": PICTURE.name}
+    detail = {"points": found, "profile": profile.to_dict(), "alpha": ALPHA, "picture": picture.name}
     return Measurement(NAME, value, BAR, error <= 0.12 and len(found) >= 30, detail)
 
 
-def measure(blueprint: Blueprint, config: EngineConfig, cache: str, model: PerformanceModel) -> list[dict[str, Any]]:
+def measure(
+    blueprint: Blueprint, config: EngineConfig, cache: str, model: PerformanceModel, size: Size
+) -> list[dict[str, Any]]:
     """Every batch and depth with one size of the cache."""
     with profiling_run(blueprint, replace(config, expert_cache=cache), lambda progress: None, SEED) as at:
-        return [each for batch in BATCHES for each in _scheduler(at, cache, batch, model)]
+        return [each for batch in size.depths for each in _cycles(at, cache, batch, model, size)]
 
 
-def _scheduler(at: ProfilingRun, cache: str, batch: int, model: PerformanceModel) -> list[dict[str, Any]]:
+def _cycles(at: ProfilingRun, cache: str, batch: int, model: PerformanceModel, size: Size) -> list[dict[str, Any]]:
     """Plain steps and cycles of every depth in turns, all with the same texts."""
-    draw_right, depths = random.Random(batch), ENDS.get(batch, DEPTHS)
+    draw_right, depths = random.Random(batch), size.depths[batch]
     readings: dict[int, list[PassReading]] = {depth: [] for depth in (0, *depths)}
     tokens: dict[int, list[float]] = {depth: [] for depth in depths}
-    for turn in range(ROUNDS):
-        first = turn * at.sequences // ROUNDS + batch
+    for turn in range(size.rounds):
+        first = turn * at.sequences // size.rounds + batch
         for depth in readings:
             warm, passes = max(1, 8 // batch), max(2, min(6, 16 // batch))
             for number in range(warm + passes):

@@ -31,6 +31,8 @@ class Answers:
     seconds: dict[str, float] = field(default_factory=dict)
     tokens: int = 0
     token_ids: list[tuple[int, ...]] = field(default_factory=list)
+    speeds: list[float] = field(default_factory=list)
+    """Tokens a second of each answer's decoding, as questions were asked."""
     before: Stats | None = None
     after: Stats | None = None
 
@@ -54,7 +56,8 @@ def questions(each: int, tasks: Sequence[str] = ()) -> list[Question]:
 @contextmanager
 def loaded(model: Path | None, **settings: Any) -> Iterator[Engine]:
     """An engine with any setting of `EngineConfig`; it keeps no heat, so that runs compare."""
-    config = EngineConfig(**{"device": "cpu", "context": 512, "state_folder": "none"} | settings)
+    options: dict[str, Any] = {"device": "cpu", "context": 512, "state_folder": "none"}
+    config = EngineConfig(**options | settings)
     engine = Engine(open_blueprint(model, config.dtype), config, lambda progress: None)
     try:
         yield engine
@@ -97,5 +100,7 @@ def _answer(engine: Engine, question: Question, sampling: Sampling, into: Answer
     completion = answer(engine, question, sampling)
     assert time.perf_counter() - started >= completion.timings.generate_seconds
     into.seconds[question.task] = into.seconds.get(question.task, 0.0) + completion.timings.generate_seconds
-    into.tokens += completion.timings.generated_tokens - 1
+    decoded = completion.timings.generated_tokens - 1
+    into.tokens += decoded
+    into.speeds.append(decoded / max(completion.timings.generate_seconds, 1e-9))
     into.token_ids.append(completion.token_ids)

@@ -23,9 +23,12 @@ class MemoryGroup:
 
     @staticmethod
     def available() -> bool:
-        """Whether control groups can be made here, which takes root and a writable hierarchy."""
-        base = ROOT / "memory" if (ROOT / "memory").is_dir() else ROOT
-        return os.geteuid() == 0 and os.access(base, os.W_OK)
+        """Whether control groups with a limit can be made here, which takes root and a writable hierarchy."""
+        try:
+            with MemoryGroup(f"edgemoe-probe-{os.getpid()}", 1 << 30):
+                return True
+        except OSError:
+            return False
 
     def __enter__(self) -> MemoryGroup:
         self._folder.mkdir(exist_ok=True)
@@ -36,8 +39,8 @@ class MemoryGroup:
         with suppress(OSError):
             self._folder.rmdir()
 
-    def run(self, arguments: Sequence[str], **options: object) -> subprocess.CompletedProcess[str]:
-        """Runs this Python with `arguments` inside the group and returns its captured output."""
+    def run(self, arguments: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
+        """Runs this Python in `folder` with `arguments`, a module first, inside the group; its captured output."""
         entry = f"import os,sys,runpy; open({str(self._folder / 'cgroup.procs')!r},'w').write(str(os.getpid()))"
         program = f"{entry}; sys.argv = {list(arguments)!r}; runpy.run_module(sys.argv[0], run_name='__main__')"
-        return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload,no-any-return]
+        return subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=False)

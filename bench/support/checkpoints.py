@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from bench.measurement import work_folder
+from bench.support.zoo import make
 from edgemoe.demo import demo_folder
 
 WIDE_FAMILY = "qwen3_moe"
@@ -35,16 +36,32 @@ WIDE: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
+NARROW: dict[str, Any] = {
+    "hidden_size": 128,
+    "moe_intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "num_experts": 16,
+}
+"""What makes the wide checkpoint one of a few megabytes."""
+FACTOR, SMALL_FACTOR = 128, 2
+"""How many times as wide the experts of the inflated demo are as the shipped ones."""
 
-def wide(folder: Path | None = None) -> Path:
-    """The 8 GB bf16 checkpoint: 6 layers of 128 experts of 2048 x 768, top-8. Made once, a shard a layer."""
-    folder = folder or work_folder() / "wide"
+
+def wide(*, small: bool = False) -> Path:
+    """The 8 GB bf16 checkpoint: 6 layers of 128 experts of 2048 x 768, top-8. Made once, a shard a layer.
+
+    The small one has 2 layers of 16 experts of 128 x 64.
+    """
+    folder = work_folder() / ("narrow" if small else "wide")
     if (folder / "model.safetensors.index.json").exists():
         return folder
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder.mkdir(parents=True, exist_ok=True)
-    config = AutoConfig.for_model(WIDE_FAMILY, **WIDE)
+    config = AutoConfig.for_model(WIDE_FAMILY, **WIDE | (NARROW if small else {}))
     config.dtype = torch.bfloat16
     config.architectures = ["Qwen3MoeForCausalLM"]
     with torch.device("meta"):
@@ -64,6 +81,12 @@ def wide(folder: Path | None = None) -> Path:
     config.save_pretrained(folder)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
+
+
+def tiny() -> Path:
+    """A random mixtral of two layers that has room for short texts only."""
+    folder = work_folder() / "tiny"
+    return folder if folder.exists() else make("mixtral", folder, num_hidden_layers=2, max_position_embeddings=128)
 
 
 def _pieces(name: str, shape: torch.Size) -> Iterator[tuple[str, torch.Size]]:
@@ -90,13 +113,13 @@ def _random(key: str, shape: torch.Size, noise: torch.Tensor, generator: torch.G
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
     if ".experts." not in key:
-        return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(torch.bfloat16)
+        return torch.randn(shape, generator=generator).mul(shape[-1] ** -0.5).to(torch.bfloat16)
     count = shape.numel()
     start = int(torch.randint(len(noise) - count, (1,), generator=generator))
-    return noise[start : start + count].view(shape) * shape[-1] ** -0.5
+    return noise[start : start + count].view(shape).mul(shape[-1] ** -0.5)
 
 
-def inflated(factor: int = 128, folder: Path | None = None) -> Path:
+def inflated(factor: int = FACTOR) -> Path:
     """The shipped model with every expert's inner neurons repeated `factor` times, a power of two.
 
     The down projection is divided by the factor, so that the function, the routing and the tokens stay
@@ -105,7 +128,7 @@ def inflated(factor: int = 128, folder: Path | None = None) -> Path:
     if factor & (factor - 1):
         raise ValueError(f"the factor must be a power of two for the result to be exact, not {factor}")
     source = demo_folder()
-    folder = folder or work_folder() / f"inflated-{factor}"
+    folder = work_folder() / f"inflated-{factor}"
     if (folder / "config.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)

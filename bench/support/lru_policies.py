@@ -1,4 +1,4 @@
-"""Least-recently-used eviction policies: the baselines for the default policy, and the policy of most tests."""
+"""LRU eviction policies: baselines for the default policy, and stand-ins for it in tests. No engine uses them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from edgemoe.cache.record import ExpertId
 
 
 class GlobalLRU(EvictionPolicy):
-    """Least recently used over all layers together."""
+    """Evicts the least recently used expert of all layers."""
 
     def __init__(self) -> None:
         self._order: OrderedDict[ExpertId, None] = OrderedDict()
@@ -32,11 +32,11 @@ class GlobalLRU(EvictionPolicy):
 
 
 class BalancedLRU(EvictionPolicy):
-    """Least recently used within the layer that holds most beyond its equal share.
+    """LRU with equal shares: a layer below its share of the slots evicts from the fullest one, others from themselves.
 
-    A prefill asks for most experts of every layer, one layer after the other. Under one global order the
-    last layers would crowd the first ones out, which the next token asks for first; equal shares keep
-    every layer's recent experts, as mixtral-offloading's LRU per layer does, yet no slot is ever idle.
+    A prefill requests most experts of every layer, one layer after the other. Under one global order the last layers
+    would evict the experts of the first ones, which the next token requests first. Equal shares keep recent experts of
+    each layer, as the LRU per layer of mixtral-offloading does, but leave no slot idle.
     """
 
     def __init__(self, layers: int, slots: int) -> None:
@@ -70,7 +70,7 @@ class BalancedLRU(EvictionPolicy):
 
 
 class ReferenceLRU(EvictionPolicy):
-    """The plainest LRU there is, a list scanned from its cold end: the tests' oracle for `GlobalLRU`."""
+    """A plain LRU over a list: the reference for `GlobalLRU` in tests."""
 
     def __init__(self) -> None:
         self._coldest_first: list[ExpertId] = []

@@ -1,4 +1,4 @@
-"""Recorded requests replayed against a policy, and Belady's optimum to compare it with."""
+"""Replays recorded traces against eviction policies, and Belady's optimum to compare them with."""
 
 from __future__ import annotations
 
@@ -10,67 +10,67 @@ from edgemoe.cache.policy import EvictionPolicy
 from edgemoe.cache.record import ExpertId
 
 Trace = Sequence[Sequence[ExpertId]]
-"""One entry a layer pass: the experts of one layer that it asked for, distinct, the hottest last.
+"""One request per entry: the distinct experts that a pass used in one layer, the hottest last.
 
-What an entry names must be resident together, if it fits the slots. A larger one, such as a long prompt's, passes
-through them: what is resident when it begins is a hit, and the others take turns.
+The experts of an entry must be resident together if they fit into the slots. Those of a larger entry, such as a long
+prompt's, stream through the slots: experts that are resident at its start are hits, and the misses replace one another.
 """
 
 
 def replay(trace: Trace, policy: EvictionPolicy, slots: int) -> int:
-    """The misses that `policy` has on `trace` with `slots` slots, told what `ExpertCache` tells it."""
+    """The misses of `policy` on `trace` with `slots` slots. Calls the policy as `ExpertCache` does."""
     resident: set[ExpertId] = set()
     misses = 0
-    for wanted in trace:
-        if not wanted:
+    for requested in trace:
+        if not requested:
             continue
-        policy.wanted(wanted[0].layer, [expert.number for expert in wanted])
-        together = set(wanted) if len(wanted) <= slots else set()
-        missing = [expert for expert in wanted if expert not in resident]
+        policy.requested(requested[0].layer, [expert.number for expert in requested])
+        pinned = set(requested) if len(requested) <= slots else set()
+        missing = [expert for expert in requested if expert not in resident]
         misses += len(missing)
-        for expert in wanted:
+        for expert in requested:
             if expert in resident:
                 policy.used(expert)
         for expert in missing:
             if len(resident) >= slots:
-                leaving = policy.victim(expert.layer, _outside(together))
-                assert leaving is not None, "something that is not needed must be resident"
-                policy.removed(leaving)
-                resident.discard(leaving)
+                victim = policy.victim(expert.layer, _outside(pinned))
+                assert victim is not None, "an expert that is not pinned must be resident"
+                policy.removed(victim)
+                resident.discard(victim)
             policy.inserted(expert)
             resident.add(expert)
-        for expert in wanted:
+        for expert in requested:
             if expert in resident:
                 policy.used(expert)
     return misses
 
 
-def _outside(needed: Collection[ExpertId]) -> Callable[[ExpertId], bool]:
-    return lambda expert: expert not in needed
+def _outside(pinned: Collection[ExpertId]) -> Callable[[ExpertId], bool]:
+    return lambda expert: expert not in pinned
 
 
 def belady_misses(trace: Trace, slots: int) -> int:
-    """The fewest misses any policy can have (Belady 1966): evict what is wanted again the latest.
+    """The minimum number of misses of any policy (Belady 1966), which evicts the expert with the latest next use.
 
-    After an entry that does not fit, it keeps the best of what was resident and what passed through, as if the slot
-    of the last one were free at once: no policy can do better, and none quite as well.
+    After an entry that does not fit, it keeps the best of all experts that were resident or streamed through, as if the
+    last one's slot were free at once. So the result is a lower bound that no policy quite reaches.
     """
-    wanted_at: dict[ExpertId, list[int]] = defaultdict(list)
-    for time, wanted in enumerate(trace):
-        for expert in wanted:
-            wanted_at[expert].append(time)
-    upcoming = {expert: iter(times) for expert, times in wanted_at.items()}
+    uses: dict[ExpertId, list[int]] = defaultdict(list)
+    for time, requested in enumerate(trace):
+        for expert in requested:
+            uses[expert].append(time)
+    upcoming = {expert: iter(times) for expert, times in uses.items()}
     never = len(trace)
     next_use = {expert: next(times) for expert, times in upcoming.items()}
     resident: set[ExpertId] = set()
     misses = 0
-    for wanted in trace:
-        needed = set(wanted)
+    for requested in trace:
+        needed = set(requested)
         for expert in needed:
             next_use[expert] = next(upcoming[expert], never)
         misses += len(needed - resident)
         resident |= needed
         candidates = resident - needed if len(needed) <= slots else resident
-        leaving = heapq.nlargest(len(resident) - slots, candidates, key=next_use.__getitem__)
-        resident.difference_update(leaving)
+        victims = heapq.nlargest(len(resident) - slots, candidates, key=next_use.__getitem__)
+        resident.difference_update(victims)
     return misses

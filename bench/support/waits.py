@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
@@ -20,8 +19,8 @@ class WaitRecorder:
     def __init__(self, store: ExpertStore, link: Link) -> None:
         self.pieces: list[tuple[float, float, int]] = []
         self.waits: list[Interval] = []
-        store.pieces = self._recorded(store.pieces)  # type: ignore[method-assign]
-        link.wait_any = self._waited(link.wait_any)  # type: ignore[method-assign]
+        self._record_pieces(store)
+        self._record_waits(link)
 
     def waited_bandwidth(self) -> float:
         """Bytes/s during the waits: each piece counts with the part of its time that falls into one."""
@@ -32,9 +31,7 @@ class WaitRecorder:
             moved += nbytes * shared / max(stop - start, 1e-9)
         return moved / max(total, 1e-9)
 
-    def _recorded(
-        self, pieces: Callable[[ExpertId, torch.Tensor], Sequence[Piece]]
-    ) -> Callable[[ExpertId, torch.Tensor], Sequence[Piece]]:
+    def _record_pieces(self, store: ExpertStore) -> None:
         def timed(nbytes: int, move: Callable[[], None]) -> Callable[[], None]:
             def run() -> None:
                 start = time.perf_counter()
@@ -43,13 +40,18 @@ class WaitRecorder:
 
             return run
 
-        return lambda expert, slot: [(nbytes, timed(nbytes, move)) for nbytes, move in pieces(expert, slot)]
+        def pieces(expert: ExpertId, slot: torch.Tensor) -> Sequence[Piece]:
+            return [(nbytes, timed(nbytes, move)) for nbytes, move in untimed(expert, slot)]
 
-    def _waited(self, wait_any: Callable[[Sequence[Transfer]], Any]) -> Callable[[Sequence[Transfer]], Any]:
-        def run(transfers: Sequence[Transfer]) -> Any:
+        untimed = store.pieces
+        store.pieces = pieces  # type: ignore[method-assign]
+
+    def _record_waits(self, link: Link) -> None:
+        def wait_any(transfers: Sequence[Transfer]) -> list[Transfer]:
             start = time.perf_counter()
-            arrived = wait_any(transfers)
+            arrived = untimed(transfers)
             self.waits.append((start, time.perf_counter()))
             return arrived
 
-        return run
+        untimed = link.wait_any
+        link.wait_any = wait_any  # type: ignore[method-assign]

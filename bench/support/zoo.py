@@ -306,6 +306,8 @@ WRAPPERS: dict[str, dict[str, Any]] = {
     "qwen4_exp": {"vision_config": {**TOWER, "patch_size": 4, "num_position_embeddings": 16}},
 }
 """Families that hold the configuration of `<family>_text` next to a vision tower, as published checkpoints do."""
+TESTED = tuple(name for name in (*FAMILIES, *WRAPPERS) if name not in REFUSED)
+"""What edgemoe runs, and measurements of exactness go through."""
 
 
 def config(family: str, **overrides: Any) -> Any:

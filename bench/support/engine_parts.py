@@ -1,0 +1,36 @@
+"""The parts of a loaded engine that measurements look into: the only place that knows where an engine keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from edgemoe import Engine
+from edgemoe.cache import ExpertCache, Link
+from edgemoe.draft.speculation import Speculation
+from edgemoe.model.model_runner import ModelRunner
+
+
+def runner_of(engine: Engine) -> ModelRunner:
+    """What runs the passes of `engine`."""
+    return engine._loop.runner.model
+
+
+def cache_of(engine: Engine) -> ExpertCache:
+    """The experts that `engine` holds."""
+    return engine._loaded().cache
+
+
+def link_of(engine: Engine) -> Link:
+    """What brings experts to `engine`."""
+    return engine._loaded().link
+
+
+def speculation_of(engine: Engine) -> Speculation:
+    """What proposes the drafts of `engine` and learns from them."""
+    return engine._loop.speculation
+
+
+def token_texts(engine: Engine, tokens: Sequence[int]) -> list[str]:
+    """What each of `tokens` is as text, with signs for white space."""
+    signs = str.maketrans(" \n", "\N{OPEN BOX}\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}")
+    return [str(engine._tokenizer.decode([token])).translate(signs) for token in tokens]
