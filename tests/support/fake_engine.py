@@ -7,26 +7,33 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgemoe import Chunk, Completion, Sampling, Timings
 from edgemoe.errors import RequestError
+from edgemoe.plan.plan import Plan
 from edgemoe.results import Progress, Stats, TokenLogprob
 
 if TYPE_CHECKING:
     from edgemoe.checkpoint.tokenizer import Prompt
 
 
-@dataclass(frozen=True)
-class FakePlan:
-    model: str = "fake"
-    device: str = "cpu"
-    dtype: str = "float32"
-    context: int = 512
-    simulation: str | None = None
-    lossy: str = ""
+class FakePlan(Plan):
+    """A plan with a short report; of its numbers only `context` is one."""
+
+    _simulation: str | None
+
+    def __init__(self, *, simulation: str | None = None, lossy: str = "") -> None:
+        numbers: dict[str, Any] = {field.name: 0 for field in fields(Plan)}
+        words = {"model": "fake", "device": "cpu", "dtype": "float32", "lossy": lossy}
+        super().__init__(**numbers | words | {"context": 512})
+        object.__setattr__(self, "_simulation", simulation)
+
+    @property
+    def simulation(self) -> str | None:
+        return self._simulation
 
     def lines(self) -> list[tuple[str, str, str]]:
         return [("experts", "1.0 GiB", "memory"), ("dense weights", "96 MiB", "memory, always resident")]
@@ -41,7 +48,7 @@ class FakeStats(Stats):
 
     slots: int = 4
     experts: int = 16
-    bytes_loaded: int = 0  # type: ignore[misc, assignment]
+    bytes_loaded: int = 0
     link_wait_seconds: float = 0.25
     batch: int = 2
     batch_reason: str = "as asked for"
