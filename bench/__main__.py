@@ -51,6 +51,9 @@ MEASUREMENTS = {
         "speedup-model": "predicted speed-ups against cycles that were not fitted, over batches, depths and caches",
         "inverted-u": "speed-up over batch, all experts resident, for sparse and dense routing",
     },
+    "device": {
+        "device": "what the CUDA path does on a card: whether it is right, and the figures that decide its design",
+    },
 }
 """Names and what they measure, by the folder that they are in."""
 NAMES = {name: description for group in MEASUREMENTS.values() for name, description in group.items()}
