@@ -129,7 +129,7 @@ def _decoding(engine: Engine, ids: Sequence[int], tokens: int) -> dict[str, Any]
         "link_busy": round(busy / wall, 2),
         "MB_a_step": round(moved / tokens / 1e6, 1),
         "waited": round((after.link_wait_seconds - before.link_wait_seconds) / wall, 3),
-        "waited_for": round(engine._loaded().predictor._prefetcher._gauge.wait_share, 3),
+        "wait_share": round(engine._loaded().predictor._prefetcher._gauge.wait_share, 3),
     }
 
 
