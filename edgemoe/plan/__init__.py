@@ -1,1 +1,1 @@
-"""This machine, the bytes of a model on it, and the performance model with its profile."""
+"""This machine, the bytes that a model takes on it, and the performance model with its profile."""

@@ -26,32 +26,32 @@ class Gpu:
 
 @dataclass(frozen=True)
 class GroupLimit:
-    """A control group's memory: its hard limit and what of it is in use and cannot be reclaimed, in bytes."""
+    """A control group's memory in bytes: its hard limit, and its usage without what the kernel can reclaim."""
 
     limit: int
     used: int
 
 
 def ram_free() -> int:
-    """Bytes of RAM that this process can still take: what the system has, within every control group's limit."""
+    """Bytes of RAM that this process can still allocate, within the limits of its control groups."""
     free = psutil.virtual_memory().available
     return max(0, min([free, *(group.limit - group.used for group in group_limits())]))
 
 
 def ram_limit() -> int:
-    """Bytes of RAM that this process could have at most, control groups respected."""
+    """Bytes of RAM that this process may use in all, within the limits of its control groups."""
     return min([psutil.virtual_memory().total, *(group.limit for group in group_limits())])
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def group_limits(root: Path = CGROUP_ROOT, membership: Path = Path("/proc/self/cgroup")) -> list[GroupLimit]:
-    """The memory limits of this process's control group and its ancestors, hierarchy v1 or v2.
+    """The memory limits of this process's control group and its ancestors, in hierarchies v1 and v2.
 
-    Page cache counts as usage for the kernel but not here, since it is given up when memory is wanted.
+    The kernel counts page cache as usage. Here it is left out, since the kernel reclaims it when memory is short.
     """
     try:
         lines = membership.read_text().splitlines()
@@ -62,14 +62,14 @@ def group_limits(root: Path = CGROUP_ROOT, membership: Path = Path("/proc/self/c
         _, controllers, path = line.split(":", 2)
         if "memory" in controllers.split(","):
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file", "total_active_file")
-            found += _walk(root / "memory", path, *names)
+            found += _limits_of(root / "memory", path, *names)
         elif controllers == "":
-            found += _walk(root, path, "memory.max", "memory.current", "inactive_file", "active_file")
+            found += _limits_of(root, path, "memory.max", "memory.current", "inactive_file", "active_file")
     return found
 
 
 def gpus() -> list[Gpu]:
-    """The CUDA devices that the driver reports; none without a driver."""
+    """The CUDA devices that the driver reports; empty without a driver."""
     import pynvml
 
     try:
@@ -90,8 +90,8 @@ def _gpu(index: int) -> Gpu:
     return Gpu(index, str(pynvml.nvmlDeviceGetName(handle)), int(memory.total), int(memory.free))
 
 
-def _walk(base: Path, path: str, limit: str, usage: str, *cached: str) -> Iterator[GroupLimit]:
-    """The limits of the group at `path` and of its ancestors. Inside a container the path may lie outside `base`."""
+def _limits_of(base: Path, path: str, limit: str, usage: str, *cached: str) -> Iterator[GroupLimit]:
+    """The limits of the group at `path` and of its ancestors; in a container, `path` may not exist below `base`."""
     folder = base / path.lstrip("/")
     if not folder.exists():
         folder = base
@@ -121,35 +121,35 @@ def _stat(file: Path) -> dict[str, int]:
 
 
 TRIES = 5
-"""Of which the fastest counts: what slows a try down is another program."""
-MAX_NBYTES = 1 << 30
-"""Of memory that is read, enough to be past any cache."""
-ROWS = 512
-"""Rows of the product, enough for arithmetic to bound it."""
+"""Timed runs of each measurement. The fastest counts: other programs can only slow one down."""
+MAX_READ_NBYTES = 1 << 30
+"""Upper bound of the memory that is read; far larger than any CPU cache."""
+PRODUCT_ROWS = 512
+"""Rows of the input of the measured product, enough for arithmetic to bound it."""
 
 
 def memory_speed(memory: torch.Tensor) -> float:
-    """Bytes a second at which `memory`, any contiguous uint8 tensor, is read and summed up."""
-    values = memory.flatten()[: min(memory.nbytes, MAX_NBYTES) // 8 * 8].view(torch.int64)
+    """Bytes per second of reading and summing `memory`, a contiguous uint8 tensor."""
+    values = memory.flatten()[: min(memory.nbytes, MAX_READ_NBYTES) // 8 * 8].view(torch.int64)
     return values.nbytes / _fastest(lambda: values.sum(), memory.device)
 
 
 def product_speed(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Floating-point operations a second of a product with a weight matrix of [rows, columns]."""
+    """Floating-point operations per second of a product with a weight matrix [rows, columns]."""
     weight = torch.ones(rows, columns, dtype=dtype, device=device)
-    x = torch.ones(ROWS, columns, dtype=dtype, device=device)
-    return 2 * ROWS * rows * columns / _fastest(lambda: torch.nn.functional.linear(x, weight), device)
+    x = torch.ones(PRODUCT_ROWS, columns, dtype=dtype, device=device)
+    return 2 * PRODUCT_ROWS * rows * columns / _fastest(lambda: torch.nn.functional.linear(x, weight), device)
 
 
 def copy_speed(nbytes: int, device: torch.device) -> float:
-    """Bytes a second at which a record of `nbytes` is copied from RAM to `device`."""
+    """Bytes per second of copying `nbytes` bytes from pageable RAM to `device`."""
     here = torch.ones(nbytes, dtype=torch.uint8)
     there = torch.empty(nbytes, dtype=torch.uint8, device=device)
     return nbytes / _fastest(lambda: there.copy_(here), device)
 
 
 def _fastest(action: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest try, the device's own work included."""
+    """Seconds of the fastest of `TRIES` runs; waits for the device to finish each."""
 
     def tried() -> float:
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What goes where: the numbers that are shown before loading and used by the run."""
+"""The memory plan of an engine: shown before loading, and used by the run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from edgemoe.sizes import format_bytes
 
 @dataclass(frozen=True)
 class Plan:
-    """The memory plan of one engine. Sizes are in bytes, `context` in tokens."""
+    """The memory plan of one engine. Sizes are in bytes, `context` and `prefill_chunk` in tokens."""
 
     model: str
     family: str
@@ -24,68 +24,68 @@ class Plan:
     layers: int
     """MoE layers."""
     experts: int
-    """Experts in all MoE layers together."""
+    """Experts of all MoE layers together."""
     top_k: int
     slot_nbytes: int
     slots: int
     device_free: int
-    """Free memory of the device, VRAM or RAM, before loading."""
+    """Free memory of the device (VRAM or RAM) before loading."""
     dense_nbytes: int
     batch: int
-    """Most sequences that are decoded together."""
+    """Maximum number of sequences that are decoded together."""
     kv: KvSize
-    """What a sequence's keys, values and states take."""
+    """Bytes of one sequence's keys, values and states, by its tokens."""
     kv_nbytes: int
-    """Room for the keys, values and states of all sequences: at least one of `context` tokens."""
+    """Memory for the keys, values and states of all sequences: enough for at least one of `context` tokens."""
     draft_weights_nbytes: int
     """Weights of the draft model; 0 without one."""
     draft_kv_nbytes: int
-    """Room for the draft model's keys and values."""
+    """Memory for the draft model's keys and values."""
     workspace_nbytes: int
-    """Activations of a prefill chunk; while loading, the second copy of the largest weight."""
+    """Memory for the activations of a prefill chunk, and while loading for a second copy of the largest weight."""
     reserve_nbytes: int
-    """What is left to others; no part of the total."""
+    """Memory left to other programs; not part of the total."""
     cache_nbytes: int
-    """All slots."""
+    """Bytes of all slots."""
     host_tier: str
-    """Where the experts come from: "file", "pinned" or "pageable" RAM."""
+    """Where missing experts come from: "file", or "pinned" or "pageable" RAM."""
     pinned_nbytes: int
-    """Page-locked RAM, staging included; 0 on a CPU."""
+    """Page-locked RAM, with the staging buffers; 0 on a CPU."""
     pageable_nbytes: int
-    """Records in RAM that is not page-locked."""
+    """Expert records in RAM that is not page-locked."""
     file_nbytes: int
     """Expert bytes in the checkpoint's files."""
     direct_reads: bool
-    """Whether the files are read past the page cache, because it could not hold the experts anyway."""
+    """Whether reads of the files bypass the page cache, which is too small for the experts."""
     prefill_chunk: int
     link_gbps: float | None
     speculation: str
-    """What drafts tokens ahead, and when: "ngram, while it pays, ..." or "off: ..."."""
+    """The drafter and when it runs, as "ngram, while it pays, ...", or "off: ..." with the reason."""
     lossy: str
-    """What makes replies differ from the model's own; empty where nothing does."""
+    """The settings that make replies differ from the model's own; empty for none."""
     predicted: PredictedSpeed | None = None
-    """Tokens a second, where a profile of the model on this machine is kept (see `edgemoe profile`)."""
+    """Predicted tokens per second; None without a profile of the model on this machine (see `edgemoe profile`)."""
 
     @property
     def total_nbytes(self) -> int:
-        """Everything the device holds."""
+        """Bytes of everything on the device."""
         draft = self.draft_weights_nbytes + self.draft_kv_nbytes
         return self.dense_nbytes + self.kv_nbytes + draft + self.workspace_nbytes + self.cache_nbytes
 
     @property
     def nbytes_per_token(self) -> int:
-        """Weight bytes that one token passes through, the embedding counted whole."""
+        """Bytes of the weights that one token uses, with the whole embedding."""
         return self.dense_nbytes + self.layers * self.top_k * self.slot_nbytes
 
     @property
     def simulation(self) -> str | None:
-        """A sentence when the link is simulated, which every report must show."""
+        """A sentence that every report must show if the link is simulated; None if it is not."""
         if self.link_gbps is None:
             return None
         return f"simulation: the link is throttled to {self.link_gbps:g} GB/s (--link-gbps)"
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as JSON can hold it."""
+        """The plan as a JSON object."""
         known = {name: value for name, value in asdict(self).items() if name != "kv"}
         return known | {"total_nbytes": self.total_nbytes, "simulation": self.simulation}
 
@@ -103,7 +103,7 @@ class Plan:
         return [("draft model", format_bytes(nbytes), f"{memory}, its keys and values included")]
 
     def lines(self) -> list[tuple[str, str, str]]:
-        """Rows for people: what, how much, where and why."""
+        """Rows for people: name, amount, and where or why."""
         memory = "VRAM" if self.device.startswith("cuda") else "RAM"
         size = format_bytes
         slots = f"{self.slots} slots of {size(self.slot_nbytes)}, {self.slots / self.experts:.0%} of the experts"
@@ -126,7 +126,7 @@ class Plan:
         else:
             rows.append(("pinned RAM", size(self.pinned_nbytes), "records and staging, page-locked"))
             rows.append(("pageable RAM", size(self.pageable_nbytes), "records beyond the page-locked ones"))
-        # What drafts comes first, then when, or why nothing does.
+        # The drafter comes first, then when it runs, or why none does.
         what, why = re.split(": |, ", self.speculation, maxsplit=1)
         rows.append(("speculation", what, why))
         if self.lossy:

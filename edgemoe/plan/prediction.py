@@ -1,4 +1,4 @@
-"""What a profile of this machine says of a plan, before anything is loaded: tokens a second."""
+"""Predicts the speed of a plan by the stored profile of this machine, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from edgemoe.plan.plan import Plan
 
 ACCEPTANCE = 0.7
-"""Probability that a drafted token is accepted: an assumption, since only the text decides it."""
+"""Assumed probability that a drafted token is accepted; the true one depends on the text."""
 DEPTHS = range(1, 9)
-"""Drafted tokens, of which the number that is best on this machine is told."""
+"""Draft lengths; the prediction is for the best of them."""
 
 
 def predict(state: StateFolder, plan: Plan) -> PredictedSpeed | None:
-    """The prediction for `plan` by the profile that is kept; None where there is none."""
+    """The prediction for `plan` by the profile in `state`; None without one."""
     try:
         profile = read_profile(state, ProfileConditions.of(plan))
     except ForeignProfile as error:

@@ -1,4 +1,4 @@
-"""The profile of a checkpoint on a machine: measured points, the conditions they hold for, and the file."""
+"""The profile of a checkpoint on a machine: measured points, the conditions that they hold under, and the file."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ProfilePoint:
-    """The middle of a few passes that ran `tokens` tokens of each of `batch` sequences. Seconds are of one pass."""
+    """The mean of a few passes over `tokens` tokens of each of `batch` sequences. Seconds are per pass."""
 
     batch: int
     tokens: int
-    """Of each sequence: 1 is a plain step, more a verification."""
+    """Tokens of each sequence: 1 in a plain step, more in a verification."""
     cache_share: float
-    """Share of the experts that there were slots for, from 0 to 1."""
+    """Slots over experts, from 0 to 1."""
     seconds: float
-    """Of the pass over the model."""
+    """Time of the pass over the model."""
     experts: float
-    """Experts of a layer that the pass asked for, on the average."""
+    """Mean number of experts per layer that the pass requested."""
     misses: float
-    """Experts of all layers that were asked for and not resident."""
+    """Requested experts of all layers that were not resident."""
     draft_seconds: float
-    """Of looking drafts up for all sequences before the pass; 0 for a plain step."""
+    """Time of drafting for all sequences before the pass; 0 for a plain step."""
     reject_seconds: float
-    """Of choosing tokens after it, and of dropping what was drafted in vain, for all sequences."""
+    """Time of sampling and rollback for all sequences after the pass."""
 
     @property
     def total(self) -> int:
@@ -48,7 +48,7 @@ class ProfilePoint:
         return self.batch * self.tokens
 
 
-_SAID = {
+_LABELS = {
     "processor": "processor",
     "cores": "cores",
     "ram_gib": "GiB of RAM",
@@ -60,31 +60,34 @@ _SAID = {
     "direct_reads": "reads",
     "host_tier": "experts",
 }
-_OF_MISSES = ("direct_reads", "host_tier")
+"""How messages call each condition."""
+_MISS_CONDITIONS = ("direct_reads", "host_tier")
+"""Conditions that matter only where experts can be missing."""
 
 
 @dataclass(frozen=True)
 class ProfileConditions:
-    """A machine and the settings that decide how fast a model runs on it. Two that differ need two profiles."""
+    """The machine and the settings that determine the speed of a model. Each combination needs a profile of its own."""
 
     processor: str
     cores: int
     ram_gib: int
     device: str
-    """The device's name; "cpu" without one."""
+    """The GPU's name; "cpu" without a GPU."""
     torch: str
+    """The version of PyTorch."""
     dtype: str
     threads: int
     link_gbps: float | None
-    """Of a simulated link; None for the real one."""
+    """Bandwidth of a simulated link in GB/s; None for the real one."""
     direct_reads: bool | None
-    """Whether a missing expert is read past the page cache; None where none can be missing, or none is read."""
+    """Whether reads of missing experts bypass the page cache; None where experts cannot be missing or are not read."""
     host_tier: str | None
-    """Where a missing expert comes from (see `Plan`); None where none can be missing."""
+    """Where missing experts come from (see `Plan.host_tier`); None where experts cannot be missing."""
 
     @classmethod
     def of(cls, plan: Plan) -> ProfileConditions:
-        """Those of this machine, for an engine with this plan."""
+        """The conditions of an engine with `plan` on this machine."""
         cuda = plan.device.startswith("cuda")
         misses = plan.slots < plan.experts
         return cls(
@@ -96,24 +99,24 @@ class ProfileConditions:
             dtype=plan.dtype,
             threads=plan.threads,
             link_gbps=plan.link_gbps,
-            # Records that wait in RAM were read before anything runs.
+            # Records in RAM are read before the first pass.
             direct_reads=plan.direct_reads if misses and plan.host_tier == "file" else None,
             host_tier=plan.host_tier if misses else None,
         )
 
     def difference(self, here: ProfileConditions) -> str | None:
-        """What keeps a profile under these conditions from being used `here`, in words; None where nothing does.
+        """The conditions that differ from those `here`, in words; None where a profile also holds here.
 
-        The way of missing experts counts only where some can be missing on both sides.
+        How missing experts are read counts only if experts can be missing under both.
         """
         differing = [entry.name for entry in fields(self) if self._differs(here, entry.name)]
         if not differing:
             return None
-        return ", ".join(f"{_SAID[name]} {_text(self, name)}, not {_text(here, name)}" for name in differing)
+        return ", ".join(f"{_LABELS[name]} {_text(self, name)}, not {_text(here, name)}" for name in differing)
 
     def _differs(self, here: ProfileConditions, name: str) -> bool:
         values = getattr(self, name), getattr(here, name)
-        return values[0] != values[1] and not (name in _OF_MISSES and None in values)
+        return values[0] != values[1] and not (name in _MISS_CONDITIONS and None in values)
 
 
 def _text(conditions: ProfileConditions, name: str) -> str:
@@ -128,7 +131,7 @@ def _text(conditions: ProfileConditions, name: str) -> str:
 
 
 def _processor() -> str:
-    """The processor's model as the system tells it."""
+    """The processor's model, as the system reports it."""
     try:
         for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
             if line.startswith("model name"):
@@ -141,20 +144,20 @@ def _processor() -> str:
 NAME = "profile.json"
 FORMAT = "edgemoe profile"
 VERSION = 2
-"""1 did not tell where missing experts came from. A profile of another version counts as none."""
+"""Version 1 did not record where missing experts came from. Files of other versions are ignored."""
 MAX_NBYTES = 1 << 20
-"""More than any number of points takes that somebody would wait for."""
+"""Upper bound of a file's size; a larger one is ignored."""
 _PARTS = {"shape": ModelShape, "speed": MachineSpeed, "routing": Routing, "locality": Locality, "times": Times}
 Part = TypeVar("Part")
 
 
 class ForeignProfile(PlanError):
-    """The profile that is kept was taken on another machine, or with other settings."""
+    """The stored profile was taken on another machine, or with other settings."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What was measured, under which conditions, and the model that was fitted to it."""
+    """Measured points, the conditions of the measurement, and the performance model fitted to the points."""
 
     taken: str
     """The day, as 2026-01-31."""
@@ -163,20 +166,20 @@ class Profile:
     points: tuple[ProfilePoint, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The profile as JSON can hold it."""
+        """The profile as a JSON object."""
         header = {"format": FORMAT, "version": VERSION, "taken": self.taken, "conditions": asdict(self.conditions)}
         return header | asdict(self.model) | {"points": [asdict(point) for point in self.points]}
 
 
 def write_profile(state: StateFolder, profile: Profile) -> None:
-    """Keeps `profile` in the place of the one before. Raises OSError where that cannot be done."""
+    """Stores `profile` in place of any earlier one. Raises OSError if that fails."""
     state.write(NAME, json.dumps(profile.to_dict(), indent=1).encode())
 
 
 def read_profile(state: StateFolder, here: ProfileConditions) -> Profile | None:
-    """The profile that is kept; None without a sound one.
+    """The stored profile; None without a valid one.
 
-    Raises ForeignProfile where it was not taken under the conditions `here`: its seconds say nothing then.
+    Raises ForeignProfile if it was taken under other conditions than `here`: its times do not hold then.
     """
     data = state.read(NAME, MAX_NBYTES)
     profile = _parsed(data) if data is not None else None
@@ -185,7 +188,7 @@ def read_profile(state: StateFolder, here: ProfileConditions) -> Profile | None:
     difference = profile.conditions.difference(here)
     if difference is not None:
         raise ForeignProfile(
-            f"the profile of {profile.taken} was taken elsewhere or otherwise ({difference}): "
+            f"the profile of {profile.taken} does not apply here ({difference}): "
             "take one with edgemoe profile and the same options"
         )
     return profile
@@ -205,8 +208,8 @@ def _parsed(data: bytes) -> Profile | None:
 
 
 def _part(kind: type[Part], values: Mapping[str, Any]) -> Part:
-    """A dataclass of finite numbers. Raises ValueError, TypeError or KeyError for anything else."""
+    """A dataclass of finite numbers, each at least 0. Raises ValueError, TypeError or KeyError for anything else."""
     numbers = {entry.name: values[entry.name] for entry in fields(kind)}  # type: ignore[arg-type]
     if not all(type(value) in (int, float) and math.isfinite(value) and value >= 0 for value in numbers.values()):
-        raise ValueError("a profile is made of finite numbers")
+        raise ValueError("a profile has finite numbers, each at least 0")
     return kind(**numbers)

@@ -1,4 +1,4 @@
-"""Draws a profile: what was measured against what the model says. Needs matplotlib, the extra `plot`."""
+"""Draws a profile: measured points and the fitted model. Needs matplotlib (the extra `plot`)."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from edgemoe.plan.profile import Profile, ProfilePoint
 
 DEPTHS = (3, 8)
 BATCHES = tuple(2 ** (eighths / 8) for eighths in range(49))
-"""1 to 64, finely."""
+"""1 to 64 in steps of an eighth of a power of two: points of the curves."""
 COLORS = ("#1f6f8b", "#e07a3f")
 GREY = "#8a8a8a"
 
 
 def draw(profile: Profile, path: Path) -> None:
-    """Writes the picture, in the format of the suffix of `path`. Raises OSError where it cannot be written."""
+    """Writes the picture to `path`, in the format of its suffix. Raises OSError if that fails."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     gains, efficiency, roof = figure.subplots(1, 3)
-    _draw_over_batch(gains, profile, _speedup, f"speed-up, {ACCEPTANCE:.0%} of the drafts right")
+    _draw_over_batch(gains, profile, _speedup, f"speed-up at {ACCEPTANCE:.0%} acceptance")
     _draw_over_batch(efficiency, profile, _efficiency, "target efficiency")
     _draw_roofline(roof, profile)
     for axes in (gains, efficiency, roof):
@@ -31,24 +31,24 @@ def draw(profile: Profile, path: Path) -> None:
     figure.savefig(path, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
 
 
-def _speedup(depth: int, plain: float, verify: float, around: float) -> float:
-    return moesd.speedup(moesd.tokens_per_cycle(ACCEPTANCE, depth), plain, around, verify, 0.0)
+def _speedup(depth: int, plain: float, verify: float, overhead: float) -> float:
+    return moesd.speedup(moesd.tokens_per_cycle(ACCEPTANCE, depth), plain, overhead, verify, 0.0)
 
 
-def _efficiency(depth: int, plain: float, verify: float, around: float) -> float:
+def _efficiency(depth: int, plain: float, verify: float, overhead: float) -> float:
     return moesd.target_efficiency(plain, verify)
 
 
 def _draw_over_batch(axes: Any, profile: Profile, value: Any, title: str) -> None:
-    """Lines are the model's, with the slots of most points; circles are what was measured."""
+    """Draws `value` over the batch with the largest measured cache: the model as lines, measurements as circles."""
     model, share = profile.model, max(point.cache_share for point in profile.points)
     for depth, color in zip(DEPTHS, COLORS, strict=True):
         curve = []
         for batch in BATCHES:
             rates = [model.hit_rate(share, batch, tokens) for tokens in (1, depth + 1)]
             plain, verify = model.step_seconds(batch, 1, rates[0]), model.step_seconds(batch, depth + 1, rates[1])
-            around = model.cycle_seconds(batch, depth, rates[1]) - verify
-            curve.append(value(depth, plain, verify, around))
+            overhead = model.cycle_seconds(batch, depth, rates[1]) - verify
+            curve.append(value(depth, plain, verify, overhead))
         axes.plot(BATCHES, curve, color=color, label=f"{depth} drafted")
         pairs = list(_pairs(profile, share, depth))
         measured = [
@@ -66,7 +66,7 @@ def _draw_over_batch(axes: Any, profile: Profile, value: Any, title: str) -> Non
 
 
 def _pairs(profile: Profile, share: float, depth: int) -> Iterator[tuple[ProfilePoint, ProfilePoint]]:
-    """Plain steps and verifications of `depth` drafted tokens that were both measured."""
+    """The measured plain steps whose verification of `depth` drafted tokens was measured too, each with that."""
     found = {(point.batch, point.tokens): point for point in profile.points if point.cache_share == share}
     for (batch, tokens), plain in found.items():
         if tokens == 1 and (batch, depth + 1) in found:
@@ -74,15 +74,15 @@ def _pairs(profile: Profile, share: float, depth: int) -> Iterator[tuple[Profile
 
 
 def _draw_roofline(axes: Any, profile: Profile) -> None:
-    """Each pass by what it computes for a byte of weights that it reads, under the two measured ceilings."""
+    """Draws each pass by its arithmetic intensity and speed, under the two measured ceilings."""
     speed = profile.model.speed
     resident = [point for point in profile.points if not point.misses]
     for number, (points, label) in enumerate(((resident, "all resident"), (_missing(profile), "with misses"))):
         if points:
-            places = [_place(profile, point) for point in points]
-            axes.plot(*zip(*places, strict=True), "o", color=COLORS[number], label=label)
+            positions = [_position(profile, point) for point in points]
+            axes.plot(*zip(*positions, strict=True), "o", color=COLORS[number], label=label)
     ridge = speed.arithmetic / speed.memory
-    ends = [min([ridge / 16, *(_place(profile, point)[0] for point in profile.points)]), 16 * ridge]
+    ends = [min([ridge / 16, *(_position(profile, point)[0] for point in profile.points)]), 16 * ridge]
     axes.plot(
         [ends[0], ridge, ends[1]],
         [ends[0] * speed.memory / 1e9, speed.arithmetic / 1e9, speed.arithmetic / 1e9],
@@ -91,7 +91,7 @@ def _draw_roofline(axes: Any, profile: Profile) -> None:
     )
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("FLOP for each byte of weights")
+    axes.set_xlabel("FLOP per byte of weights")
     axes.set_title("GFLOP/s", fontsize=10)
     axes.legend(frameon=False, fontsize=8)
 
@@ -100,8 +100,8 @@ def _missing(profile: Profile) -> list[ProfilePoint]:
     return [point for point in profile.points if point.misses]
 
 
-def _place(profile: Profile, point: ProfilePoint) -> tuple[float, float]:
-    """FLOP a byte and GFLOP/s of a pass; a weight is multiplied and added once for each token that it is for."""
+def _position(profile: Profile, point: ProfilePoint) -> tuple[float, float]:
+    """FLOP per byte of weights, and GFLOP/s, of a pass; each token takes two operations per weight that it uses."""
     shape = profile.model.shape
     record = shape.layers * shape.record_nbytes
     operations = 2 / shape.itemsize * point.total * (shape.dense_nbytes + shape.top_k * record)

@@ -24,12 +24,12 @@ def test_expected_experts_are_those_of_the_papers_models(experts: int, top_k: in
 def test_a_dense_layer_activates_everything_at_once() -> None:
     assert moesd.expected_experts(8, 8, 1) == 8
     assert moesd.full_activation(8, 8) == 1
-    assert moesd.tokens_per_expert(8, 8, 5) == 5
+    assert moesd.tokens_per_expert(8, 5, activated=8) == 5
 
 
 @pytest.mark.parametrize("top_k", [0, 9])
 def test_a_token_takes_some_of_the_experts(top_k: int) -> None:
-    with pytest.raises(ValueError, match=f"some of a layer's 8 experts, not {top_k}"):
+    with pytest.raises(ValueError, match=f"at most the 8 experts of a layer, not {top_k}"):
         moesd.expected_experts(8, top_k, 1)
 
 
@@ -42,10 +42,10 @@ def test_full_activation_by_hand() -> None:
 
 def test_tokens_per_expert_by_hand() -> None:
     # Two tokens of Mixtral choose 4 times among 3.5 experts.
-    assert moesd.tokens_per_expert(8, 2, 2) == pytest.approx(4 / 3.5)
-    assert moesd.tokens_per_expert(64, 8, 1) == pytest.approx(1)
-    # With many tokens everything is active, and each expert gets rho * t.
-    assert moesd.tokens_per_expert(64, 8, 1000) == pytest.approx(125)
+    assert moesd.tokens_per_expert(2, 2, moesd.expected_experts(8, 2, 2)) == pytest.approx(4 / 3.5)
+    assert moesd.tokens_per_expert(8, 1, moesd.expected_experts(64, 8, 1)) == pytest.approx(1)
+    # Many tokens activate every expert, and each expert gets rho * t of them.
+    assert moesd.tokens_per_expert(8, 1000, moesd.expected_experts(64, 8, 1000)) == pytest.approx(125)
 
 
 def test_growth_is_a_power_up_to_the_knee_and_then_its_tangent() -> None:

@@ -52,8 +52,7 @@ def test_a_profile_from_elsewhere_is_refused(state: StateFolder, elsewhere: dict
     with pytest.raises(ForeignProfile) as refusal:
         read_profile(state, replace(CONDITIONS, **elsewhere))
     assert str(refusal.value) == (
-        f"the profile of 2026-01-31 was taken elsewhere or otherwise ({said}): "
-        "take one with edgemoe profile and the same options"
+        f"the profile of 2026-01-31 does not apply here ({said}): take one with edgemoe profile and the same options"
     )
 
 
