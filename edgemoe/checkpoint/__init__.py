@@ -1,1 +1,1 @@
-"""Files of a checkpoint: tensors, configuration, tokenizer, and what is kept about it between runs."""
+"""Files of a checkpoint: tensors, configuration, tokenizer, and state that edgemoe keeps about it between runs."""

@@ -1,7 +1,7 @@
-"""Everything that can be known of a checkpoint before any weight is read, and every reason to refuse it.
+"""Checks a checkpoint against its family and locates its experts, before any weight is read.
 
-The model is built by transformers on the meta device, and transformers' own loader then runs on tensors
-that have shapes and no data: what is missing, surplus or misshapen shows before anything is loaded.
+transformers builds the model on the meta device, and its own loader then fills it with tensors that have shapes but no
+data. Missing, surplus and misshapen tensors are found before anything is loaded.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ QUANTISED_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32)
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A checkpoint that edgemoe can run, checked against its family's model."""
+    """A checkpoint that edgemoe can run: checked against its family's model, with all experts located."""
 
     checkpoint: Checkpoint
     config: Any
     """The transformers configuration."""
     model_class: Any
     dtype: torch.dtype
-    """The dtype that the model computes in; expert records are converted to it when they are read."""
+    """The dtype of the computation; expert records are converted to it as they are read."""
     experts_modules: tuple[ExpertsModule, ...]
     records: Mapping[ExpertId, RecordSource]
     dense_keys: tuple[str, ...]
-    """The checkpoint's tensors that go into the model."""
+    """The checkpoint's tensors that are loaded into the model: all but the experts'."""
     dense_nbytes: int
-    """Bytes of all weights and buffers that are not experts, in the dtypes they are kept in."""
+    """Bytes of all weights and buffers but the experts', in the dtypes that the model keeps them in."""
     largest_dense_nbytes: int
-    """Bytes of the largest of them: while it loads it may be held twice."""
+    """Bytes of the largest of them; loading may hold it twice."""
 
     @property
     def context_limit(self) -> int | None:
-        """The longest sequence that the configuration allows, in tokens; None when it names none."""
+        """The longest sequence that the configuration allows, in tokens; None without a limit."""
         limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         return limit if isinstance(limit, int) and limit > 0 else None
 
@@ -56,7 +56,7 @@ class Blueprint:
 def open_blueprint(
     model: str | os.PathLike[str] | None = None, dtype: str = "auto", *, offline: bool = False, setting: str = "model"
 ) -> Blueprint:
-    """The blueprint of `model`, a checkpoint's folder or Hugging Face id; None is the model that ships with edgemoe.
+    """The blueprint of `model`: a checkpoint's folder, a Hugging Face id, or None for the model shipped with edgemoe.
 
     Raises CheckpointError as `open_checkpoint` and `read_blueprint` do.
     """
@@ -68,8 +68,8 @@ def open_blueprint(
 def read_blueprint(checkpoint: Checkpoint, dtype: str = "auto") -> Blueprint:
     """Checks `checkpoint` against its family and locates every expert. Reads no weight.
 
-    `dtype` is "auto" (as the expert weights are stored), "bfloat16", "float16" or "float32". Raises
-    CheckpointError with the reason when the checkpoint cannot be run.
+    `dtype` is "auto" (the dtype that most weights are stored in), "bfloat16", "float16" or "float32". Raises
+    CheckpointError with the reason why the checkpoint cannot be run.
     """
     config, model_class = _family(checkpoint)
     chosen = _dtype(checkpoint, dtype)
@@ -80,7 +80,7 @@ def read_blueprint(checkpoint: Checkpoint, dtype: str = "auto") -> Blueprint:
         dense = tuple(key for key in checkpoint.tensors if key not in sources.keys)
         _dry_run(checkpoint, model, chosen)
         records = sources.records()
-        # Another one, since the dry run has used the first up.
+        # A new skeleton, since the dry run uses the first one up.
         sizes = _dense_sizes(build_skeleton(model_class, config, chosen), experts_modules)
     return Blueprint(
         checkpoint,
@@ -102,7 +102,7 @@ def build_skeleton(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
 
 
 def load_config(model: Any, dtype: torch.dtype, device: torch.device | str) -> Any:
-    """The settings under which transformers' loader fills `model` on `device`."""
+    """The configuration with which transformers' loader fills `model` on `device`."""
     from transformers.modeling_utils import LoadStateDictConfig
 
     return LoadStateDictConfig(
@@ -121,7 +121,7 @@ def _mapping(model: Any) -> list[Any]:
 
 
 def _family(checkpoint: Checkpoint) -> tuple[Any, Any]:
-    """The configuration and the causal-LM class of the checkpoint's family."""
+    """The checkpoint's configuration, and its family's class of causal language models."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     family = checkpoint.config["model_type"]
@@ -147,16 +147,16 @@ def _family(checkpoint: Checkpoint) -> tuple[Any, Any]:
         )
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if getattr(model_class, "config_class", None) is config.sub_configs.get("text_config"):
-        # A checkpoint that also sees or hears: only its text model is run, as transformers' auto class does.
+        # A multimodal checkpoint: only its text model is run, as by transformers' auto class.
         config = config.get_text_config()
     return config, model_class
 
 
 def _dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
-    """The dtype to compute in; "auto" is what most bytes of the checkpoint are stored in."""
+    """The dtype of the computation; "auto" is the dtype of most bytes of the checkpoint's weights."""
     weights = {key: entry for key, entry in checkpoint.tensors.items() if entry.dtype.is_floating_point}
     unusable = [key for key, entry in weights.items() if entry.dtype not in WEIGHT_DTYPES]
-    # Quantised weights are small integers; some families have tables and counters in large ones.
+    # Quantised weights are 8- to 32-bit integers; some families have tables and counters of 64-bit ones.
     integers = [key for key, entry in checkpoint.tensors.items() if entry.dtype in QUANTISED_DTYPES]
     if unusable or integers or not weights:
         key = (unusable + integers + ["no weights"])[0]
@@ -176,7 +176,7 @@ def _dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
 
 
 def _dry_run(checkpoint: Checkpoint, model: Any, dtype: torch.dtype) -> None:
-    """Loads shapes without data into `model` and refuses what does not fit exactly. Uses `model` up."""
+    """Loads shapes without data into `model`, which is of no use afterwards. Raises CheckpointError unless all fit."""
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
 
     shapes = {
@@ -205,7 +205,7 @@ def _dry_run(checkpoint: Checkpoint, model: Any, dtype: torch.dtype) -> None:
 
 
 def _dense_sizes(skeleton: Any, experts_modules: Sequence[ExpertsModule]) -> list[int]:
-    """Bytes of each distinct weight or buffer that is not an expert's; tied ones count once."""
+    """Bytes of each weight and buffer but the experts'; tied weights count once."""
     experts = {f"{moe.name}.{part.name}" for moe in experts_modules for part in moe.layout.parts}
     tied = set(skeleton.all_tied_weights_keys)
     tensors = [*skeleton.named_parameters(), *skeleton.named_buffers()]

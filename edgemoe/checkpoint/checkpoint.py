@@ -1,4 +1,4 @@
-"""A checkpoint on disk: its configuration and where each of its tensors lies. Nothing is loaded here."""
+"""A checkpoint on disk: its configuration, and the place of each tensor in its files. Loads no tensor."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-"""The safetensors dtypes that are understood; weights must be one of `WEIGHT_DTYPES`."""
+"""The supported dtypes of safetensors files; those of weights are `WEIGHT_DTYPES`."""
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEADER_LIMIT = 100 << 20
-"""The format's own limit on a header, in bytes; more means that the file is not what it says."""
+"""The safetensors format's limit of a header, in bytes; a larger one means a damaged file or another format."""
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a checkpoint: the file's number, the byte offset in it, shape and dtype."""
+    """One tensor of a checkpoint: the index of its file, its byte offset there, size, shape and dtype."""
 
     file: int
     offset: int
@@ -39,11 +39,11 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checked folder: its files, its tensors and its `config.json` as a dictionary."""
+    """A checkpoint's folder: its weight files, its tensors by name, and its `config.json` as a dictionary."""
 
     folder: Path
     name: str
-    """What the user called it, for messages."""
+    """The name that the user gave, for messages."""
     config: Mapping[str, Any]
     files: tuple[Path, ...]
     tensors: Mapping[str, TensorEntry]
@@ -55,7 +55,7 @@ class Checkpoint:
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether tokenizer files lie beside the weights; without them prompts are token ids."""
+        """Whether the folder has tokenizer files; without them prompts must be token ids."""
         names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
         return any((self.folder / name).exists() for name in names)
 
@@ -68,8 +68,8 @@ def open_checkpoint(
     `name` is what messages and results call it; None takes `model` itself. `setting` is the argument that messages
     tell a user to correct.
 
-    Raises CheckpointError when it cannot be found or read, has pickle weights only, needs remote code, is
-    quantised, or a file is truncated. With `offline` nothing is downloaded.
+    Downloads a Hugging Face id that is not in the local cache, unless `offline`. Raises CheckpointError if the
+    checkpoint cannot be found or read, is quantised, has only pickle weights, or has a damaged or truncated file.
     """
     folder = _find_folder(os.fspath(model), offline, setting)
     name = name or os.fspath(model)
@@ -156,7 +156,10 @@ def _weight_files(folder: Path, name: str) -> list[Path]:
 
 
 def read_table(file: Path, number: int) -> Iterator[tuple[str, TensorEntry]]:
-    """The tensors of one safetensors file by name; CheckpointError when it is damaged or truncated."""
+    """Yields the name and entry of each tensor of a safetensors file, which is number `number` of its checkpoint.
+
+    Raises CheckpointError for a damaged or truncated file, and for a tensor of an unsupported dtype.
+    """
     size = file.stat().st_size
     again = "fetch it again"
     with file.open("rb") as stream:

@@ -1,4 +1,4 @@
-"""Fills the model with every weight that is not an expert's, through transformers' own conversion."""
+"""Loads all weights but the experts', through transformers' own conversion."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from edgemoe.quiet import quiet_transformers
 
 
 class LazyTensor:
-    """A checkpoint tensor that is read when indexed, as transformers' loader does with its own slices.
+    """A checkpoint tensor that is read when it is indexed, as transformers' loader does with safetensors slices.
 
-    Reads are positioned rather than mapped, so that no page of the file stays in this process.
+    Files are read, not mapped, so that none of their pages count as this process's memory.
     """
 
     def __init__(self, path: Path, entry: TensorEntry, on_read: Callable[[int], None]) -> None:
@@ -44,15 +44,15 @@ class LazyTensor:
         return tensor if everything is Ellipsis else tensor[everything]
 
     def get_shape(self) -> list[int]:
-        """The tensor's shape, as safetensors' slices give it."""
+        """The tensor's shape, as a list like that of a safetensors slice."""
         return list(self._entry.shape)
 
 
 def load_dense(blueprint: Blueprint, device: torch.device, on_read: Callable[[int, int], None]) -> Any:
-    """The model on `device` with all its weights but the experts', whose modules are left empty.
+    """The model on `device` with all weights but the experts'; its experts modules have none.
 
-    `on_read(done, total)` is called with bytes, from loader threads. Raises CheckpointError when a file
-    cannot be read or transformers' loader disagrees with the check made before.
+    Loader threads call `on_read(done, total)` with bytes, one call at a time. Raises CheckpointError if a file cannot
+    be read, or if transformers' loader fails after the blueprint's checks passed.
     """
     checkpoint = blueprint.checkpoint
     total = sum(checkpoint.tensors[key].nbytes for key in blueprint.dense_keys)
@@ -71,7 +71,7 @@ def load_dense(blueprint: Blueprint, device: torch.device, on_read: Callable[[in
     for moe in blueprint.experts_modules:
         release_weights(moe, model)
     settings = load_config(model, blueprint.dtype, device)
-    # The loader draws initial values too, which must not show in the caller's random numbers.
+    # The loader draws random initial values, which must not advance the caller's generator.
     with reading(checkpoint.name), quiet_transformers(), torch.no_grad(), torch.random.fork_rng(devices=[]):
         info, _ = model._load_pretrained_model(model, lazy, None, settings)
         info = model._finalize_model_loading(model, settings, info)
@@ -80,6 +80,6 @@ def load_dense(blueprint: Blueprint, device: torch.device, on_read: Callable[[in
         raise CheckpointError(f"{checkpoint.name}: {lost[0]} could not be loaded: fetch it again")
     left = [name for name, value in model.named_parameters() if value.is_meta]
     if left:
-        raise CheckpointError(f"{checkpoint.name}: {left[0]} was given no value by transformers' loader")
+        raise CheckpointError(f"{checkpoint.name}: {left[0]} got no value from transformers' loader: fetch it again")
     model.requires_grad_(False)
     return model.eval()

@@ -1,9 +1,8 @@
-"""From transformers' declared conversions to where each expert's bytes lie in the checkpoint's files.
+"""Locates each expert's bytes in a checkpoint's files, by the conversions that transformers declares.
 
-transformers describes how a family's checkpoint becomes its parameters as operations on whole stacked
-tensors. Every such operation treats the experts alike along the first dimension, so running it on one
-expert gives that expert's slice; the common ones need not run at all, since the bytes already lie in
-the order the record wants.
+transformers declares how a family's checkpoint becomes its parameters: as operations on tensors that stack all experts
+of a layer. Every such operation is independent for each index of the first dimension, so running it on one expert
+gives that expert's slice. The common operations need not run at all: the bytes already are in the record's order.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from edgemoe.errors import CheckpointError
 
 @dataclass
 class _Recipe:
-    """How one stacked parameter is made: its converter, or None for a plain tensor, and its sources by pattern."""
+    """How one stacked parameter is made: its converter (None for a plain tensor), and its source keys by pattern."""
 
     converter: Any
     sources: dict[str, list[str]] = field(default_factory=dict)
 
 
 class ExpertSources:
-    """Which checkpoint tensors belong to experts, and the record source of every expert."""
+    """The checkpoint's tensors that belong to experts, and the record source of every expert."""
 
     def __init__(
         self, checkpoint: Checkpoint, model: Any, experts_modules: Sequence[ExpertsModule], mapping: Sequence[Any]
@@ -43,10 +42,10 @@ class ExpertSources:
         self.keys = frozenset(
             key for recipe in self._recipes.values() for keys in recipe.sources.values() for key in keys
         )
-        """The checkpoint's tensors that go to the store instead of the model."""
+        """The names of the checkpoint's tensors that belong to experts."""
 
     def records(self) -> dict[ExpertId, RecordSource]:
-        """The source of every record."""
+        """The source of every expert's record."""
         return {
             ExpertId(layer, index): self._record(moe, index)
             for layer, moe in enumerate(self._modules)
@@ -54,7 +53,7 @@ class ExpertSources:
         }
 
     def _collect(self, mapping: Sequence[Any]) -> dict[str, _Recipe]:
-        """Groups the checkpoint's keys by the stacked expert parameter that they become."""
+        """Groups the checkpoint's keys by the stacked expert parameter that they become part of."""
         from transformers.core_model_loading import (
             WeightConverter,
             WeightRenaming,
@@ -103,7 +102,7 @@ class ExpertSources:
         return recipe
 
     def _entries(self, recipe: _Recipe, moe: ExpertsModule, index: int) -> list[TensorEntry]:
-        """One expert's tensors in the order of the converter's patterns: its own, or its slice of a stack."""
+        """One expert's tensors in the order of the converter's patterns: its own ones, or its slices of stacks."""
         patterns = recipe.converter.source_patterns if recipe.converter else list(recipe.sources)
         found = []
         for pattern in patterns:
@@ -120,7 +119,7 @@ class ExpertSources:
         return found
 
     def _is_plain(self, recipe: _Recipe, entries: Sequence[TensorEntry], dtype: torch.dtype) -> bool:
-        """Whether the bytes lie as the record wants them: stacking only, or rows of several tensors in turn."""
+        """Whether the record is the bytes of `entries` in their order: a plain stack, or a concatenation of rows."""
         if any(entry.dtype != dtype for entry in entries):
             return False
         if recipe.converter is None:
@@ -149,7 +148,7 @@ class ExpertSources:
         return RecordSource(extents, assemble)
 
     def _convert(self, recipe: _Recipe, moe: ExpertsModule, part: str, raw: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Runs transformers' operations on one expert: a list of one where they stack tensors, else a stack of one."""
+        """Runs transformers' operations on one expert: a list of one tensor if they stack, else a stack of one."""
         if recipe.converter is None:
             return raw[0]
         converter = copy.copy(recipe.converter)
@@ -183,6 +182,6 @@ def _extent(entry: TensorEntry, slot_offset: int | None) -> Extent:
 
 
 def _slice(entry: TensorEntry, index: int, experts: int) -> TensorEntry:
-    """The part of a stacked tensor that belongs to one expert."""
+    """The slice of a stacked tensor that belongs to expert `index`."""
     nbytes = entry.nbytes // experts
     return TensorEntry(entry.file, entry.offset + index * nbytes, nbytes, entry.shape[1:], entry.dtype)

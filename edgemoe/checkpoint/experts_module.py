@@ -1,4 +1,4 @@
-"""Seam 1: the experts modules of a transformers model, one a MoE layer."""
+"""The experts modules of a transformers model, one per MoE layer: the seam where edgemoe takes the experts over."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import nn
 from edgemoe.cache.record import Part, RecordLayout
 from edgemoe.errors import CheckpointError
 
-DECLARED = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
-"""What transformers' `use_experts_implementation` declares on an experts module."""
+DECLARED_ATTRIBUTES = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
+"""Attributes that transformers' `use_experts_implementation` sets on an experts module."""
 EXPERT_WORDS = ("expert", "moe", "router")
-"""What is in the class names of a family that has experts of some kind."""
+"""Parts of lower-case class names by which a family with experts of any kind is recognised."""
 
 
 @dataclass(frozen=True)
@@ -25,21 +25,25 @@ class ExpertsModule:
     layout: RecordLayout
 
     def module(self, model: nn.Module) -> Any:
-        """This site's module in `model`."""
+        """This experts module in `model`."""
         return model.get_submodule(self.name)
 
 
 def find_experts_modules(model: nn.Module) -> list[ExpertsModule]:
-    """Every experts module of `model` that transformers dispatches, in the order of the layers."""
+    """All experts modules of `model` that go through transformers' experts interface, in the order of the layers."""
     return [
-        _site(name, module)
+        _experts_module(name, module)
         for name, module in model.named_modules()
-        if all(hasattr(module, attribute) for attribute in DECLARED) and "down_proj" in module._parameters
+        if all(hasattr(module, attribute) for attribute in DECLARED_ATTRIBUTES) and "down_proj" in module._parameters
     ]
 
 
 def require_experts_modules(model: nn.Module, config: Any, name: str) -> list[ExpertsModule]:
-    """`find_experts_modules`, or a CheckpointError that says which of the two reasons there is for having none."""
+    """As `find_experts_modules`, but raises CheckpointError if there are none.
+
+    The message says whether the family, of the model that the user calls `name`, has no experts or experts that do not
+    go through transformers' interface.
+    """
     experts_modules = find_experts_modules(model)
     if experts_modules:
         return experts_modules
@@ -54,15 +58,15 @@ def require_experts_modules(model: nn.Module, config: Any, name: str) -> list[Ex
 
 
 def release_weights(moe: ExpertsModule, model: nn.Module) -> None:
-    """Takes the stacked expert weights out of the module: they live in the store, not in the model."""
+    """Removes the stacked expert weights from the module in `model`: the store has them."""
     module = moe.module(model)
     for part in moe.layout.parts:
         module._parameters[part.name] = None
-    # transformers initialises modules that were not loaded; this one has nothing left to initialise.
+    # Keeps transformers from initialising the module, which has no weights left.
     module._is_hf_initialized = True
 
 
-def _site(name: str, module: nn.Module) -> ExpertsModule:
+def _experts_module(name: str, module: nn.Module) -> ExpertsModule:
     experts = module._parameters["down_proj"].shape[0]  # type: ignore[union-attr]
     parts = [
         Part(key, tuple(value.shape[1:]), value.dtype)

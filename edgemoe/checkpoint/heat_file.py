@@ -1,4 +1,4 @@
-"""Which experts were hot, kept from one run to the next, so that the next one starts with them."""
+"""The heat of experts, kept between runs so that the next run starts with the hot ones."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ NAME = "heat.json"
 FORMAT = "edgemoe heat"
 VERSION = 1
 MAX_NBYTES = 16 << 20
-"""No model has so many experts that its heat takes more."""
+"""Upper bound of a file's size; a larger one is ignored. The heat of the largest models takes 1 MB."""
 
 
 def read(state: StateFolder, experts: Sequence[int]) -> dict[ExpertId, float]:
-    """The heat that was kept, of experts of any layers; empty without a sound file for this model.
+    """The stored heat by expert; empty without a valid file for this model.
 
     `experts[layer]` is the number of experts of each layer.
     """
@@ -40,18 +40,18 @@ def read(state: StateFolder, experts: Sequence[int]) -> dict[ExpertId, float]:
 
 
 def write(state: StateFolder, experts: Sequence[int], heat: Mapping[ExpertId, float]) -> None:
-    """Keeps `heat`. An empty one leaves what is kept as it is, and so does a folder that cannot be written."""
+    """Stores `heat` unless it is empty. Never fails: a file that cannot be written leaves the earlier one as it is."""
     entries = [[*expert, float(f"{value:.6g}")] for expert, value in sorted(heat.items()) if math.isfinite(value)]
     if not entries:
         return
     kept = {"format": FORMAT, "version": VERSION, "experts": list(experts), "heat": entries}
-    # A cache that cannot be kept is no reason for a close to fail; a path may also be one that no system takes.
+    # ValueError: a path that no system accepts.
     with contextlib.suppress(OSError, ValueError):
         state.write(NAME, json.dumps(kept, separators=(",", ":")).encode())
 
 
 def _is_entry(entry: Any, experts: Sequence[int]) -> bool:
-    """Whether this is an expert of the model and a finite number."""
+    """Whether `entry` is [layer, expert, heat]: an expert of the model, and a finite number."""
     match entry:
         case [int(layer), int(number), float(heat)]:
             return 0 <= layer < len(experts) and 0 <= number < experts[layer] and math.isfinite(heat)

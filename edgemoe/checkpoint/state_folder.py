@@ -1,6 +1,6 @@
-"""Where edgemoe keeps small files of its own about a checkpoint, between one run and the next.
+"""Small files that edgemoe keeps about a checkpoint between runs.
 
-Nothing here is needed: a folder that is missing, or cannot be written, only means that nothing is remembered.
+None of them is needed: with a folder that is missing or cannot be written, every run starts without them.
 """
 
 from __future__ import annotations
@@ -19,50 +19,47 @@ if TYPE_CHECKING:
     from edgemoe.checkpoint.checkpoint import Checkpoint
 
 NONE = "none"
-"""In the place of a folder: nothing is kept."""
-LABEL_LENGTH = 48
-"""Most characters of a checkpoint's name in the name of its folder."""
+"""Given instead of a folder, it means that nothing is kept."""
+MAX_LABEL_LENGTH = 48
+"""Maximum number of characters of the checkpoint's name in its folder's name."""
 
 
 class StateFolder:
-    """The files that are kept about one checkpoint. `path` is None where nothing is kept. Safe from any thread."""
+    """The files kept about one checkpoint, in the folder `path`; None if nothing is kept. Thread-safe."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, folder: str | os.PathLike[str] | None) -> StateFolder:
-        """The place for `checkpoint` in `folder`: None is the user's cache folder, "none" (or "") keeps nothing.
+        """The state folder of `checkpoint` below `folder`: None is the user's cache folder, "none" or "" keeps nothing.
 
-        Creates nothing and never fails: where there is no such place, nothing is kept.
+        Creates no folder and never fails: without a usable folder, nothing is kept.
         """
         if keeps_nothing(folder):
             return cls(None)
         try:
-            # Absolute, since the process may go elsewhere before the next use.
+            # Absolute, since the process may change its working directory.
             root = user_cache() / "edgemoe" if folder is None else Path(folder).expanduser().absolute()
             return cls(root / identity(checkpoint))
         except (OSError, RuntimeError):
-            # No home, or a checkpoint that has gone meanwhile.
+            # No home folder, or a checkpoint that was deleted meanwhile.
             return cls(None)
 
-    def read(self, name: str, most: int) -> bytes | None:
-        """The file called `name`; None where there is none of at most `most` bytes that can be read."""
+    def read(self, name: str, max_nbytes: int) -> bytes | None:
+        """The content of the file `name`; None if it cannot be read or is larger than `max_nbytes`."""
         if self.path is None:
             return None
         with contextlib.suppress(OSError, ValueError):
             file = self.path / name
             status = file.stat()
-            # Whatever else lies there is not ours: opening a pipe would wait for ever.
-            if stat.S_ISREG(status.st_mode) and status.st_size <= most:
+            # Only regular files: opening a pipe would block.
+            if stat.S_ISREG(status.st_mode) and status.st_size <= max_nbytes:
                 return file.read_bytes()
         return None
 
     def write(self, name: str, data: bytes) -> None:
-        """Puts `data` into the file called `name`: whole or not at all, whoever else writes or reads it now.
-
-        Raises OSError where that cannot be done.
-        """
+        """Replaces the file `name` with `data`, atomically for all threads and processes. Raises OSError on failure."""
         if self.path is None:
             raise OSError("there is no folder to keep it in")
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -77,7 +74,7 @@ class StateFolder:
             raise
 
     def probe(self) -> None:
-        """Raises OSError where `write` would, as far as that can be told without writing anything that stays."""
+        """Raises OSError if the folder cannot be created or takes no file; leaves no file behind."""
         if self.path is None:
             raise OSError("there is no folder to keep it in")
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -86,14 +83,14 @@ class StateFolder:
 
 
 def keeps_nothing(folder: str | os.PathLike[str] | None) -> bool:
-    """Whether `folder`, as a user gives it, says that nothing is to be kept."""
+    """Whether `folder`, as given by the user, means that nothing is kept."""
     return folder is not None and os.fspath(folder).lower() in ("", NONE)
 
 
 def user_cache() -> Path:
-    """The folder for files that may be lost, by the platform's convention. Raises RuntimeError without a home."""
+    """The user's cache folder by the platform's convention. Raises RuntimeError without a home folder."""
     given = os.environ.get("XDG_CACHE_HOME", "")
-    # By its convention a relative one does not count.
+    # The XDG convention ignores a relative path.
     if os.path.isabs(given):
         return Path(given)
     if sys.platform == "darwin":
@@ -105,14 +102,14 @@ def user_cache() -> Path:
 
 
 def identity(checkpoint: Checkpoint) -> str:
-    """A name for a checkpoint's folder: its own, and a fingerprint of its files' names, sizes and times.
+    """The name of a checkpoint's state folder: its own name, and a fingerprint of its files' names, sizes and times.
 
-    No file is read. Weights that are written anew are another checkpoint. Raises OSError where a file has gone.
+    Reads no file. Rewritten weights count as another checkpoint. Raises OSError if a file is gone.
     """
     given = os.path.expanduser(checkpoint.name)
-    # However a path to a folder is written, the folder has one name.
+    # All paths to one folder give one name.
     name = os.path.basename(os.path.realpath(given)) if os.path.isdir(given) else checkpoint.name
-    label = re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:LABEL_LENGTH].strip("-.") or "model"
+    label = re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:MAX_LABEL_LENGTH].strip("-.") or "model"
     digest = hashlib.sha256(name.encode(errors="surrogateescape"))
     for file in checkpoint.files:
         status = file.stat()

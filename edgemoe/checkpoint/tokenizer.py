@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer, vocabulary, chat template and generation defaults, all through transformers."""
+"""A checkpoint's tokenizer, vocabulary, chat template and generation defaults, through transformers."""
 
 from __future__ import annotations
 
@@ -14,32 +14,38 @@ from edgemoe.quiet import quiet_transformers
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A checkpoint's tokens: its tokenizer, or None, and how many ids it predicts."""
+    """The tokens of one model."""
 
     model: str
+    """Its name, for messages."""
     tokenizer: Any
+    """None without tokenizer files."""
     size: int
+    """The number of ids that the model predicts."""
 
     def check_same(self, other: Vocabulary) -> None:
-        """Raises CheckpointError where an id of `other` means something else, or it has more or fewer of them."""
-        if self.size != other.size or self._words() != other._words():
+        """Raises CheckpointError unless `other` has the same ids with the same meaning."""
+        if self.size != other.size or self._ids_by_token() != other._ids_by_token():
             raise CheckpointError(
                 f"{other.model} has another vocabulary than {self.model}, so that their predictions cannot be "
                 f"compared: give a checkpoint with the same tokenizer as against="
             )
 
-    def _words(self) -> object:
+    def _ids_by_token(self) -> object:
         return None if self.tokenizer is None else self.tokenizer.get_vocab()
 
 
 Messages = Sequence[Mapping[str, str]]
 """A conversation: each message has a role and a content."""
 Prompt = str | Sequence[int] | Messages
-"""What to go on from: text, token ids, or a conversation to reply to."""
+"""A text or token ids to continue, or a conversation to reply to."""
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The tokenizer beside the weights, or None when there is none. Never runs code from the folder."""
+    """The tokenizer in the checkpoint's folder; None without tokenizer files. Never runs code from the folder.
+
+    Raises CheckpointError if it cannot be loaded.
+    """
     if not checkpoint.has_tokenizer:
         return None
     from transformers import AutoTokenizer
@@ -57,7 +63,10 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
 
 def load_generation_config(blueprint: Blueprint) -> Any:
-    """The checkpoint's `generation_config.json`, or what its configuration implies."""
+    """The checkpoint's `generation_config.json`; without one, what its configuration implies.
+
+    Raises CheckpointError if the file cannot be read.
+    """
     from transformers import GenerationConfig
 
     folder = blueprint.checkpoint.folder
@@ -75,7 +84,11 @@ def load_generation_config(blueprint: Blueprint) -> Any:
 
 
 def prompt_tokens(tokenizer: Any, prompt: Prompt, vocabulary: int, name: str) -> list[int]:
-    """The token ids of `prompt` for the model called `name`; RequestError when it has none or unknown ones."""
+    """The token ids of `prompt` for the model called `name`, which has `vocabulary` ids.
+
+    Raises RequestError for an empty prompt, an unknown id, a text without a tokenizer, and a conversation that
+    `render_chat` refuses.
+    """
     if isinstance(prompt, str):
         if tokenizer is None:
             raise RequestError(f"{name} has no tokenizer files: give the prompt as token ids")
@@ -94,7 +107,10 @@ def prompt_tokens(tokenizer: Any, prompt: Prompt, vocabulary: int, name: str) ->
 
 
 def render_chat(tokenizer: Any, messages: Messages, name: str) -> list[int]:
-    """The token ids of `messages` in the checkpoint's chat template, ending where the assistant begins."""
+    """The token ids of `messages` in the checkpoint's chat template, up to where the assistant's reply begins.
+
+    Raises RequestError without a chat template, and for messages that are malformed or refused by the template.
+    """
     if tokenizer is None or not tokenizer.chat_template:
         raise RequestError(f"{name} has no chat template: give plain prompts, as with edgemoe run")
     for message in messages:
