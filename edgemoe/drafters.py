@@ -32,7 +32,7 @@ def speculation_for(
     elif draft_model is not None:
         own = draft_model.load(plan)
         if plan.device == "cpu":
-            batch_invariant_linear.install_gemv(own.sequential.model, runtime.workers)
+            batch_invariant_linear.install_gemv(own.sequential.model, runtime.kernel_threads)
         passes = ModelDrafter(own, runner.vocabulary, draft_model.kv, plan.draft_kv_nbytes, plan.prefill_chunk)
     return Speculation(settings, runner, passes, runtime.predictor, _profiled_cost(runtime, plan))
 
@@ -58,4 +58,4 @@ def _self_drafter(settings: DraftSettings, runner: ModelRunner, runtime: Runtime
     rules = [settings.rule]
     if settings.rule == "auto":
         rules = [rule for rule in RULES if rule != "affinity" or affinity is not None]
-    return SelfDrafter(runner, runtime.cache, experts, rules, affinity.nearest if affinity else None)
+    return SelfDrafter(runner, runtime.cache, experts, rules, affinity.most_similar if affinity else None)

@@ -136,8 +136,8 @@ class Engine:
             prefix_tokens=totals.tokens_shared,
             **loop.speculation.telemetry(),
             **vars(budget.totals if budget else BudgetTotals()),
-            **runtime.predictor.forecast.telemetry("forecast"),
-            **runtime.predictor.ahead.telemetry("lookahead"),
+            **runtime.predictor.forecast_totals.telemetry("forecast"),
+            **runtime.predictor.lookahead_totals.telemetry("lookahead"),
         )
 
     def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:

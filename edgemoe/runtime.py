@@ -24,7 +24,7 @@ from edgemoe.experts import expert_layer
 from edgemoe.experts.expert_predictor import ExpertPredictor
 from edgemoe.experts.lookahead import Lookahead
 from edgemoe.kernels.cpu import batch_invariant_linear
-from edgemoe.kernels.cpu.threads import Workers
+from edgemoe.kernels.cpu.threads import KernelThreads
 from edgemoe.model.sequential_runner import SequentialRunner
 from edgemoe.plan.plan import Plan
 from edgemoe.prefetch.fill import fill_order
@@ -66,12 +66,12 @@ class Runtime:
         self.link = link
         policy = HotTemporal(files.experts)
         self.cache = ExpertCache(files, link, pool, policy)
-        workers = self.workers = Workers(plan.threads)
-        self._stack.callback(workers.close)
+        threads = self.kernel_threads = KernelThreads(plan.threads)
+        self._stack.callback(threads.close)
         self.predictor = self._predictor(blueprint, files.experts, plan, config)
-        self.layers = expert_layer.install(self.model, blueprint.experts_modules, self.cache, workers, self.predictor)
+        self.layers = expert_layer.install(self.model, blueprint.experts_modules, self.cache, threads, self.predictor)
         if device.type == "cpu":
-            batch_invariant_linear.install_gemv(self.model, workers)
+            batch_invariant_linear.install_gemv(self.model, threads)
         self.state = StateFolder.of(blueprint.checkpoint, config.state_folder)
         heat = heat_file.read(self.state, files.experts)
         policy.warm(heat)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,8 @@ from torch import nn
 
 from edgemoe.cache.record import Part, RecordLayout
 from edgemoe.errors import CheckpointError
+from edgemoe.formats.float_format import FloatFormat
+from edgemoe.formats.weight_format import WeightFormat
 
 DECLARED_ATTRIBUTES = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
 """Attributes that transformers' `use_experts_implementation` sets on an experts module."""
@@ -18,11 +21,13 @@ EXPERT_WORDS = ("expert", "moe", "router")
 
 @dataclass(frozen=True)
 class ExpertsModule:
-    """One experts module: its path in the model, how many experts it has, and one expert's layout."""
+    """One experts module: its path in the model, the number of its experts, and the layout of one expert's record."""
 
     name: str
     experts: int
     layout: RecordLayout
+    formats: Mapping[str, WeightFormat]
+    """How each weight matrix is stored, by its name in the module. Biases, a part each, have no format."""
 
     def module(self, model: nn.Module) -> Any:
         """This experts module in `model`."""
@@ -68,9 +73,15 @@ def release_weights(moe: ExpertsModule, model: nn.Module) -> None:
 
 def _experts_module(name: str, module: nn.Module) -> ExpertsModule:
     experts = module._parameters["down_proj"].shape[0]  # type: ignore[union-attr]
-    parts = [
-        Part(key, tuple(value.shape[1:]), value.dtype)
-        for key, value in module._parameters.items()
-        if value is not None and value.dim() >= 2 and value.shape[0] == experts
-    ]
-    return ExpertsModule(name, experts, RecordLayout(parts))
+    parts: list[Part] = []
+    formats: dict[str, WeightFormat] = {}
+    for key, value in module._parameters.items():
+        if value is None or value.dim() < 2 or value.shape[0] != experts:
+            continue
+        shape = tuple(value.shape[1:])
+        if len(shape) == 1:
+            parts.append(Part(key, shape, value.dtype))
+        else:
+            formats[key] = FloatFormat(value.dtype)
+            parts += formats[key].parts(key, shape)
+    return ExpertsModule(name, experts, RecordLayout(parts), formats)

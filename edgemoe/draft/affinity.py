@@ -49,7 +49,7 @@ class Affinity:
         """Bytes of all layers: 2 a pair of experts."""
         return sum(layer.nbytes for layer in self.ranks)
 
-    def nearest(self, layer: int, resident: torch.Tensor) -> torch.Tensor:
+    def most_similar(self, layer: int, resident: torch.Tensor) -> torch.Tensor:
         """For each expert of `layer` the most similar resident one, int64 [experts]: itself where it is resident.
 
         `resident` is bool [experts] on the CPU. Raises ValueError where no expert is resident.

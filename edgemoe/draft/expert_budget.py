@@ -49,7 +49,7 @@ class ExpertBudget:
         routing = BudgetRouting(
             self._settings.budget, self._settings.dropped, self._cache, self._experts, torch.tensor(rows), self.totals
         )
-        with self._layers.restricting(routing):
+        with self._layers.overriding(routing):
             yield
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from edgemoe.cache import ExpertCache
-from edgemoe.experts.draft_routing import DraftRouting, Nearest
+from edgemoe.experts.draft_routing import DraftRouting, MostSimilar
 from edgemoe.experts.expert_layer import ExpertLayers
 from edgemoe.model.draft_tree import DraftTree
 from edgemoe.model.kv_cache import SequenceCache
@@ -147,18 +147,18 @@ class SelfDrafter(PassDrafter):
         cache: ExpertCache,
         experts: Sequence[int],
         rules: Sequence[str],
-        nearest: Nearest | None,
+        most_similar: MostSimilar | None,
     ) -> None:
         """`experts[layer]` is how many experts a layer has; of several `rules` the best is found by measuring.
 
-        `nearest` serves the rule "affinity".
+        `most_similar` serves the rule "affinity".
         """
         super().__init__(runner)
         self._cache = cache
         self._experts = experts
         self._choice = RuleChoice(rules)
         self._rule = rules[0]
-        self._nearest = nearest
+        self._most_similar = most_similar
         self._layers: ExpertLayers = runner.sequential.layers
 
     def begin(self, requests: Sequence[Request]) -> None:
@@ -172,13 +172,13 @@ class SelfDrafter(PassDrafter):
 
     def run(self, branches: Sequence[Branch]) -> list[torch.Tensor]:
         """See the base class."""
-        self._routing = DraftRouting(self._cache, self._experts, self._rule, self._nearest)
+        self._routing = DraftRouting(self._cache, self._experts, self._rule, self._most_similar)
         logits = super().run(branches)
         self.wanted = [torch.cat(shares) if shares else torch.zeros(0, 0) for shares in self._routing.wanted]
         return logits
 
     def _drafting(self) -> AbstractContextManager[None]:
-        return self._layers.drafting(self._routing)
+        return self._layers.overriding(self._routing)
 
     def _cache_of(self, request: Request) -> SequenceCache:
         assert request.cache is not None

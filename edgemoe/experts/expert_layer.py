@@ -1,4 +1,4 @@
-"""What runs in the place of a model's experts: acquires records from the cache and computes as they arrive."""
+"""Replaces the experts of a model's MoE layers: borrows records from the cache and computes as they arrive."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ import torch
 
 from edgemoe.cache import ExpertCache
 from edgemoe.checkpoint.experts_module import ExpertsModule
-from edgemoe.experts.budget_routing import BudgetRouting
-from edgemoe.experts.draft_routing import DraftRouting
 from edgemoe.experts.expert_ffn import Experts, FastExperts, PlainExperts, TokenGroups
 from edgemoe.experts.expert_predictor import ExpertPredictor
 from edgemoe.experts.lockstep import LockstepPasses
 from edgemoe.experts.router_hook import CurrentLayer, RouterMode
-from edgemoe.kernels.cpu.threads import Workers
+from edgemoe.experts.routing_override import RoutingOverride
+from edgemoe.kernels.cpu.threads import KernelThreads
 
 
 class ExpertLayer:
@@ -39,10 +38,10 @@ class ExpertLayer:
         self._cache = cache
 
     def compute(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """The weighted sum of the chosen experts, with transformers' signature and result.
+        """The weighted sum of the chosen experts, [..., hidden size], with transformers' signature and result.
 
-        `hidden` is [..., hidden size]; `index` and `weights` are [tokens, top-k]. The host reads `index`:
-        the one synchronisation that a layer needs when its experts may have to be loaded.
+        `hidden` is [..., hidden size]; `index` and `weights` are [tokens, top-k]. Loads the experts that are not
+        resident. The host reads `index`: the one synchronisation that a layer needs to know what to load.
         """
         groups = self._groups(hidden, index, weights)
         wanted, predict_next = groups.wanted, None
@@ -54,7 +53,7 @@ class ExpertLayer:
         return self._combined(groups, hidden, weights)
 
     def draft(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """As `compute` for experts that are all resident: nothing is loaded, counted or remembered as used."""
+        """As `compute` for resident experts: no load, no hit or miss counted, no use remembered."""
         groups = self._groups(hidden, index, weights)
         with self._cache.lend(self.number, groups.wanted) as loan:
             self._experts.compute(groups, loan.experts, loan.slots)
@@ -74,7 +73,7 @@ class ExpertLayer:
     def compute_together(
         self, hidden: Sequence[torch.Tensor], index: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
-        """As `compute` for several passes that have met at this layer: every expert is acquired once for all."""
+        """As `compute` for several passes at once, an output for each: every expert is borrowed once for all."""
         flat = [each.reshape(-1, each.shape[-1]) for each in hidden]
         top_k = index[0].shape[-1]
         joined = self.compute(
@@ -87,26 +86,27 @@ class ExpertLayer:
 
 
 class ExpertLayers:
-    """The installed layers of one model, and what all of them are told at once."""
+    """The installed MoE layers of one model, with the modes that all of them run in."""
 
-    def __init__(self, where: CurrentLayer) -> None:
-        self._where = where
+    def __init__(self, current: CurrentLayer) -> None:
+        self._current = current
         self._silent = False
-        self._draft: DraftRouting | None = None
-        self._budget: BudgetRouting | None = None
+        self._override: RoutingOverride | None = None
         self._lockstep: LockstepPasses | None = None
 
     def forward(
         self, layer: ExpertLayer, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """What a model gets from its layer `layer`."""
+        """The output of `layer` in the current mode; arguments and result as in `ExpertLayer.compute`."""
         if self._silent:
             return torch.zeros_like(hidden)
-        if self._draft is not None:
-            return self._drafted(layer, self._draft, hidden, index, weights)
-        if self._budget is not None:
+        if self._override is not None:
             top_k = index.shape[-1]
-            found = self._budget.substitute(layer.number, index.reshape(-1, top_k), weights.reshape(-1, top_k))
+            found = self._override.substitute(layer.number, index.reshape(-1, top_k), weights.reshape(-1, top_k))
+            if found is None:
+                return torch.zeros_like(hidden)
+            if self._override.resident_only:
+                return layer.draft(hidden, *found)
             index, weights = (new.view(old.shape) for new, old in zip(found, (index, weights), strict=True))
         if self._lockstep is not None:
             return self._lockstep.wait_for_others(layer, hidden, index, weights)
@@ -114,45 +114,26 @@ class ExpertLayers:
 
     @contextmanager
     def silenced(self) -> Iterator[None]:
-        """In the block all outputs are zero and nothing is acquired: for passes that only look at what is around."""
+        """In the block every layer's output is zero and no expert is loaded. May be nested."""
         before, self._silent = self._silent, True
         try:
             yield
         finally:
-            # One such block may be inside of another.
             self._silent = before
 
     @contextmanager
-    def drafting(self, routing: DraftRouting) -> Iterator[None]:
-        """In the block passes use resident experts only, chosen by `routing`."""
-        self._draft = routing
+    def overriding(self, routing: RoutingOverride) -> Iterator[None]:
+        """In the block passes are routed by `routing`. A nested block replaces the outer one's routing."""
+        before, self._override = self._override, routing
         try:
-            with RouterMode(self._where, routing.choose):
+            with RouterMode(self._current, routing.choose):
                 yield
         finally:
-            self._draft = None
-
-    @contextmanager
-    def restricting(self, routing: BudgetRouting) -> Iterator[None]:
-        """In the block passes use the experts that `routing` leaves them."""
-        self._budget = routing
-        try:
-            with RouterMode(self._where, routing.choose):
-                yield
-        finally:
-            self._budget = None
-
-    @staticmethod
-    def _drafted(
-        layer: ExpertLayer, routing: DraftRouting, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
-        top_k = index.shape[-1]
-        found = routing.substitute(layer.number, index.reshape(-1, top_k), weights.reshape(-1, top_k))
-        return torch.zeros_like(hidden) if found is None else layer.draft(hidden, *found)
+            self._override = before
 
     @contextmanager
     def lockstep(self) -> Iterator[LockstepPasses]:
-        """In the block passes that run as tasks of the meeting share their experts."""
+        """In the block passes that run as tasks of the yielded `LockstepPasses` share their experts."""
         self._lockstep = LockstepPasses()
         try:
             yield self._lockstep
@@ -164,26 +145,29 @@ def install(
     model: Any,
     experts_modules: Sequence[ExpertsModule],
     cache: ExpertCache,
-    workers: Workers,
+    threads: KernelThreads,
     predictor: ExpertPredictor | None = None,
     *,
     plain: bool = False,
 ) -> ExpertLayers:
-    """Puts an `ExpertLayer` in the place of every experts module's forward. `plain` keeps the reference arithmetic."""
+    """Replaces the forward of every experts module of `model` by an `ExpertLayer`.
+
+    Also registers hooks on the model's MoE blocks (`CurrentLayer`). `plain` uses the reference arithmetic everywhere.
+    """
     layers = ExpertLayers(CurrentLayer(model, experts_modules))
     for number, moe in enumerate(experts_modules):
         module = moe.module(model)
         if not plain and cache.pool.device.type == "cpu" and FastExperts.fits(module, moe.layout):
-            experts: Experts = FastExperts(module, moe.layout, cache.pool, workers)
+            experts: Experts = FastExperts(module, moe, cache.pool, threads)
         else:
-            experts = PlainExperts(module, moe.layout, cache.pool)
+            experts = PlainExperts(module, moe, cache.pool)
         layer = ExpertLayer(number, moe, experts, cache, predictor)
         module.forward = types.MethodType(_forward(layers, layer), module)
     return layers
 
 
 def _forward(layers: ExpertLayers, layer: ExpertLayer) -> Callable[..., torch.Tensor]:
-    """The layer's forward as a method, with the argument names that families call it by."""
+    """A forward method of `layer`, with the argument names that transformers' families use."""
 
     def forward(
         module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor

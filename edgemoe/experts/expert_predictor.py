@@ -1,4 +1,4 @@
-"""What a model's MoE layers tell the prefetcher on their way, and what it is told about the next ones."""
+"""Predicts the experts of coming passes and layers, and gives the predictions to the prefetcher."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ from collections.abc import Sequence
 import torch
 
 from edgemoe.cache import ExpertCache
-from edgemoe.experts.lookahead import RANKS, Lookahead
+from edgemoe.experts.lookahead import MAX_RANKS, Lookahead
 from edgemoe.prefetch.forecast import BINS, Forecast
 from edgemoe.prefetch.prefetcher import Prefetcher
 from edgemoe.prefetch.scorecard import PredictionTotals
 
 DRAFT, LOOKAHEAD = "draft", "lookahead"
-LISTEN_EVERY = 16
-"""A silenced lookahead is tried on one pass in so many, to notice when it would be right."""
+RETRY_EVERY = 16
+"""A lookahead whose predictions do not pay is retried on one pass in this many."""
 
 
 class ExpertPredictor:
-    """Two predictors over one prefetcher: the routing of drafts, and the lookahead from layer to layer."""
+    """Two predictors with one prefetcher: the routing of drafts, and the lookahead from one layer to the next.
+
+    Both are scored against the experts that the passes then choose. While the cache holds every expert, neither runs.
+    """
 
     def __init__(
         self,
@@ -30,9 +33,9 @@ class ExpertPredictor:
         *,
         enabled: bool = True,
     ) -> None:
-        """`experts[layer]` is how many a layer has, of which a token takes `top_k`.
+        """`experts[layer]` is the number of a layer's experts, of which a router chooses `top_k` per token.
 
-        Without `enabled` drafts are still scored, and nothing is brought.
+        Not `enabled`, drafts are still scored, but no lookahead runs and no expert is prefetched.
         """
         self._top_k = top_k
         self._enabled = enabled
@@ -40,83 +43,94 @@ class ExpertPredictor:
         self._prefetcher = prefetcher
         self._lookahead = lookahead
         self._experts = experts
-        self._draft = prefetcher.watch(DRAFT, BINS, prior=0.7)
-        self._ahead = prefetcher.watch(LOOKAHEAD, RANKS, prior=0.4)
+        self._draft_scores = prefetcher.watch(DRAFT, BINS, prior=0.7)
+        self._lookahead_scores = prefetcher.watch(LOOKAHEAD, MAX_RANKS, prior=0.4)
         self._passes = 0
         self._forecast: Forecast | None = None
         self._resident: list[list[int]] = []
 
     @property
-    def forecast(self) -> PredictionTotals:
-        """The record of the drafts' routing."""
-        return self._draft.totals
+    def forecast_totals(self) -> PredictionTotals:
+        """How good the predictions from drafts were."""
+        return self._draft_scores.totals
 
     @property
-    def ahead(self) -> PredictionTotals:
-        """The record of the lookahead."""
-        return self._ahead.totals
+    def lookahead_totals(self) -> PredictionTotals:
+        """How good the predictions of the lookahead were."""
+        return self._lookahead_scores.totals
 
     @property
     def link_bound(self) -> bool:
-        """Whether passes wait for the link more than they compute, so that knowing sooner is worth computing for."""
+        """Whether the link is busy for more than half of the time: predicting sooner is then worth a drafting pass."""
         return self._enabled and not self._cache.complete and self._prefetcher.link_busy > 0.5
 
     @property
     def load_seconds(self) -> float:
-        """How long a pass waits for an expert that it lacks, as measured lately."""
+        """Seconds that a pass has lately waited for an expert that was not resident."""
         return self._prefetcher.load_seconds
 
     # --- drafts ------------------------------------------------------------------------------------
 
     def begin_cycle(self) -> None:
-        """A draft begins: what is resident now needs no forecast."""
+        """A draft begins: forgets the last forecast. Experts that are resident now are not predicted."""
         if not self._cache.complete:
             self._forecast = Forecast(self._experts)
             self._resident = [self._cache.residents(layer) for layer in range(len(self._experts))]
 
-    def add_prediction(self, layer: int, shares: torch.Tensor, certain: torch.Tensor) -> torch.Tensor:
-        """Nodes with the path probabilities `certain`, [nodes], gave `shares`, [nodes, experts], to `layer`.
+    def add_prediction(self, layer: int, weights: torch.Tensor, path_probabilities: torch.Tensor) -> torch.Tensor:
+        """Adds the nodes of a draft to the forecast of `layer`.
 
-        Returns how many experts each chose that are neither resident nor wanted by nodes before, int64 [nodes].
+        `weights` is float32 [nodes, experts], the routing weights of `topk_weights`; `path_probabilities` is [nodes].
+        Returns how many experts each node chose that are neither resident nor chosen by an earlier node, int64 [nodes].
         """
         if self._forecast is None:
-            return torch.zeros(len(shares), dtype=torch.long)
-        shares = shares.cpu()
-        new = self._forecast.news(layer, shares, self._top_k)
+            return torch.zeros(len(weights), dtype=torch.long)
+        weights = weights.cpu()
+        new = self._forecast.news(layer, weights, self._top_k)
         new[:, self._resident[layer]] = False
-        self._forecast.add(layer, shares, certain)
+        self._forecast.add(layer, weights, path_probabilities)
         self._prefetcher.add_prediction(DRAFT, layer, self._forecast.bins(layer), self._resident[layer])
         return new.sum(1)
 
     def issue(self) -> None:
-        """Lets the link begin with what is foretold."""
+        """Starts the prefetches that the predictions are worth."""
         if self._enabled:
             self._prefetcher.issue()
 
     def end_cycle(self) -> None:
-        """The pass that was foretold is over."""
+        """The verification is over: drops the forecast and the predictions that were not used."""
         self._forecast = None
         self._prefetcher.drop()
 
     # --- passes ------------------------------------------------------------------------------------
 
     def enter_layer(self, layer: int, wanted: Sequence[int], hidden: torch.Tensor) -> None:
-        """A pass asks for `wanted` of `layer`, whose experts `hidden`, [tokens, hidden size], enters."""
+        """A pass enters `layer`, and its router has chosen the experts `wanted`.
+
+        Scores the layer's predictions and trains the lookahead on the experts' input `hidden`, [tokens, hidden size].
+        """
         self._prefetcher.enter_layer(layer, wanted)
         self._passes += layer == 0
         if self._enabled and not self._cache.complete:
             self._lookahead.enter_layer(layer, hidden)
 
     def predict_next(self, layer: int, hidden: torch.Tensor, top_k: int) -> None:
-        """With the loads of `layer` on the link, foretells the next one from its input, [tokens, hidden size]."""
+        """Predicts the experts of the next layer from the input of this one's experts, [tokens, hidden size].
+
+        Called once the loads of `layer` are on the link; starts the prefetches that the predictions are worth.
+        """
         if not self._enabled or self._cache.complete:
             return
-        if self._lookahead.names(layer + 1) and self._listens(self._lookahead.ranks(layer + 1, top_k)):
-            named = self._lookahead.predict(layer + 1, hidden, top_k)
-            if named:
-                self._prefetcher.add_prediction(LOOKAHEAD, layer + 1, named, self._cache.residents(layer + 1))
+        following = layer + 1
+        if self._lookahead.can_predict(following) and self._pays(self._lookahead.ranks(following, top_k)):
+            predicted = self._lookahead.predict(following, hidden, top_k)
+            if predicted:
+                self._prefetcher.add_prediction(LOOKAHEAD, following, predicted, self._cache.residents(following))
         self._prefetcher.issue(layer)
 
-    def _listens(self, ranks: int) -> bool:
-        least = self._prefetcher.break_even(1, in_pass=True)
-        return self._passes % LISTEN_EVERY == 0 or any(self._ahead.rate(rank) >= least for rank in range(ranks))
+    def _pays(self, ranks: int) -> bool:
+        """Whether any of the first `ranks` ranks is right often enough to prefetch, or a retry is due."""
+        if self._passes % RETRY_EVERY == 0:
+            return True
+        min_rate = self._prefetcher.break_even(1, in_pass=True)
+        return any(self._lookahead_scores.rate(rank) >= min_rate for rank in range(ranks))

@@ -1,8 +1,8 @@
-"""Several passes of one model side by side, which wait for one another at every MoE layer and share its experts.
+"""Several passes of one model in lockstep: they wait for one another at every MoE layer and share its experts.
 
-Each pass runs the family's own forward for one sequence, so that nothing about the family needs to be
-known; only the experts are computed for all of them together. The passes are greenlets: they take turns
-in one thread, and a turn ends where a pass asks for experts.
+Each pass runs the family's own forward for one sequence; only the experts are computed for all of them together. So
+lockstep works for every family. The passes are greenlets: they take turns in one thread, and a pass yields when it
+calls a MoE layer.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ Result = TypeVar("Result")
 
 
 class Layer(Protocol):
-    """A MoE layer as the passes that run in lockstep need it."""
+    """What lockstep needs of a MoE layer."""
 
     number: int
 
     def compute_together(
         self, hidden: Sequence[torch.Tensor], index: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
-        """The layer's outputs for several passes, whose experts are acquired once for all."""
+        """The layer's output for each pass. Each argument has one tensor per pass, shaped as for `wait_for_others`."""
         ...
 
 
 class LayerCall(NamedTuple):
-    """A pass that waits at a layer, and what it brings."""
+    """A pass's call of a layer, not computed yet."""
 
     layer: Layer
     hidden: torch.Tensor
@@ -38,31 +38,31 @@ class LayerCall(NamedTuple):
 
 
 class _Pass(Generic[Result]):
-    """One task as a greenlet. `call` is None once it has ended."""
+    """One task as a greenlet. `call` is the layer call that it waits for, None before the first and after the last."""
 
     def __init__(self, task: Callable[[], Result]) -> None:
         self.result: list[Result] = []
         self.call: LayerCall | None = None
         self._greenlet = greenlet(lambda: self.result.append(task()))
 
-    def go_on(self, output: torch.Tensor | None) -> None:
-        """Runs until the next layer or the end, handing `output` to the layer where it waits."""
+    def resume(self, output: torch.Tensor | None) -> None:
+        """Runs until the next layer call or the end. `output` is the result of the call that it waits for."""
         self.call = self._greenlet.switch() if output is None else self._greenlet.switch(output)
 
     def abandon(self) -> None:
-        """Ends it where it waits."""
+        """Ends the task at the call that it waits for."""
         self._greenlet.throw()
 
 
 class LockstepPasses:
-    """Where passes wait for one another. Used from one thread."""
+    """Runs passes in lockstep. Used from one thread."""
 
     def run(self, tasks: Sequence[Callable[[], Result]]) -> list[Result]:
-        """The results of `tasks`, in order. When one raises, the others are ended and its error goes on."""
+        """The results of `tasks`, in order. When one raises, the others are abandoned and the error is raised."""
         passes = [_Pass(task) for task in tasks]
         try:
             for each in passes:
-                each.go_on(None)
+                each.resume(None)
             while waiting := [each for each in passes if each.call is not None]:
                 self._serve(waiting)
         except BaseException:
@@ -74,15 +74,18 @@ class LockstepPasses:
     def wait_for_others(
         self, layer: Layer, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """The output of `layer` for the pass that asks; it waits until the others have come to it too."""
+        """The output of `layer` for the calling pass, [..., hidden size]; waits until all passes have reached a layer.
+
+        Arguments as in `ExpertLayer.compute`. Called from a task of `run` only.
+        """
         lockstep = getcurrent().parent
-        assert lockstep is not None, "only a pass that is run by a meeting can join it"
+        assert lockstep is not None, "only a task of run may wait for the others"
         output: torch.Tensor = lockstep.switch(LayerCall(layer, hidden, index, weights))
         return output
 
     @staticmethod
     def _serve(waiting: Sequence[_Pass[Result]]) -> None:
-        """Computes the earliest layer at which passes wait, for all of them, and lets them go on."""
+        """Computes the lowest layer that passes wait for, for all of those, and resumes them."""
         layer = min((each.call.layer for each in waiting if each.call), key=lambda layer: layer.number)
         here = [(each, each.call) for each in waiting if each.call and each.call.layer is layer]
         outputs = layer.compute_together(
@@ -91,4 +94,4 @@ class LockstepPasses:
             [call.weights for _, call in here],
         )
         for (each, _), output in zip(here, outputs, strict=True):
-            each.go_on(output)
+            each.resume(output)

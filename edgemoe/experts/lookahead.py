@@ -1,4 +1,4 @@
-"""The next layer's router applied to this layer's input: which experts a pass will want next."""
+"""Predicts the experts of the next layer: the next layer's router applied to the input of this layer's experts."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch import nn
 from edgemoe.checkpoint.experts_module import ExpertsModule
 from edgemoe.prefetch.router_map import RouterMap
 
-RANKS = 8
-"""Experts that are named for a token at most, by rank."""
-MAX_TOKENS = 64
-"""Tokens of a pass beyond which nothing is foretold: it wants most experts anyway."""
-MAX_LEARNT = 512
-"""Tokens of one pass that the maps learn from at most."""
+MAX_RANKS = 8
+"""Cap on the experts that are predicted per token."""
+MAX_PREDICTED_TOKENS = 64
+"""A pass of more tokens is not predicted: it needs most experts anyway."""
+MAX_LEARNT_TOKENS = 512
+"""Cap on the tokens of one pass that the maps are trained on."""
 
 
 class Lookahead:
-    """Names the experts of a layer from the hidden states that enter the experts of the layer before it.
+    """Predicts the experts of a layer from the hidden states that enter the experts of the layer before it.
 
-    What a layer adds to the residual stream is small beside what is there, so that the next router mostly sees what
-    this one saw (mixtral-offloading, arXiv 2312.17238, section 3.2). What it adds on the average is learnt: a linear
-    map corrects the next router's scores by what they turned out to be. Routers are recognised by their shape,
-    [experts, hidden size], beside the experts; layers whose router looks different are not foretold.
+    A layer changes the residual stream little, so the next router's input resembles this one's (mixtral-offloading,
+    arXiv 2312.17238, section 3.2). A linear map, trained on the scores that the next router then computes, corrects for
+    the average change. A router is recognised by its shape, [experts, hidden size], next to the experts; a layer with
+    another kind of router is not predicted.
     """
 
     def __init__(self, model: nn.Module, experts_modules: Sequence[ExpertsModule]) -> None:
@@ -32,27 +32,28 @@ class Lookahead:
         self._experts = [moe.experts for moe in experts_modules]
         self._maps = [
             RouterMap(self._experts[layer - 1] + self._experts[layer], self._experts[layer])
-            if layer and self.names(layer)
+            if layer and self.can_predict(layer)
             else None
             for layer in range(len(experts_modules))
         ]
         self._features: list[torch.Tensor | None] = [None] * len(experts_modules)
 
-    def names(self, layer: int) -> bool:
-        """Whether the experts of `layer` can be foretold."""
+    def can_predict(self, layer: int) -> bool:
+        """Whether `layer` and the layer before it have routers of the known kind."""
         return 0 < layer < len(self._routers) and None not in self._routers[layer - 1 : layer + 1]
 
     def ranks(self, layer: int, top_k: int) -> int:
-        """Experts of `layer` that are named for each token, whose own choice are `top_k`."""
-        return min(self._experts[layer], RANKS, 2 * top_k)
+        """How many experts of `layer` are predicted per token, of which the router will choose `top_k`."""
+        return min(self._experts[layer], MAX_RANKS, 2 * top_k)
 
     def predict(self, layer: int, hidden: torch.Tensor, top_k: int) -> dict[int, int]:
-        """The experts of `layer` that `hidden`, [tokens, hidden size], of the layer before will want.
+        """The predicted experts of `layer`, each with its best rank over the tokens, from 0.
 
-        With each one's best rank, from 0. Many tokens are learnt from, and nothing is said of them.
+        `hidden`, [tokens, hidden size], enters the experts of the layer before. More than `MAX_PREDICTED_TOKENS` tokens
+        predict no expert. Keeps the router's features for the next `enter_layer` of `layer` to train on.
         """
-        features = self._observed(layer, hidden[:MAX_LEARNT])
-        if len(hidden) > MAX_TOKENS:
+        features = self._observed(layer, hidden[:MAX_LEARNT_TOKENS])
+        if len(hidden) > MAX_PREDICTED_TOKENS:
             return {}
         router_map = self._maps[layer]
         assert router_map is not None
@@ -64,14 +65,17 @@ class Lookahead:
         return ranks
 
     def enter_layer(self, layer: int, hidden: torch.Tensor) -> None:
-        """`layer` was reached with `hidden`: what was foretold from the layer before is learnt from."""
+        """A pass enters the experts of `layer` with `hidden`, [tokens, hidden size]: trains the layer's map on it.
+
+        Without a `predict` for `layer` since the last call, or for another number of tokens, nothing is trained.
+        """
         features, self._features[layer] = self._features[layer], None
         router_map = self._maps[layer]
-        if features is not None and router_map is not None and len(features) == min(len(hidden), MAX_LEARNT):
-            router_map.learn(features, self._scores(layer, hidden[:MAX_LEARNT]))
+        if features is not None and router_map is not None and len(features) == min(len(hidden), MAX_LEARNT_TOKENS):
+            router_map.learn(features, self._scores(layer, hidden[:MAX_LEARNT_TOKENS]))
 
     def _observed(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
-        """What the router before and that of `layer` make of `hidden`; kept until `layer` is reached."""
+        """The scores of `hidden` by the router before and by that of `layer`; kept until `enter_layer`."""
         features = torch.cat([self._scores(layer - 1, hidden), self._scores(layer, hidden)], dim=1)
         self._features[layer] = features
         return features
@@ -83,7 +87,7 @@ class Lookahead:
         return (hidden.to(weight.dtype) @ weight.t()).float().cpu()
 
     def _corrected(self, layer: int, scores: torch.Tensor) -> torch.Tensor:
-        """By what the family itself corrects its choice, where it does (DeepSeek-V3 and its relatives)."""
+        """`scores` with the family's own correction bias, where it has one (DeepSeek-V3 and its relatives)."""
         router = self._routers[layer]
         assert router is not None
         bias = router[1]
@@ -91,12 +95,12 @@ class Lookahead:
 
 
 def _router(model: nn.Module, moe: ExpertsModule) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """The router's weight, and the bias that corrects its choice where the family has one."""
+    """The router's weight, [experts, hidden size], and its correction bias; None for a router of another kind."""
     path, _, name = moe.name.rpartition(".")
     block = model.get_submodule(path)
     hidden = model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
     if _width(model, moe) != hidden:
-        # The experts see something narrower than the router (Nemotron's latent experts).
+        # The experts' input is not the router's (Nemotron's latent experts).
         return None
     found = {
         key: value
@@ -111,6 +115,6 @@ def _router(model: nn.Module, moe: ExpertsModule) -> tuple[torch.Tensor, torch.T
 
 
 def _width(model: nn.Module, moe: ExpertsModule) -> int:
-    """How wide what enters and leaves the experts is."""
+    """The width of the experts' input and output."""
     down = next(part for part in moe.layout.parts if part.name == "down_proj")
     return down.shape[-1 if moe.module(model).is_transposed else -2]

@@ -1,8 +1,7 @@
-"""Seam 2: what the routers of a transformers model score, read and restricted where they choose.
+"""Seam 2: the scores of a transformers model's routers, read and changed before the top-k.
 
-Nearly every router chooses by `topk` over one score an expert. A torch-function mode around a pass sees that
-call inside of a MoE block, so that scores can be hidden before the choice and each family's own normalisation
-still applies to what is left.
+Nearly every router calls `topk` on one score per expert. A torch-function mode around a pass intercepts that call
+inside of a MoE block. Scores can be hidden there, and each family's own normalisation still applies to the others.
 """
 
 from __future__ import annotations
@@ -20,20 +19,23 @@ TOPK = (torch.topk, torch.Tensor.topk)
 
 
 class Choice(NamedTuple):
-    """A router's scores, float [tokens, experts], as they were before anything was hidden, and how many it takes."""
+    """A router's call of `topk`."""
 
     scores: torch.Tensor
+    """Float [tokens, experts]: probabilities, or logits in some families, before any is hidden."""
     top_k: int
 
 
 class CurrentLayer:
-    """The MoE block that a pass is in, which hooks on the model's blocks keep up to date. None between blocks."""
+    """The MoE layer whose router has not chosen yet in the running pass."""
 
     def __init__(self, model: nn.Module, experts_modules: Sequence[ExpertsModule]) -> None:
+        """Registers a hook on every MoE block of `model`."""
         self.layer: int | None = None
+        """Set when a pass enters a MoE block, None once its router has chosen."""
         self.experts = [moe.experts for moe in experts_modules]
         for number, moe in enumerate(experts_modules):
-            # Where router and experts are called from: the experts' parent, whatever the family calls it.
+            # The experts' parent calls router and experts, whatever the family calls it.
             block = model.get_submodule(moe.name.rpartition(".")[0])
             block.register_forward_pre_hook(self._entering(number))
 
@@ -45,10 +47,10 @@ class CurrentLayer:
 
 
 class RouterMode(TorchFunctionMode):
-    """Within it every router's scores go through `choose`, which gives back those that it chooses by.
+    """In this mode every router takes its top-k of the scores that `choose` returns.
 
-    `choose(layer, choice)` is called once a MoE layer and pass, for families whose routers choose by `topk`
-    over their experts; the others (phimoe, zaya, hashed layers) choose unseen.
+    `choose(layer, choice)` is called once per MoE layer and pass, and returns scores of the same shape and dtype. It is
+    not called for routers that do not choose by `topk` over their experts (phimoe, zaya, hashed layers).
     """
 
     def __init__(self, current: CurrentLayer, choose: Callable[[int, Choice], torch.Tensor]) -> None:
@@ -71,23 +73,23 @@ class RouterMode(TorchFunctionMode):
 
 
 def are_logits(scores: torch.Tensor) -> bool:
-    """Whether `scores` are logits: probabilities are never negative. What a family has hidden itself tells nothing."""
+    """Whether `scores` are logits: some are negative. An expert that the family has hidden by -inf does not count."""
     return bool(((scores < 0) & (scores > float("-inf"))).any())
 
 
 def hidden_score(scores: torch.Tensor) -> float:
-    """What hides an expert among `scores`: it is chosen last, and only where there are too few others.
+    """The score that hides an expert among `scores`: the top-k takes it last, only when too few others are left.
 
-    Among probabilities it must not spoil the sum that some families divide by.
+    Among probabilities it is too small to change the sum that some families divide by.
     """
     return float("-inf") if are_logits(scores) else -torch.finfo(scores.dtype).tiny
 
 
 def topk_weights(choice: Choice) -> torch.Tensor:
-    """What `choice` would take, float32 [tokens, experts]: the shares of the best, which sum to 1 over those it takes.
+    """The routing weights of `choice`, float32 [tokens, experts], normalised to a sum of 1 over the top-k.
 
-    As many again that come next have theirs too: a score that is a little off makes them the chosen ones. Scores are
-    probabilities in some families and logits in others.
+    The top-k runners-up have weights on the same scale, since a small error in the scores would make them the chosen
+    ones. All other experts have the weight 0.
     """
     scores = choice.scores.float()
     best = scores.topk(min(2 * choice.top_k, scores.shape[-1]), dim=-1)

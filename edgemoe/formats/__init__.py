@@ -1,1 +1,1 @@
-"""What the bytes of a weight mean: the parts of a record, and reading them back."""
+"""Weight formats: the parts that a weight matrix has in a record, and how to read them back."""

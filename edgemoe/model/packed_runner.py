@@ -24,7 +24,7 @@ class PackedRunner:
         packed = PackedAttention(runner.model) if runner.start(1).can_roll_back else None
         self._attention = packed if packed is not None and packed.attached else None
         if self._attention is not None:
-            batch_invariant_linear.install_row_by_row(runner.model, partial(_batch_invariant, self._attention))
+            batch_invariant_linear.install_batch_invariance(runner.model, partial(_batch_invariant, self._attention))
         self.works = self._attention is not None and self._agrees()
 
     def run(self, inputs: Sequence[PassInput]) -> list[torch.Tensor]:

@@ -110,7 +110,7 @@ def assert_as_naive(affinity: Affinity, layers: Sequence[Layer]) -> None:
         gaps = [b / a - 1 for row in distances for a, b in itertools.pairwise(sorted(row)) if a > 0]
         assert min(gaps, default=1) > 1e-6, "the test itself has a tie"
         for resident in residencies(len(distances), seed=number):
-            nearest = affinity.nearest(number, resident)
+            nearest = affinity.most_similar(number, resident)
             assert nearest.dtype == torch.int64
             assert nearest.tolist() == naive_nearest(distances, resident.tolist())
 
@@ -170,23 +170,23 @@ def test_twins_are_nearest_to_themselves_and_the_lower_number_goes_first(tmp_pat
     part[1] = part[4] = part[2]
     with closing(store_of(tmp_path / "weights", [[part]])) as store:
         affinity = made(store)
-    assert affinity.nearest(0, torch.ones(6, dtype=torch.bool)).tolist() == [0, 1, 2, 3, 4, 5]
-    assert affinity.nearest(0, torch.tensor([1, 0, 1, 0, 1, 0]).bool())[1] in (2, 4)
+    assert affinity.most_similar(0, torch.ones(6, dtype=torch.bool)).tolist() == [0, 1, 2, 3, 4, 5]
+    assert affinity.most_similar(0, torch.tensor([1, 0, 1, 0, 1, 0]).bool())[1] in (2, 4)
     exact = Affinity.from_distances([torch.zeros(4, 4)])
-    assert exact.nearest(0, torch.tensor([0, 1, 1, 0]).bool()).tolist() == [1, 1, 2, 1]
+    assert exact.most_similar(0, torch.tensor([0, 1, 1, 0]).bool()).tolist() == [1, 1, 2, 1]
 
 
 def test_ranks_from_distances_by_hand() -> None:
     affinity = Affinity.from_distances([torch.tensor([[0.0, 3, 1], [3, 0, 2], [1, 2, 0]])])
     assert affinity.ranks[0].tolist() == [[0, 2, 1], [2, 0, 1], [1, 2, 0]]
     assert affinity.ranks[0].dtype == torch.int16
-    assert affinity.nearest(0, torch.tensor([False, True, True])).tolist() == [2, 1, 2]
+    assert affinity.most_similar(0, torch.tensor([False, True, True])).tolist() == [2, 1, 2]
 
 
 def test_none_resident_is_refused_by_layer() -> None:
     affinity = Affinity.from_distances([torch.zeros(3, 3), torch.zeros(2, 2)])
     with pytest.raises(ValueError, match="no expert of layer 1 is resident"):
-        affinity.nearest(1, torch.zeros(2, dtype=torch.bool))
+        affinity.most_similar(1, torch.zeros(2, dtype=torch.bool))
 
 
 def test_any_thread_computes_the_same(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_it_takes_two_bytes_a_pair_and_a_moment_to_ask() -> None:
     seconds = []
     for layer in range(48):
         started = time.perf_counter()
-        affinity.nearest(layer, resident)
+        affinity.most_similar(layer, resident)
         seconds.append(time.perf_counter() - started)
     assert min(seconds) < 1e-3
 

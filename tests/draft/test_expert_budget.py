@@ -130,7 +130,7 @@ def test_where_nothing_verifies_there_is_no_budget(family: str, zoo: Zoo, monkey
     with running(zoo(family)) as own:
         side = Side(ModelRunner(own.runner()), ["step", "prompt", "step"])
         exact, budget = side.run(), budgeted(own, 1)
-        monkeypatch.setattr(ExpertLayers, "restricting", None)
+        monkeypatch.setattr(ExpertLayers, "overriding", None)
         assert all(torch.equal(*pair) for pair in zip(side.run(budget), exact, strict=True))
         assert vars(budget.totals) == {"budget_choices": 0, "budget_dropped": 0}
 
@@ -268,7 +268,7 @@ def test_in_a_batch_only_passes_over_drafts_are_under_it(
         run, restricting = crowd.joint.run, ExpertBudget.restricting
 
         def watched(inputs: Sequence[PassInput]) -> list[torch.Tensor]:
-            under.append(own.layers._budget is not None)
+            under.append(own.layers._override is not None)
             assert under[-1] == any(item.verifies for item in inputs)
             return run(inputs)
 

@@ -172,7 +172,7 @@ def test_a_layer_computes_what_its_routers_arithmetic_gives_inside_of_the_set(
     with running(zoo(name)) as own:
         for size, rule in ((1, "sum"), (3, "path"), (4, "sum"), (own.store.experts[0] - 1, "path")):
             passes.clear()
-            with own.layers.restricting(routing(own, Budget(Unit.EXPERTS, size, rule), dropped)):
+            with own.layers.overriding(routing(own, Budget(Unit.EXPERTS, size, rule), dropped)):
                 own.logits(IDS)
             assert [seen.layer for seen in passes] == list(range(len(own.store.experts)))
             for seen in passes:
@@ -196,7 +196,7 @@ def test_a_router_that_chooses_unseen_loses_what_is_dropped(zoo: Zoo, passes: li
         passes.clear()
         for size, rule in ((1, "path"), (2, "sum"), (7, "path")):
             passes.clear()
-            with own.layers.restricting(routing(own, Budget(Unit.EXPERTS, size, rule), "substitute")):
+            with own.layers.overriding(routing(own, Budget(Unit.EXPERTS, size, rule), "substitute")):
                 assert own.logits(IDS).isfinite().all()
             # The first layer is the only one that has the same input.
             topk_weights = exact / exact.sum(-1, keepdim=True)
@@ -216,7 +216,7 @@ def test_residency_first_moves_the_best_of_what_is_missing(zoo: Zoo, passes: lis
             for _ in own.cache.borrow(layer, there):
                 pass
         passes.clear()
-        with own.layers.restricting(routing(own, Budget(Unit.EXPERTS, 2, "residency"), "substitute")):
+        with own.layers.overriding(routing(own, Budget(Unit.EXPERTS, 2, "residency"), "substitute")):
             own.logits(IDS)
         for seen in passes:
             block = model.get_submodule(own.blueprint.experts_modules[seen.layer].name.rpartition(".")[0])
@@ -242,7 +242,7 @@ def test_tokens_that_verify_nothing_keep_their_choice_and_its_weights(name: str,
             for dropped in ("substitute", "truncate"):
                 passes.clear()
                 route = routing(own, Budget(Unit.EXPERTS, 1, rule), dropped, rows)
-                with own.layers.restricting(route):
+                with own.layers.overriding(route):
                     own.logits(IDS)
                 found = passes[0]
                 assert torch.equal(found.chosen[plain], exact.chosen[plain])
@@ -251,6 +251,6 @@ def test_tokens_that_verify_nothing_keep_their_choice_and_its_weights(name: str,
                 if rule != "residency":
                     assert not torch.equal(found.output, exact.output)
         passes.clear()
-        with own.layers.restricting(routing(own, Budget(Unit.EXPERTS, 1, "sum"), "truncate", [0.0] * len(IDS))):
+        with own.layers.overriding(routing(own, Budget(Unit.EXPERTS, 1, "sum"), "truncate", [0.0] * len(IDS))):
             own.logits(IDS)
         assert all(torch.equal(*pair) for pair in zip(passes[0][1:], exact[1:], strict=True))

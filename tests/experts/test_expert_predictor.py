@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from edgemoe.cache import ExpertId
-from edgemoe.experts.expert_predictor import LISTEN_EVERY, ExpertPredictor
-from edgemoe.experts.lookahead import MAX_TOKENS, Lookahead
+from edgemoe.experts.expert_predictor import RETRY_EVERY, ExpertPredictor
+from edgemoe.experts.lookahead import MAX_PREDICTED_TOKENS, Lookahead
 from edgemoe.prefetch.link_gauge import LinkGauge
 from edgemoe.prefetch.prefetcher import Prefetcher
 from tests.support.checkpoints import Running, Zoo, running
@@ -32,7 +32,7 @@ class Told(Lookahead):
     def predict(self, layer: int, hidden: torch.Tensor, top_k: int) -> dict[int, int]:
         self.looked.append(layer)
         super().predict(layer, hidden, top_k)
-        return {} if len(hidden) > MAX_TOKENS else dict(self.says)
+        return {} if len(hidden) > MAX_PREDICTED_TOKENS else dict(self.says)
 
     def enter_layer(self, layer: int, hidden: torch.Tensor) -> None:
         self.reached.append(layer)
@@ -73,7 +73,7 @@ class Seer:
         """So many foretellings of every rank that is named, right or wrong."""
         for _ in range(count):
             for rank in range(NAMED):
-                self.predictor._ahead.settle({5: rank}, [5 if right else 6], [])
+                self.predictor._lookahead_scores.settle({5: rank}, [5 if right else 6], [])
 
 
 @contextmanager
@@ -97,7 +97,7 @@ def test_each_layer_is_foretold_from_the_one_before_it(zoo: Zoo) -> None:
         assert seer.told.reached == [0, 1, 2, 3]
         assert set(seer.brought) == {expert for layer in (1, 2, 3) for expert in ids(layer, 3, 6)}
         assert [expert.layer for expert in seer.brought] == sorted(expert.layer for expert in seer.brought)
-        totals = seer.predictor.ahead
+        totals = seer.predictor.lookahead_totals
         assert (totals.wanted, totals.named, totals.right, totals.wrong) == (6, 3, 3, 3)
         assert (totals.recall, totals.precision) == (0.5, 0.5)
 
@@ -122,26 +122,26 @@ def test_what_was_there_already_is_not_counted(zoo: Zoo) -> None:
     with seeing(zoo) as seer:
         seer.run(1, 3)
         seer.told.says = {3: 0, 1: 1}
-        before = (seer.predictor.ahead.wanted, list(seer.brought))
+        before = (seer.predictor.lookahead_totals.wanted, list(seer.brought))
         seer.run(1, 3)
-        assert (seer.predictor.ahead.wanted, seer.brought) == before
+        assert (seer.predictor.lookahead_totals.wanted, seer.brought) == before
 
 
 def test_many_tokens_are_neither_foretold_nor_counted_as_missed(zoo: Zoo) -> None:
     with seeing(zoo) as seer:
         seer.told.says = {3: 0}
-        seer.run(1, 3, tokens=MAX_TOKENS + 1)
+        seer.run(1, 3, tokens=MAX_PREDICTED_TOKENS + 1)
         assert seer.told.looked == [1, 2, 3]
         assert seer.brought == []
-        assert seer.predictor.ahead.wanted == 0
-        assert [made._seen for made in seer.told._maps if made is not None] == [MAX_TOKENS + 1] * 3
+        assert seer.predictor.lookahead_totals.wanted == 0
+        assert [made._seen for made in seer.told._maps if made is not None] == [MAX_PREDICTED_TOKENS + 1] * 3
 
 
 def test_who_is_mostly_wrong_is_asked_on_one_pass_in_so_many(zoo: Zoo) -> None:
     """By the ranks that it names: of others nothing is known, however it does."""
     with seeing(zoo) as seer:
         seer.outcomes(600, right=False)
-        for _ in range(2 * LISTEN_EVERY):
+        for _ in range(2 * RETRY_EVERY):
             seer.run(1)
         assert seer.told.looked == [1, 2, 3] * 2
         seer.outcomes(600, right=True)
@@ -176,7 +176,7 @@ def test_with_everything_resident_nobody_is_asked(zoo: Zoo) -> None:
         seer.predictor.issue()
         assert (seer.told.looked, seer.told.reached, seer.brought) == ([], [], [])
         seer.run(1)
-        assert seer.predictor.forecast.wanted == 0
+        assert seer.predictor.forecast_totals.wanted == 0
 
 
 # --- drafts ----------------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ def test_a_draft_is_told_how_much_its_nodes_would_load(zoo: Zoo) -> None:
 def test_a_draft_is_scored_against_what_was_missing_at_its_beginning(zoo: Zoo) -> None:
     with seeing(zoo) as seer:
         seer.run(1)
-        totals = seer.predictor.forecast
+        totals = seer.predictor.forecast_totals
         seer.predictor.begin_cycle()
         for layer in range(seer.layers):
             seer.predictor.add_prediction(layer, topk_weights((1, 0.4), (2, 0.3), (3, 0.3)), torch.ones(1))
@@ -252,7 +252,7 @@ def test_a_draft_without_a_pass_is_not_scored(zoo: Zoo) -> None:
         seer.predictor.issue()
         assert seer.brought == []
         seer.run(1)
-        assert seer.predictor.forecast.wanted == 0
+        assert seer.predictor.forecast_totals.wanted == 0
 
 
 def test_outside_of_a_cycle_nothing_is_foretold(zoo: Zoo) -> None:
@@ -270,6 +270,6 @@ def test_switched_off_it_scores_drafts_and_brings_nothing(zoo: Zoo) -> None:
         seer.predictor.issue()
         seer.run(1, 3)
         assert (seer.told.looked, seer.told.reached, seer.brought) == ([], [], [])
-        totals = seer.predictor.forecast
+        totals = seer.predictor.forecast_totals
         assert (totals.wanted, totals.named, totals.right, totals.wrong) == (2, 1, 1, 1)
         assert not seer.predictor.link_bound

@@ -17,7 +17,7 @@ from edgemoe.checkpoint.experts_module import ExpertsModule, find_experts_module
 from edgemoe.checkpoint.tokenizer import load_tokenizer
 from edgemoe.demo import demo_folder
 from edgemoe.demo.tasks import HELD_OUT_SEED, TASKS
-from edgemoe.experts.lookahead import MAX_LEARNT, MAX_TOKENS, RANKS, Lookahead
+from edgemoe.experts.lookahead import MAX_LEARNT_TOKENS, MAX_PREDICTED_TOKENS, MAX_RANKS, Lookahead
 from tests.support.checkpoints import Running, Zoo, running
 
 HIDDEN = 16
@@ -74,7 +74,7 @@ class Model(nn.Module):
             self.layers.append(Block(count, width, generator))
         self.experts_modules = [
             ExpertsModule(
-                f"layers.{number}.experts", count, RecordLayout([Part("down_proj", (width, 4), torch.float32)])
+                f"layers.{number}.experts", count, RecordLayout([Part("down_proj", (width, 4), torch.float32)]), {}
             )
             for number, (count, width) in enumerate(zip(experts, widths or [HIDDEN] * len(experts), strict=True))
         ]
@@ -123,7 +123,7 @@ def test_routers_are_recognised_beside_their_experts(family: str) -> None:
         assert router is not None
         block = moe.name.rpartition(".")[0]
         assert router[0] is model.get_parameter(f"{block}.{ROUTERS[family]}")
-    assert [lookahead.names(layer) for layer in range(-1, len(experts_modules) + 1)] == [
+    assert [lookahead.can_predict(layer) for layer in range(-1, len(experts_modules) + 1)] == [
         False,
         False,
         *[True] * (len(experts_modules) - 1),
@@ -154,12 +154,12 @@ def test_what_corrects_a_familys_choice_is_found(family: str) -> None:
 def test_layers_with_another_kind_of_router_are_not_foretold(family: str, how: dict[str, int]) -> None:
     _, experts_modules, lookahead = of_family(family, **how)
     assert len(experts_modules) > 1
-    assert not any(lookahead.names(layer) for layer in range(len(experts_modules)))
+    assert not any(lookahead.can_predict(layer) for layer in range(len(experts_modules)))
 
 
 def test_a_router_of_another_kind_leaves_out_its_layer_and_the_next() -> None:
     lookahead = made(Model([4] * 6, widths=[HIDDEN, HIDDEN, 8, HIDDEN, HIDDEN, HIDDEN]))
-    assert [lookahead.names(layer) for layer in range(6)] == [False, True, False, False, True, True]
+    assert [lookahead.can_predict(layer) for layer in range(6)] == [False, True, False, False, True, True]
     lookahead.enter_layer(2, hidden_of(3, width=8))
     lookahead.enter_layer(3, hidden_of(3))
 
@@ -167,7 +167,7 @@ def test_a_router_of_another_kind_leaves_out_its_layer_and_the_next() -> None:
 # --- what is named ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tokens", [1, 5, MAX_TOKENS])
+@pytest.mark.parametrize("tokens", [1, 5, MAX_PREDICTED_TOKENS])
 @pytest.mark.parametrize(("experts", "top_k"), [((12, 12), 2), ((12, 12), 5), ((6, 20), 3), ((20, 3), 2)])
 def test_before_it_has_learnt_it_names_what_the_next_router_chooses(
     experts: tuple[int, int], top_k: int, tokens: int
@@ -175,7 +175,7 @@ def test_before_it_has_learnt_it_names_what_the_next_router_chooses(
     model = Model(experts)
     lookahead = made(model)
     hidden = hidden_of(tokens)
-    count = min(RANKS, 2 * top_k, experts[1])
+    count = min(MAX_RANKS, 2 * top_k, experts[1])
     assert lookahead.ranks(1, top_k) == count
     assert lookahead.predict(1, hidden, top_k) == best_ranks(hidden @ model.weight(1).t(), count)
 
@@ -208,7 +208,7 @@ def test_hidden_states_of_another_dtype_are_taken() -> None:
 def test_many_tokens_are_learnt_from_and_nothing_is_said_of_them() -> None:
     model = Model([8, 8])
     few, many = made(model), made(model)
-    before, after = hidden_of(MAX_TOKENS + 1), hidden_of(MAX_TOKENS + 1, seed=1)
+    before, after = hidden_of(MAX_PREDICTED_TOKENS + 1), hidden_of(MAX_PREDICTED_TOKENS + 1, seed=1)
     assert many.predict(1, before, 2) == {}
     many.enter_layer(1, after)
     for half in (slice(0, 40), slice(40, None)):
@@ -221,15 +221,15 @@ def test_many_tokens_are_learnt_from_and_nothing_is_said_of_them() -> None:
 def test_of_very_many_tokens_the_first_are_learnt_from() -> None:
     model = Model([8, 8])
     some, all_of_them = made(model), made(model)
-    before, after = hidden_of(MAX_LEARNT + 500), hidden_of(MAX_LEARNT + 500, seed=1)
+    before, after = hidden_of(MAX_LEARNT_TOKENS + 500), hidden_of(MAX_LEARNT_TOKENS + 500, seed=1)
     all_of_them.predict(1, before, 2)
     all_of_them.enter_layer(1, after)
-    some.predict(1, before[:MAX_LEARNT], 2)
-    some.enter_layer(1, after[:MAX_LEARNT])
+    some.predict(1, before[:MAX_LEARNT_TOKENS], 2)
+    some.enter_layer(1, after[:MAX_LEARNT_TOKENS])
     fresh = hidden_of(30, seed=2)
     assert some.predict(1, fresh, 2) == all_of_them.predict(1, fresh, 2)
     assert some._maps[1] is not None
-    assert some._maps[1]._seen == MAX_LEARNT
+    assert some._maps[1]._seen == MAX_LEARNT_TOKENS
 
 
 @pytest.mark.parametrize("what", ["another pass", "twice", "not looked"])
@@ -303,7 +303,7 @@ def test_it_gets_better_on_a_text() -> None:
                 for lookahead in right:
                     named = lookahead.predict(layer, seen[layer - 1][0][one], len(wanted))
                     if token >= 64:
-                        right[lookahead] += sum(named.get(expert, RANKS) < len(wanted) for expert in wanted)
+                        right[lookahead] += sum(named.get(expert, MAX_RANKS) < len(wanted) for expert in wanted)
                 learning.enter_layer(layer, seen[layer][0][one])
         asked = (len(ids) - 64) * len(layers) * seen[0][1].shape[1]
     assert right[learning] / asked > right[fixed] / asked + 0.1

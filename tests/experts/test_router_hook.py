@@ -32,7 +32,7 @@ def test_looking_at_the_routers_changes_no_bit(family: str, layers: list[int] | 
             assert 0 < choice.top_k <= 3
             return choice.scores
 
-        with RouterMode(own.layers._where, choose):
+        with RouterMode(own.layers._current, choose):
             found = own.logits(PROMPT)
         assert torch.equal(found, expected)
         assert seen == (list(range(len(own.blueprint.experts_modules))) if layers is None else layers)
@@ -90,7 +90,7 @@ def counted(own: Running) -> dict[str, Any]:
     return vars(own.cache.counters.copy())
 
 
-def nearest(layer: int, resident: torch.Tensor) -> torch.Tensor:
+def most_similar(layer: int, resident: torch.Tensor) -> torch.Tensor:
     """The resident expert with the number just below, round the corner."""
     count = len(resident)
     return torch.tensor(
@@ -111,9 +111,9 @@ def test_a_draft_uses_what_is_resident_and_loads_nothing(
             held |= {*more}
             before = counted(own)
             for rule in RULES:
-                routing = DraftRouting(own.cache, experts, rule, nearest)
+                routing = DraftRouting(own.cache, experts, rule, most_similar)
                 seen.clear()
-                with own.layers.drafting(routing):
+                with own.layers.overriding(routing):
                     logits = own.logits(PROMPT)
                 assert logits.isfinite().all()
                 assert [layer for layer, _, _ in seen] == (list(range(len(experts))) if held else [])
@@ -133,10 +133,10 @@ def test_one_expert_may_stand_in_for_several_of_a_token(zoo: Zoo, monkeypatch: p
     with running(zoo("mixtral")) as own, quiet_transformers():
         seen = computed(monkeypatch)
         fill(own, [5])
-        with own.layers.drafting(DraftRouting(own.cache, own.store.experts, "affinity", nearest)):
+        with own.layers.overriding(DraftRouting(own.cache, own.store.experts, "affinity", most_similar)):
             found = own.logits(PROMPT)
         assert all((index == 5).all() and torch.allclose(weights.sum(-1), torch.ones(23)) for _, index, weights in seen)
-        with own.layers.drafting(DraftRouting(own.cache, own.store.experts, "reselect")):
+        with own.layers.overriding(DraftRouting(own.cache, own.store.experts, "reselect")):
             expected = own.logits(PROMPT)
         assert (found - expected).abs().max() <= 1e-4
 
@@ -148,7 +148,7 @@ def test_with_everything_resident_a_draft_is_the_model_itself(family: str, zoo: 
         expected = own.logits(PROMPT)
         fill(own, range(own.store.experts[0]))
         for rule in ("reselect", "affinity"):
-            with own.layers.drafting(DraftRouting(own.cache, own.store.experts, rule)):
+            with own.layers.overriding(DraftRouting(own.cache, own.store.experts, rule)):
                 assert torch.equal(own.logits(PROMPT), expected)
         before = counted(own)["hits"]
         assert torch.equal(own.logits(PROMPT), expected)
@@ -165,7 +165,7 @@ def test_an_error_in_a_draft_ends_the_drafting(zoo: Zoo, monkeypatch: pytest.Mon
         with monkeypatch.context() as patch:
             patch.setattr(ExpertLayer, "draft", fail)
             routing = DraftRouting(own.cache, own.store.experts, "reselect")
-            with pytest.raises(RuntimeError, match="no"), own.layers.drafting(routing):
+            with pytest.raises(RuntimeError, match="no"), own.layers.overriding(routing):
                 own.logits(PROMPT)
         before = counted(own)["hits"]
         assert torch.equal(own.logits(PROMPT), expected)
@@ -181,7 +181,7 @@ def test_the_weights_of_a_normalising_family_sum_to_one_however_few_are_resident
         for residents in ([3], [3, 6], range(own.store.experts[0])):
             fill(own, residents)
             seen.clear()
-            with own.layers.drafting(DraftRouting(own.cache, own.store.experts, "reselect")):
+            with own.layers.overriding(DraftRouting(own.cache, own.store.experts, "reselect")):
                 own.logits(PROMPT)
             for _, _, weights in seen:
                 assert torch.allclose(weights.sum(-1), torch.ones(len(PROMPT)), atol=1e-5)
@@ -227,7 +227,7 @@ def test_the_most_similar_resident_one_stands_in_with_the_weight_of_the_chosen_o
         asked.append(resident.tolist())
         return torch.tensor([0, 2, 2, 0, 2, 0])
 
-    found = routing([0, 2], "affinity", nearest=similar).substitute(0, index, weights)
+    found = routing([0, 2], "affinity", most_similar=similar).substitute(0, index, weights)
     assert found is not None
     assert found[0].tolist() == [[2, 0], [0, 0]]
     assert torch.equal(found[1], weights)

@@ -22,7 +22,10 @@ ROW_KERNELS = {
     "fp32": (torch.float32, Kernel(gemv_kernels.grouped_gemv_f32, np.float32, 2)),
 }
 if dot_bf16.available():
-    ROW_KERNELS["bf16-dot"] = (torch.bfloat16, Kernel(gemv_kernels.grouped_gemv_bf16_dot, np.uint16, 64, half=True))
+    ROW_KERNELS["bf16-dot"] = (
+        torch.bfloat16,
+        Kernel(gemv_kernels.grouped_gemv_bf16_dot, np.uint16, 64, takes_bf16=True),
+    )
 Array = np.ndarray[Any, Any]
 
 

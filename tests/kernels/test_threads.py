@@ -4,30 +4,30 @@ import threading
 
 import pytest
 
-from edgemoe.kernels.cpu.threads import WORTH_SPLITTING, Workers
+from edgemoe.kernels.cpu.threads import MIN_SPLIT_NBYTES, KernelThreads
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 100])
-@pytest.mark.parametrize("threads", [1, 2, 3, 8])
-def test_every_row_is_run_once(threads: int, count: int) -> None:
-    workers = Workers(threads)
+@pytest.mark.parametrize("number", [1, 2, 3, 8])
+def test_every_row_is_run_once(number: int, count: int) -> None:
+    threads = KernelThreads(number)
     spans: list[tuple[int, int]] = []
-    workers.split(count, lambda first, last: spans.append((first, last)), nbytes=WORTH_SPLITTING)
+    threads.split(count, lambda first, last: spans.append((first, last)), nbytes=MIN_SPLIT_NBYTES)
     assert sorted(row for first, last in spans for row in range(first, last)) == list(range(count))
-    assert len([span for span in spans if span[0] < span[1]]) <= threads
-    workers.close()
+    assert len([span for span in spans if span[0] < span[1]]) <= number
+    threads.close()
 
 
 def test_little_work_stays_with_the_caller() -> None:
-    workers = Workers(4)
+    threads = KernelThreads(4)
     ran: list[tuple[int, int, str]] = []
-    workers.split(9, lambda first, last: ran.append((first, last, threading.current_thread().name)), nbytes=1000)
+    threads.split(9, lambda first, last: ran.append((first, last, threading.current_thread().name)), nbytes=1000)
     assert ran == [(0, 9, threading.current_thread().name)]
-    workers.close()
+    threads.close()
 
 
 def test_much_work_runs_on_several_threads_the_caller_among_them() -> None:
-    workers = Workers(3)
+    threads = KernelThreads(3)
     together = threading.Barrier(3)
     names: set[str] = set()
 
@@ -35,30 +35,30 @@ def test_much_work_runs_on_several_threads_the_caller_among_them() -> None:
         together.wait(10)
         names.add(threading.current_thread().name)
 
-    workers.split(3, run, nbytes=WORTH_SPLITTING)
+    threads.split(3, run, nbytes=MIN_SPLIT_NBYTES)
     assert len(names) == 3
     assert threading.current_thread().name in names
-    workers.close()
+    threads.close()
 
 
 def test_an_error_in_a_part_is_raised() -> None:
-    workers = Workers(2)
+    threads = KernelThreads(2)
 
     def run(first: int, last: int) -> None:
         if first > 0:
             raise ValueError("bad row")
 
     with pytest.raises(ValueError, match="bad row"):
-        workers.split(4, run, nbytes=WORTH_SPLITTING)
-    workers.close()
+        threads.split(4, run, nbytes=MIN_SPLIT_NBYTES)
+    threads.close()
 
 
-@pytest.mark.parametrize("threads", [-1, 0, 1])
-def test_there_is_always_the_caller(threads: int) -> None:
-    workers = Workers(threads)
-    assert workers.threads == 1
+@pytest.mark.parametrize("number", [-1, 0, 1])
+def test_there_is_always_the_caller(number: int) -> None:
+    threads = KernelThreads(number)
+    assert threads.count == 1
     ran: list[tuple[int, int]] = []
-    workers.split(5, lambda first, last: ran.append((first, last)), nbytes=1 << 30)
+    threads.split(5, lambda first, last: ran.append((first, last)), nbytes=1 << 30)
     assert ran == [(0, 5)]
-    workers.close()
-    workers.close()
+    threads.close()
+    threads.close()

@@ -21,7 +21,7 @@ from edgemoe.checkpoint.checkpoint import open_checkpoint
 from edgemoe.checkpoint.dense_loader import load_dense
 from edgemoe.experts import expert_layer
 from edgemoe.experts.expert_layer import ExpertLayers
-from edgemoe.kernels.cpu.threads import Workers
+from edgemoe.kernels.cpu.threads import KernelThreads
 from edgemoe.model.sequential_runner import SequentialRunner
 from edgemoe.quiet import quiet_transformers
 
@@ -105,15 +105,15 @@ def running(
         blueprint.records,
     )
     slots = slots or sum(store.experts)
-    link, workers = ReaderLink(store, 2), Workers(threads)
+    link, kernel_threads = ReaderLink(store, 2), KernelThreads(threads)
     with SlotPool(slots, store.slot_nbytes, CPU) as pool:
         cache = ExpertCache(store, link, pool, BalancedLRU(len(blueprint.experts_modules), slots))
-        layers = expert_layer.install(model, blueprint.experts_modules, cache, workers, plain=plain)
+        layers = expert_layer.install(model, blueprint.experts_modules, cache, kernel_threads, plain=plain)
         try:
             yield Running(model, layers, cache, blueprint, store)
         finally:
             link.close()
-            workers.close()
+            kernel_threads.close()
             store.close()
 
 

@@ -1,4 +1,4 @@
-"""Products of few tokens: at memory speed, and with the same bits whatever the number of tokens."""
+"""Batch-invariant linear layers: a token's product has the same bits whatever tokens are computed with it."""
 
 from __future__ import annotations
 
@@ -12,27 +12,30 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from edgemoe.kernels.cpu.threads import Workers, kernels_have_the_cores
+from edgemoe.kernels.cpu.threads import KernelThreads, kernels_have_the_cores
 
-SMALLEST = 1 << 12
-"""Weights with fewer values than this gain nothing over PyTorch's own product."""
+MIN_VALUES = 1 << 12
+"""Values of a weight below which a GEMV kernel is no faster than PyTorch's product."""
 
 
-def install_gemv(model: nn.Module, workers: Workers) -> None:
-    """Gives every large `nn.Linear` of `model` a forward with the kernel path. Subclasses keep their own."""
+def install_gemv(model: nn.Module, threads: KernelThreads) -> None:
+    """Replaces the forward of every large `nn.Linear` of `model` by one that uses GEMV kernels for few tokens.
+
+    Subclasses of `nn.Linear`, and weights without a kernel, keep their forward. The weights must stay where they are.
+    """
     for module in model.modules():
         if type(module) is nn.Linear and _fits(module.weight):
-            module.forward = types.MethodType(_forward(module.weight, workers), module)  # type: ignore[method-assign]
+            module.forward = types.MethodType(_forward(module.weight, threads), module)  # type: ignore[method-assign]
 
 
 def _fits(weight: torch.Tensor) -> bool:
     from edgemoe.kernels.cpu import gemv_kernels
 
-    usable = weight.device.type == "cpu" and weight.is_contiguous() and weight.numel() >= SMALLEST
+    usable = weight.device.type == "cpu" and weight.is_contiguous() and weight.numel() >= MIN_VALUES
     return usable and gemv_kernels.row_kernel(weight.dtype, weight.shape[1]) is not None
 
 
-def _forward(weight: torch.Tensor, workers: Workers) -> Any:
+def _forward(weight: torch.Tensor, threads: KernelThreads) -> Any:
     from edgemoe.kernels.cpu import gemv_kernels
 
     rows, columns = weight.shape
@@ -43,7 +46,7 @@ def _forward(weight: torch.Tensor, workers: Workers) -> Any:
 
     def forward(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
         tokens = input.numel() // columns
-        if not 0 < tokens <= kernel.max_tokens or not kernels_have_the_cores(workers):
+        if not 0 < tokens <= kernel.max_tokens or not kernels_have_the_cores(threads):
             return F.linear(input, module.weight, module.bias)
         values = kernel.values(input.reshape(tokens, columns))
         out, starts = kernel.results(tokens, rows), np.array([0, tokens])
@@ -51,7 +54,7 @@ def _forward(weight: torch.Tensor, workers: Workers) -> Any:
         def run(first: int, last: int) -> None:
             kernel.run(only_slot, 0, columns, matrix, starts, values, out, first, last)
 
-        workers.split(rows, run, nbytes=weight.nbytes)
+        threads.split(rows, run, nbytes=weight.nbytes)
         result = torch.from_numpy(out)
         if module.bias is not None:
             result = result + module.bias.float()
@@ -60,10 +63,10 @@ def _forward(weight: torch.Tensor, workers: Workers) -> Any:
     return forward
 
 
-class RowByRow(TorchFunctionMode):
-    """Within it `F.linear` takes the rows of its input one after the other.
+class BatchInvariantMode(TorchFunctionMode):
+    """In this mode `F.linear` multiplies one row of its input at a time.
 
-    PyTorch sums a product of one row and one of several in different orders, which now and then differ in a last bit.
+    PyTorch sums in another order for several rows than for one, so the last bit may differ.
     """
 
     def __torch_function__(
@@ -78,23 +81,23 @@ class RowByRow(TorchFunctionMode):
         return torch.cat([func(row, *others, **kwargs) for row in rows]).view(*input.shape[:-1], -1)
 
 
-def install_row_by_row(model: nn.Module, wanted: Callable[[], bool]) -> None:
-    """Lets every module that multiplies by a matrix of its own do so row by row whenever `wanted`.
+def install_batch_invariance(model: nn.Module, wanted: Callable[[], bool]) -> None:
+    """Wraps the forward of every module of `model` with a matrix of its own: batch-invariant whenever `wanted()`.
 
-    Those with kernels for few rows (`install_gemv`) always do and stay as they are. What is left, routers and the
-    narrowest projections, is small.
+    Modules with a GEMV kernel (`install_gemv`, called before) are batch-invariant already and are left out. The others,
+    routers and narrow projections, are small enough for one product per row.
     """
     for module in model.modules():
         matrices = any(parameter.dim() == 2 for parameter in module.parameters(recurse=False))
         if matrices and not isinstance(module, nn.Embedding) and "forward" not in vars(module):
-            module.forward = _row_by_row(module.forward, wanted)
+            module.forward = _batch_invariant(module.forward, wanted)
 
 
-def _row_by_row(forward: Callable[..., Any], wanted: Callable[[], bool]) -> Callable[..., Any]:
+def _batch_invariant(forward: Callable[..., Any], wanted: Callable[[], bool]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         if not wanted():
             return forward(*args, **kwargs)
-        with RowByRow():
+        with BatchInvariantMode():
             return forward(*args, **kwargs)
 
     return run

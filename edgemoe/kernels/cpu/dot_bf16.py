@@ -1,9 +1,8 @@
-"""Dot products of bf16 rows in the one instruction that CPUs with AVX512-BF16 have for it.
+"""Dot products of bf16 rows with VDPBF16PS, the instruction of AVX512-BF16.
 
-Read as pairs of bf16, a row costs one load and one instruction for 32 values, half of what widening to
-float32 takes. A block of rows and tokens shares its loads, so that several tokens cost little more than
-one: what a thread waits for is the weights. Products are exact and summed in float32 (Intel's definition
-of VDPBF16PS; subnormals count as zero).
+The instruction takes pairs of bf16: 32 values for one load, half of the work of widening to float32. A block of rows
+and tokens shares its loads, so several tokens take little longer than one: the weights from memory are the bottleneck.
+Products are exact, sums are float32, and subnormals count as zero (Intel's definition of VDPBF16PS).
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 VALUES = 32
-"""Values that one instruction takes; rows must be a multiple of it."""
+"""Values per instruction; a row's length must be a multiple of it."""
 UNROLLED = 2
-"""Sums kept at once for each product, to hide the instruction's latency.
+"""Partial sums per dot product, to hide the instruction's latency.
 
-As many for every block: a product is summed in the same order, to the same bits, whatever it is computed with.
+The same for every block, so that a dot product is always summed in the same order: batch-invariant.
 """
 
 WORD = ir.IntType(64)
@@ -32,7 +31,7 @@ LANES = ir.VectorType(SINGLE, 16)
 
 
 def available() -> bool:
-    """Whether this machine has the instruction."""
+    """Whether this CPU has AVX512-BF16."""
     return bool(llvm.get_host_cpu_features().get("avx512bf16", False))
 
 
@@ -41,11 +40,11 @@ if available():
 
 
 def dot_block(rows: int, tokens: int) -> Callable[..., None]:
-    """A function for compiled code that computes `rows` x `tokens` dot products.
+    """A numba intrinsic that computes `rows` x `tokens` dot products.
 
-    It takes the address of the first row, of the first token's values and of the first result, then the
-    distances in bytes between rows, tokens, and the results of two tokens, and the count of values, a
-    multiple of `VALUES`, all int64. The results of a token, float32, lie one after the other.
+    Its arguments are int64: the addresses of the first row (bf16), of the first token's values (bf16) and of its first
+    result (float32, written); the strides in bytes of rows, of tokens and of the results of a token; the number of
+    values, a multiple of `VALUES`. The results of one token are contiguous.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -62,7 +61,7 @@ def dot_block(rows: int, tokens: int) -> Callable[..., None]:
 
 
 class _Block:
-    """Writes the instructions of one block."""
+    """Emits the LLVM instructions of one block."""
 
     def __init__(self, builder: Any, rows: int, tokens: int) -> None:
         self._builder = builder
@@ -73,7 +72,7 @@ class _Block:
         )
 
     def emit(self, row: Any, values: Any, out: Any, row_step: Any, token_step: Any, out_step: Any, count: Any) -> None:
-        """The loop over the values, then the sums of its lanes."""
+        """Emits the loop over the values, then the sum over the lanes. Arguments as in `dot_block`."""
         builder = self._builder
         rows = self._steps(row, row_step, self._rows)
         tokens = self._steps(values, token_step, self._tokens)

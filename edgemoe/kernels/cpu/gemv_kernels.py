@@ -1,12 +1,11 @@
-"""Matrix-vector kernels for CPUs: weights are read once, from slots or from a matrix, at memory speed.
+"""GEMV kernels for CPUs: each weight is read once, from slots or from a matrix, at memory speed.
 
-PyTorch's own matrix-vector products reach 8 to 21 GB/s in bf16 where two cores can read 40: decoding one
-token is bound by exactly this. numba compiles these loops for the machine at hand, without a compiler on
-it, and keeps the result on disk. Sums are made in float32 in an order of their own, as every
-implementation's are.
+Decoding one token is bound by this bandwidth, and PyTorch's GEMV reaches 8 to 21 GB/s in bf16 where two cores can read
+40. numba compiles the loops for the CPU they run on, needs no compiler, and caches the result on disk. All sums are
+float32.
 
-A weight matrix is row-major `[rows, columns]`, or, where a family stores it transposed, `[columns, rows]`.
-Buffers are passed as unsigned integers, since numpy knows no bf16: uint16 for bf16 and fp16.
+A weight matrix is row-major `[rows, columns]`, or, where a family stores it transposed, `[columns, rows]`. Buffers are
+unsigned integers, since numpy has no bf16: uint16 for bf16 and fp16.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from numba import njit
 from edgemoe.kernels.cpu import dot_bf16
 
 CACHE_LINE = 16
-"""float32 values."""
+"""Float32 values in a cache line."""
 
 _options: dict[str, Any] = {
     "nogil": True,
@@ -35,11 +34,11 @@ _options: dict[str, Any] = {
 
 @njit(**_options)
 def grouped_gemv_bf16(slots, offset, columns, pool, starts, x, out, first, last):  # type: ignore[no-untyped-def]
-    """out[p, r] = W(slot of p)[r] · x[p] for rows first ≤ r < last, bf16 weights two to a word.
+    """out[p, r] = W(slot of p)[r] · x[p] for the rows first ≤ r < last; bf16 weights, two in a word.
 
-    `slots[i]` is read for the pairs `starts[i]` ≤ p < `starts[i + 1]`, each row once for all of them.
-    `pool` is uint32 [slots, words]; `offset` is the matrix's first word in a slot; `columns` counts
-    values and is even; `x` is float32 [pairs, columns]; `out` is float32 [pairs, rows], written.
+    The pairs `starts[i]` ≤ p < `starts[i + 1]` belong to `slots[i]`, of which each row is read once for all of them.
+    `pool` is uint32 [slots, words]; `offset` is the matrix's first word in a slot; `columns` is the number of values
+    in a row, even; `x` is float32 [pairs, columns]; `out` is float32 [pairs, rows], written.
     """
     words = columns // 2
     for i in range(slots.shape[0]):
@@ -58,7 +57,7 @@ def grouped_gemv_bf16(slots, offset, columns, pool, starts, x, out, first, last)
 
 @njit(**_options)
 def grouped_gemv_bf16_transposed(slots, offset, rows, pool, starts, x, out, first, last):  # type: ignore[no-untyped-def]
-    """As `grouped_gemv_bf16` for matrices stored [columns, rows]; `pool` is uint16, `offset` counts values."""
+    """As `grouped_gemv_bf16` for matrices stored [columns, rows]; `pool` is uint16, `offset` is in values."""
     columns = x.shape[1]
     for i in range(slots.shape[0]):
         for p in range(starts[i], starts[i + 1]):
@@ -75,9 +74,10 @@ def grouped_gemv_bf16_transposed(slots, offset, rows, pool, starts, x, out, firs
 
 @njit(**_options)
 def grouped_gemv_f16(slots, offset, columns, pool, starts, x, out, first, last):  # type: ignore[no-untyped-def]
-    """As `grouped_gemv_bf16` for finite fp16 weights; `pool` is uint16, `offset` counts values.
+    """As `grouped_gemv_bf16` for finite fp16 weights; `pool` is uint16, `offset` is in values.
 
-    The exponent is rebased by multiplying with 2^112, which is exact and takes subnormals along.
+    The bits are widened without change of the exponent, and the sum is multiplied by 2^112, the difference of the two
+    exponent biases. That is exact, for subnormals too.
     """
     rebase = np.float32(5.192296858534828e33)
     for i in range(slots.shape[0]):
@@ -96,7 +96,7 @@ def grouped_gemv_f16(slots, offset, columns, pool, starts, x, out, first, last):
 
 @njit(**_options)
 def grouped_gemv_f32(slots, offset, columns, pool, starts, x, out, first, last):  # type: ignore[no-untyped-def]
-    """As `grouped_gemv_bf16` for float32 weights; `pool` is float32, `offset` counts values."""
+    """As `grouped_gemv_bf16` for float32 weights; `pool` is float32, `offset` is in values."""
     for i in range(slots.shape[0]):
         for r in range(first, last):
             row = pool[slots[i], offset + r * columns : offset + (r + 1) * columns]
@@ -115,10 +115,10 @@ if dot_bf16.available():
 
 @njit(**_options)
 def grouped_gemv_bf16_dot(slots, offset, columns, pool, starts, x, out, first, last):  # type: ignore[no-untyped-def]
-    """As `grouped_gemv_bf16` with the instruction of `dot_bf16`; `pool` and `x` are uint16, `offset` counts values.
+    """As `grouped_gemv_bf16` with the instruction of `dot_bf16`; `pool` and `x` are uint16, `offset` is in values.
 
-    Two rows at a time for four tokens at a time: the weights are read once for four tokens, and from the
-    cache for those after them.
+    Computes blocks of two rows and four tokens: the first four tokens read the weights from memory, the others from
+    the CPU's cache.
     """
     weights = pool.ctypes.data
     values = x.ctypes.data
@@ -154,35 +154,38 @@ def grouped_gemv_bf16_dot(slots, offset, columns, pool, starts, x, out, first, l
 
 @dataclass(frozen=True)
 class Kernel:
-    """A compiled loop, the numpy type of the pool it reads, and whether it takes `x` as bf16."""
+    """A compiled loop and the arrays that it takes."""
 
     run: Callable[..., None]
+    """One of the loops above, with the arguments of `grouped_gemv_bf16`."""
     unit: Any
+    """The numpy dtype of `pool`."""
     max_tokens: int
-    """With more tokens than this for one matrix, PyTorch's product is sooner done (measured)."""
-    half: bool = False
+    """Tokens per matrix up to which the loop is faster than PyTorch's product (measured)."""
+    takes_bf16: bool = False
+    """Whether `x` is bf16, passed as uint16, and not float32."""
 
     def values(self, x: torch.Tensor) -> Any:
-        """`x`, [pairs, columns] in any float dtype, as the loop wants it."""
-        if self.half:
+        """`x`, [pairs, columns] in any float dtype, as the loop takes it."""
+        if self.takes_bf16:
             return x.to(torch.bfloat16).contiguous().view(torch.int16).numpy().view(np.uint16)
         return x.float().contiguous().numpy()
 
     @staticmethod
     def results(pairs: int, rows: int) -> Any:
-        """Room for float32 results, [pairs, rows].
+        """An uninitialised array for the results, float32 [pairs, rows].
 
-        The results of two pairs are a cache line more than `rows` apart: at a power of two, which rows
-        often are a multiple of, the writes of many pairs would fall into the same few lines of the cache.
+        Its rows are padded by a cache line: `rows` is often a multiple of a power of two, and at such strides the
+        writes of many pairs would compete for the same few lines of the cache.
         """
         return np.empty((pairs, rows + CACHE_LINE), np.float32)[:, :rows]
 
 
 def row_kernel(dtype: torch.dtype, columns: int) -> Kernel | None:
-    """The kernel for row-major matrices of `dtype`; None when there is none."""
+    """The kernel for row-major matrices [rows, columns] of `dtype`; None when there is none."""
     if dtype is torch.bfloat16:
         if columns % dot_bf16.VALUES == 0 and dot_bf16.available():
-            return Kernel(grouped_gemv_bf16_dot, np.uint16, 64, half=True)
+            return Kernel(grouped_gemv_bf16_dot, np.uint16, 64, takes_bf16=True)
         return Kernel(grouped_gemv_bf16, np.uint32, 2) if columns % 2 == 0 else None
     kinds = {
         torch.float16: Kernel(grouped_gemv_f16, np.uint16, 2),
@@ -192,11 +195,11 @@ def row_kernel(dtype: torch.dtype, columns: int) -> Kernel | None:
 
 
 def few_tokens(dtype: torch.dtype) -> int:
-    """Tokens that most matrices of `dtype` are multiplied with by a kernel."""
+    """Tokens up to which a kernel multiplies most matrices of `dtype`; 0 without a kernel."""
     kernel = row_kernel(dtype, dot_bf16.VALUES)
     return kernel.max_tokens if kernel is not None else 0
 
 
 def column_kernel(dtype: torch.dtype) -> Kernel | None:
-    """The kernel for matrices of `dtype` stored transposed; None when there is none."""
+    """The kernel for transposed matrices, [columns, rows], of `dtype`; None when there is none."""
     return Kernel(grouped_gemv_bf16_transposed, np.uint16, 2) if dtype is torch.bfloat16 else None

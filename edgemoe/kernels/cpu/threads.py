@@ -1,4 +1,4 @@
-"""Threads for kernels, and who has the cores: these threads or PyTorch's."""
+"""Threads for kernels, and which threads have the cores: the kernels' or PyTorch's."""
 
 from __future__ import annotations
 
@@ -8,32 +8,34 @@ from contextlib import contextmanager
 
 import torch
 
-WORTH_SPLITTING = 3 << 20
-"""Bytes; less is read sooner by one thread than by waking another."""
+MIN_SPLIT_NBYTES = 3 << 20
+"""Bytes to read below which one thread is faster than two: waking a thread takes as long as reading a megabyte."""
 
 
-class Workers:
-    """Splits ranges over `threads` threads, the caller being one of them. The kernels release the GIL.
+class KernelThreads:
+    """Splits the rows of a kernel over threads, one of which is the caller. Kernels release the GIL.
 
-    Python threads rather than a parallel runtime: PyTorch brings its own OpenMP pool, and a second pool
-    that spins for work beside it would cost more than it gives.
+    These are Python threads: PyTorch has its own OpenMP pool, and a second pool of threads that spin while they wait
+    would take the cores from it.
     """
 
-    def __init__(self, threads: int) -> None:
-        self.threads = max(1, threads)
-        self._pool = ThreadPoolExecutor(self.threads - 1, "edgemoe-kernel") if self.threads > 1 else None
+    def __init__(self, count: int) -> None:
+        """`count` is the number of threads with the caller; below 1 it is 1."""
+        self.count = max(1, count)
+        self._pool = ThreadPoolExecutor(self.count - 1, "edgemoe-kernel") if self.count > 1 else None
 
-    def split(self, count: int, run: Callable[[int, int], None], *, nbytes: int) -> None:
-        """Calls `run(first, last)` over parts of range(count) at once; one part when `nbytes` is little to read.
+    def split(self, rows: int, run: Callable[[int, int], None], *, nbytes: int) -> None:
+        """Calls `run(first, last)` for consecutive parts of range(rows), one part per thread, and waits for all.
 
-        Waking a thread costs about as much as reading a megabyte.
+        `nbytes` is what the whole call reads: below `MIN_SPLIT_NBYTES` the caller runs it alone. Raises what `run`
+        raises.
         """
-        if self._pool is None or nbytes < WORTH_SPLITTING:
-            run(0, count)
+        if self._pool is None or nbytes < MIN_SPLIT_NBYTES:
+            run(0, rows)
             return
-        step = -(-count // self.threads)
-        others = [self._pool.submit(run, first, min(first + step, count)) for first in range(step, count, step)]
-        run(0, min(step, count))
+        step = -(-rows // self.count)
+        others = [self._pool.submit(run, first, min(first + step, rows)) for first in range(step, rows, step)]
+        run(0, min(step, rows))
         for other in others:
             other.result()
 
@@ -46,7 +48,7 @@ class Workers:
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """Runs the block with `count` intra-operation threads and restores the caller's number afterwards."""
+    """Runs the block with `count` of PyTorch's intra-operation threads, then restores the previous number."""
     before = torch.get_num_threads()
     if before == count:
         yield
@@ -58,6 +60,6 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def kernels_have_the_cores(workers: Workers) -> bool:
-    """Whether PyTorch computes in one thread, so that the kernels' own may use the other cores."""
-    return torch.get_num_threads() == 1 or workers.threads == 1
+def kernels_have_the_cores(threads: KernelThreads) -> bool:
+    """Whether kernels may run now: PyTorch uses one thread and leaves the other cores, or kernels need no others."""
+    return torch.get_num_threads() == 1 or threads.count == 1
