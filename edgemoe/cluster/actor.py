@@ -1,6 +1,6 @@
-"""What runs on a node of a cluster: one engine, and a mailbox for each batch of requests that is sent to it.
+"""The actor on a node of a cluster: one engine, and a mailbox for each batch of requests sent to it.
 
-It does not know Ray, nor that there are other nodes.
+It knows neither Ray nor the other nodes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from edgemoe.engine import Engine
     from edgemoe.plan.plan import Plan
 
-Outcome = tuple[int, Completion | RequestError]
-"""The number of a request and its reply, or why it has none."""
+NumberedReply = tuple[int, Completion | RequestError]
+"""The number of a request, and its reply or the error that refused it."""
 
 NOT_BEGUN = Completion(
     text="",
@@ -45,11 +45,11 @@ NOT_BEGUN = Completion(
     ),
     prompt_token_ids=(),
 )
-"""The reply to a request that was cancelled before an engine had seen it."""
+"""The reply to a request that was cancelled before an engine read it."""
 
 
 class NumberedRequest(NamedTuple):
-    """A request and its place in the whole input."""
+    """A request, and its position in the whole input."""
 
     number: int
     prompt: Prompt
@@ -57,7 +57,7 @@ class NumberedRequest(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """What there is to know about an engine that has been loaded."""
+    """The properties of a loaded engine."""
 
     plan: Plan
     stats: Stats
@@ -66,14 +66,14 @@ class Loaded(NamedTuple):
 
 
 class Exchanged(NamedTuple):
-    """What has finished since the last exchange, and the engine's totals."""
+    """The replies since the last exchange, and the engine's totals."""
 
-    outcomes: list[Outcome]
+    replies: list[NumberedReply]
     stats: Stats
 
 
 class _Shard:
-    """Requests that came together. The engine reads them one by one, until `stop`."""
+    """Requests of one exchange, which the engine reads one by one until `stop`."""
 
     def __init__(self, requests: Sequence[NumberedRequest]) -> None:
         self._requests = requests
@@ -97,19 +97,19 @@ class _Shard:
 
 
 class _Mailbox:
-    """The shards of one batch that are under way, and its outcomes that have not been fetched. Thread-safe."""
+    """The running shards of one batch, and its replies that were not fetched yet. Thread-safe."""
 
     def __init__(self) -> None:
         self.ended = False
-        """Whether nobody will fetch any more."""
+        """Whether the batch has ended, so that nobody fetches its replies."""
         self.shards: set[_Shard] = set()
-        self._outcomes: list[Outcome] = []
+        self._replies: list[NumberedReply] = []
         self._error: BaseException | None = None
         self._changed = threading.Condition()
 
-    def put(self, outcome: Outcome) -> None:
+    def put(self, reply: NumberedReply) -> None:
         with self._changed:
-            self._outcomes.append(outcome)
+            self._replies.append(reply)
             self._changed.notify_all()
 
     def fail(self, error: BaseException) -> None:
@@ -117,18 +117,18 @@ class _Mailbox:
             self._error = error
             self._changed.notify_all()
 
-    def fetch(self, patience: float) -> list[Outcome]:
-        """The outcomes that there are, after at most `patience` seconds without one. Raises what ended a shard."""
+    def fetch(self, patience: float) -> list[NumberedReply]:
+        """Replies so far, after up to `patience` seconds without one. Without any, raises a failed shard's error."""
         with self._changed:
-            self._changed.wait_for(lambda: self._outcomes or self._error is not None, patience)
-            outcomes, self._outcomes = self._outcomes, []
-            if not outcomes and self._error is not None:
+            self._changed.wait_for(lambda: self._replies or self._error is not None, patience)
+            replies, self._replies = self._replies, []
+            if not replies and self._error is not None:
                 raise self._error
-            return outcomes
+            return replies
 
 
 class EngineActor:
-    """An engine that is asked from another process. Several calls may run at once, in threads."""
+    """An engine that another process calls. Thread-safe: several calls may run at once."""
 
     def __init__(self) -> None:
         self._engine: Engine | None = None
@@ -138,30 +138,30 @@ class EngineActor:
         self._ended: set[int] = set()
 
     def version(self) -> str:
-        """The version of edgemoe that runs here."""
+        """The version of edgemoe on this node."""
         return __version__
 
     def plan(self, factory: type[Engine] | None, model: str | None, settings: Mapping[str, Any]) -> Plan:
-        """What `Engine.plan_for` says here. Raises as it does."""
+        """The result of `Engine.plan_for` on this node. Raises as that does."""
         return _engine_class(factory).plan_for(model, **settings)
 
     def load(self, factory: type[Engine] | None, model: str | None, settings: Mapping[str, Any]) -> Loaded:
-        """Loads the engine; `factory` stands in for the class `Engine`. Raises as `Engine.load` does."""
+        """Loads the engine by the class `factory`; None is `Engine`. Raises as `Engine.load` does."""
         engine = _engine_class(factory).load(model, **settings, on_progress=self._note)
         self._engine = engine
         return Loaded(engine.plan, engine.stats, engine.has_tokenizer, engine.has_chat_template)
 
     def progress(self) -> Progress | None:
-        """How far `load` is."""
+        """The last progress of `load`; None before the first."""
         return self._progress
 
     def exchange(
         self, box: int, requests: Sequence[NumberedRequest], cancel_running: bool | None, patience: float
     ) -> Exchanged:
-        """Takes in requests of the batch `box` and gives out what has finished of it, waiting up to `patience` seconds.
+        """Adds `requests` to the batch `box`, and returns its replies after up to `patience` seconds without one.
 
-        `cancel_running`, where it is not None, first cancels what came before, as `Engine.cancel(running=...)`.
-        Raises what the engine raised, once all that had finished before has been fetched.
+        Unless `cancel_running` is None, the earlier requests are cancelled first, as by `Engine.cancel(running=...)`.
+        Raises the engine's error once all replies before it were fetched.
         """
         engine = self._loaded()
         with self._lock:
@@ -175,7 +175,7 @@ class EngineActor:
         return Exchanged(mailbox.fetch(patience), engine.stats)
 
     def end(self, box: int) -> None:
-        """Ends what is under way of the batch `box`; whatever comes for it later is left undone."""
+        """Ends the batch `box`; later requests of it are ignored."""
         with self._lock:
             self._ended.add(box)
             mailbox = self._boxes.pop(box, None)
@@ -184,7 +184,7 @@ class EngineActor:
             mailbox.ended = True
             for shard in mailbox.shards:
                 shard.stop()
-            # A cancel would end other batches too. Beside them, a shard ends with its next outcome.
+            # A cancel would end other batches too. While there are some, a shard ends at its next reply.
             if mailbox.shards and not any(other.shards for other in self._boxes.values()):
                 self._loaded().cancel()
 
@@ -198,13 +198,13 @@ class EngineActor:
         threading.Thread(target=self._serve, args=(mailbox, shard), name="edgemoe-shard", daemon=True).start()
 
     def _serve(self, mailbox: _Mailbox, shard: _Shard) -> None:
-        """Puts the outcomes of a shard into its mailbox. What the engine has not read by the end was cancelled."""
+        """Puts the replies of a shard into its mailbox. Requests that the engine did not read were cancelled."""
         try:
-            with closing(self._loaded().generate_batch(shard.read())) as outcomes:
-                for position, outcome in outcomes:
+            with closing(self._loaded().generate_batch(shard.read())) as replies:
+                for position, reply in replies:
                     if mailbox.ended:
                         return
-                    mailbox.put((shard.number(position), outcome))
+                    mailbox.put((shard.number(position), reply))
             for number in shard.unread():
                 mailbox.put((number, NOT_BEGUN))
         except BaseException as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from edgemoe.cluster.actor import Loaded, Outcome
+from edgemoe.cluster.actor import Loaded, NumberedReply
 from edgemoe.cluster.ray_cluster import Place, RayCluster
 from edgemoe.cluster.remote_engine import RemoteEngine, load_engines
 from edgemoe.cluster.sharding import Sharding
@@ -116,7 +116,7 @@ class RayEngines:
         """
         return _total([engine.stats for engine in self._engines if engine.stats is not None])
 
-    def generate_batch(self, requests: Iterable[tuple[Prompt, Sampling]]) -> Generator[Outcome, None, None]:
+    def generate_batch(self, requests: Iterable[tuple[Prompt, Sampling]]) -> Generator[NumberedReply, None, None]:
         """As `Engine.generate_batch`, over all engines. Raises EdgeMoEError when none is left."""
         with self._lock:
             if self._closed:
@@ -124,8 +124,8 @@ class RayEngines:
             sharding = Sharding(next(self._numbers), self._engines, requests)
             self._shardings.add(sharding)
         try:
-            with closing(sharding.outcomes()) as outcomes:
-                yield from outcomes
+            with closing(sharding.replies()) as replies:
+                yield from replies
         finally:
             with self._lock:
                 self._shardings.discard(sharding)

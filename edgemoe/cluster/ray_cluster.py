@@ -1,6 +1,6 @@
-"""The way to a running Ray cluster, and the places that it has for engines.
+"""The connection to a running Ray cluster, and the cluster's places for engines.
 
-Ray is imported here only when somebody connects.
+Ray is imported only on connecting.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from types import ModuleType
 from edgemoe.errors import EdgeMoEError, PlanError
 
 REACH_SECONDS = 5.0
-"""How long a port may take to accept a connection."""
+"""Timeout of a connection to the address's port."""
 PROBE_SECONDS = 30.0
-"""How long a cluster may take to let a process in."""
+"""Timeout of the first connection to the cluster, from a process of its own."""
 PROBE = """
 import sys
 sys.path[:] = sys.argv[2:]
@@ -34,12 +34,12 @@ try:
 except Exception as error:
     sys.exit(" ".join(str(error).split()))
 """
-"""Connects and leaves. Ray's own attempt waits for minutes and writes to the terminal, and cannot be told otherwise."""
+"""Connects and exits. Ray's own attempt can wait for minutes and writes to the terminal; no option prevents that."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """A node that is alive. `name` is for people."""
+    """A node that is alive; `identity` is Ray's id of it, `name` is for messages."""
 
     identity: str
     name: str
@@ -49,17 +49,17 @@ class Node:
 
 @dataclass(frozen=True)
 class Place:
-    """Room for one engine: a GPU of a node, or a node's CPU."""
+    """A place for one engine: a GPU of a node, or a node's CPU."""
 
     node: Node
     on_gpu: bool
 
 
 class RayCluster:
-    """A connection to a Ray cluster. A connection that this process has already is used, and left as it is."""
+    """A connection to a Ray cluster. An existing connection of this process is reused, and never closed."""
 
     def __init__(self, address: str, undo: ExitStack | None = None) -> None:
-        """`undo` is what `disconnect` does."""
+        """`disconnect` closes `undo`; None is nothing to close."""
         self.address = address
         self._undo = undo or ExitStack()
 
@@ -67,7 +67,7 @@ class RayCluster:
     def connect(cls, address: str) -> RayCluster:
         """Connects to "auto", "HOST:PORT" or "ray://HOST:PORT".
 
-        Raises EdgeMoEError when Ray is not installed, the address has another form, or no cluster answers there.
+        Raises EdgeMoEError if Ray is not installed, the address has another form, or no cluster answers there.
         """
         with _undisturbed():
             ray = _import_ray()
@@ -83,10 +83,10 @@ class RayCluster:
         return cls(address, undo)
 
     def places(self, device: str, actors: int | None) -> list[list[Place]]:
-        """Places for `actors` engines (None: one on each node), in rounds with at most one place on each node.
+        """Places for `actors` engines (None is one per node), in rounds with at most one place per node.
 
-        Nodes with GPUs come first and have a place on each; a node without one has one place. Raises PlanError
-        when there are too few.
+        Nodes with GPUs come first, with one place per GPU; a node without a GPU has one place. Raises PlanError if
+        there are fewer places.
         """
         import ray
 
@@ -112,7 +112,7 @@ class RayCluster:
         return rounds
 
     def disconnect(self) -> None:
-        """Leaves the cluster, unless this process was in it before. Idempotent."""
+        """Disconnects, unless this process was connected before. Idempotent."""
         self._undo.close()
 
 
@@ -125,7 +125,7 @@ def _import_ray() -> ModuleType:
 
 
 def _check_reachable(address: str) -> None:
-    """Raises EdgeMoEError for an address of another form, and at once for one where nobody listens."""
+    """Raises EdgeMoEError for an address of another form, and for one where nothing listens."""
     if address == "auto":
         return
     match = re.fullmatch(r"(?:ray://)?\[?([^\[\]/]+?)\]?:(\d{1,5})/?", address)
@@ -140,7 +140,7 @@ def _check_reachable(address: str) -> None:
 
 
 def _probe(address: str) -> None:
-    """Lets another process connect first, so that this one neither waits without end nor gets Ray's messages."""
+    """Connects from another process first, which a timeout can end and whose output is not shown."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", PROBE, address, *sys.path],
@@ -157,9 +157,9 @@ def _probe(address: str) -> None:
 
 
 def _connect(ray: ModuleType, address: str) -> None:
-    """Raises EdgeMoEError when that fails."""
+    """Connects this process. Raises EdgeMoEError if that fails."""
     try:
-        # Ray's server for clients loses the process it starts for a new one now and then; the next attempt succeeds.
+        # Ray's client server sometimes loses the process that it starts for a new client; a second attempt succeeds.
         for attempts_left in (1, 0):
             try:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
@@ -173,7 +173,7 @@ def _connect(ray: ModuleType, address: str) -> None:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Restores what Ray sets in this process as it is imported and connects; keeps its warnings off the terminal."""
+    """Restores what Ray changes in this process on import and connection, and suppresses its warnings."""
     hook, debugger = sys.excepthook, os.environ.get("PYTHONBREAKPOINT")
     in_main = threading.current_thread() is threading.main_thread()
     on_terminate = signal.getsignal(signal.SIGTERM) if in_main else None
@@ -192,11 +192,11 @@ def _undisturbed() -> Iterator[None]:
 
 @contextmanager
 def _silent(ray: ModuleType) -> Iterator[None]:
-    """Keeps Ray's messages off the terminal, and what nodes report off standard output, where results may go."""
+    """Suppresses Ray's messages on the terminal, and the nodes' reports on standard output, which is for results."""
     logger, reports = logging.getLogger("ray"), ray._private.worker
     level = logger.level
     logger.setLevel(logging.CRITICAL)
-    # `log_to_driver` does not mean these, and no option does.
+    # Neither `log_to_driver` nor any other option covers these reports.
     reports._worker_logs_enabled = False
     try:
         yield

@@ -1,4 +1,4 @@
-"""An engine on a node of a Ray cluster, as seen from here: its calls, what it said last, and whether it is gone."""
+"""The handle of an engine on a node of a Ray cluster: its calls, its last totals, and whether it is lost."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ if TYPE_CHECKING:
     from edgemoe.engine import Engine
 
 BEGIN_SECONDS = 60.0
-"""How long a node may take to start the process of an engine."""
+"""Timeout of a node that starts the process of an engine."""
 CALLS_AT_ONCE = 16
-"""Calls that an actor works on at the same time; a batch makes one at a time."""
-LOOK_SECONDS = 0.2
-"""Between two looks at how far loading is."""
+"""Concurrent calls of one actor. Each batch makes one at a time."""
+POLL_SECONDS = 0.2
+"""Interval between reports of the progress of loading."""
 
 
 class EngineLost(EdgeMoEError):
-    """An engine's process or node is gone, or cannot be reached any more."""
+    """An engine's process or node is gone or unreachable."""
 
 
 class RemoteEngine:
-    """A handle of one actor. `lost` says why it answers no more."""
+    """The handle of one actor. `lost` is the reason why it is gone; None while it is not."""
 
     def __init__(self, place: Place) -> None:
         self.node = place.node.name
         self.lost: str | None = None
         self.loaded: Loaded | None = None
         self.stats: Stats | None = None
-        """The totals that came with the last answer."""
+        """The totals of the last exchange; None before the engine is loaded."""
         self._actor = _start(place)
         self._version = self._actor.version.remote()
 
     def check_version(self) -> None:
-        """Waits for the process. Raises EdgeMoEError when it does not begin or runs another edgemoe than this one."""
+        """Waits for the process. Raises EdgeMoEError if it does not start or has another version of edgemoe."""
         import ray
 
         ready, _ = ray.wait([self._version], timeout=BEGIN_SECONDS)
@@ -62,30 +62,33 @@ class RemoteEngine:
             )
 
     def plan(self, factory: type[Engine] | None, model: str | None, settings: Mapping[str, Any]) -> Any:
-        """The call of `EngineActor.plan`, for `fetch`."""
+        """Calls `EngineActor.plan`; its result is for `fetch`."""
         return self._actor.plan.remote(factory, model, settings)
 
     def load(self, factory: type[Engine] | None, model: str | None, settings: Mapping[str, Any]) -> Any:
-        """The call of `EngineActor.load`, for `fetch`."""
+        """Calls `EngineActor.load`; its result is for `fetch`."""
         return self._actor.load.remote(factory, model, settings)
 
     def progress(self) -> Any:
-        """The call of `EngineActor.progress`, for `fetch`."""
+        """Calls `EngineActor.progress`; its result is for `fetch`."""
         return self._actor.progress.remote()
 
     def exchange(
         self, box: int, requests: Sequence[NumberedRequest], cancel_running: bool | None, patience: float
     ) -> Any:
-        """The call of `EngineActor.exchange`, for `fetch_exchange`."""
+        """Calls `EngineActor.exchange`; its result is for `fetch_exchange`."""
         return self._actor.exchange.remote(box, requests, cancel_running, patience)
 
     def end(self, box: int) -> None:
-        """Tells the actor that nobody waits for the batch `box` any more; does not wait until it knows."""
+        """Calls `EngineActor.end`; does not wait for it."""
         if _connected():
             self._actor.end.remote(box)
 
     def fetch(self, call: Any) -> Any:
-        """What a call gives back. Raises what it raised, an EdgeMoEError with the node's name, and EngineLost."""
+        """Waits for the result of a call.
+
+        Raises the error of the call, an EdgeMoEError with the node's name added, and EngineLost if the engine is gone.
+        """
         import ray
         from ray.exceptions import RayError, RayTaskError
 
@@ -97,20 +100,20 @@ class RemoteEngine:
                 raise type(cause)(f"{cause} (on node {self.node})") from cause
             raise cause from error
         except (RayError, ConnectionError) as error:
-            # It may still live behind a broken link; two engines must not work on the same requests.
+            # It may still run behind a broken connection, and two engines must not run the same requests.
             self.kill(_reason(error))
             raise EngineLost(
                 f"the engine on node {self.node} is gone ({self.lost}): find out there why, and run again"
             ) from error
 
     def fetch_exchange(self, call: Any) -> Exchanged:
-        """What `exchange` gives back; see `fetch`."""
+        """Waits for the result of `exchange`, as `fetch` does, and updates `stats`."""
         exchanged: Exchanged = self.fetch(call)
         self.stats = exchanged.stats
         return exchanged
 
     def kill(self, why: str) -> None:
-        """Ends the actor's process, which gives its memory back. `why` becomes `lost`. Idempotent."""
+        """Ends the actor's process, which frees its memory, and sets `lost` to `why`. Idempotent."""
         if self.lost is None:
             import ray
 
@@ -120,14 +123,14 @@ class RemoteEngine:
 
 
 def _connected() -> bool:
-    """Whether Ray can be called at all. Without a connection its calls would start a cluster of their own."""
+    """Whether Ray is connected. Without a connection, any call of Ray would start a new cluster."""
     import ray
 
     return bool(ray.is_initialized())
 
 
 def _start(place: Place) -> Any:
-    """The handle of a new actor. It is there at once; its process comes later."""
+    """Starts an actor at `place`. Returns its handle without waiting for its process."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -150,12 +153,12 @@ def load_engines(
     settings: Mapping[str, Any],
     on_progress: Callable[[Progress], None] | None,
 ) -> None:
-    """Loads `engines` side by side; sets their `loaded` and `stats`. Raises what the first that fails raises."""
+    """Loads `engines` in parallel and sets their `loaded` and `stats`. Raises the error of the first that fails."""
     import ray
 
     calls = {engine.load(factory, model, settings): engine for engine in engines}
     while calls:
-        ready, _ = ray.wait(list(calls), timeout=LOOK_SECONDS)
+        ready, _ = ray.wait(list(calls), timeout=POLL_SECONDS)
         for call in ready:
             engine = calls.pop(call)
             loaded: Loaded = engine.fetch(call)
@@ -165,11 +168,11 @@ def load_engines(
 
 
 def _report(engines: Sequence[RemoteEngine], on_progress: Callable[[Progress], None]) -> None:
-    """Reports the bytes of all engines that are at the same stage as the first."""
+    """Reports the sum of the bytes of all engines at the stage of the first."""
     import ray
 
     calls = {engine.progress(): engine for engine in engines}
-    ready, _ = ray.wait(list(calls), num_returns=len(calls), timeout=LOOK_SECONDS)
+    ready, _ = ray.wait(list(calls), num_returns=len(calls), timeout=POLL_SECONDS)
     noted = [calls[call].fetch(call) for call in ready]
     current = [progress for progress in noted if progress is not None]
     if current:
@@ -178,7 +181,7 @@ def _report(engines: Sequence[RemoteEngine], on_progress: Callable[[Progress], N
 
 
 def _reason(error: BaseException) -> str:
-    """One sentence of Ray's report: the last error that it quotes, else the one that gives a reason, else the first."""
+    """One sentence of Ray's report: the last quoted error, else the first line with "because", else the first line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     quoted = [line for line in lines if re.match(r"\w*Error: ", line)]
     reasons = [line for line in lines if " because " in line]

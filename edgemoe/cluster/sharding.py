@@ -1,4 +1,4 @@
-"""One batch of requests over several engines: who has which, and what becomes of those of a lost engine."""
+"""Divides one batch of requests among several engines, and sends the requests of a lost engine to the others."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from edgemoe.cluster.actor import NOT_BEGUN, NumberedRequest, Outcome
+from edgemoe.cluster.actor import NOT_BEGUN, NumberedReply, NumberedRequest
 from edgemoe.cluster.remote_engine import EngineLost, RemoteEngine
 from edgemoe.errors import EdgeMoEError
 from edgemoe.sampling import Sampling
@@ -15,19 +15,19 @@ from edgemoe.sampling import Sampling
 if TYPE_CHECKING:
     from edgemoe.checkpoint.tokenizer import Prompt
 
-MIN_REQUESTS = 16
-"""Requests of the smallest shard."""
-BATCHES = 2
-"""Batches of an engine in one shard. It has two shards, and so as many requests as it reads ahead on its own."""
+MIN_SHARD = 16
+"""Minimum number of requests of a shard, as long as there are enough."""
+SHARD_BATCHES = 2
+"""Size of a shard in batches of the engine. An engine has up to two shards: as much as it reads ahead on its own."""
 PATIENCE_SECONDS = 0.25
-"""How long an engine waits for an outcome before it answers; a cancel may take as long to reach it."""
+"""How long an exchange waits for a reply; a cancel may take as long to reach the engine."""
 
 
 class Sharding:
-    """One batch, from its requests to its outcomes. Each number comes out exactly once.
+    """One batch, from its requests to its replies. Each request gets exactly one reply.
 
-    An engine owes the requests that it has been sent until it has answered them. What a lost one owes goes to
-    the others before anything new does. Used by one thread, except `cancel` and `leave`.
+    Requests that a lost engine has not answered go to the other engines, before any new ones. Only `cancel` and
+    `leave` may be called from other threads.
     """
 
     def __init__(
@@ -37,90 +37,91 @@ class Sharding:
         self._engines = engines
         self._source = enumerate(requests)
         self._exhausted = False
-        self._returned: deque[NumberedRequest] = deque()
-        """Requests that lost engines owe."""
-        self._owed: dict[RemoteEngine, dict[int, NumberedRequest]] = {engine: {} for engine in engines}
+        self._requeued: deque[NumberedRequest] = deque()
+        """Unanswered requests of lost engines."""
+        self._unanswered: dict[RemoteEngine, dict[int, NumberedRequest]] = {engine: {} for engine in engines}
         self._calls: dict[Any, RemoteEngine] = {}
-        """Exchanges under way; at most one with each engine, so that their order is known."""
-        self._asked: deque[bool] = deque()
+        """Running exchanges: at most one per engine, so that their order is known."""
+        self._requested_cancels: deque[bool] = deque()
+        """Cancels by `cancel` since the last step, each with its `running`."""
         self._cancels: dict[RemoteEngine, bool] = {}
-        """Cancels that engines have not been told of yet, and whether they mean what is running."""
+        """Cancels for the next exchange with each engine; True also cancels running requests."""
         self._stepping = threading.Lock()
         self._left = False
 
-    def outcomes(self) -> Generator[Outcome, None, None]:
-        """The outcomes as they come. Raises what an engine raises, and EdgeMoEError when no engine is left."""
+    def replies(self) -> Generator[NumberedReply, None, None]:
+        """Yields replies as they arrive. Raises the errors of engines, and EdgeMoEError if no engine is left."""
         try:
             while not self._done:
                 with self._stepping:
                     if self._left:
                         raise EdgeMoEError("the engines are closed: load them again with RayEngines.load")
-                    found = self._step()
-                yield from found
+                    replies = self._step()
+                yield from replies
         finally:
             with self._stepping:
                 self._end()
 
     def cancel(self, *, running: bool) -> None:
-        """Ends what is in flight, or what of it has not begun. Thread-safe."""
-        self._asked.append(running)
+        """Cancels the requests read so far; without `running`, only those that no engine has begun. Thread-safe."""
+        self._requested_cancels.append(running)
 
     def leave(self) -> None:
-        """Waits for the step in flight; the next one raises. For another thread, before the cluster is left."""
+        """Waits for the current step; the next one raises. Call it before disconnecting. Thread-safe."""
         with self._stepping:
             self._left = True
 
     @property
     def _done(self) -> bool:
-        return self._exhausted and not self._returned and not any(self._owed.values())
+        return self._exhausted and not self._requeued and not any(self._unanswered.values())
 
-    def _step(self) -> list[Outcome]:
-        """Gives requests to the engines that have answered, and waits a moment for the outcomes of others."""
-        found = self._obey()
-        hands = self._deal()
+    def _step(self) -> list[NumberedReply]:
+        """Sends requests to the engines without a running exchange, and waits a moment for replies of any engine."""
+        replies = self._apply_cancels()
+        shards = self._assign()
         try:
-            ready = self._exchange(hands, 0.0 if found else PATIENCE_SECONDS)
+            ready = self._exchange(shards, 0.0 if replies else PATIENCE_SECONDS)
         except ConnectionError as error:
             raise EdgeMoEError(
                 f"the connection to the Ray cluster broke ({error}): "
                 "what has finished stays; ask for the rest again (edgemoe run --resume)"
             ) from error
         for call in ready:
-            found += self._receive(self._calls.pop(call), call)
-        return found
+            replies += self._receive(self._calls.pop(call), call)
+        return replies
 
-    def _obey(self) -> list[Outcome]:
-        """Notes new cancels for every engine; gives out what no engine has as cancelled."""
-        found: list[Outcome] = []
-        while self._asked:
-            running = self._asked.popleft()
+    def _apply_cancels(self) -> list[NumberedReply]:
+        """Notes requested cancels for every engine. Returns cancelled replies for the requests that no engine has."""
+        replies: list[NumberedReply] = []
+        while self._requested_cancels:
+            running = self._requested_cancels.popleft()
             for engine in self._engines:
-                if self._owed[engine]:
+                if self._unanswered[engine]:
                     self._cancels[engine] = running or self._cancels.get(engine, False)
-            found += [(request.number, NOT_BEGUN) for request in self._returned]
-            self._returned.clear()
-        return found
+            replies += [(request.number, NOT_BEGUN) for request in self._requeued]
+            self._requeued.clear()
+        return replies
 
-    def _exchange(self, hands: dict[RemoteEngine, list[NumberedRequest]], patience: float) -> list[Any]:
-        """Calls the free engines that owe something, and waits up to `patience` seconds for the first to answer."""
+    def _exchange(self, shards: dict[RemoteEngine, list[NumberedRequest]], patience: float) -> list[Any]:
+        """Starts exchanges with the free engines that have requests; waits up to `patience` seconds for one to end."""
         import ray
 
         if not ray.is_initialized():
             raise ConnectionError("it has been closed")
-        for engine, hand in hands.items():
-            if self._owed[engine]:
+        for engine, shard in shards.items():
+            if self._unanswered[engine]:
                 cancel = self._cancels.pop(engine, None)
-                self._calls[engine.exchange(self._number, hand, cancel, PATIENCE_SECONDS)] = engine
+                self._calls[engine.exchange(self._number, shard, cancel, PATIENCE_SECONDS)] = engine
         if not self._calls:
             return []
         ready: list[Any] = ray.wait(list(self._calls), timeout=patience)[0]
         return ready
 
     def _free(self) -> list[RemoteEngine]:
-        """Engines that can be sent something. What lost ones owe is taken back. Raises when none is left."""
+        """The engines without a running exchange. Requeues what lost ones had; raises EdgeMoEError if all are lost."""
         for engine in self._engines:
             if engine.lost is not None:
-                self._take_back(engine)
+                self._requeue(engine)
         reasons = [f"node {engine.node}: {engine.lost}" for engine in self._engines if engine.lost is not None]
         if len(reasons) == len(self._engines):
             raise EdgeMoEError(
@@ -130,25 +131,25 @@ class Sharding:
         busy = set(self._calls.values())
         return [engine for engine in self._engines if engine.lost is None and engine not in busy]
 
-    def _deal(self) -> dict[RemoteEngine, list[NumberedRequest]]:
-        """Gives each request to whom of the free engines owes fewest, while they have room; marks it as owed."""
+    def _assign(self) -> dict[RemoteEngine, list[NumberedRequest]]:
+        """Assigns each request to the free engine with the fewest unanswered ones, up to two shards each."""
         free = self._free()
-        hands: dict[RemoteEngine, list[NumberedRequest]] = {engine: [] for engine in free}
-        with_room = [engine for engine in free if len(self._owed[engine]) <= _shard(engine)]
+        shards: dict[RemoteEngine, list[NumberedRequest]] = {engine: [] for engine in free}
+        with_room = [engine for engine in free if len(self._unanswered[engine]) <= _shard_size(engine)]
         while with_room:
             request = self._next_request()
             if request is None:
                 break
-            engine = min(with_room, key=lambda engine: len(self._owed[engine]))
-            hands[engine].append(request)
-            self._owed[engine][request.number] = request
-            if len(self._owed[engine]) >= 2 * _shard(engine):
+            engine = min(with_room, key=lambda engine: len(self._unanswered[engine]))
+            shards[engine].append(request)
+            self._unanswered[engine][request.number] = request
+            if len(self._unanswered[engine]) >= 2 * _shard_size(engine):
                 with_room.remove(engine)
-        return hands
+        return shards
 
     def _next_request(self) -> NumberedRequest | None:
-        if self._returned:
-            return self._returned.popleft()
+        if self._requeued:
+            return self._requeued.popleft()
         if self._exhausted:
             return None
         number, request = next(self._source, (-1, None))
@@ -157,33 +158,33 @@ class Sharding:
             return None
         return NumberedRequest(number, *request)
 
-    def _receive(self, engine: RemoteEngine, call: Any) -> list[Outcome]:
-        """The outcomes of an exchange that were still owed."""
+    def _receive(self, engine: RemoteEngine, call: Any) -> list[NumberedReply]:
+        """The replies of an exchange to requests that were not answered yet."""
         try:
             exchanged = engine.fetch_exchange(call)
         except EngineLost:
-            self._take_back(engine)
+            self._requeue(engine)
             return []
-        owed = self._owed[engine]
-        found = [(number, outcome) for number, outcome in exchanged.outcomes if owed.pop(number, None) is not None]
-        if not owed:
+        unanswered = self._unanswered[engine]
+        replies = [(number, reply) for number, reply in exchanged.replies if unanswered.pop(number, None) is not None]
+        if not unanswered:
             self._cancels.pop(engine, None)
-        return found
+        return replies
 
-    def _take_back(self, engine: RemoteEngine) -> None:
-        self._returned.extend(self._owed[engine].values())
-        self._owed[engine] = {}
+    def _requeue(self, engine: RemoteEngine) -> None:
+        self._requeued.extend(self._unanswered[engine].values())
+        self._unanswered[engine] = {}
         self._calls = {call: busy for call, busy in self._calls.items() if busy is not engine}
 
     def _end(self) -> None:
-        """Ends what is under way, unless the cluster has been left."""
+        """Ends the batch on all engines, unless the cluster was left."""
         if not self._left:
             for engine in self._engines:
-                if engine.lost is None and self._owed[engine]:
+                if engine.lost is None and self._unanswered[engine]:
                     engine.end(self._number)
 
 
-def _shard(engine: RemoteEngine) -> int:
-    """Requests that go to `engine` in one piece, where there are so many."""
+def _shard_size(engine: RemoteEngine) -> int:
+    """Requests that are sent to `engine` at once, as long as there are enough."""
     batch = engine.stats.batch if engine.stats is not None else 0
-    return max(MIN_REQUESTS, BATCHES * batch)
+    return max(MIN_SHARD, SHARD_BATCHES * batch)

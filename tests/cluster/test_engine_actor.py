@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from edgemoe import CheckpointError, Completion, EdgeMoEError, PlanError, RequestError, Sampling
-from edgemoe.cluster.actor import NOT_BEGUN, EngineActor, NumberedRequest, Outcome
+from edgemoe.cluster.actor import NOT_BEGUN, EngineActor, NumberedReply, NumberedRequest
 from tests.support.node_fakes import TOTALS, NodePlan
 
 LONGEST = 10.0
@@ -74,13 +74,13 @@ def requests(*numbers: int) -> list[NumberedRequest]:
     return [NumberedRequest(number, f"prompt {number}", Sampling()) for number in numbers]
 
 
-def fetch(actor: EngineActor, count: int, box: int = 1) -> list[Outcome]:
+def fetch(actor: EngineActor, count: int, box: int = 1) -> list[NumberedReply]:
     """At least `count` outcomes."""
-    found: list[Outcome] = []
+    found: list[NumberedReply] = []
     deadline = time.monotonic() + LONGEST
     while len(found) < count:
         assert time.monotonic() < deadline
-        found += actor.exchange(box, [], None, 0.1).outcomes
+        found += actor.exchange(box, [], None, 0.1).replies
     return found
 
 
@@ -100,13 +100,13 @@ def test_outcomes_have_the_numbers_of_their_requests(actor: EngineActor, engine:
     for answer in (reply("a"), refused, reply("b")):
         engine.answers.put(answer)
     exchanged = actor.exchange(1, requests(7, 3, 12), None, LONGEST)
-    found = exchanged.outcomes + fetch(actor, 3 - len(exchanged.outcomes))
+    found = exchanged.replies + fetch(actor, 3 - len(exchanged.replies))
     assert found == [(7, reply("a")), (3, refused), (12, reply("b"))]
     assert exchanged.stats == TOTALS
 
 
 def test_an_exchange_waits_no_longer_than_it_may(actor: EngineActor, engine: Scripted) -> None:
-    assert actor.exchange(1, requests(1), None, 0.05).outcomes == []
+    assert actor.exchange(1, requests(1), None, 0.05).replies == []
     engine.answers.put(reply("late"))
     assert fetch(actor, 1) == [(1, reply("late"))]
 
@@ -128,7 +128,7 @@ def test_a_cancel_ends_what_the_engine_has_not_read(actor: EngineActor, engine: 
     engine.answers.put(reply("first"))
     fetch(actor, 1)
     assert engine.resumed.wait(LONGEST)
-    assert actor.exchange(1, [], running, 0.0).outcomes == []
+    assert actor.exchange(1, [], running, 0.0).replies == []
     assert engine.cancels == [running]
     for _ in range(2):
         engine.answers.put(reply("begun"))
@@ -147,7 +147,7 @@ def test_an_error_of_the_engine_comes_after_what_had_finished(actor: EngineActor
     engine.answers.put(reply("good"))
     engine.answers.put(ZeroDivisionError("a fault"))
     actor.exchange(1, [], None, 0.0)
-    found = actor.exchange(1, requests(1, 2), None, LONGEST).outcomes or fetch(actor, 1)
+    found = actor.exchange(1, requests(1, 2), None, LONGEST).replies or fetch(actor, 1)
     assert found == [(1, reply("good"))]
     with pytest.raises(ZeroDivisionError):
         fetch(actor, 1)
@@ -159,7 +159,7 @@ def test_a_batch_that_ends_is_cancelled_at_once_when_it_is_alone(actor: EngineAc
     assert engine.cancels == [True]
     engine.answers.put(reply("nobody waits"))
     wait_until_closed(engine, 1)
-    assert actor.exchange(1, requests(3), None, LONGEST).outcomes == []
+    assert actor.exchange(1, requests(3), None, LONGEST).replies == []
 
 
 def test_a_batch_that_ends_beside_another_leaves_that_alone(actor: EngineActor, engine: Scripted) -> None:

@@ -20,7 +20,7 @@ import pytest
 
 from bench.support.zoo import make
 from edgemoe import CheckpointError, Completion, EdgeMoEError, Engine, PlanError, RequestError, Sampling
-from edgemoe.cluster.actor import EngineActor, Outcome
+from edgemoe.cluster.actor import EngineActor, NumberedReply
 from edgemoe.cluster.engines import RayEngines
 from edgemoe.quiet import quiet_transformers
 from edgemoe.results import Progress
@@ -82,7 +82,7 @@ def asking(prompts: Iterable[str]) -> Iterator[tuple[str, Sampling]]:
         yield prompt, Sampling()
 
 
-def texts(outcomes: Iterable[Outcome]) -> dict[int, str]:
+def texts(outcomes: Iterable[NumberedReply]) -> dict[int, str]:
     """The replies, each of which came once."""
     found: dict[int, str] = {}
     for number, outcome in outcomes:
@@ -180,7 +180,7 @@ def wait_for_nodes(count: int) -> None:
 
 def test_when_all_engines_die_what_has_finished_stays(connected: str) -> None:
     prompts = [*(f"prompt {number}" for number in range(20)), "die", *(f"prompt {number}" for number in range(21, 80))]
-    found: list[Outcome] = []
+    found: list[NumberedReply] = []
     with load(connected) as engines:
         outcomes = engines.generate_batch(asking(prompts))
         with pytest.raises(EdgeMoEError, match=r"all engines of the Ray cluster are gone \(node .*--resume"):
@@ -261,7 +261,7 @@ def test_two_batches_run_side_by_side(connected: str) -> None:
     with load(connected, context=1) as engines:
         first = engines.generate_batch(asking(f"first {number}" for number in range(100)))
         second = engines.generate_batch(asking(f"second {number}" for number in range(100)))
-        found: list[list[Outcome]] = [[], []]
+        found: list[list[NumberedReply]] = [[], []]
         for one, other in zip(first, second, strict=True):
             found[0].append(one)
             found[1].append(other)
