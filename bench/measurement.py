@@ -23,6 +23,10 @@ class BaseSize:
         """Where a picture goes: into the documentation, or beside the checkpoints where it is of a small run."""
         return (work_folder() if self.small else PICTURES) / f"{name}.svg"
 
+    def keep(self, name: str, data: object) -> None:
+        """Writes what the picture `name` is drawn from beside it, so that it can be drawn again."""
+        self.picture(name).with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
+
 
 @dataclass(frozen=True)
 class Measurement:

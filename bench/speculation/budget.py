@@ -12,6 +12,7 @@ from bench.support.alternating import alternate, loaded, questions
 from bench.support.checkpoints import FACTOR, SMALL_FACTOR, inflated
 from bench.support.link_cells import Cell
 from edgemoe import Sampling
+from edgemoe.demo.tasks import TASKS
 from edgemoe.measure.evaluation import Evaluation, task_eval_texts
 from edgemoe.measure.quality import Quality
 
@@ -83,6 +84,7 @@ def measure(cell: dict[str, Any], own: dict[str, Any], size: Size) -> dict[str, 
         "kl_mean": quality.kl_mean,
         "kl_99": quality.kl_99,
         "lost_points": lost,
+        "scored": size.scored * len(TASKS),
     }
     print(
         f"{own['budget_rule'] + ' ' + own['budget']:16} {speed:.2f}x exact speculation; top-1 {quality.agreement:.2%}, "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from bench.measurement import Measurement
@@ -14,7 +13,7 @@ from bench.support.checkpoints import SMALL_FACTOR
 
 NAME = "budget-curve"
 BAR = "at least 6 points, and the one with everything gives the exact replies"
-SPEED, AGREEMENT, SCORE, TAIL, GREY = "#1f6f8b", "#1f6f8b", "#e07a3f", "#e07a3f", "#8a8a8a"
+MAIN, OTHER, GREY = "#1f6f8b", "#e07a3f", "#8a8a8a"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +34,7 @@ def run(size: Size = FULL) -> Measurement:
     }
     picture = size.picture(NAME)
     draw(points, picture)
+    size.keep(NAME, points)
     exact = points["100%"]
     same = exact["same_replies"] == 1 and exact["kl_mean"] == 0 and exact["agreement"] == 1
     value = {"points": len(points), "exact_end_is_exact": same}
@@ -42,7 +42,7 @@ def run(size: Size = FULL) -> Measurement:
 
 
 def draw(points: dict[str, dict[str, Any]], path: Path) -> None:
-    """Speed above, loss below, over the share that is kept."""
+    """Speed above, loss below, over the share that is kept; each with what is no more than noise."""
     from matplotlib.figure import Figure
 
     shares = list(points)
@@ -50,37 +50,48 @@ def draw(points: dict[str, dict[str, Any]], path: Path) -> None:
     plots: Any = figure.subplots(3, 1, sharex=True)
     speed, agreement, divergence = plots
     _draw_speed(speed, points)
-    agreement.plot(shares, _percent(points, "agreement"), "o-", color=AGREEMENT, label="top-1 agreement (eval text)")
-    scored = [share for share in shares if points[share]["lost_points"] is not None]
-    kept = [100 - points[share]["lost_points"] for share in scored]
-    agreement.plot(scored, kept, "s--", color=SCORE, label="task score kept (100 % less points lost)")
-    agreement.set_ylabel("agreement with exact\nspeculation (%)")
-    divergence.plot(shares, [at["kl_mean"] for at in points.values()], "o-", color=AGREEMENT, label="mean")
+    _draw_agreement(agreement, points)
+    divergence.plot(shares, [at["kl_mean"] for at in points.values()], "o-", color=MAIN, label="mean over tokens")
     tail = [at["kl_99"] for at in points.values()]
-    divergence.plot(shares, tail, "s--", color=TAIL, label="99th percentile of tokens")
+    divergence.plot(shares, tail, "s--", color=OTHER, label="99th percentile of tokens")
     divergence.set_yscale("symlog", linthresh=1e-4)
-    divergence.set_ylabel("KL divergence (nats)")
-    divergence.set_xlabel("share of the routing mass that a verification keeps, residency first (%)")
+    divergence.set_ylim(0, 3 * max([*tail, 1e-4]))
+    divergence.set_ylabel("KL divergence from exact (nats)")
+    divergence.set_xlabel("share of the routing mass that a verification keeps, residency first")
     for axes in plots:
         axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=9)
-    figure.suptitle(f"A budget on experts, inflated demo on a CPU: {CELL.name}, batch 1", fontsize=11)
+    figure.suptitle(f"A budget on experts: inflated demo on a CPU, slots for {CELL.name}, batch 1", fontsize=11)
     figure.savefig(path, metadata={"Date": None})
 
 
 def _draw_speed(axes: Any, points: dict[str, dict[str, Any]]) -> None:
-    """The median over the replies, with the range that the middle half of them is in: what is within it is noise."""
-    quartiles = [at["speed_quartiles"] for at in points.values()]
-    middle = [half for _, half, _ in quartiles]
-    around = [[half - low for low, half, _ in quartiles], [high - half for _, half, high in quartiles]]
-    replies = median(at["replies"] for at in points.values())
-    label = f"median of {replies:.0f} replies, with the middle half"
-    axes.errorbar(list(points), middle, yerr=around, fmt="o-", capsize=4, color=SPEED, label=label)
+    """The ratio over all replies together, with the range that the middle half of the replies has, where it is kept."""
+    speeds, replies = [at["speed"] for at in points.values()], min(at["replies"] for at in points.values())
+    label = f"{replies} replies together, one run"
+    axes.plot(list(points), speeds, "o-", color=MAIN, label=label, zorder=3)
+    known = {share: at["speed_quartiles"] for share, at in points.items() if "speed_quartiles" in at}
+    if known:
+        low, high = [each[0] for each in known.values()], [each[2] for each in known.values()]
+        axes.vlines(list(known), low, high, color=MAIN, alpha=0.35, linewidth=6, label="middle half of the replies")
     axes.axhline(1.0, color=GREY, linewidth=1, linestyle=":", label="as fast as exact speculation")
     axes.set_ylabel("tokens/s over those of\nexact speculation (ratio)")
 
 
-def _percent(points: dict[str, dict[str, Any]], name: str) -> list[float]:
-    return [100 * at[name] for at in points.values()]
+def _draw_agreement(axes: Any, points: dict[str, dict[str, Any]]) -> None:
+    """Agreement on text, and the task score beside that of exact speculation with one question more and less."""
+    shares = list(points)
+    axes.plot(shares, [100 * at["agreement"] for at in points.values()], "o-", color=MAIN, label="top-1 agreement")
+    scored = [share for share in shares if points[share]["lost_points"] is not None and points[share]["scored"]]
+    lows = [100 * at["agreement"] for at in points.values()]
+    if scored:
+        kept = [-points[share]["lost_points"] + 100 for share in scored]
+        questions = points[scored[0]]["scored"]
+        label = f"task score, exact = 100, with one of {questions} questions more or less"
+        axes.errorbar(scored, kept, yerr=100 / questions, fmt="s", capsize=4, color=OTHER, label=label)
+        lows += [each - 100 / questions for each in kept]
+    axes.axhline(100, color=GREY, linewidth=1, linestyle=":")
+    axes.set_ylim(min(95, *lows) - 1, 103)
+    axes.set_ylabel("top-1 agreement (%)\nand task score")

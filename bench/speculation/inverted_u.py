@@ -48,7 +48,8 @@ def run(size: Size = FULL) -> Measurement:
         gains = ", ".join(f"{batch}: {gain:.2f}" for batch, gain in curve.items())
         print(f"{name:8} top-{TOP_K[name]:<2} {gains}", flush=True)
     picture = size.picture(NAME)
-    draw(readings, picture)
+    draw(readings, picture, size.rounds)
+    size.keep(NAME, {"rounds": size.rounds, "readings": readings})
     peaks = {name: max(curve, key=lambda batch: curve[batch]) for name, curve in curves.items()}
     widths = {name: width(curve) for name, curve in curves.items()}
     bows = all(1 < peaks[name] < size.batches[-1] for name in ("sparse", "shipped"))
@@ -109,18 +110,18 @@ def width(curve: dict[int, float]) -> float:
     return total
 
 
-def draw(readings: dict[str, dict[int, list[float]]], path: Path) -> None:
+def draw(readings: dict[str, dict[int, list[float]]], path: Path, rounds: int) -> None:
     """A plot a variant with axes of its own, since one is flat beside another: the median, and each round as a dot."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10.5, 3.9), layout="constrained")
     plots: Any = figure.subplots(1, len(readings), sharex=True)
-    rounds = max(len(gains) for found in readings.values() for gains in found.values())
     for axes, (name, found) in zip(plots, readings.items(), strict=True):
         batches, middle = list(found), [median(gains) for gains in found.values()]
         dots = [(batch, gain) for batch, gains in found.items() for gain in gains]
-        axes.plot(*zip(*dots, strict=True), "o", color=COLORS[name], alpha=0.3, markersize=4, label="one round")
-        axes.plot(batches, middle, "o-", color=COLORS[name], label=f"median of {rounds}")
+        if len(dots) > len(batches):
+            axes.plot(*zip(*dots, strict=True), "o", color=COLORS[name], alpha=0.3, markersize=4, label="one round")
+        axes.plot(batches, middle, "o-", color=COLORS[name], label=f"median of {rounds} rounds")
         best = max(range(len(batches)), key=lambda place: middle[place])
         axes.axhspan(
             NEAR * middle[best], middle[best], color="#000000", alpha=0.07, label=f"within {1 - NEAR:.0%} of best"

@@ -121,12 +121,16 @@ def draw(cycle: Cycle, texts: Mapping[int, str], path: Path) -> None:
 
 
 def _draw_edge(axes: Any, start: tuple[float, float], end: tuple[float, float], *, taken: bool) -> None:
-    """From one box's right side to the next one's left, with its turns between the columns."""
-    left, right = start[0] + WIDTH / 2, end[0] - WIDTH / 2
-    middle = (left + right) / 2
     style = {"color": ACCEPTED, "linewidth": 2.4} if taken else {"color": REJECTED, "linewidth": 1.2, "dashes": (4, 2)}
     # An accepted edge lies over the others where they share a part of the way.
-    axes.plot([left, middle, middle, right], [start[1], start[1], end[1], end[1]], zorder=2 if taken else 1, **style)
+    axes.plot(*zip(*route(start, end), strict=True), zorder=2 if taken else 1, **style)
+
+
+def route(start: tuple[float, float], end: tuple[float, float]) -> list[tuple[float, float]]:
+    """From the right side of the box at `start` to the left side of that at `end`, with turns between the columns."""
+    left, right = start[0] + WIDTH / 2, end[0] - WIDTH / 2
+    middle = (left + right) / 2
+    return [(left, start[1]), (middle, start[1]), (middle, end[1]), (right, end[1])]
 
 
 def _draw_box(axes: Any, at: tuple[float, float], label: str, *, taken: bool) -> None:

@@ -50,6 +50,7 @@ def run(size: Size = FULL) -> Measurement:
     profile = take_profile(blueprint, config)
     picture = size.picture("profile")
     draw(profile, picture)
+    size.keep("profile", profile.to_dict())
     found = [at for cache in size.caches for at in measure(blueprint, config, cache, profile.model, size)]
     for at in found:
         print(
