@@ -1,7 +1,9 @@
-"""Where an expert is: records, stores, slots, links and eviction.
+"""The expert cache: records, stores, slots, links and eviction.
 
-This package knows bytes and tiers. It knows nothing of tokens, routers, drafts or models.
+This package knows bytes and memory tiers. It does not know tokens, routers, drafts or models.
 """
+
+from __future__ import annotations
 
 from edgemoe.cache.counters import CacheCounters
 from edgemoe.cache.expert_cache import ExpertCache, Loan

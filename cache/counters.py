@@ -1,4 +1,4 @@
-"""What the cache and its link did, in experts and in bytes."""
+"""Totals of the cache and its link, in experts and in bytes."""
 
 from __future__ import annotations
 
@@ -7,38 +7,38 @@ from dataclasses import dataclass, replace
 
 @dataclass
 class CacheCounters:
-    """Running totals since the cache was made. A byte that crossed the link is counted exactly once below."""
+    """Running totals since the cache was created. Each byte that crossed the link is counted in exactly one of them."""
 
     hits: int = 0
-    """Experts asked for that were resident."""
+    """Requested experts that were resident."""
     misses: int = 0
-    """Experts asked for that were not resident, late prefetches included."""
+    """Requested experts that were not resident, late prefetches included."""
     bytes_demanded: int = 0
-    """Bytes loaded because they were asked for."""
+    """Bytes of demand loads."""
     bytes_prefetched_used: int = 0
-    """Bytes prefetched and resident before they were asked for."""
+    """Bytes of prefetches that arrived before their request."""
     bytes_prefetched_late: int = 0
-    """Bytes of prefetches that were asked for while still on the link."""
+    """Bytes of prefetches that were still in flight at their request."""
     bytes_prefetched_wasted: int = 0
-    """Bytes prefetched and evicted before anything asked for them."""
+    """Bytes of prefetches that were evicted without a request."""
     bytes_filled: int = 0
-    """Bytes that were brought to fill the slots at the start, once they were asked for or evicted."""
+    """Bytes of initial fills, counted at their first request or their eviction."""
     bytes_hit: int = 0
-    """Bytes that did not have to cross the link, because the expert was resident."""
+    """Bytes of hits, which did not have to cross the link."""
     link_wait_seconds: float = 0.0
-    """Time the caller stood still for the link."""
+    """Time that the caller spent waiting for the link."""
 
     @property
     def bytes_loaded(self) -> int:
-        """All bytes that crossed the link and whose fate is known."""
+        """All bytes that crossed the link, except those of prefetches and fills that are still unused."""
         prefetched = self.bytes_prefetched_used + self.bytes_prefetched_late + self.bytes_prefetched_wasted
         return self.bytes_demanded + prefetched + self.bytes_filled
 
     @property
     def hit_rate(self) -> float:
-        """Hits over everything asked for; 0 before anything was."""
+        """Hits over requested experts; 0 before the first request."""
         return self.hits / max(1, self.hits + self.misses)
 
     def copy(self) -> CacheCounters:
-        """A snapshot, for differences over a stretch of work."""
+        """A snapshot, for differences between two points in time."""
         return replace(self)

@@ -1,9 +1,8 @@
-"""The link of a machine with a CUDA device: asynchronous copies from page-locked RAM on streams of their own.
+"""The link of a machine with a CUDA device: asynchronous copies from page-locked RAM on a separate stream.
 
-A demanded record that is page-locked is copied by the calling thread at once; everything else goes
-through one dispatching thread: prefetches, of which at most one is on the bus so that demands overtake
-them, and records that must first be brought into a page-locked staging buffer, from RAM or from a file.
-The host never waits for a copy: the compute stream does.
+The calling thread issues the copy of a demand load whose record is page-locked. A dispatching thread handles the rest:
+prefetches, of which at most one is on the bus so that demand loads overtake them, and records that are first read into
+a page-locked staging buffer. The calling thread never waits for a copy; the compute stream does.
 """
 
 from __future__ import annotations
@@ -26,26 +25,26 @@ from edgemoe.cache.store import ExpertStore
 
 
 class Streams(ABC):
-    """What the link needs of a device: copies in order, their times, and events between copies and compute."""
+    """The device operations of the link: ordered copies, their durations, and events between copies and compute."""
 
     @abstractmethod
     def staging(self, nbytes: int) -> torch.Tensor:
-        """A host buffer, uint8 [nbytes], from which copies are asynchronous."""
+        """A page-locked host buffer, uint8 [nbytes]."""
 
     @abstractmethod
     def copy(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> tuple[Any, Any]:
-        """Queues a copy behind those before it and the event `after` (or None); the events of its start and end.
+        """Queues a copy after all earlier copies and the event `after`, if any. Returns its start and end events.
 
-        It starts when nothing is left that it waits for, so that no two copies overlap. Any thread may call.
+        The start event passes when the copy has nothing left to wait for, so copies never overlap. Thread-safe.
         """
 
     @abstractmethod
     def mark(self) -> Any:
-        """An event behind the work queued so far on the caller's compute stream."""
+        """Records an event on the caller's compute stream, after the work queued so far."""
 
     @abstractmethod
     def compute_after(self, event: Any) -> None:
-        """Makes what the caller queues from now on wait for `event`. Does not block the host."""
+        """Makes later work on the caller's compute stream wait for `event`. Does not block the host."""
 
     @abstractmethod
     def passed(self, event: Any) -> bool:
@@ -57,11 +56,11 @@ class Streams(ABC):
 
     @abstractmethod
     def seconds(self, start: Any, end: Any) -> float:
-        """How long a copy took, of which both events have passed."""
+        """Seconds between the start and end events of a copy. Both must have passed."""
 
 
 class CudaStreams(Streams):
-    """The real ones: one copy stream, CUDA events."""
+    """CUDA streams and events, with one copy stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -69,7 +68,7 @@ class CudaStreams(Streams):
         self._queueing = threading.Lock()
 
     def staging(self, nbytes: int) -> torch.Tensor:
-        """See the base class; ordinary memory where the system refuses to lock any."""
+        """See the base class. Pageable where the system refuses to lock memory."""
         try:
             return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
         except RuntimeError:
@@ -78,7 +77,7 @@ class CudaStreams(Streams):
     def copy(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> tuple[Any, Any]:
         """See the base class."""
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        # What another thread queued between the two events would be part of both copies' times.
+        # A copy of another thread between the two events would count in the durations of both copies.
         with self._queueing, torch.cuda.stream(self._copies):
             if after is not None:
                 self._copies.wait_event(after)
@@ -109,7 +108,7 @@ class CudaStreams(Streams):
 
 
 class _Copy(Transfer):
-    """A transfer whose `done` means that its copy is queued; `event` passes when the record is whole."""
+    """A transfer. `done` means that its copy is queued; `event` passes when the slot holds the complete record."""
 
     def __init__(self, streams: Streams, expert: ExpertId, slot: int, nbytes: int, priority: Priority) -> None:
         super().__init__(expert, slot, nbytes, priority)
@@ -117,9 +116,9 @@ class _Copy(Transfer):
         self.start: Any = None
         self.event: Any = None
         self.fetched = 0.0
-        """Seconds that went by until it could be queued: its record was read, or a slower link simulated."""
+        """Seconds until its copy could be queued: time for reading the record, or for the simulated bandwidth."""
         self.copied_before = 0.0
-        """What `CudaLink._copied` was when they began."""
+        """The value of `CudaLink._copied` when the fetch started."""
 
     def arrived(self) -> bool:
         """See the base class."""
@@ -127,7 +126,11 @@ class _Copy(Transfer):
 
 
 class CudaLink(Link):
-    """Copies records into a device's slots. `store` is a `HostStore`, or any store read through the staging ring."""
+    """Copies records of `store` into the slots of a device.
+
+    Page-locked records of a `HostStore` are copied directly. All others go through a ring of `staging` buffers, which
+    `readers` threads fill.
+    """
 
     def __init__(
         self, store: ExpertStore, streams: Streams, staging: int, readers: int, throttle: Throttle | None = None
@@ -142,9 +145,9 @@ class CudaLink(Link):
         self._last_use: dict[int, Any] = {}
         self._in_flight: list[_Copy] = []
         self._copied = 0.0
-        """Seconds that the copies counted so far took."""
+        """Total seconds of the copies counted so far."""
         self._overlapped = 0.0
-        """How many of these, from the first on, can overlap with no later fetch."""
+        """The part of `_copied`, from its start, with which no later fetch can overlap."""
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._issued = threading.Condition(self._lock)
@@ -187,13 +190,13 @@ class CudaLink(Link):
             return found
 
     def wait_any(self, transfers: Sequence[Transfer]) -> list[Transfer]:
-        """See the base class. Blocks the host only while nothing is queued on the device yet."""
+        """See the base class. Blocks the host only while none of the copies is queued on the device."""
         with self._lock:
             while not any(transfer.done for transfer in transfers):
                 self._issued.wait()
             issued = [transfer for transfer in transfers if transfer.done]
             self._count()
-        # What is there already is computed first; only when nothing is does the device wait for the oldest.
+        # Records that have arrived are computed first. Without any, the device waits for the oldest copy.
         ready = [transfer for transfer in issued if transfer.arrived()] or issued[:1]
         failed = [transfer for transfer in issued if transfer.error is not None and transfer not in ready]
         for transfer in ready:
@@ -240,12 +243,12 @@ class CudaLink(Link):
             self._in_flight.append(copy)
 
     def _count(self) -> None:
-        """Adds the copies that have passed to the totals. Blocks on none of them; the lock is held."""
+        """Adds the completed copies to the totals. Does not block. The lock is held."""
         while self._in_flight and self._streams.passed(self._in_flight[0].event):
             copy = self._in_flight.pop(0)
             seconds = self._streams.seconds(copy.start, copy.event)
-            # A record arrives no faster than it is fetched, so that this counts as well, less the copies of others
-            # meanwhile, which are in the total. A copy that two fetches overlap with is taken off once.
+            # The time of a fetch counts as busy, except where it overlaps with other copies, which count themselves.
+            # An overlap with a copy is subtracted from one fetch only.
             known = max(copy.copied_before, self._overlapped)
             overlap = min(copy.fetched, self._copied - known)
             self._overlapped = known + overlap
@@ -274,7 +277,7 @@ class CudaLink(Link):
                     self._count()
 
     def _serve(self, copy: _Copy, memory: torch.Tensor) -> None:
-        began = time.perf_counter()
+        started = time.perf_counter()
         with self._lock:
             self._count()
             copy.copied_before = self._copied
@@ -282,7 +285,7 @@ class CudaLink(Link):
         source = self._pinned(copy.expert)
         if source is not None:
             Throttle.sleep_until(arrival)
-            copy.fetched = time.perf_counter() - began
+            copy.fetched = time.perf_counter() - started
             self._issue(copy, memory, source)
             return
         buffer, last = self._ring.pop(0)
@@ -291,12 +294,12 @@ class CudaLink(Link):
                 self._streams.block(last)
             pieces = self._store.pieces(copy.expert, buffer)
             reads = [self._readers.submit(move) for _, move in pieces]
-            # All of them, even after a failure: whoever gets the buffer next must be its only writer.
+            # Wait for all reads even after a failure: the next user of the buffer must be its only writer.
             wait(reads)
             for read in reads:
                 read.result()
             Throttle.sleep_until(arrival)
-            copy.fetched = time.perf_counter() - began
+            copy.fetched = time.perf_counter() - started
             self._issue(copy, memory, buffer)
             last = copy.event
         finally:

@@ -1,4 +1,4 @@
-"""The cache of expert slots: what is resident, what is pinned, what is on its way."""
+"""The cache of expert slots: residency, pins, demand loads, prefetches and evictions."""
 
 from __future__ import annotations
 
@@ -16,34 +16,35 @@ from edgemoe.cache.record import ExpertId
 from edgemoe.cache.slots import SlotPool
 from edgemoe.cache.store import ExpertStore
 
-PASSING_SLOTS = 3
-"""Slots of a layer's share through which its less wanted experts pass: one in use, one on the link, one ready."""
+TRANSIT_SLOTS = 3
+"""Slots through which the experts beyond a layer's share stream: one in use, one being loaded, one ready."""
 
 
 class LoadReason(Enum):
-    """Why an expert was brought that nothing has asked for yet."""
+    """Why an expert was loaded before any request for it."""
 
     PREFETCH = "prefetch"
-    """It was foretold."""
+    """It was predicted."""
     FILL = "fill"
-    """Its slot was free at the start."""
+    """Its slot was free after start-up."""
 
 
 @dataclass
 class _Resident:
-    """An expert that holds a slot, loaded or loading."""
+    """An expert that has a slot, loaded or in flight."""
 
     slot: int
     transfer: Transfer | None
     pins: int = 0
     load_reason: LoadReason | None = None
+    """Why it was loaded ahead; None once it was requested."""
 
 
 @dataclass(frozen=True)
 class Loan:
-    """Experts of one layer that may be read now: `slots[i]` holds the record of expert `experts[i]`.
+    """Pinned experts of one layer: slot `slots[i]` holds the record of expert `experts[i]`, ready to read.
 
-    Pinned until the iteration that yielded it moves on.
+    A loan of `borrow` is valid until its iterator advances or is closed; one of `lend`, until its block ends.
     """
 
     experts: tuple[int, ...]
@@ -51,15 +52,15 @@ class Loan:
 
 
 class ExpertCache:
-    """Slots, their contents and their traffic. Used from one thread; only the link has others.
+    """Loads experts into slots, pins them while they are read, and evicts. To be used from one thread.
 
     The contract:
-    - `borrow` pins what it yields; the pin ends when its iterator moves on or is closed;
-    - nothing pinned and nothing on the link is ever evicted;
-    - a demanded load overtakes every prefetch, and one already on the link is promoted, not repeated;
-    - a prefetch takes free slots first and evicts only what is neither pinned, nor named by its caller
-      as wanted sooner, nor a prefetch that nothing has used yet;
-    - what merely fills free slots evicts nothing, and leaves like anything that was used long ago.
+    - `borrow` pins the experts that it yields until its iterator advances or is closed;
+    - pinned experts and experts in flight are never evicted;
+    - demand loads overtake all prefetches; a request for a prefetch in flight promotes the prefetch;
+    - a prefetch takes free slots first; it evicts no pinned expert, no expert that its caller needs sooner, and no
+      unused prefetch;
+    - a fill takes free slots only; a filled expert is evicted like any other.
     """
 
     def __init__(self, store: ExpertStore, link: Link, pool: SlotPool, policy: EvictionPolicy) -> None:
@@ -75,116 +76,118 @@ class ExpertCache:
         self._prefetches: list[Transfer] = []
         self._numbers: list[set[int]] = [set() for _ in store.experts]
         self._free = list(range(pool.count - 1, -1, -1))
-        # A layer that needs more experts than its share of the slots passes the others through these few.
-        self._stay = max(0, pool.count // len(store.experts) - PASSING_SLOTS)
-        self._staying: set[ExpertId] = set()
+        # A request for more experts than a layer's share of the slots keeps these many; the others stream through.
+        self._max_kept = max(0, pool.count // len(store.experts) - TRANSIT_SLOTS)
+        self._kept: set[ExpertId] = set()
         self.recording: list[list[ExpertId]] | None = None
-        """When it is a list, what every pass asks for is appended to it: a trace."""
+        """A trace: unless it is None, `borrow` appends each request to it."""
 
     def borrow(
         self, layer: int, experts: Sequence[int], meanwhile: Callable[[], None] | None = None
     ) -> Generator[Loan, None, None]:
-        """Yields loans that cover `experts` (distinct) of `layer` once each: hits first, misses as they arrive.
+        """Requests `experts` of `layer`, which are distinct, and yields loans that cover each once.
 
-        Misses are put on the link before the hits are yielded, in the given order. When there are fewer
-        slots than misses, slots are reused as loans end, so any number of experts passes through any
-        number of slots. Those that come last in `experts` count as used last, in whatever order they
-        arrive, and keep their slots while others can go. Raises the store's OSError when a record cannot
-        be read. Close the iterator (or exhaust it) before the next call.
+        Hits come first, then misses as they arrive. Misses are put on the link in the given order before the hits are
+        yielded; `meanwhile` is called in between. Where there are more misses than slots, slots are reused as loans
+        end. The last of `experts` count as used last, in whatever order they arrive, and are evicted last. Raises the
+        store's OSError when a record cannot be read. Exhaust or close the iterator before the next call.
         """
-        wanted = [ExpertId(layer, index) for index in experts]
+        requested = [ExpertId(layer, index) for index in experts]
         if self.recording is not None:
-            self.recording.append(wanted)
-        self._policy.wanted(layer, experts)
-        # Asked once each: what arrives in between must be in one of the two.
-        resident = {expert: self.is_resident(expert) for expert in wanted}
-        hits = [expert for expert in wanted if resident[expert]]
-        misses = deque(expert for expert in wanted if not resident[expert])
+            self.recording.append(requested)
+        self._policy.requested(layer, experts)
+        # Checked once per expert: a prefetch that arrives in between must be either a hit or a miss.
+        resident = {expert: self.is_resident(expert) for expert in requested}
+        hits = [expert for expert in requested if resident[expert]]
+        misses = deque(expert for expert in requested if not resident[expert])
         self._count(hits, misses)
-        on_the_way: list[Transfer] = []
+        in_flight: list[Transfer] = []
         pinned: list[ExpertId] = []
-        self._staying = set(wanted[-self._stay :]) if self._stay else set()
+        self._kept = set(requested[-self._max_kept :]) if self._max_kept else set()
         try:
             for expert in hits:
                 self._pin(expert, pinned)
                 self._policy.used(expert)
-            self._settle(hits)
-            self._promote(misses, on_the_way, pinned)
-            self._demand(misses, on_the_way, pinned)
+            self._make_readable(hits)
+            self._promote(misses, in_flight, pinned)
+            self._demand(misses, in_flight, pinned)
             if meanwhile is not None:
                 meanwhile()
             if hits:
                 yield self._loan(hits)
                 self._unpin(hits, pinned)
-            while on_the_way or misses:
-                self._demand(misses, on_the_way, pinned)
-                arrived = self._arrived(on_the_way)
+            while in_flight or misses:
+                self._demand(misses, in_flight, pinned)
+                arrived = self._wait(in_flight)
                 yield self._loan(arrived)
                 self._unpin(arrived, pinned)
         finally:
             self._unpin(list(pinned), pinned)
-            self._staying = set()
-            for expert in wanted:
+            self._kept = set()
+            for expert in requested:
                 if expert in self._held:
                     self._policy.used(expert)
 
     @contextmanager
     def lend(self, layer: int, experts: Sequence[int]) -> Iterator[Loan]:
-        """A loan of `experts` of `layer`, all of them resident, for the block; KeyError when one is not.
+        """A loan of resident `experts` of `layer` for the duration of the block. Raises KeyError when one is missing.
 
-        For drafts: nothing is loaded, counted or remembered as used.
+        For drafts: it loads nothing, and changes neither the counters nor the policy.
         """
-        wanted = [ExpertId(layer, index) for index in experts]
+        requested = [ExpertId(layer, index) for index in experts]
         pinned: list[ExpertId] = []
         try:
-            for expert in wanted:
+            for expert in requested:
                 if not self.is_resident(expert):
                     raise KeyError(expert)
                 self._pin(expert, pinned)
-            self._settle(wanted)
-            yield self._loan(wanted)
+            self._make_readable(requested)
+            yield self._loan(requested)
         finally:
             self._unpin(list(pinned), pinned)
 
-    def prefetch(self, experts: Sequence[ExpertId], wanted_sooner: Collection[ExpertId] = ()) -> int:
-        """Puts `experts` on the link, in this order, behind every demanded load; returns how many were started.
+    def prefetch(self, experts: Sequence[ExpertId], needed_sooner: Collection[ExpertId] = ()) -> int:
+        """Puts `experts` on the link in this order, behind all demand loads. Returns how many loads were started.
 
-        Stops at the first one for which no slot may be taken (see the contract).
+        Skips experts that have slots. Stops at the first expert without a slot; see the contract for those it may take.
         """
         started = 0
-        keep = set(wanted_sooner) | set(experts)
+        keep = set(needed_sooner) | set(experts)
         for expert in experts:
             if expert in self._held:
                 continue
             slot = self._take_slot(expert.layer, keep)
             if slot is None:
                 break
-            self._bring(expert, slot, LoadReason.PREFETCH)
+            self._load(expert, slot, LoadReason.PREFETCH)
             started += 1
         return started
 
     def fill(self, experts: Sequence[ExpertId]) -> None:
-        """Puts `experts` on the link, in this order and as `prefetch` does, as long as slots are free."""
+        """Puts `experts` on the link in this order, behind all demand loads, while there are free slots."""
         for expert in experts:
             if not self._free:
                 break
             if expert not in self._held:
-                self._bring(expert, self._free.pop(), LoadReason.FILL)
+                self._load(expert, self._free.pop(), LoadReason.FILL)
 
-    def call_off(self, experts: Collection[ExpertId]) -> list[ExpertId]:
-        """Takes those prefetches of `experts` of which nothing has moved yet off the link and frees their slots."""
-        called_off = []
+    def cancel_prefetches(self, experts: Collection[ExpertId]) -> list[ExpertId]:
+        """Cancels the prefetches and fills of `experts` that have not started to move, and frees their slots.
+
+        Returns the experts whose loads were cancelled.
+        """
+        cancelled = []
         for expert in experts:
             held = self._held.get(expert)
             transfer = held.transfer if held is not None and held.load_reason else None
             if transfer is not None and not transfer.done and self._link.cancel(transfer):
                 self._drop(expert)
-                called_off.append(expert)
-        return called_off
+                cancelled.append(expert)
+        return cancelled
 
     @property
     def prefetching(self) -> int:
-        """Prefetches, and what fills slots, that are on the way and that nothing has asked for yet."""
+        """The number of prefetches and fills in flight without a request."""
         self._prefetches = [
             transfer
             for transfer in self._prefetches
@@ -194,27 +197,27 @@ class ExpertCache:
 
     @property
     def complete(self) -> bool:
-        """Whether every expert there is has a slot."""
+        """Whether every expert of the store has a slot."""
         return len(self._held) == self._experts
 
     def holds(self, expert: ExpertId) -> bool:
-        """Whether the expert has a slot, loaded or loading."""
+        """Whether the expert has a slot, loaded or in flight."""
         return expert in self._held
 
     def is_resident(self, expert: ExpertId) -> bool:
-        """Whether the record is in a slot now, whole."""
+        """Whether a slot holds the complete record of the expert."""
         held = self._held.get(expert)
         return held is not None and (held.transfer is None or held.transfer.arrived())
 
     def residents(self, layer: int) -> list[int]:
-        """The resident experts of a layer, in no order."""
+        """The resident experts of a layer, in no particular order."""
         held = self._numbers[layer]
         return [number for number in held if self.is_resident(ExpertId(layer, number))]
 
     def check_integrity(self) -> None:
-        """Raises AssertionError unless free and held slots add up and no slot is held twice. For tests."""
+        """Raises AssertionError unless each slot is either free or held by exactly one expert. For tests."""
         slots = [held.slot for held in self._held.values()] + self._free
-        assert sorted(slots) == list(range(self.pool.count)), f"slots lost or doubled: {sorted(slots)}"
+        assert sorted(slots) == list(range(self.pool.count)), f"slots lost or duplicated: {sorted(slots)}"
         assert all(held.pins >= 0 for held in self._held.values()), "an expert was unpinned twice"
 
     def _count(self, hits: Collection[ExpertId], misses: Collection[ExpertId]) -> None:
@@ -224,112 +227,116 @@ class ExpertCache:
         for expert in hits:
             held, nbytes = self._held[expert], self.store.record_nbytes(expert)
             counters.bytes_hit += nbytes
-            counters.bytes_prefetched_used += self._settled(held, nbytes)
+            counters.bytes_prefetched_used += self._resolve(held, nbytes)
 
-    def _promote(self, misses: deque[ExpertId], on_the_way: list[Transfer], pinned: list[ExpertId]) -> None:
-        """Takes what is on the link already off `misses`, and pins it before any slot is taken."""
+    def _promote(self, misses: deque[ExpertId], in_flight: list[Transfer], pinned: list[ExpertId]) -> None:
+        """Moves prefetches in flight from `misses` to `in_flight`, and pins them before any slot is taken."""
         for expert in list(misses):
             held = self._held.get(expert)
             if held is None or held.transfer is None or (held.transfer.done and held.transfer.error is not None):
                 continue
             self._link.promote(held.transfer)
             self._policy.used(expert)
-            self.counters.bytes_prefetched_late += self._settled(held, self.store.record_nbytes(expert))
+            self.counters.bytes_prefetched_late += self._resolve(held, self.store.record_nbytes(expert))
             misses.remove(expert)
             self._pin(expert, pinned)
-            on_the_way.append(held.transfer)
+            in_flight.append(held.transfer)
 
-    def _demand(self, misses: deque[ExpertId], on_the_way: list[Transfer], pinned: list[ExpertId]) -> None:
-        """Starts as many of `misses` as there are slots for, and pins them."""
+    def _demand(self, misses: deque[ExpertId], in_flight: list[Transfer], pinned: list[ExpertId]) -> None:
+        """Starts demand loads of `misses` while there are slots, moves them to `in_flight`, and pins them."""
         while misses:
             expert = misses[0]
             if expert in self._held:
-                # Its load failed before and is tried again.
+                # An earlier load of it failed.
                 self._drop(expert)
             slot = self._take_slot(expert.layer, ())
-            if slot is None and not (on_the_way or pinned):
-                slot = self._outlast_prefetches(expert.layer)
+            if slot is None and not (in_flight or pinned):
+                slot = self._wait_for_prefetch(expert.layer)
             if slot is None:
                 return
-            held = self._load(expert, slot, Priority.DEMAND)
+            transfer = self._load(expert, slot)
             self.counters.bytes_demanded += self.store.record_nbytes(expert)
-            assert held.transfer is not None
             misses.popleft()
             self._pin(expert, pinned)
-            on_the_way.append(held.transfer)
+            in_flight.append(transfer)
 
-    def _settle(self, hits: Sequence[ExpertId]) -> None:
-        """Makes prefetches that arrived unasked readable by the caller's device stream."""
-        arrived = [held.transfer for held in map(self._held.__getitem__, hits) if held.transfer is not None]
+    def _make_readable(self, experts: Sequence[ExpertId]) -> None:
+        """Lets the caller's device stream read resident `experts` that were prefetched or filled."""
+        arrived = [held.transfer for held in map(self._held.__getitem__, experts) if held.transfer is not None]
         if arrived:
             self._link.wait_any(arrived)
             for transfer in arrived:
                 self._held[transfer.expert].transfer = None
 
-    def _arrived(self, on_the_way: list[Transfer]) -> list[ExpertId]:
-        """Waits for at least one transfer, takes all that are done off the list, raises what failed."""
+    def _wait(self, in_flight: list[Transfer]) -> list[ExpertId]:
+        """Waits for a transfer and removes those that are done from the list. Raises the error of a failed one."""
         started = time.perf_counter()
-        arrived = self._link.wait_any(on_the_way)
+        arrived = self._link.wait_any(in_flight)
         self.counters.link_wait_seconds += time.perf_counter() - started
-        on_the_way[:] = [transfer for transfer in on_the_way if transfer not in arrived]
+        in_flight[:] = [transfer for transfer in in_flight if transfer not in arrived]
         for transfer in arrived:
             if transfer.error is not None:
                 raise transfer.error
             self._held[transfer.expert].transfer = None
         return [transfer.expert for transfer in arrived]
 
-    def _load(self, expert: ExpertId, slot: int, priority: Priority) -> _Resident:
+    def _load(self, expert: ExpertId, slot: int, reason: LoadReason | None = None) -> Transfer:
+        """Starts a load into a free slot: a demand load, unless there is a `reason` for loading ahead."""
+        priority = Priority.DEMAND if reason is None else Priority.PREFETCH
         transfer = self._link.start(expert, slot, self.pool.memory[slot], priority)
-        held = self._held[expert] = _Resident(slot, transfer)
+        self._held[expert] = _Resident(slot, transfer, load_reason=reason)
         self._numbers[expert.layer].add(expert.number)
         self._policy.inserted(expert)
-        return held
-
-    def _bring(self, expert: ExpertId, slot: int, why: LoadReason) -> None:
-        held = self._load(expert, slot, Priority.PREFETCH)
-        held.load_reason = why
-        assert held.transfer is not None
-        self._prefetches.append(held.transfer)
+        if reason is not None:
+            self._prefetches.append(transfer)
+        return transfer
 
     def _take_slot(self, layer: int, keep: Collection[ExpertId]) -> int | None:
+        """A free slot for an expert of `layer`, after an eviction if necessary; None when no expert may be evicted.
+
+        `keep` are the experts that a prefetch must not evict; it is empty for a demand load.
+        """
         if self._free:
             return self._free.pop()
 
         def evictable(expert: ExpertId) -> bool:
             held = self._held[expert]
             moving = held.transfer is not None and not held.transfer.done
-            foretold = held.load_reason is LoadReason.PREFETCH
-            return held.pins == 0 and not moving and expert not in keep and not (keep and foretold)
+            unused = held.load_reason is LoadReason.PREFETCH
+            return held.pins == 0 and not moving and expert not in keep and not (keep and unused)
 
-        staying = self._staying
-        victim = self._policy.victim(layer, lambda expert: expert not in staying and evictable(expert))
+        kept = self._kept
+        victim = self._policy.victim(layer, lambda expert: expert not in kept and evictable(expert))
         victim = victim or self._policy.victim(layer, evictable)
         if victim is None:
-            return None if keep else self._call_off_a_prefetch()
+            return None if keep else self._cancel_latest_prefetch()
         held = self._held[victim]
-        # What could not be read has not moved.
+        # A failed load moved no bytes.
         if held.transfer is None or held.transfer.error is None:
-            self.counters.bytes_prefetched_wasted += self._settled(held, self.store.record_nbytes(victim))
+            self.counters.bytes_prefetched_wasted += self._resolve(held, self.store.record_nbytes(victim))
         self._drop(victim)
         return self._free.pop()
 
-    def _settled(self, held: _Resident, nbytes: int) -> int:
-        """Notes that the fate of `held` is known; its `nbytes` if it was a prefetch, after counting them if a fill."""
-        why, held.load_reason = held.load_reason, None
-        if why is LoadReason.FILL:
-            self.counters.bytes_filled += nbytes
-        return nbytes if why is LoadReason.PREFETCH else 0
+    def _resolve(self, held: _Resident, nbytes: int) -> int:
+        """Clears the load reason at the first request or the eviction of `held`, and counts the bytes of a fill.
 
-    def _call_off_a_prefetch(self) -> int | None:
-        """The slot of a prefetch of which nothing has moved yet, the latest one: a demand goes before it."""
+        Returns `nbytes` for a prefetch, 0 for others.
+        """
+        reason, held.load_reason = held.load_reason, None
+        if reason is LoadReason.FILL:
+            self.counters.bytes_filled += nbytes
+        return nbytes if reason is LoadReason.PREFETCH else 0
+
+    def _cancel_latest_prefetch(self) -> int | None:
+        """Cancels the latest prefetch that has not started to move, and takes its slot; None when there is none."""
         for expert, held in reversed(self._held.items()):
             if held.load_reason and held.transfer is not None and held.pins == 0 and self._link.cancel(held.transfer):
                 self._drop(expert)
                 return self._free.pop()
         return None
 
-    def _outlast_prefetches(self, layer: int) -> int | None:
-        """A slot when every one is held by a load on its way that nobody waits for: that of the first to arrive."""
+    def _wait_for_prefetch(self, layer: int) -> int | None:
+        """Waits until a load in flight ends, and takes a slot. For a cache whose slots are all being loaded."""
         moving = [held.transfer for held in self._held.values() if held.transfer is not None]
         assert moving, "no slot is free although nothing is pinned"
         started = time.perf_counter()

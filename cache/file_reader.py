@@ -1,4 +1,4 @@
-"""Positioned reads from one file, through the page cache or past it, from any number of threads."""
+"""Positioned reads from one file, cached or direct, from any number of threads."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from pathlib import Path
 import numpy as np
 
 BLOCK = 4096
-"""Reads past the page cache must start, end and land on multiples of this many bytes."""
+"""Alignment in bytes of a direct read: of its offset, its length and its buffer."""
 
 
 class FileReader(ABC):
-    """An open file."""
+    """An open file. Reads are thread-safe."""
 
     @abstractmethod
     def read(self, offset: int, into: memoryview) -> int:
-        """Fills `into` from byte `offset` on and returns how many bytes there were; fewer only at the file's end."""
+        """Fills `into` from byte `offset` on. Returns the number of bytes read: fewer only at the end of the file."""
 
     @abstractmethod
     def close(self) -> None:
-        """Gives the file back; no read may be under way or follow."""
+        """Closes the file. No read may be in progress or follow."""
 
 
 class PositionedReader(FileReader):
-    """Through the page cache, with one handle for all threads."""
+    """Reads through the page cache with `preadv`, with one file descriptor for all threads."""
 
     def __init__(self, path: Path) -> None:
         self._handle = os.open(path, os.O_RDONLY)
@@ -49,7 +49,7 @@ class PositionedReader(FileReader):
 
 
 class CachedReader(FileReader):
-    """Through the page cache, a handle for each thread: for systems that cannot read at a position."""
+    """Reads through the page cache with a file descriptor per thread, for systems without `preadv`."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -85,9 +85,9 @@ class CachedReader(FileReader):
 
 
 class DirectReader(FileReader):
-    """Past the page cache: whole blocks into an aligned buffer of the thread's own, then a copy of what is wanted.
+    """Bypasses the page cache: reads whole blocks into an aligned buffer per thread, then copies the requested bytes.
 
-    The copy costs less than what the kernel spends on a page cache that is too small to help.
+    The copy costs less than the kernel's work for a page cache that is too small to produce hits.
     """
 
     def __init__(self, handle: int) -> None:
@@ -97,16 +97,16 @@ class DirectReader(FileReader):
     def read(self, offset: int, into: memoryview) -> int:
         """See the base class."""
         skip = offset % BLOCK
-        wanted = skip + len(into)
-        buffer = self._buffer(-(-wanted // BLOCK) * BLOCK)
+        end = skip + len(into)
+        buffer = self._buffer(-(-end // BLOCK) * BLOCK)
         done = 0
-        while done < wanted:
+        while done < end:
             count = os.preadv(self._handle, [memoryview(buffer)[done:]], offset - skip + done)
             done += count
             if count == 0 or count % BLOCK:
                 break
-        found = max(0, min(done, wanted) - skip)
-        # numpy's copy lets other threads run meanwhile; one between memoryviews would not.
+        found = max(0, min(done, end) - skip)
+        # numpy's copy releases the GIL; a copy between memoryviews does not.
         np.copyto(np.frombuffer(into, np.uint8)[:found], np.frombuffer(buffer, np.uint8)[skip : skip + found])
         return found
 
@@ -122,11 +122,14 @@ class DirectReader(FileReader):
 
 
 def open_file(path: Path, *, direct: bool) -> FileReader:
-    """`path` for reading, past the page cache if `direct` and if its file system can."""
+    """Opens `path` for reading. `direct` bypasses the page cache where the file system supports it.
+
+    Raises OSError when the file cannot be opened.
+    """
     if direct and hasattr(os, "O_DIRECT") and hasattr(os, "preadv"):
         try:
             return DirectReader(os.open(path, os.O_RDONLY | os.O_DIRECT))
         except OSError:
-            # Memory file systems have nothing to bypass and say so by refusing.
+            # Some file systems refuse direct reads, such as those in memory.
             pass
     return PositionedReader(path) if hasattr(os, "preadv") else CachedReader(path)

@@ -1,4 +1,4 @@
-"""All records in RAM, page-locked as far as the system lets, for a device that copies from it by itself."""
+"""All records in RAM, page-locked as far as the system allows, so that a device can copy them asynchronously."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from edgemoe.cache.record import ExpertId
 from edgemoe.cache.store import ExpertStore, Piece
 
 SLAB_NBYTES = 256 << 20
-"""Memory is taken in slabs of about this size: few page-lock calls, and a refusal costs one slab, not all."""
+"""Bytes per allocation: few page-lock calls, and a refused call costs one slab only."""
 
 
 class HostStore(ExpertStore):
-    """A copy of another store's records in RAM.
+    """A copy in RAM of the records of `source`, which stays open and is owned by the caller.
 
-    `pinned_limit` caps the page-locked bytes; slabs beyond it, and every slab after the system once
-    refused to lock one, are ordinary memory. With `pin` false nothing is locked, which is how it runs
-    where there is no CUDA.
+    At most `pinned_limit` bytes are page-locked. Slabs beyond the limit are pageable, as are all slabs after the system
+    has refused to lock one. Without `pin`, as on a system without CUDA, all are pageable.
     """
 
     def __init__(self, source: ExpertStore, pinned_limit: int, *, pin: bool) -> None:
@@ -28,11 +27,14 @@ class HostStore(ExpertStore):
         self._source = source
         self._records: dict[ExpertId, tuple[torch.Tensor, bool]] = {}
         self.pinned_nbytes = 0
-        """Bytes that are page-locked."""
+        """Page-locked bytes."""
         self._allocate(pinned_limit if pin else 0)
 
     def fill(self, threads: int, on_progress: Callable[[int, int], None]) -> None:
-        """Reads every record from the source with `threads` reads in flight; reports (bytes done, bytes in all)."""
+        """Reads every record from the source, `threads` at a time. Calls `on_progress` with (bytes done, total bytes).
+
+        To be called once, before any other method. Raises the source's OSError when a record cannot be read.
+        """
         total, done = self.nbytes, 0
 
         def read(expert: ExpertId) -> int:
@@ -46,7 +48,7 @@ class HostStore(ExpertStore):
                 on_progress(done, total)
 
     def record(self, expert: ExpertId) -> tuple[torch.Tensor, bool]:
-        """The record, uint8 [record bytes], and whether it is page-locked. Valid until `close`."""
+        """The record, uint8 [record bytes], and whether it is page-locked. Valid until `close`; not to be written."""
         return self._records[expert]
 
     def pieces(self, expert: ExpertId, slot: torch.Tensor) -> Sequence[Piece]:
@@ -63,30 +65,30 @@ class HostStore(ExpertStore):
         self._records.clear()
 
     def _allocate(self, pinned_limit: int) -> None:
-        waiting = [ExpertId(layer, index) for layer, count in enumerate(self.experts) for index in range(count)]
+        left = [ExpertId(layer, index) for layer, count in enumerate(self.experts) for index in range(count)]
         refused = False
-        while waiting:
-            first = self.record_nbytes(waiting[0])
-            count = max(1, min(len(waiting), SLAB_NBYTES // first))
-            nbytes = sum(self.record_nbytes(expert) for expert in waiting[:count])
+        while left:
+            first = self.record_nbytes(left[0])
+            count = max(1, min(len(left), SLAB_NBYTES // first))
+            nbytes = sum(self.record_nbytes(expert) for expert in left[:count])
             locked = not refused and self.pinned_nbytes + nbytes <= pinned_limit
             slab, locked_now = _slab(nbytes, locked)
             refused = refused or (locked and not locked_now)
             self.pinned_nbytes += nbytes if locked_now else 0
             at = 0
-            for expert in waiting[:count]:
+            for expert in left[:count]:
                 size = self.record_nbytes(expert)
                 self._records[expert] = slab[at : at + size], locked_now
                 at += size
-            waiting = waiting[count:]
+            left = left[count:]
 
 
 def _slab(nbytes: int, locked: bool) -> tuple[torch.Tensor, bool]:
-    """Memory for records, page-locked if asked for and granted."""
+    """Memory for records, uint8 [nbytes], and whether it is page-locked: if requested, and granted by the system."""
     if locked:
         try:
             return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True), True
         except RuntimeError:
-            # The system's limit on locked memory: laptops, Windows and WSL have low ones.
+            # The system limits locked memory; the limit is low on laptops, Windows and WSL.
             pass
     return torch.empty(nbytes, dtype=torch.uint8), False

@@ -1,4 +1,4 @@
-"""The default eviction policy: what stays resident follows the text."""
+"""The default eviction policy: heat from recent use and from similar past passes."""
 
 from __future__ import annotations
 
@@ -12,197 +12,200 @@ from edgemoe.cache.record import ExpertId
 from edgemoe.cache.routing_history import RoutingHistory
 
 DECAY = 0.75
-"""What a use counts one pass later, and at most what a use one pass later counts now: past and future fade alike."""
-HABIT = 512
-"""Passes over which an expert's usual share is taken. It is what is worth keeping for a next run."""
-BACKGROUND = 0.25
-"""Weight of the usual share beside what was wanted lately: it decides between experts that were not."""
-LEARNT = 64
-"""Passes that the heat of an earlier run counts for: soon outweighed by what this text wants."""
-DOUBT = 0.03
-"""Weight of what was wanted lately against what is recalled: that of one moment a little more than half like now."""
-TRUSTED = 512
-"""Passes over all layers after which it matters little how well heat foretold what they wanted."""
-LIVES = 32
-"""Rounds through the layers over which the slots' survival is taken."""
-TRIES = 8
-"""Experts tried one by one before all of them are put into order."""
+"""Decay per pass of a past use. Also the upper bound of the discount for a use one pass ahead."""
+AVERAGE_PASSES = 512
+"""Window in passes of an expert's average use rate, which `heat` returns."""
+AVERAGE_WEIGHT = 0.25
+"""Weight of the average use rate relative to recent use. It ranks experts without recent use."""
+WARM_PASSES = 64
+"""Passes that the heat of an earlier run counts for."""
+RECENT_WEIGHT = 0.03
+"""Weight of recent use against recalled use; equals one recalled pass of similarity 0.56."""
+TRUST_PASSES = 512
+"""Window of the trust in heat, in passes through single layers."""
+SURVIVAL_PASSES = 32
+"""Window in passes of the survival of slots."""
+MAX_TRIES = 8
+"""Candidates that are tried one at a time before all experts are sorted."""
 
-OUT, IN, FETCHED = 0, 1, 2
-"""Not resident, resident, and brought unasked: counts as wanted at once until a pass reaches its layer, since whoever
-brought it knows more than the past."""
+ABSENT, RESIDENT, PREFETCHED = 0, 1, 2
+"""States of an expert: without a slot; with a slot; loaded without a request. The third counts as heat 1 until a pass
+reaches its layer, since its prediction knows more than the past."""
 
 
 class HotTemporal(EvictionPolicy):
-    """The coldest leaves, where an expert's heat is how soon it will be wanted, as far as the past tells.
+    """Evicts the coldest expert: the one whose next use is expected to be the furthest away.
 
-    After SpecMoE's HotTemporal (arXiv 2604.10152), which keeps the experts that verification has seen lately and often;
-    its window and its decay are not known. Here an expert is hot for two reasons: it was wanted lately (each use fades
-    by `DECAY` a pass, and a slow average stands behind it), and it soon followed earlier moments that resemble this
-    one (`RoutingHistory`). The more they resemble it, the more they count.
+    After SpecMoE's HotTemporal (arXiv 2604.10152), which keeps the experts that verification used recently and often;
+    the paper does not give its window and decay. Here heat combines two terms. Recent use decays by `DECAY` per pass
+    and has a long-run average added. Recalled use is what followed the most similar past passes (`RoutingHistory`); it
+    weighs more the more similar those are.
 
-    Two things are measured while running, since they differ between models and sizes. *Survival*: a use that comes
-    after the slot has been given away saves nothing, so a use one round later counts as much as a slot is likely to
-    live that long. This discounts what is recalled, and it compares layers: the one just passed waits a whole round,
-    the next one does not. *Trust*: the slope of what was wanted over what heat foretold. The less heat foretells, the
-    more evenly experts are taken to be wanted; with random routing the layers' order alone decides, which keeps their
-    shares equal.
+    Two quantities are measured online, since they differ between models and cache sizes. *Survival* is the fraction of
+    slots that keep their expert for a pass. It discounts a use one pass ahead, since a use after the eviction is a miss
+    anyway. The discount also compares layers: the current layer's next use is a whole pass away, the next layer's is
+    not. *Trust* is the slope of the regression of requests on heat. The lower it is, the closer all heats are moved to
+    their mean. Under random routing only the order of the layers remains, which gives them equal shares of the slots.
 
-    A pass's experts are those of `wanted`; `used` tells nothing more.
+    Only `requested` counts uses; `used` is ignored.
     """
 
     def __init__(self, experts: Sequence[int]) -> None:
         """`experts[layer]` is the number of experts of each layer."""
-        layers, most = len(experts), max(experts)
+        layers, widest = len(experts), max(experts)
         self._experts = tuple(experts)
-        self._lately = np.zeros((layers, most), np.float32)
-        self._usually = np.zeros((layers, most), np.float32)
-        self._heat = np.zeros((layers, most), np.float32)
-        self._state = np.full((layers, most), OUT, np.uint8)
+        self._recent = np.zeros((layers, widest), np.float32)
+        self._average = np.zeros((layers, widest), np.float32)
+        self._heat = np.zeros((layers, widest), np.float32)
+        self._state = np.full((layers, widest), ABSENT, np.uint8)
         self._passes = [0] * layers
-        self._moments = RoutingHistory(experts)
-        self._soon = np.zeros(most, np.float32)
-        # Sums over passes: foretold times wanted and foretold squared, both about their means, foretold, and passes.
-        # Before the first, heat is half believed.
-        self._record = np.array([0.5, 1.0, 0.1, 1.0])
-        self._slots = self._left = 0
+        self._history = RoutingHistory(experts)
+        self._recalled = np.zeros(widest, np.float32)
+        # Decayed sums over passes: covariance of heat and requests, variance of heat, mean heat, and passes.
+        # Their initial values amount to a trust of one half.
+        self._sums = np.array([0.5, 1.0, 0.1, 1.0])
+        self._held = self._evicted = 0
         self._survival = DECAY
         self._layer: int | None = None
-        self._asked: set[int] = set()
+        self._requested: set[int] = set()
 
-    def wanted(self, layer: int, experts: Sequence[int]) -> None:
+    def requested(self, layer: int, experts: Sequence[int]) -> None:
         """See the base class."""
         if self._layer is None or layer <= self._layer:
-            self._begin()
-        self._layer, self._asked = layer, set(experts)
+            self._begin_pass()
+        self._layer, self._requested = layer, set(experts)
         self._passes[layer] += 1
-        rate = max(1 / self._passes[layer], 1 / HABIT)
-        now, count = np.array(experts, np.int64), self._experts[layer]
-        known = self._moments.follow(layer, now, self._soon)
-        _judge(now, self._heat[layer, :count], self._record)
-        _warm(now, rate, known, self._soon, self._lately[layer], self._usually[layer], self._heat[layer])
-        _settle(self._state[layer])
+        rate = max(1 / self._passes[layer], 1 / AVERAGE_PASSES)
+        numbers, count = np.array(experts, np.int64), self._experts[layer]
+        weight = self._history.observe(layer, numbers, self._recalled)
+        _update_trust(numbers, self._heat[layer, :count], self._sums)
+        _update_heat(
+            numbers, rate, weight, self._recalled, self._recent[layer], self._average[layer], self._heat[layer]
+        )
+        _clear_prefetched(self._state[layer])
 
     def inserted(self, expert: ExpertId) -> None:
         """See the base class."""
-        asked = expert.layer == self._layer and expert.number in self._asked
-        self._state[expert] = IN if asked else FETCHED
-        self._slots += 1
+        requested = expert.layer == self._layer and expert.number in self._requested
+        self._state[expert] = RESIDENT if requested else PREFETCHED
+        self._held += 1
 
     def used(self, expert: ExpertId) -> None:
         """See the base class."""
 
     def removed(self, expert: ExpertId) -> None:
         """See the base class."""
-        self._state[expert] = OUT
-        self._slots -= 1
-        self._left += 1
+        self._state[expert] = ABSENT
+        self._held -= 1
+        self._evicted += 1
 
     def victim(self, layer: int, evictable: Evictable) -> ExpertId | None:
         """See the base class."""
         layers, experts = self._state.shape
-        now = layer if self._layer is None else self._layer
-        step, chance = self._discount ** (1 / layers), self._chance()
+        current = layer if self._layer is None else self._layer
+        step, offset = self._discount ** (1 / layers), self._offset()
         state = self._state.copy()
-        for _ in range(TRIES):
-            number = _coldest(self._heat, state, now, step, chance)
-            if number < 0:
+        for _ in range(MAX_TRIES):
+            index = _coldest(self._heat, state, current, step, offset)
+            if index < 0:
                 return None
-            expert = ExpertId(*divmod(number, experts))
+            expert = ExpertId(*divmod(index, experts))
             if evictable(expert):
                 return expert
-            state[expert] = OUT
-        rounds = step ** ((np.arange(layers) - now - 1) % layers)
-        heat = (np.where(state == FETCHED, 1, self._heat) + chance) * rounds[:, None]
-        order = np.argsort(np.where(state == OUT, np.inf, heat), axis=None, kind="stable")
-        others = (ExpertId(*divmod(number, experts)) for number in order[: np.count_nonzero(state)].tolist())
+            state[expert] = ABSENT
+        factors = step ** ((np.arange(layers) - current - 1) % layers)
+        heat = (np.where(state == PREFETCHED, 1, self._heat) + offset) * factors[:, None]
+        order = np.argsort(np.where(state == ABSENT, np.inf, heat), axis=None, kind="stable")
+        others = (ExpertId(*divmod(index, experts)) for index in order[: np.count_nonzero(state)].tolist())
         return next((expert for expert in others if evictable(expert)), None)
 
     def heat(self) -> dict[ExpertId, float]:
-        """The share of passes that wanted each expert, over the last `HABIT` or so; those never wanted are left out."""
-        layers, numbers = (found.tolist() for found in np.nonzero(self._usually))
-        return {ExpertId(*at): float(self._usually[at]) for at in zip(layers, numbers, strict=True)}
+        """The average use rate of each expert over about `AVERAGE_PASSES` passes, 0 to 1; without those never used."""
+        layers, numbers = (found.tolist() for found in np.nonzero(self._average))
+        return {ExpertId(*at): float(self._average[at]) for at in zip(layers, numbers, strict=True)}
 
     def warm(self, heat: Mapping[ExpertId, float]) -> None:
-        """See the base class."""
-        for expert, share in heat.items():
-            self._heat[expert] = self._usually[expert] = min(1.0, max(0.0, share))
-            self._passes[expert.layer] = LEARNT
+        """See the base class. Values are clamped to 0 to 1."""
+        for expert, rate in heat.items():
+            self._heat[expert] = self._average[expert] = min(1.0, max(0.0, rate))
+            self._passes[expert.layer] = WARM_PASSES
 
-    def _begin(self) -> None:
-        """A pass starts at the first layer again."""
-        if self._slots:
-            gone = min(1.0, self._left / self._slots)
-            self._survival += (1 - gone - self._survival) / LIVES
-        self._left = 0
-        self._moments.begin(self._discount)
+    def _begin_pass(self) -> None:
+        if self._held:
+            evicted = min(1.0, self._evicted / self._held)
+            self._survival += (1 - evicted - self._survival) / SURVIVAL_PASSES
+        self._evicted = 0
+        self._history.begin_pass(self._discount)
 
     @property
     def _discount(self) -> float:
-        """What a use one round later counts now."""
+        """The weight of a use one pass ahead."""
         return min(DECAY, max(0.1, self._survival))
 
-    def _chance(self) -> float:
-        """What every heat is raised by before it is compared: the mean, as far as heat is not to be trusted."""
-        together, foretold, total, passes = self._record.tolist()
-        trust = min(1.0, max(0.01, together / foretold))
+    def _offset(self) -> float:
+        """What is added to every heat before a comparison: the mean heat times (1 - trust) / trust."""
+        covariance, variance, total, passes = self._sums.tolist()
+        trust = min(1.0, max(0.01, covariance / variance))
         return float(total / passes * (1 - trust) / trust)
 
 
 @njit(cache=True, boundscheck=False, error_model="numpy")
-def _judge(now, heat, record):  # type: ignore[no-untyped-def]
-    """Adds to `record` how the heats of a layer's experts, [experts], foretold that `now` would be wanted."""
+def _update_trust(numbers, heat, sums):  # type: ignore[no-untyped-def]
+    """Adds a request for experts `numbers` of a layer with `heat`, [experts], to the sums of the regression."""
     mean = heat.mean()
-    together = foretold = 0.0
+    covariance = variance = 0.0
     for value in heat:
-        foretold += (value - mean) ** 2
-    for expert in now:
-        together += heat[expert] - mean
-    fade = 1 - 1 / TRUSTED
-    record[0] = record[0] * fade + together
-    record[1] = record[1] * fade + foretold
-    record[2] = record[2] * fade + mean
-    record[3] = record[3] * fade + 1
+        variance += (value - mean) ** 2
+    for number in numbers:
+        covariance += heat[number] - mean
+    keep = 1 - 1 / TRUST_PASSES
+    sums[0] = sums[0] * keep + covariance
+    sums[1] = sums[1] * keep + variance
+    sums[2] = sums[2] * keep + mean
+    sums[3] = sums[3] * keep + 1
 
 
 @njit(cache=True, boundscheck=False, error_model="numpy")
-def _warm(now, rate, known, soon, lately, usually, heat):  # type: ignore[no-untyped-def]
-    """Lets one layer's uses fade, adds those of `now` and writes its heats. All but `now` are [experts]."""
-    for expert in range(heat.shape[0]):
-        lately[expert] *= np.float32(DECAY)
-        usually[expert] *= np.float32(1 - rate)
-    for expert in now:
-        lately[expert] += np.float32(1 - DECAY)
-        usually[expert] += np.float32(rate)
-    for expert in range(heat.shape[0]):
-        past = np.float32(DOUBT) * (lately[expert] + np.float32(BACKGROUND) * usually[expert])
-        heat[expert] = (soon[expert] + past) / np.float32(known + DOUBT)
+def _update_heat(numbers, rate, weight, recalled, recent, average, heat):  # type: ignore[no-untyped-def]
+    """Updates `recent`, `average` and `heat` of a layer, [experts], after a request for experts `numbers`.
+
+    `recalled`, [experts], is a sum over recalled passes whose weights sum to `weight`.
+    """
+    for number in range(heat.shape[0]):
+        recent[number] *= np.float32(DECAY)
+        average[number] *= np.float32(1 - rate)
+    for number in numbers:
+        recent[number] += np.float32(1 - DECAY)
+        average[number] += np.float32(rate)
+    for number in range(heat.shape[0]):
+        past = np.float32(RECENT_WEIGHT) * (recent[number] + np.float32(AVERAGE_WEIGHT) * average[number])
+        heat[number] = (recalled[number] + past) / np.float32(weight + RECENT_WEIGHT)
 
 
 @njit(cache=True, boundscheck=False, error_model="numpy")
-def _settle(state):  # type: ignore[no-untyped-def]
-    """A pass has reached the layer: what was brought for it is as hot as its heat says."""
-    for expert in range(state.shape[0]):
-        if state[expert] == FETCHED:
-            state[expert] = IN
+def _clear_prefetched(state):  # type: ignore[no-untyped-def]
+    """Turns the prefetched experts of a layer, whose states are [experts], into plain residents."""
+    for number in range(state.shape[0]):
+        if state[number] == PREFETCHED:
+            state[number] = RESIDENT
 
 
 @njit(cache=True, boundscheck=False, error_model="numpy")
-def _coldest(heat, state, now, step, chance):  # type: ignore[no-untyped-def]
-    """The flat index of the coldest resident expert, -1 without any; among equals the first from layer `now` on.
+def _coldest(heat, state, current, step, offset):  # type: ignore[no-untyped-def]
+    """The flat index of the coldest expert with a slot, or -1. Ties go to the first in the order after `current`.
 
-    `heat` and `state` are [layers, experts]; a layer counts `step` times what the one before it counts.
+    `heat` and `state` are [layers, experts]. Each layer after layer `current` counts `step` times the one before it.
     """
     layers, experts = state.shape
-    found, least, factor = -1, np.inf, 1.0
+    found, lowest, factor = -1, np.inf, 1.0
     for ahead in range(layers):
-        layer = (now + 1 + ahead) % layers
-        for expert in range(experts):
-            if state[layer, expert] == OUT:
+        layer = (current + 1 + ahead) % layers
+        for number in range(experts):
+            if state[layer, number] == ABSENT:
                 continue
-            hot = np.float32(1) if state[layer, expert] == FETCHED else heat[layer, expert]
-            value = (hot + chance) * factor
-            if value < least:
-                found, least = layer * experts + expert, value
+            own = np.float32(1) if state[layer, number] == PREFETCHED else heat[layer, number]
+            value = (own + offset) * factor
+            if value < lowest:
+                found, lowest = layer * experts + number, value
         factor *= step
     return found

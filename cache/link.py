@@ -1,4 +1,4 @@
-"""What moves records between tiers: transfers with priorities, and a throttle for experiments."""
+"""The interface of links, which move records into slots; their transfers; and a simulated bandwidth."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from edgemoe.cache.record import ExpertId
 
 
 class Priority(IntEnum):
-    """Which transfer the link serves first."""
+    """The order of service: demand loads before prefetches."""
 
     DEMAND = 0
     PREFETCH = 1
 
 
 class Transfer:
-    """One record on its way into a slot. Made by a link; `done` and `error` are set by the link."""
+    """The transfer of one record into a slot. The link creates it, and sets `done` and `error`."""
 
     def __init__(self, expert: ExpertId, slot: int, nbytes: int, priority: Priority) -> None:
         self.expert = expert
@@ -32,55 +32,55 @@ class Transfer:
         self.error: BaseException | None = None
 
     def arrived(self) -> bool:
-        """Whether the record is whole in its slot and may be read without waiting."""
+        """Whether the slot holds the complete record, so that reading it does not wait."""
         return self.done and self.error is None
 
 
 class Link(ABC):
-    """Moves records into slots. `start`, `promote` and `wait_any` are called from one thread."""
+    """Moves records into slots. All methods are called from one thread."""
 
     busy_seconds: float = 0.0
-    """Time in which something was on its way, up to the last arrival, where the link can tell."""
+    """Time with at least one transfer in flight, up to the last arrival."""
     bytes_moved: int = 0
-    """Bytes that have arrived in that time; over it, the bandwidth reached."""
+    """Bytes that arrived. Divided by `busy_seconds` they give the bandwidth."""
 
     @abstractmethod
     def start(self, expert: ExpertId, slot: int, memory: torch.Tensor, priority: Priority) -> Transfer:
-        """Begins to fill `memory`, the uint8 slot of index `slot` on the device. Never blocks on the data.
+        """Starts to load the record of `expert` into `memory`, the slot `slot`. Never blocks on the data.
 
-        The memory belongs to the link until the transfer is done.
+        `memory` is uint8 [slot bytes] on the device. Only the link may write it until the transfer is done.
         """
 
     @abstractmethod
     def promote(self, transfer: Transfer) -> None:
-        """Makes a prefetch a demanded load: what is left of it overtakes every other prefetch."""
+        """Turns a prefetch into a demand load: the rest of it is served before all prefetches."""
 
     @abstractmethod
     def cancel(self, transfer: Transfer) -> bool:
-        """Takes a transfer of which nothing has moved yet off the link; whether it could. Its slot is free then."""
+        """Cancels a transfer unless it has started to move. Returns whether it did; the slot is then free."""
 
     @abstractmethod
     def wait_any(self, transfers: Sequence[Transfer]) -> list[Transfer]:
-        """Blocks until at least one of `transfers` is done and returns all that are, in the given order.
+        """Blocks until at least one of `transfers` is done, and returns those that are, in the given order.
 
-        Afterwards the caller's device stream may read their slots; this is also how a record that arrived
-        unasked becomes readable. A transfer that failed is returned as well, with its `error` set.
+        The caller's device stream may read the slots of the returned transfers, and of no others. Prefetched records
+        need this call as well. Failed transfers are returned with their `error` set.
         """
 
     @abstractmethod
     def released(self, slots: Sequence[int]) -> None:
-        """Tells that the work queued so far on the caller's device stream is the last to read `slots`."""
+        """Declares that no work after that already queued on the caller's device stream reads `slots`."""
 
     @abstractmethod
     def close(self) -> None:
-        """Waits for what is on the way, drops what is queued, ends the threads. Idempotent."""
+        """Drops queued transfers, waits for those that have started, and ends the threads. Idempotent."""
 
 
 class Throttle:
-    """Slows a link down to a simulated bandwidth, so that results compare between machines.
+    """A simulated bandwidth, in bytes per second, that makes results comparable between machines.
 
-    One shared clock says when the simulated link is free; each piece books its time and sleeps until
-    its booking is over. A real link slower than the simulated one is not slowed further.
+    Each piece books its time on the simulated link and ends no earlier than its booking. A link whose real bandwidth is
+    lower is not slowed down. Raises ValueError for a bandwidth that is not above 0. Thread-safe.
     """
 
     def __init__(self, bytes_per_second: float) -> None:
@@ -91,14 +91,14 @@ class Throttle:
         self._lock = threading.Lock()
 
     def book(self, nbytes: int) -> float:
-        """Books the next `nbytes` and returns the time (perf_counter) at which they have arrived."""
+        """Books the next `nbytes` and returns their time of arrival, on the clock of `time.perf_counter`."""
         with self._lock:
             self._free_at = max(self._free_at, time.perf_counter()) + nbytes / self.bytes_per_second
             return self._free_at
 
     @staticmethod
     def sleep_until(arrival: float) -> None:
-        """Sleeps until the booked arrival; returns at once when it is past."""
+        """Sleeps until `arrival`, a time that `book` returned. Returns at once when it is past."""
         remaining = arrival - time.perf_counter()
         if remaining > 0:
             time.sleep(remaining)

@@ -1,4 +1,4 @@
-"""Which expert leaves when a slot is needed. Every policy here only orders; the cache decides what may go."""
+"""The interface of eviction policies. A policy ranks experts; the cache decides which of them may be evicted."""
 
 from __future__ import annotations
 
@@ -8,37 +8,38 @@ from collections.abc import Callable, Mapping, Sequence
 from edgemoe.cache.record import ExpertId
 
 Evictable = Callable[[ExpertId], bool]
-"""Says whether an expert may leave now: it is resident, not pinned and not on the link."""
+"""Whether an expert may be evicted now: it has a slot, and is neither pinned nor in flight."""
 
 
 class EvictionPolicy(ABC):
-    """Keeps an order over the resident experts. Not thread-safe: its cache calls it from one thread."""
+    """Ranks the experts that have slots. Not thread-safe: the cache calls it from one thread."""
 
-    def wanted(self, layer: int, experts: Sequence[int]) -> None:  # noqa: B027
-        """A pass asks for `experts` of `layer`, distinct, the hottest last. Told once a pass, before all else of it.
+    def requested(self, layer: int, experts: Sequence[int]) -> None:  # noqa: B027
+        """A pass requests `experts` of `layer`: distinct, the hottest last.
 
-        What follows of the same pass (`inserted` and `used`, which may come twice for an expert) is no further wish.
+        The cache calls this once per pass of a layer, before `inserted` and `used`. These two may come more than once
+        for the same expert, and count as no further request.
         """
 
     @abstractmethod
     def inserted(self, expert: ExpertId) -> None:
-        """`expert` took a slot. It counts as just used."""
+        """`expert` was assigned a slot. It counts as just used."""
 
     @abstractmethod
     def used(self, expert: ExpertId) -> None:
-        """A resident expert was asked for."""
+        """`expert`, which has a slot, was used."""
 
     @abstractmethod
     def removed(self, expert: ExpertId) -> None:
-        """`expert` left its slot."""
+        """`expert` lost its slot."""
 
     @abstractmethod
     def victim(self, layer: int, evictable: Evictable) -> ExpertId | None:
-        """The expert that should leave for one of `layer`, or None when none may. Changes nothing."""
+        """The expert to evict for one of `layer`, or None when none is evictable. Does not change the policy."""
 
     def heat(self) -> Mapping[ExpertId, float]:
-        """How wanted experts have been, more is hotter, resident or not; empty for a policy that does not tell."""
+        """The heat of each expert, resident or not; more is hotter. Empty for a policy without heat."""
         return {}
 
     def warm(self, heat: Mapping[ExpertId, float]) -> None:  # noqa: B027
-        """Takes over what `heat` gave in an earlier run, before anything is inserted."""
+        """Starts from the `heat` of an earlier run. To be called before the first insertion."""

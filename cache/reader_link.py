@@ -1,4 +1,4 @@
-"""The link of a machine without a GPU: threads that read records into slots while others compute."""
+"""The link of a machine without a GPU: threads that read records into slots."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from edgemoe.cache.store import ExpertStore, Piece
 
 
 class _Job(Transfer):
-    """A transfer with the pieces that are still to run."""
+    """A transfer and its pieces that have not started."""
 
     def __init__(self, expert: ExpertId, slot: int, nbytes: int, priority: Priority, pieces: Sequence[Piece]) -> None:
         super().__init__(expert, slot, nbytes, priority)
@@ -25,10 +25,10 @@ class _Job(Transfer):
 
 
 class ReaderLink(Link):
-    """Several reads in flight, demanded ones first.
+    """Reads records of `store` with `threads` threads, demand loads first.
 
-    The queue orders jobs, and a thread takes one piece at a time, so that a demanded load overtakes a
-    prefetch after at most one piece per thread.
+    The threads take single pieces from a priority queue of jobs. So a demand load waits for at most one piece of a
+    prefetch per thread.
     """
 
     def __init__(self, store: ExpertStore, threads: int, throttle: Throttle | None = None) -> None:
@@ -62,7 +62,7 @@ class ReaderLink(Link):
         return job
 
     def promote(self, transfer: Transfer) -> None:
-        """See the base class. The job is queued again under its new priority; its old entry runs dry."""
+        """See the base class. Queues the job again; its old entry is dropped once its pieces have started."""
         assert isinstance(transfer, _Job)
         with self._lock:
             if transfer.priority is Priority.PREFETCH and transfer.waiting:
@@ -89,7 +89,7 @@ class ReaderLink(Link):
                 self._arrival.wait()
 
     def released(self, slots: Sequence[int]) -> None:
-        """Nothing to tell: on a CPU the work has ended when the call returns."""
+        """See the base class. Nothing to do: on a CPU, work has ended when its call returns."""
 
     def close(self) -> None:
         """See the base class."""
@@ -120,7 +120,7 @@ class ReaderLink(Link):
             self._finish(job, error)
 
     def _take(self) -> tuple[_Job, Piece] | None:
-        """The next piece of the first job that has one. The lock is held."""
+        """The next piece of the first job that has one; None when there is none. The lock is held."""
         while self._queue:
             job = self._queue[0][2]
             if job.waiting:
@@ -143,7 +143,7 @@ class ReaderLink(Link):
                 self._arrival.notify_all()
 
     def _ended(self) -> None:
-        """One transfer less is on its way: until now the link was busy. The lock is held."""
+        """A transfer ended: counts the time since the last one ended as busy. The lock is held."""
         now = time.perf_counter()
         self.busy_seconds += now - self._busy_since
         self._busy_since = now

@@ -1,4 +1,4 @@
-"""One expert's weights as one contiguous run of bytes, with a declared layout."""
+"""The layout of a record: one expert's weights as contiguous bytes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 
 ALIGNMENT = 64
-"""Every part starts at a multiple of this many bytes: a cache line, and enough for any dtype."""
+"""Alignment of each part in bytes: one cache line, and a multiple of every dtype's size."""
 
 
 class ExpertId(NamedTuple):
-    """An expert's address: the ordinal of its MoE layer (0 is the first that has experts), and its number in it."""
+    """An expert's address: the index of its layer among the MoE layers, and its index in that layer."""
 
     layer: int
     number: int
@@ -22,7 +22,7 @@ class ExpertId(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of a record: its name in the experts module, and one expert's shape and dtype."""
+    """One tensor of a record: its name in the experts module, and its shape and dtype for one expert."""
 
     name: str
     shape: tuple[int, ...]
@@ -30,12 +30,12 @@ class Part:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of this part without padding."""
+        """Bytes of this part, without padding."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 class RecordLayout:
-    """How the parts of one expert lie in a record. A new expert format is a new declaration of parts."""
+    """The offsets of the parts in a record. Another expert format is another list of parts."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = tuple(parts)
@@ -44,14 +44,14 @@ class RecordLayout:
             offsets.append(end)
             end = round_up(end + part.nbytes, ALIGNMENT)
         self.offsets = tuple(offsets)
-        """Where each part starts in the record, in bytes."""
+        """The offset of each part in the record, in bytes."""
         self.nbytes = end
-        """Bytes of a record, padding between parts included."""
+        """Bytes of a record, including the padding between parts."""
 
     def views(self, record: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The parts of a record as tensors that share its memory.
+        """The parts of `record` by name, as tensors that share its memory.
 
-        `record` is a one-dimensional uint8 tensor of at least `nbytes` bytes on any device.
+        `record` is uint8 [at least `nbytes`], on any device.
         """
         return {
             part.name: record[offset : offset + part.nbytes].view(part.dtype).view(part.shape)
@@ -59,7 +59,7 @@ class RecordLayout:
         }
 
     def part_offset(self, name: str) -> int:
-        """Where the part called `name` starts, in bytes; KeyError when the layout has no such part."""
+        """The offset in bytes of the part `name`. Raises KeyError when the layout has no such part."""
         for part, offset in zip(self.parts, self.offsets, strict=True):
             if part.name == name:
                 return offset
@@ -67,10 +67,10 @@ class RecordLayout:
 
 
 def round_up(value: int, multiple: int) -> int:
-    """The smallest multiple of `multiple` that is not below `value`."""
+    """The smallest multiple of `multiple` that is at least `value`."""
     return -(-value // multiple) * multiple
 
 
 def host_bytes(tensor: torch.Tensor) -> memoryview:
-    """The memory of a one-dimensional uint8 tensor on the host, writable."""
+    """The writable memory of a host tensor, uint8 [n]."""
     return memoryview(tensor.numpy())  # type: ignore[arg-type]

@@ -1,9 +1,8 @@
-"""Moments of routing and what followed them: which experts come next, told by the times it looked like now.
+"""A k-nearest-neighbour memory of routing: finds past passes that routed like the current one, and what followed them.
 
-Routing follows the text, and text repeats itself: phrases, forms, a topic's words. The experts that the last few
-layers asked for say where in the text a pass is without anybody knowing its tokens. So the memory keeps what each
-layer asked for at each of the last moments, compares all of them with now, and recalls how soon each expert was
-wanted after those that resemble it most.
+Text repeats itself, and routing follows the text. The experts of the last few layers identify a position in the text
+without its tokens. So the memory stores the experts that each layer used in the last passes, compares those passes with
+the current one, and recalls how soon each expert was used after the most similar ones.
 """
 
 from __future__ import annotations
@@ -15,114 +14,117 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-KEPT = 1024
-"""Moments remembered; twice as many add little, half as many lose some of a mixed file's phrases."""
-NEAREST = 16
-"""Moments recalled at a time. From 4 to 64 it hardly matters: their likeness weighs them."""
-FADE = 0.7
-"""What is left of a layer's likeness one layer later. A moment is told by the last three or so layers."""
+CAPACITY = 1024
+"""Passes stored. Twice as many add little; half as many lose some phrases of a mixed text."""
+NEIGHBOURS = 16
+"""Passes recalled at a time. Values from 4 to 64 hardly differ, since neighbours are weighted by similarity."""
+LAYER_DECAY = 0.7
+"""Decay of the similarity per layer: the last three layers or so determine it."""
 SHARPNESS = 6
-"""Power of the likeness that weighs a moment: one half as like counts a sixty-fourth."""
-REACH = 31
-"""Moments after which a next use counts as none; its discount is next to nothing then."""
+"""Exponent of the similarity in a neighbour's weight: half the similarity has 1/64 of the weight."""
+HORIZON = 31
+"""Distance in passes beyond which a next use is ignored. The discount there is almost 0."""
 
 
 class RoutingHistory:
-    """The memory of a model with `experts[layer]` experts. A moment is one pass through the layers, in order.
+    """The memory of a model whose layer `layer` has `experts[layer]` experts.
 
-    About 2 KiB an expert. The kernels run in the calling thread.
+    A pass goes through the layers in order and may skip some. The memory takes about 2 KiB per expert. All work is done
+    in the calling thread.
     """
 
-    def __init__(self, experts: Sequence[int], kept: int = KEPT) -> None:
-        layers, most = len(experts), max(experts)
-        self._had = np.zeros((layers, most, kept), np.uint8)
-        self._until = np.zeros((layers, most, kept), np.uint8)
-        """Moments from each until the expert's next use; 0 where that is not known or beyond reach."""
-        self._sizes = np.zeros((layers, kept), np.float32)
-        """1 / sqrt(experts asked for)."""
-        self._alike = np.zeros(kept, np.float32)
-        self._last_use = np.full((layers, most), -1, np.int64)
+    def __init__(self, experts: Sequence[int], capacity: int = CAPACITY) -> None:
+        layers, widest = len(experts), max(experts)
+        self._used = np.zeros((layers, widest, capacity), np.uint8)
+        self._next_use = np.zeros((layers, widest, capacity), np.uint8)
+        """Passes until the expert's next use; 0 where it is unknown or beyond the horizon."""
+        self._scales = np.zeros((layers, capacity), np.float32)
+        """1 / sqrt(number of experts used)."""
+        self._similarity = np.zeros(capacity, np.float32)
+        self._last_use = np.full((layers, widest), -1, np.int64)
         self._last_pass = np.full(layers, -1, np.int64)
-        self._worth = np.zeros(REACH + 1, np.float32)
-        self._now = -1
+        self._discounts = np.zeros(HORIZON + 1, np.float32)
+        self._pass = -1
 
-    def begin(self, discount: float) -> None:
-        """The next moment begins. In it an expert wanted n moments later counts `discount ** (n - 1)`."""
-        self._now += 1
-        self._worth[1:] = discount ** np.arange(REACH)
-        # What was like the last moment makes its successor like this one.
-        oldest = self._alike[-1]
-        self._alike[1:] = self._alike[:-1]
-        self._alike[0] = oldest
+    def begin_pass(self, discount: float) -> None:
+        """Begins a pass. Until the next one, a use n passes ahead counts `discount ** (n - 1)`."""
+        self._pass += 1
+        self._discounts[1:] = discount ** np.arange(HORIZON)
+        # The successor of a pass that resembles the previous pass resembles this one.
+        oldest = self._similarity[-1]
+        self._similarity[1:] = self._similarity[:-1]
+        self._similarity[0] = oldest
 
-    def follow(self, layer: int, wanted: NDArray[np.int64], soon: NDArray[np.float32]) -> float:
-        """In this moment a pass asks for `wanted`, int64 [experts], of `layer`. Returns how much it reminds of.
+    def observe(self, layer: int, numbers: NDArray[np.int64], recalled: NDArray[np.float32]) -> float:
+        """Stores that the current pass uses experts `numbers`, int64 [n], of `layer`, and recalls what may follow.
 
-        `soon`, float32 [most experts of any layer], is overwritten with the sum over the moments recalled of their
-        weight times how soon they were followed by each expert; the sum of the weights is returned.
+        Overwrites `recalled`, float32 [maximum number of experts per layer], with the sum over the neighbours of their
+        weight times each expert's discounted next use. Returns the sum of the weights.
         """
-        now = self._now
-        _note(now, wanted, layer, self._had, self._until, self._sizes, self._last_use, self._last_pass)
-        _compare(now, wanted, self._had[layer], self._sizes[layer], self._alike)
-        return float(_recall(min(now + 1, len(self._alike)), self._until[layer], self._alike, self._worth, soon))
+        current = self._pass
+        _store(current, numbers, layer, self._used, self._next_use, self._scales, self._last_use, self._last_pass)
+        _update_similarity(current, numbers, self._used[layer], self._scales[layer], self._similarity)
+        known = min(current + 1, len(self._similarity))
+        return float(_recall(known, self._next_use[layer], self._similarity, self._discounts, recalled))
 
 
 _options: dict[str, Any] = {"cache": True, "boundscheck": False, "error_model": "numpy"}
 
 
 @njit(**_options)
-def _note(now, wanted, layer, had, until, sizes, last_use, last_pass):  # type: ignore[no-untyped-def]
-    """Writes a pass down as moment `now`, and into the moments before it how long they had to wait for it."""
-    experts, kept = had.shape[1:]
-    # A layer that some passes leave out must not keep what was in the places of those moments before.
-    for moment in range(max(last_pass[layer] + 1, now - kept + 1), now + 1):
-        for expert in range(experts):
-            had[layer, expert, moment % kept] = 0
-            until[layer, expert, moment % kept] = 0
-    last_pass[layer] = now
-    sizes[layer, now % kept] = np.float32(1) / np.sqrt(np.float32(max(1, len(wanted))))
-    for expert in wanted:
-        had[layer, expert, now % kept] = 1
-        # Those before its last use wait for that one.
-        for moment in range(max(last_use[layer, expert], now - min(REACH, kept - 1), 0), now):
-            until[layer, expert, moment % kept] = now - moment
-        last_use[layer, expert] = now
+def _store(current, numbers, layer, used, next_use, scales, last_use, last_pass):  # type: ignore[no-untyped-def]
+    """Stores the experts of pass `current`, and updates the next uses of the passes before it."""
+    experts, capacity = used.shape[1:]
+    # Passes that skipped the layer must not keep the entries of older passes in the ring.
+    for other in range(max(last_pass[layer] + 1, current - capacity + 1), current + 1):
+        for number in range(experts):
+            used[layer, number, other % capacity] = 0
+            next_use[layer, number, other % capacity] = 0
+    last_pass[layer] = current
+    scales[layer, current % capacity] = np.float32(1) / np.sqrt(np.float32(max(1, len(numbers))))
+    for number in numbers:
+        used[layer, number, current % capacity] = 1
+        # For passes before the expert's last use, that one is the next use.
+        for other in range(max(last_use[layer, number], current - min(HORIZON, capacity - 1), 0), current):
+            next_use[layer, number, other % capacity] = current - other
+        last_use[layer, number] = current
 
 
 @njit(**_options)
-def _compare(now, wanted, had, sizes, alike):  # type: ignore[no-untyped-def]
-    """Updates `alike`: the cosine of what was asked for now and at each moment, faded over the layers."""
-    kept = alike.shape[0]
-    here = now % kept
-    same = np.zeros(kept, np.uint16)
-    for expert in wanted:
-        same += had[expert]
-    size = sizes[here] * np.float32(1 - FADE)
-    for moment in range(kept):
-        alike[moment] = np.float32(FADE) * alike[moment] + np.float32(same[moment]) * sizes[moment] * size
-    alike[here] = 0
+def _update_similarity(current, numbers, used, scales, similarity):  # type: ignore[no-untyped-def]
+    """Updates `similarity`, [capacity]: the cosine between each pass's experts and `numbers`, decayed over layers."""
+    capacity = similarity.shape[0]
+    here = current % capacity
+    common = np.zeros(capacity, np.uint16)
+    for number in numbers:
+        common += used[number]
+    scale = scales[here] * np.float32(1 - LAYER_DECAY)
+    for other in range(capacity):
+        cosine = np.float32(common[other]) * scales[other] * scale
+        similarity[other] = np.float32(LAYER_DECAY) * similarity[other] + cosine
+    similarity[here] = 0
 
 
 @njit(**_options)
-def _recall(known, until, alike, worth, soon):  # type: ignore[no-untyped-def]
-    """Overwrites `soon` with the weighted worths of the nearest of `known` moments; returns the sum of the weights."""
-    count = min(NEAREST, known)
+def _recall(known, next_use, similarity, discounts, recalled):  # type: ignore[no-untyped-def]
+    """Overwrites `recalled` with the weighted discounts of the nearest of `known` passes; returns the total weight."""
+    count = min(NEIGHBOURS, known)
     nearest = np.empty(count, np.int64)
-    for moment in range(known):
-        # An insertion into the few that lead, which hardly any moment gets into.
-        at = min(moment, count)
-        if at == count and alike[moment] <= alike[nearest[count - 1]]:
+    for other in range(known):
+        # Insertion into the sorted list of the nearest; few passes get into it.
+        at = min(other, count)
+        if at == count and similarity[other] <= similarity[nearest[count - 1]]:
             continue
         at = min(at, count - 1)
-        while at > 0 and alike[nearest[at - 1]] < alike[moment]:
+        while at > 0 and similarity[nearest[at - 1]] < similarity[other]:
             nearest[at] = nearest[at - 1]
             at -= 1
-        nearest[at] = moment
-    soon[:] = 0
+        nearest[at] = other
+    recalled[:] = 0
     total = np.float32(0)
-    for moment in nearest:
-        weight = alike[moment] ** SHARPNESS
+    for other in nearest:
+        weight = similarity[other] ** SHARPNESS
         total += weight
-        for expert in range(soon.shape[0]):
-            soon[expert] += weight * worth[until[expert, moment]]
+        for number in range(recalled.shape[0]):
+            recalled[number] += weight * discounts[next_use[number, other]]
     return total

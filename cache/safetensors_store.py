@@ -1,4 +1,4 @@
-"""Records read straight from a checkpoint's safetensors files, with no second copy on disk."""
+"""Records read directly from the safetensors files of a checkpoint, without a second copy on disk."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from edgemoe.cache.record import ExpertId, RecordLayout, host_bytes
 from edgemoe.cache.store import ExpertStore, Piece
 
 PIECE_NBYTES = 2 << 20
-"""Reads are cut to this size: large enough for full disk speed, small enough that a demanded read
-never waits long behind a prefetched one."""
+"""Maximum bytes per read: large enough for the full disk bandwidth, small enough that a demand load does not wait long
+for a piece of a prefetch."""
 
 
 @dataclass(frozen=True)
 class Extent:
-    """A tensor, or a slice of one, as it lies in a file. `slot_offset` is None for bytes that must be assembled."""
+    """A tensor, or a slice of one, in a file: `nbytes` bytes from `offset` on in file number `file`.
+
+    `slot_offset` is the offset in bytes in the record; None where the record must be assembled.
+    """
 
     file: int
     offset: int
@@ -31,22 +34,22 @@ class Extent:
 
 
 Assemble = Callable[[Sequence[torch.Tensor]], Mapping[str, torch.Tensor]]
-"""Turns a record's raw tensors, in the order of its extents, into the parts of its layout."""
+"""Converts the raw tensors of a record, in the order of its extents, to the parts of its layout by name."""
 
 
 @dataclass(frozen=True)
 class RecordSource:
-    """Where one record's bytes are, and, when they do not lie as the layout wants them, how to assemble it."""
+    """The extents of one record, and the function that assembles it; None where the extents lie as in the layout."""
 
     extents: tuple[Extent, ...]
     assemble: Assemble | None
 
 
 class SafetensorsStore(ExpertStore):
-    """Positioned reads from the files that the checkpoint consists of; safe from any number of threads.
+    """Positioned reads from the checkpoint's files. Thread-safe.
 
-    With `direct` the page cache is bypassed, where the file system allows it: right when it could not hold
-    the experts anyway, since filling it then only costs time and pushes others' pages out.
+    `direct` bypasses the page cache where the file system supports it. It is for experts larger than the page cache,
+    where caching only costs time and evicts the pages of other processes.
     """
 
     def __init__(
@@ -67,7 +70,7 @@ class SafetensorsStore(ExpertStore):
         self._files = [open_file(path, direct=direct) for path in files]
 
     def pieces(self, expert: ExpertId, slot: torch.Tensor) -> Sequence[Piece]:
-        """See the base class. A record that must be assembled is one piece; any other is cut for parallel reads."""
+        """See the base class. A record that must be assembled is one piece; any other is split for parallel reads."""
         source = self._sources[expert]
         if source.assemble is not None:
             nbytes = sum(extent.nbytes for extent in source.extents)
@@ -81,10 +84,10 @@ class SafetensorsStore(ExpertStore):
         ]
 
     def read(self, expert: ExpertId, start: int, into: torch.Tensor) -> None:
-        """Fills `into`, uint8 on the host, with the record's bytes from `start` on, in the calling thread.
+        """Fills `into`, uint8 [n] on the host, with the record's bytes from `start` on, in the calling thread.
 
-        Padding between parts is left as it was. For what needs a part of a record only: reads nothing else, but where
-        the record must be assembled. Raises OSError when it cannot be read.
+        Reads only these bytes, except for a record that must be assembled. Does not write the padding between parts.
+        Raises OSError when the record cannot be read.
         """
         source = self._sources[expert]
         stop = start + len(into)

@@ -1,4 +1,4 @@
-"""The memory on the compute device that holds resident records."""
+"""Memory for resident records on the compute device."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from edgemoe.cache.record import ALIGNMENT, RecordLayout, round_up
 
 
 class SlotPool:
-    """`count` slots of equal size in one allocation, so that a slot is an index.
+    """`count` slots of equal size in one allocation.
 
-    On a CPU the memory is an anonymous map: aligned to pages, advised to be huge pages (experts are
-    read at memory speed, and 4 KiB pages cost translations), taken from the system only when a slot is
-    first filled, and given back whole by `close`.
+    On a CPU the allocation is an anonymous memory map with huge pages where the system supports them, since 4 KiB pages
+    cost TLB misses. Physical memory is committed when a slot is first filled, and freed by `close`.
     """
 
     def __init__(self, count: int, slot_nbytes: int, device: torch.device) -> None:
@@ -35,7 +34,7 @@ class SlotPool:
         self._views: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
 
     def views(self, slot: int, layout: RecordLayout) -> dict[str, torch.Tensor]:
-        """The parts of the record in `slot`, sharing its memory. Valid while the record is pinned."""
+        """The parts of the record in `slot`, as tensors that share its memory. Valid while the record is pinned."""
         key = (slot, id(layout))
         found = self._views.get(key)
         if found is None:
@@ -43,7 +42,7 @@ class SlotPool:
         return found
 
     def close(self) -> None:
-        """Gives the memory back. Tensors obtained from the pool must not be used afterwards."""
+        """Frees the memory. Idempotent. Tensors of the pool must not be used afterwards."""
         self._views.clear()
         self.memory = torch.empty(0, 0, dtype=torch.uint8)
         self._map = None
@@ -58,7 +57,7 @@ class SlotPool:
 
 
 def _private_map(nbytes: int) -> mmap.mmap:
-    """Memory of this process alone: a shared map, Python's default, would not be given huge pages."""
+    """An anonymous private map. The system gives no huge pages to shared maps, which are Python's default."""
     if hasattr(mmap, "MAP_PRIVATE"):
         return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return mmap.mmap(-1, nbytes)

@@ -1,4 +1,4 @@
-"""Where all records are. A store says how a record reaches a slot; a link decides when and with what priority."""
+"""The source of all records. A store knows how to copy a record into a slot; a link decides when."""
 
 from __future__ import annotations
 
@@ -10,33 +10,32 @@ import torch
 from edgemoe.cache.record import ExpertId, RecordLayout
 
 Piece = tuple[int, Callable[[], None]]
-"""One independent part of filling a slot: its bytes, and the call that moves them. Pieces may run in any
-order and on any thread; the record is whole when all have returned."""
+"""One part of a record's copy: its size in bytes, and the function that copies it. Pieces may run in any order and on
+any thread. The record is complete when all have returned."""
 
 
 class ExpertStore(ABC):
     """All records of a checkpoint, read-only."""
 
     layouts: tuple[RecordLayout, ...]
-    """One layout a MoE layer, in the order of the layers."""
+    """The record layout of each MoE layer."""
     experts: tuple[int, ...]
-    """Experts in each MoE layer."""
+    """The number of experts of each MoE layer."""
 
     @abstractmethod
     def pieces(self, expert: ExpertId, slot: torch.Tensor) -> Sequence[Piece]:
-        """What must run to fill `slot` with the record of `expert`.
+        """The pieces that copy the record of `expert` into `slot`, uint8 [at least `layouts[expert.layer].nbytes`].
 
-        `slot` is uint8 [at least `layouts[expert.layer].nbytes`]; the pieces write it. They raise OSError
-        when the record cannot be read.
+        A piece writes its part of `slot` when it is called. It raises OSError when the record cannot be read.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Gives back files and memory. Idempotent; no piece may run afterwards."""
+        """Closes files and frees memory. Idempotent. No piece may run afterwards."""
 
     @property
     def slot_nbytes(self) -> int:
-        """Bytes of the largest record: what a slot must hold."""
+        """Bytes of the largest record, which is the size of a slot."""
         return max(layout.nbytes for layout in self.layouts)
 
     @property
@@ -45,5 +44,5 @@ class ExpertStore(ABC):
         return sum(layout.nbytes * count for layout, count in zip(self.layouts, self.experts, strict=True))
 
     def record_nbytes(self, expert: ExpertId) -> int:
-        """Bytes that cross the link for `expert`."""
+        """Bytes of the record of `expert`."""
         return self.layouts[expert.layer].nbytes

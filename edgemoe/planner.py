@@ -32,18 +32,28 @@ def make_plan(blueprint: Blueprint, config: EngineConfig, draft_model: DraftMode
     """
     if config.link_gbps is not None and not config.link_gbps > 0:
         raise PlanError(f"a simulated link of {config.link_gbps} GB/s moves nothing: give more than 0 as link_gbps=")
-    drafts, budget = draft_settings(config), budget_settings(config)
     device = choose_device(config.device)
-    free = _device_free(device)
-    text = blueprint.config.get_text_config()
-    kv = measure_kv(blueprint)
-    context = _context(blueprint, config)
-    chunk = _prefill_chunk(blueprint, config)
-    reserve = max(config.reserve, int(free * config.reserve_share))
-    # While the largest weight loads, the loader may hold it twice; later the same room serves activations.
-    workspace = max(config.prefill_workspace, blueprint.largest_dense_nbytes)
-    slot = max(moe.layout.nbytes for moe in blueprint.experts_modules)
-    draft = Plan(
+    plan = _without_slots(blueprint, config, draft_model, device)
+    if config.context is None:
+        plan = _shrink_context(plan)
+    slots = _slots(plan, config.expert_cache)
+    plan = replace(plan, slots=slots, cache_nbytes=slots * plan.slot_nbytes)
+    plan = _room_for_sequences(plan, config)
+    if device.type == "cuda":
+        plan = _host_tier(plan, config)
+    left = ram_free() - plan.pinned_nbytes - plan.pageable_nbytes - (plan.total_nbytes if device.type == "cpu" else 0)
+    direct = plan.slots < plan.experts and plan.file_nbytes > left
+    plan = replace(plan, direct_reads=direct if config.file_reads == "auto" else config.file_reads == "direct")
+    return replace(plan, predicted=predict(StateFolder.of(blueprint.checkpoint, config.state_folder), plan))
+
+
+def _without_slots(
+    blueprint: Blueprint, config: EngineConfig, draft_model: DraftModel | None, device: torch.device
+) -> Plan:
+    """Everything but the expert cache, which takes what is left, and what depends on its size."""
+    drafts, budget = draft_settings(config), budget_settings(config)
+    free, kv, context = _device_free(device), measure_kv(blueprint), _context(blueprint, config)
+    return Plan(
         model=blueprint.checkpoint.name,
         family=blueprint.config.model_type,
         device=str(device),
@@ -52,8 +62,8 @@ def make_plan(blueprint: Blueprint, config: EngineConfig, draft_model: DraftMode
         context=context,
         layers=len(blueprint.experts_modules),
         experts=sum(moe.experts for moe in blueprint.experts_modules),
-        top_k=_top_k(text),
-        slot_nbytes=slot,
+        top_k=_top_k(blueprint.config.get_text_config()),
+        slot_nbytes=max(moe.layout.nbytes for moe in blueprint.experts_modules),
         slots=0,
         device_free=free,
         dense_nbytes=blueprint.dense_nbytes,
@@ -62,31 +72,21 @@ def make_plan(blueprint: Blueprint, config: EngineConfig, draft_model: DraftMode
         kv_nbytes=kv.nbytes(context),
         draft_weights_nbytes=draft_model.weight_nbytes if draft_model else 0,
         draft_kv_nbytes=DRAFTED_FOR * draft_model.kv.nbytes(context) if draft_model else 0,
-        workspace_nbytes=workspace,
-        reserve_nbytes=reserve,
+        # While the largest weight loads, the loader may hold it twice; later the same memory serves activations.
+        workspace_nbytes=max(config.prefill_workspace, blueprint.largest_dense_nbytes),
+        reserve_nbytes=max(config.reserve, int(free * config.reserve_share)),
         cache_nbytes=0,
         host_tier="file",
         pinned_nbytes=0,
         pageable_nbytes=0,
         file_nbytes=sum(extent.nbytes for source in blueprint.records.values() for extent in source.extents),
         direct_reads=False,
-        prefill_chunk=chunk,
+        prefill_chunk=_prefill_chunk(blueprint, config),
         link_gbps=config.link_gbps,
         speculation=drafts.describe(),
-        # Where nothing drafts, there is nothing that a budget is for.
+        # Where nothing drafts, no verification runs under a budget.
         lossy=budget.describe() if budget and drafts.drafters else "",
     )
-    if config.context is None:
-        draft = _shrink_context(draft)
-    slots = _slots(draft, config.expert_cache)
-    plan = replace(draft, slots=slots, cache_nbytes=slots * slot)
-    plan = _room_for_sequences(plan, config)
-    if device.type == "cuda":
-        plan = _host_tier(plan, config)
-    left = ram_free() - plan.pinned_nbytes - plan.pageable_nbytes - (plan.total_nbytes if device.type == "cpu" else 0)
-    direct = plan.slots < plan.experts and plan.file_nbytes > left
-    plan = replace(plan, direct_reads=direct if config.file_reads == "auto" else config.file_reads == "direct")
-    return replace(plan, predicted=predict(StateFolder.of(blueprint.checkpoint, config.state_folder), plan))
 
 
 def choose_device(name: str) -> torch.device:

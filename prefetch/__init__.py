@@ -1,1 +1,1 @@
-"""Which experts next. This package knows demand and residency as sets; not how a model computes or how bytes move."""
+"""Which experts to load ahead. This package knows sets of experts; not how models compute or how bytes move."""

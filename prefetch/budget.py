@@ -1,6 +1,6 @@
-"""Which experts of a layer a verification may use: MoE-Spec's budget and its relatives. Lossy, unless it holds all.
+"""Which experts of a layer a verification may use: MoE-Spec's budget and variants. Lossy, unless it holds all experts.
 
-A set is chosen for each layer and pass, from the routing of all nodes that are verified there.
+The set is chosen per layer and pass, from the routing of all verified nodes.
 """
 
 from __future__ import annotations
@@ -12,114 +12,114 @@ import numpy as np
 import torch
 
 RULES = ("sum", "path", "residency")
-"""How experts are ranked, and what a budget counts.
+"""How experts are ranked, and which ones count.
 
-- "sum": by the sum of the router's probabilities over all nodes (MoE-Spec, arXiv 2602.16052, section 1 of its method).
-- "path": the same, each node weighed by its path probability: the chance that it is committed (AcceptMoE, 2608.02989).
-- "residency": as "sum", but resident experts are free and the budget counts only what must be moved (AcceptMoE drops
-  low-demand experts first that are not resident). A share of the mass is then every node's own: none is left with
-  less, since any may turn out to be the one that is committed.
+- "sum": by the sum of their router probabilities over all nodes (MoE-Spec, arXiv 2602.16052, section 1 of its method).
+- "path": the same, weighted by path probability: how likely a node is to be committed (AcceptMoE, arXiv 2608.02989).
+- "residency": as "sum", but resident experts are always allowed and do not count (AcceptMoE first drops low-demand
+  experts that are not resident). A budget as a share of the weight then holds for each node separately, since any node
+  may turn out to be the committed one.
 """
 
 ROUNDING = 1e-6
-"""Weight that may be lacking all the same: sums are rounded."""
-TIE = 1e-3
-"""What weight beyond what is lacking counts for."""
+"""Weight that a node may lack due to rounding."""
+TIE_BREAK = 1e-3
+"""Value of weight that a node does not lack, relative to weight that it lacks."""
 
 
 class Unit(Enum):
-    """What the size of a budget is counted in."""
+    """The unit of a budget's amount."""
 
     EXPERTS = "experts"
-    """Experts of each layer."""
+    """Experts per layer."""
     MASS = "mass"
-    """Share, from 0 to 1, of the weight with which nodes chose experts."""
+    """Share, 0 to 1, of the total weight of the experts that the nodes chose."""
     NBYTES = "bytes"
-    """Bytes of a whole pass, which its layers share equally; what one leaves over goes to those after it."""
+    """Bytes per pass, shared equally between layers; what a layer does not use goes to the layers after it."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How many experts, and which. `amount` is in `unit`s, at least 0."""
+    """How many experts may be used, and which. `amount` is in `unit`, at least 0."""
 
     unit: Unit
     amount: float
     rule: str
     """One of `RULES`."""
 
-    def importance(self, certain: torch.Tensor) -> torch.Tensor:
-        """What nodes with the path probabilities `certain` count for, float32 of the same shape."""
-        return certain if self.rule == "path" else torch.ones_like(certain)
+    def importance(self, path_probabilities: torch.Tensor) -> torch.Tensor:
+        """The weight of each node, given its path probability: float32 [nodes] both."""
+        return path_probabilities if self.rule == "path" else torch.ones_like(path_probabilities)
 
 
 class Demand:
-    """What the nodes of a pass ask of one layer.
-
-    `probabilities`, float32 [nodes, experts], sum to 1 for each node; `chosen`, bool of the same shape, are its top-k;
-    `importance`, float32 [nodes], is what it counts for.
-    """
+    """The demand of a pass's nodes for the experts of one layer."""
 
     def __init__(self, probabilities: torch.Tensor, chosen: torch.Tensor, importance: torch.Tensor) -> None:
-        taken = probabilities * chosen
-        taken = taken / taken.sum(1, keepdim=True).clamp_min(1e-9)
-        self.shares = taken
-        """Float32 [nodes, experts]: the weight with which each node chose each expert, 1 in all for each node."""
+        """From the router probabilities, float32 [nodes, experts], which sum to 1 per node, and the top-k choices.
+
+        `chosen` is bool [nodes, experts]; `importance`, float32 [nodes], is the weight of each node.
+        """
+        weights = probabilities * chosen
+        weights = weights / weights.sum(1, keepdim=True).clamp_min(1e-9)
+        self.topk_weights = weights
+        """Float32 [nodes, experts]: each node's weights of its chosen experts, which sum to 1; 0 for others."""
         self.scores = (probabilities * importance[:, None]).sum(0)
-        """Float32 [experts]: the sum of probabilities over all nodes."""
-        self.taken = (taken * importance[:, None]).sum(0)
-        """Float32 [experts]: the weight with which nodes chose each expert."""
-        self.wanted = chosen.any(0)
-        """Bool [experts]: who was chosen at all."""
+        """Float32 [experts]: the weighted sum of probabilities over nodes."""
+        self.expert_weights = (weights * importance[:, None]).sum(0)
+        """Float32 [experts]: the weighted sum of `topk_weights` over nodes."""
+        self.requested = chosen.any(0)
+        """Bool [experts]: whether any node chose the expert."""
 
 
-def within(budget: Budget, demand: Demand, free: torch.Tensor, most: int) -> torch.Tensor:
-    """Bool [experts]: the set that `budget` allows; never empty where anything is wanted.
+def allowed_experts(budget: Budget, demand: Demand, free: torch.Tensor, max_counted: int) -> torch.Tensor:
+    """Bool [experts]: the experts that `budget` allows. Contains at least one if `demand` requests any.
 
-    `free`, bool [experts], are in it and do not count; `most` is how many others may be in it, where the budget is no
-    share. Where that leaves nobody, the most wanted one is.
+    `free`, bool [experts], are allowed and do not count. `max_counted` limits the others, unless the unit is
+    `Unit.MASS`. If the budget allows no expert, the requested one with the highest score is allowed.
     """
     if budget.unit is Unit.MASS and budget.amount >= 1:
-        # A sum may leave the least of them out, by rounding.
-        allowed = demand.wanted | free
+        # A cumulative sum could miss the smallest weights due to rounding.
+        allowed = demand.requested | free
     elif budget.unit is Unit.MASS and budget.rule == "residency":
-        allowed = _covering(demand.shares, free, budget.amount)
+        allowed = _cover_nodes(demand.topk_weights, free, budget.amount)
     else:
-        allowed = _foremost(budget, demand, free, most)
-    if not bool(allowed.any()) and bool(demand.wanted.any()):
-        allowed[demand.scores.masked_fill(~demand.wanted, -1.0).argmax()] = True
+        allowed = _highest_scores(budget, demand, free, max_counted)
+    if not bool(allowed.any()) and bool(demand.requested.any()):
+        allowed[demand.scores.masked_fill(~demand.requested, -1.0).argmax()] = True
     return allowed
 
 
-def _foremost(budget: Budget, demand: Demand, free: torch.Tensor, most: int) -> torch.Tensor:
-    """`free` and the first of the others in the order of their scores."""
-    rank = demand.scores
+def _highest_scores(budget: Budget, demand: Demand, free: torch.Tensor, max_counted: int) -> torch.Tensor:
+    """The experts of `free`, and the others with the highest scores."""
+    scores = demand.scores
     if budget.rule == "residency":
-        # Moving one that nobody chose would only serve nodes that have to do without another.
-        rank = rank.masked_fill(~demand.wanted, -1.0)
-    order = rank.masked_fill(free, float("inf")).argsort(descending=True, stable=True)
+        # An expert that no node chose would be loaded only for nodes that lose a chosen one.
+        scores = scores.masked_fill(~demand.requested, -1.0)
+    order = scores.masked_fill(free, float("inf")).argsort(descending=True, stable=True)
     counted = ~free[order]
     if budget.unit is Unit.MASS:
-        taken = demand.taken[order]
-        kept = taken.cumsum(0) - taken < budget.amount * taken.sum()
+        weights = demand.expert_weights[order]
+        kept = weights.cumsum(0) - weights < budget.amount * weights.sum()
     else:
-        kept = counted.cumsum(0) <= most
+        kept = counted.cumsum(0) <= max_counted
     if budget.rule == "residency":
-        kept = kept & demand.wanted[order]
-    allowed = torch.zeros_like(demand.wanted)
+        kept = kept & demand.requested[order]
+    allowed = torch.zeros_like(demand.requested)
     allowed[order] = kept | ~counted
     return allowed
 
 
-def _covering(shares: torch.Tensor, free: torch.Tensor, amount: float) -> torch.Tensor:
-    """`free` and those others that keep `amount` of its weight for every node, first whom most nodes lack most."""
-    own, allowed = shares.cpu().numpy(), free.cpu().numpy().copy()
-    lacking = amount * own.sum(1) - own[:, allowed].sum(1)
+def _cover_nodes(topk_weights: torch.Tensor, free: torch.Tensor, share: float) -> torch.Tensor:
+    """The experts of `free`, and others until each node keeps `share` of its weight. Greedy: the largest gain first."""
+    weights, allowed = topk_weights.cpu().numpy(), free.cpu().numpy().copy()
+    lacking = share * weights.sum(1) - weights[:, allowed].sum(1)
     while (lacking > ROUNDING).any():
-        gain = np.minimum(own, lacking.clip(min=0)[:, None]).sum(0)
-        # Of those that would do as well, the one with more weight: it may spare another node another.
-        gain += TIE * own.sum(0)
+        gain = np.minimum(weights, lacking.clip(min=0)[:, None]).sum(0)
+        # Of equal gains the expert with more weight wins, since that may save nodes another expert.
+        gain += TIE_BREAK * weights.sum(0)
         gain[allowed] = 0
         best = int(gain.argmax())
         allowed[best] = True
-        lacking -= own[:, best]
+        lacking -= weights[:, best]
     return torch.from_numpy(allowed).to(free.device)

@@ -1,46 +1,46 @@
-"""How often what was foretold came true, learnt while running."""
+"""Hit rates of predictions, measured while running."""
 
 from __future__ import annotations
 
 
 class CalibratedRate:
-    """Hits out of tries, of which the latest count most."""
+    """A hit rate over tries, of which recent ones weigh more."""
 
     __slots__ = ("_keep", "hits", "tries")
 
     def __init__(self, keep: float) -> None:
-        """With each try those before it count for the share `keep` of what they did."""
+        """`keep`, 0 to 1, is what each try leaves of the weight of earlier ones."""
         self._keep = keep
         self.hits = self.tries = 0.0
 
     def observe(self, hit: bool) -> None:
-        """Counts one try."""
+        """Adds one try."""
         self.hits = self.hits * self._keep + hit
         self.tries = self.tries * self._keep + 1
 
     def blended(self, prior: float, weight: float) -> float:
-        """The mean of the Beta distribution that `prior`, worth `weight` tries, becomes by these."""
+        """The posterior mean under a Beta prior with mean `prior` that counts as `weight` tries."""
         return (self.hits + weight * prior) / (self.tries + weight)
 
 
 class CalibratedRates:
-    """A rate for each bin of foretellings, from outcomes of which old ones fade.
+    """A hit rate for each bin of predictions.
 
-    A rate starts at the bin's `prior`, which counts as `weight` outcomes; of the others the last `memory` or so count.
+    Bin i starts at `priors[i]`, which counts as `weight` tries. Of the tries, about the last `memory` count.
     """
 
     def __init__(self, priors: list[float], weight: float = 4.0, memory: float = 256.0) -> None:
         self._priors = priors
         self._weight = weight
-        self._seen = [CalibratedRate(1 - 1 / memory) for _ in priors]
+        self._rates = [CalibratedRate(1 - 1 / memory) for _ in priors]
 
     def __len__(self) -> int:
         return len(self._priors)
 
-    def rate(self, number: int) -> float:
-        """The share of bin `number`'s foretellings that come true."""
-        return self._seen[number].blended(self._priors[number], self._weight)
+    def rate(self, index: int) -> float:
+        """The estimated probability that a prediction of bin `index` is right."""
+        return self._rates[index].blended(self._priors[index], self._weight)
 
-    def saw(self, number: int, came_true: bool) -> None:
-        """One more outcome of bin `number`."""
-        self._seen[number].observe(came_true)
+    def observe(self, index: int, hit: bool) -> None:
+        """Adds one outcome of bin `index`."""
+        self._rates[index].observe(hit)

@@ -1,4 +1,4 @@
-"""What to bring before anything is known of the text."""
+"""Which experts fill the free slots at the start, before any text is known."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from edgemoe.cache.record import ExpertId
 def fill_order(
     experts: Sequence[int], slots: int, heat: Mapping[ExpertId, float] | None = None
 ) -> list[tuple[int, int]]:
-    """The first `slots` experts, as (layer, index), that an idle link should bring into free slots.
+    """The first `slots` experts to load into free slots, as (layer, index in the layer), in the order of loading.
 
-    `experts[layer]` is the number of experts of each layer. Every layer gets an equal share, in the order
-    in which a pass reaches the layers, so that whatever fits is spread evenly and, where everything fits,
-    everything is resident in the end. Within its share a layer's hottest experts come first, then those of which
-    no heat is known, by their number. Heat is never compared between layers, so it may be known for some only.
+    `experts[layer]` is the number of experts of each layer. Layers get equal shares, apart from those with fewer
+    experts, and are loaded in the order of a pass. Within a layer the hottest experts come first, then those without
+    heat by index. Heats of different layers are never compared, so `heat` may cover some layers only.
     """
     known = heat or {}
     ranked = [
         sorted(range(count), key=lambda index: -known.get(ExpertId(layer, index), -math.inf))
         for layer, count in enumerate(experts)
     ]
-    rounds = range(max(experts, default=0))
-    order = [(layer, ranked[layer][place]) for place in rounds for layer, count in enumerate(experts) if place < count]
+    ranks = range(max(experts, default=0))
+    order = [(layer, ranked[layer][rank]) for rank in ranks for layer, count in enumerate(experts) if rank < count]
     return sorted(order[:slots], key=lambda expert: expert[0])

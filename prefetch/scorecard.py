@@ -1,4 +1,4 @@
-"""What a predictor foretold against what was asked for: how often each kind of foretelling comes true."""
+"""How accurate a predictor of experts is: totals, and a calibrated hit rate for each bin of its predictions."""
 
 from __future__ import annotations
 
@@ -6,41 +6,41 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-LIKELY = 0.25
-"""Rate from which a foretelling counts as naming an expert; below it is noise that only feeds the rates."""
+from edgemoe.prefetch.calibration import CalibratedRates
+
+MIN_RATE = 0.25
+"""Hit rate of a bin from which its predictions count in the totals. Those of other bins only update the hit rate."""
 
 
 @dataclass
 class PredictionTotals:
-    """A predictor's record since the engine was loaded, in experts of passes."""
+    """Totals of a predictor since the engine was loaded; experts count once per pass."""
 
-    wanted: int = 0
-    """Experts asked for that were not resident when the prediction was made."""
-    named: int = 0
-    """Those of them that it had named."""
+    missing: int = 0
+    """Requested experts that were not resident at the time of the prediction."""
     right: int = 0
-    """Named experts that were not resident and were asked for: the same, seen from the prediction."""
+    """Those of them that were predicted."""
     wrong: int = 0
-    """Named experts that were not resident and were not asked for."""
+    """Predicted experts that were neither resident nor requested."""
     bytes_useful: int = 0
-    """Bytes brought for it that were there when the pass that it spoke of asked for them."""
+    """Bytes of prefetches that arrived before the request of the predicted pass."""
     bytes_late: int = 0
-    """Those that were still on their way."""
+    """Bytes of prefetches that were still in flight at that request."""
     bytes_wasted: int = 0
-    """Those that this pass did not ask for, or that had to go before."""
+    """Bytes of prefetches that the predicted pass did not request, or that were evicted before."""
 
     @property
     def recall(self) -> float:
-        """Share of what was missing that was foretold."""
-        return self.named / max(1, self.wanted)
+        """Fraction of the missing experts that was predicted; 0 without any."""
+        return self.right / max(1, self.missing)
 
     @property
     def precision(self) -> float:
-        """Share of what was foretold as missing that was asked for."""
+        """Fraction of the predicted experts, without resident ones, that was requested; 0 without any."""
         return self.right / max(1, self.right + self.wrong)
 
     def telemetry(self, name: str) -> dict[str, Any]:
-        """What `Stats` tells of the predictor called `name`, by name."""
+        """The fields of `Stats` for the predictor called `name`, by field name."""
         return {
             f"{name}_recall": self.recall,
             f"{name}_precision": self.precision,
@@ -51,36 +51,33 @@ class PredictionTotals:
 
 
 class Scorecard:
-    """How often the foretellings of each bin come true, from outcomes of which old ones fade.
+    """The totals of one predictor, and the hit rate of each bin of its predictions.
 
-    Outcomes come from every pass, whether anything was loaded or not, so that a predictor that was silenced for
-    being wrong is heard again when it is right.
+    Predictions are scored in every pass, whether they led to loads or not. So a predictor that was too inaccurate for
+    loads resumes once it is accurate again.
     """
 
     def __init__(self, bins: int, prior: float, *, weight: float = 8.0, memory: float = 512.0) -> None:
-        """Every bin starts at the rate `prior`, which counts as `weight` outcomes of some `memory`."""
+        """Each bin starts at hit rate `prior`, which counts as `weight` outcomes; about the last `memory` count."""
         self.totals = PredictionTotals()
-        self._prior = prior
-        self._weight = weight
-        self._fade = 1 - 1 / memory
-        self._right = [0.0] * bins
-        self._seen = [0.0] * bins
+        self._rates = CalibratedRates([prior] * bins, weight, memory)
 
-    def rate(self, number: int) -> float:
-        """How likely a foretelling of bin `number` is to come true."""
-        return (self._right[number] + self._weight * self._prior) / (self._seen[number] + self._weight)
+    def rate(self, index: int) -> float:
+        """The estimated probability that a prediction of bin `index` is right."""
+        return self._rates.rate(index)
 
-    def settle(self, foretold: Mapping[int, int], wanted: Collection[int], resident: Collection[int]) -> None:
-        """A layer was reached: `foretold` are its experts and their bins, `resident` what was there already then."""
-        named = {expert for expert, number in foretold.items() if self.rate(number) >= LIKELY}
-        for expert, number in foretold.items():
+    def score(self, bins: Mapping[int, int], requested: Collection[int], resident: Collection[int]) -> None:
+        """Scores a prediction for one layer against the experts `requested` by a pass.
+
+        `bins` gives the bin of each predicted expert. `resident` were resident at the time of the prediction, and are
+        ignored.
+        """
+        predicted = {expert for expert, index in bins.items() if self.rate(index) >= MIN_RATE}
+        for expert, index in bins.items():
             if expert in resident:
                 continue
-            came_true = expert in wanted
-            self._right[number] = self._right[number] * self._fade + came_true
-            self._seen[number] = self._seen[number] * self._fade + 1
-            self.totals.right += came_true and expert in named
-            self.totals.wrong += not came_true and expert in named
-        missing = [expert for expert in wanted if expert not in resident]
-        self.totals.wanted += len(missing)
-        self.totals.named += sum(expert in named for expert in missing)
+            hit = expert in requested
+            self._rates.observe(index, hit)
+            self.totals.right += hit and expert in predicted
+            self.totals.wrong += not hit and expert in predicted
+        self.totals.missing += sum(expert not in resident for expert in requested)

@@ -95,7 +95,7 @@ def _resident(other: str, size: Size) -> dict[str, float]:
     decode, prefill = [], []
     with _sides(other, str(wide(small=size.small)), settings) as sides:
         for number in range(-1, size.rounds):
-            asked = {"prompt": [3 + (7 * number + place) % 200 for place in range(size.prompt)]}
+            asked: dict[str, Any] = {"prompt": [3 + (7 * number + place) % 200 for place in range(size.prompt)]}
             asked |= {"max_tokens": size.tokens, "temperature": 0.0, "ignore_eos": True}
             (first, rest, tokens), (other_first, other_rest, other_tokens) = _in_turn(sides, asked, number)
             assert tokens == other_tokens

@@ -1,8 +1,8 @@
-"""Which experts of a layer resemble one another most.
+"""How similar the experts of a layer are to one another.
 
-SpecMoE drafts with what is resident: a chosen expert that is not is replaced by the resident one most similar to
-it, by the L2 distance between their weights. Inner neurons of an expert may be permuted without changing what it
-computes; as in the paper, that is ignored, so two experts that only differ by it count as far apart.
+SpecMoE drafts with resident experts: the resident expert whose weights are closest in L2 distance replaces a chosen
+expert that is not resident. As in the paper, the order of an expert's inner neurons matters, although permuting them
+does not change what the expert computes.
 """
 
 from __future__ import annotations
@@ -18,59 +18,59 @@ from edgemoe.checkpoint.checkpoint import WEIGHT_DTYPES
 from edgemoe.errors import CheckpointError
 from edgemoe.results import Progress
 
-BUDGET = 128 << 20
-"""Bytes of weights that are held at once while distances are computed: an engine beside it may have all the rest."""
-FARTHEST = torch.iinfo(torch.int16).max
-"""Beyond every rank."""
+BUFFER_NBYTES = 128 << 20
+"""Bytes of weights in memory at once while distances are computed: an engine may need the rest of the memory."""
+MAX_RANK = torch.iinfo(torch.int16).max
+"""Greater than every rank."""
 
 
 class Affinity:
-    """For every expert of every MoE layer, the others of its layer in the order of their distance. Immutable.
-
-    `ranks[layer]` is int16 [experts, experts]: in row e, column o is how many experts are nearer to e than o is.
-    An expert is nearest to itself, and of equally distant ones the one with the lower number is nearer.
-    """
+    """The experts of every MoE layer, ranked by their similarity to each expert of the layer. Immutable."""
 
     def __init__(self, ranks: Sequence[torch.Tensor]) -> None:
         self.ranks = tuple(ranks)
+        """By layer, int16 [experts, experts]: row e, column o is the number of experts more similar to e than o is.
+
+        An expert is most similar to itself. Of equally distant experts the one with the lower number ranks first.
+        """
 
     @classmethod
     def from_distances(cls, distances: Sequence[torch.Tensor]) -> Affinity:
-        """From the distances within each layer, [experts, experts] in any float dtype; any increasing scale will do."""
+        """From the distances within each layer, [experts, experts] in any float dtype; squared distances do as well."""
         return cls([_ranks(layer) for layer in distances])
 
     @property
     def experts(self) -> tuple[int, ...]:
-        """Experts in each MoE layer."""
+        """The number of experts of each MoE layer."""
         return tuple(len(layer) for layer in self.ranks)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all layers: 2 a pair of experts."""
+        """Bytes of all ranks: 2 per pair of experts."""
         return sum(layer.nbytes for layer in self.ranks)
 
     def most_similar(self, layer: int, resident: torch.Tensor) -> torch.Tensor:
-        """For each expert of `layer` the most similar resident one, int64 [experts]: itself where it is resident.
+        """The most similar resident expert of each expert of `layer`, int64 [experts]; a resident expert's is itself.
 
-        `resident` is bool [experts] on the CPU. Raises ValueError where no expert is resident.
+        `resident` is bool [experts] on the CPU. Raises ValueError when no expert is resident.
         """
         if not resident.any():
-            raise ValueError(f"no expert of layer {layer} is resident, so none can stand in for another")
-        return self.ranks[layer].masked_fill(~resident, FARTHEST).argmin(dim=1)
+            raise ValueError(f"no expert of layer {layer} is resident, so none can replace another")
+        return self.ranks[layer].masked_fill(~resident, MAX_RANK).argmin(dim=1)
 
 
 def compute(
     store: SafetensorsStore,
     on_progress: Callable[[Progress], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
-    budget: int = BUDGET,
+    buffer_nbytes: int = BUFFER_NBYTES,
 ) -> Affinity | None:
-    """Compares all experts of `store`, layer after layer; None when `cancelled` said so before the end.
+    """Compares all experts of each layer of `store`; None once `cancelled` returns True.
 
-    Every part of a record counts, in float32. Each weight is read once (records that must be assembled, once a
-    block), and at most `budget` bytes of them are held. May run in any thread; `on_progress` is told the bytes that
-    have been read. Raises CheckpointError for weights that are not bf16, fp16 or fp32, or not finite, and OSError when
-    the files cannot be read.
+    All parts of a record are compared, in float32. Each weight is read once (once per block in records that must be
+    assembled), with at most `buffer_nbytes` bytes of weights in memory. May run in any thread; `on_progress` gets the
+    bytes read so far. Raises CheckpointError for weights that are not bf16, fp16 or fp32, or not finite, and OSError
+    when a file cannot be read.
     """
     _refuse_other_dtypes(store.layouts)
     shapes = list(zip(store.layouts, store.experts, strict=True))
@@ -79,7 +79,7 @@ def compute(
     distances = []
     for layer, (layout, count) in enumerate(shapes):
         products = torch.zeros(count, count, dtype=torch.float64)
-        for block in _blocks(layout, count, budget):
+        for block in _blocks(layout, count, buffer_nbytes):
             if cancelled is not None and cancelled():
                 return None
             products += _products(store, layer, block)
@@ -94,27 +94,27 @@ def compute(
 
 
 class _Block(NamedTuple):
-    """Some of a record's bytes, all of one part, and the dtype of the numbers in them."""
+    """A range of a record's bytes within one part, and the part's dtype."""
 
     start: int
     nbytes: int
     dtype: torch.dtype
 
 
-def _blocks(layout: RecordLayout, experts: int, budget: int) -> Iterator[_Block]:
-    """Cuts a record so that a block of `experts` records, as stored and in float32, stays within `budget` bytes."""
+def _blocks(layout: RecordLayout, experts: int, buffer_nbytes: int) -> Iterator[_Block]:
+    """Blocks that cover a record; one block of `experts` records, stored and in float32, fits in `buffer_nbytes`."""
     for part, offset in zip(layout.parts, layout.offsets, strict=True):
         size = part.dtype.itemsize
-        # At least a cache line, so that a tiny budget costs time and not the result.
-        step = max(64, budget // (experts * (size + 4)) * size)
+        # At least a cache line, also where the buffer is too small for one.
+        step = max(64, buffer_nbytes // (experts * (size + 4)) * size)
         for start in range(0, part.nbytes, step):
             yield _Block(offset + start, min(step, part.nbytes - start), part.dtype)
 
 
 def _products(store: SafetensorsStore, layer: int, block: _Block) -> torch.Tensor:
-    """The inner products of a block's weights, float64 [experts, experts], after their mean was taken off.
+    """The inner products of a block's weights, float64 [experts, experts], less the mean over the experts.
 
-    Distances do not change by that, and what is common to all experts no longer drowns what is not.
+    Subtracting the mean changes no distance, and keeps the precision of small differences between large weights.
     """
     raw = torch.empty(store.experts[layer], block.nbytes, dtype=torch.uint8)
     for number, row in enumerate(raw):
@@ -125,8 +125,8 @@ def _products(store: SafetensorsStore, layer: int, block: _Block) -> torch.Tenso
 
 
 def _ranks(distances: torch.Tensor) -> torch.Tensor:
-    """int16 [experts, experts] from distances: see `Affinity`."""
-    # Rounding may leave a twin nearer than the expert itself.
+    """`Affinity.ranks` of one layer from its distances, [experts, experts]."""
+    # By rounding, an identical expert may have a smaller distance than the expert itself.
     own = torch.eye(len(distances), dtype=torch.bool)
     order = distances.masked_fill(own, -torch.inf).argsort(dim=1, stable=True)
     return order.argsort(dim=1).to(torch.int16)

@@ -1,4 +1,4 @@
-"""The similarities of a checkpoint's experts: computed once, then kept."""
+"""The file with the similarities of a checkpoint's experts: computed once, then read."""
 
 from __future__ import annotations
 
@@ -22,19 +22,21 @@ from edgemoe.results import Progress
 NAME = "affinity.safetensors"
 METADATA = {"format": "edgemoe affinity", "version": "1"}
 HEADER_NBYTES = 1 << 20
-"""More than the header of any number of layers takes."""
+"""Upper bound of the file's header, for any number of layers."""
 
 
 class Prepared(NamedTuple):
-    """Similarities that are kept: where, and whether they had been before they were asked for."""
+    """The result of `prepare`."""
 
     affinity: Affinity
     path: Path
+    """The file."""
     was_kept: bool
+    """Whether the file existed before."""
 
 
 def read(state: StateFolder, experts: Sequence[int]) -> Affinity | None:
-    """What was kept about a model with `experts[layer]` experts a layer; None without a sound file."""
+    """The similarities kept for a model with `experts[layer]` experts per layer; None without a valid file."""
     data = state.read(NAME, 2 * sum(count * count for count in experts) + HEADER_NBYTES)
     if data is None or _metadata(data) != METADATA:
         return None
@@ -50,7 +52,7 @@ def read(state: StateFolder, experts: Sequence[int]) -> Affinity | None:
 
 
 def write(state: StateFolder, affinity: Affinity) -> None:
-    """Keeps `affinity`. Raises OSError where that cannot be done."""
+    """Writes `affinity`, which replaces what was kept. Raises OSError when the folder takes no files."""
     tensors = {str(layer): ranks for layer, ranks in enumerate(affinity.ranks)}
     state.write(NAME, save(tensors, metadata=METADATA))
 
@@ -61,10 +63,10 @@ def prepare(
     on_progress: Callable[[Progress], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> Prepared | None:
-    """Sees to it that the similarities of a model's experts are kept in `folder` (see `StateFolder.of`).
+    """Reads the similarities of a model's experts from `folder` (see `StateFolder.of`), or computes and writes them.
 
-    None when `cancelled` said so. Raises CheckpointError as `compute` does and for files that cannot be read, and
-    OSError, before anything is computed where possible, when `folder` takes no files.
+    None once `cancelled` returns True. Raises CheckpointError as `compute` does and for files that cannot be read, and
+    OSError when `folder` takes no files, if possible before the similarities are computed.
     """
     state = StateFolder.of(blueprint.checkpoint, folder)
     layouts = [moe.layout for moe in blueprint.experts_modules]
@@ -73,7 +75,7 @@ def prepare(
         return Prepared(kept, state.path / NAME, was_kept=True)
     state.probe()
     with reading(blueprint.checkpoint.name):
-        # Every byte is read once: it has no place in the page cache.
+        # Every byte is read once, so the page cache is bypassed.
         store = SafetensorsStore(blueprint.checkpoint.files, layouts, blueprint.records, direct=True)
         try:
             made = compute(store, on_progress, cancelled)
@@ -86,7 +88,7 @@ def prepare(
 
 
 def _metadata(data: bytes) -> object:
-    """What a file says of itself."""
+    """The metadata in the header of a safetensors file; None for a broken header."""
     length = int.from_bytes(data[:8], "little")
     try:
         header = json.loads(data[8 : 8 + length])
@@ -96,7 +98,7 @@ def _metadata(data: bytes) -> object:
 
 
 def _is_sound(ranks: torch.Tensor, experts: int) -> bool:
-    """Whether every row is an order of all the experts, with the row's own first."""
+    """Whether every row ranks all experts, with the row's own expert first."""
     if ranks.dtype != torch.int16 or ranks.shape != (experts, experts) or ranks.diagonal().any():
         return False
     return torch.equal(ranks.sort(dim=1).values, torch.arange(experts, dtype=torch.int16).expand(experts, -1))

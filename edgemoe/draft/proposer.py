@@ -154,7 +154,7 @@ class DraftProposer:
         started = time.perf_counter()
         branches = [Branch(builder.request, builder.tree, builder.unexpanded) for builder in builders]
         logits = passes.run(branches)
-        self._costs.saw_draft(len(builders), time.perf_counter() - started)
+        self._costs.observe_draft(len(builders), time.perf_counter() - started)
         self._add_predictions(passes, builders)
         for builder, after in zip(builders, logits, strict=True):
             self._propose_children(builder, after)

@@ -1,7 +1,7 @@
-"""What the requests of an engine wrote lately, for all of them to draft from: templates that a session repeats.
+"""The latest replies of an engine's requests, for all requests to draft from.
 
-SuffixDecoding (Oliaro et al., arXiv 2411.04975) drafts from earlier outputs in this way. Where drafts do not change
-replies, which is everywhere but under an expert budget, requests learn nothing of each other but speed.
+SuffixDecoding (Oliaro et al., arXiv 2411.04975) drafts from earlier outputs in this way. Except under an expert budget
+drafts do not change replies, so a request leaks nothing to another one but speed.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from collections.abc import Iterator, Sequence
 from edgemoe.draft.suffix_automaton import Follower, Match, SuffixAutomaton
 
 MAX_TOKENS = 1 << 16
-"""Tokens that are remembered, about 150 bytes each; beyond that half of them go."""
+"""Cap on the tokens in memory, about 150 bytes each. When it is reached, half of them are dropped."""
 PROMPT_TAIL = 32
-"""Last tokens of a prompt that belong to its reply: what the reply begins with is known by them."""
+"""Last tokens of the prompt that are kept with its reply, so that the reply's first tokens can be matched."""
 
 
 class Reply:
-    """A reply that is being written: what of it is remembered, and the state that it stands in."""
+    """A reply in the memory: its tokens there, with the prompt's tail, and its state in the suffix automaton."""
 
     __slots__ = ("state", "tokens")
 
@@ -29,7 +29,7 @@ class Reply:
 
 
 class ReplyMemory:
-    """Replies of all sequences of an engine, those that are being written too. One thread at a time may use it."""
+    """The replies of all sequences of an engine, unfinished ones included. One thread at a time may use it."""
 
     def __init__(self, max_tokens: int = MAX_TOKENS) -> None:
         self._max_tokens = max_tokens
@@ -38,18 +38,18 @@ class ReplyMemory:
         self._tokens = 0
 
     def __len__(self) -> int:
-        """Tokens that are remembered, the tails of prompts included."""
+        """Tokens in memory, the tails of prompts included."""
         return self._tokens
 
     def begin(self, prompt: Sequence[int]) -> Reply:
-        """A reply to `prompt`, still empty."""
+        """Adds an empty reply to `prompt`."""
         reply = Reply()
         for token in prompt[-PROMPT_TAIL:]:
             self.append(reply, token)
         return reply
 
     def append(self, reply: Reply, token: int) -> None:
-        """Lets a reply grow by a token. Every `Match` from before is void."""
+        """Appends `token` to `reply`. Invalidates every `Match`."""
         if self._tokens >= self._max_tokens:
             self._forget_half()
         if not reply.tokens:
@@ -59,19 +59,19 @@ class ReplyMemory:
         self._tokens += 1
 
     def match(self, reply: Reply) -> Match:
-        """Where `reply` stands; until the next `append` of any."""
+        """The match of the whole of `reply`; valid until the next `append` to any reply."""
         return Match(reply.state, len(reply.tokens))
 
     def advance(self, match: Match, token: int) -> Match:
-        """Where it would stand with `token` drafted after `match`."""
+        """The match with `token` drafted after `match`."""
         return self._automaton.advance(match, token)
 
     def followers(self, match: Match) -> Iterator[Follower]:
-        """What followed the match, and its shorter suffixes, in any reply: as `SuffixAutomaton.followers` says."""
+        """The tokens that followed the match and its shorter suffixes in any reply: see `SuffixAutomaton.followers`."""
         return self._automaton.followers(match)
 
     def _forget_half(self) -> None:
-        """Begins anew with half as much: the replies that began last. One that goes on may lose what it has."""
+        """Rebuilds the memory with the replies that began last, half of the tokens. Unfinished ones may be dropped."""
         room, kept = self._max_tokens // 2, deque[Reply]()
         for reply in reversed(self._replies):
             reply.tokens = reply.tokens[max(0, len(reply.tokens) - room) :]

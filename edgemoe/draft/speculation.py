@@ -111,7 +111,7 @@ class Speculation:
                 plain_steps = max(0.0, spent) / proposal.cost.seconds
             self._controllers.stepped(proposal.nodes, made, plain_steps)
         if comparable:
-            self._costs.saw_step(report.sequences, report.tokens, report.seconds, report.waited)
+            self._costs.observe_step(report.sequences, report.tokens, report.seconds, report.waited)
         self._predictor.end_cycle()
 
     def abandon(self) -> None:
@@ -142,4 +142,4 @@ class Speculation:
         for node, number in bins.items():
             # The model judged a node only where it accepted the parent.
             if tree.parents[node] in heard:
-                self._calibration.saw(number, node in accepted)
+                self._calibration.observe(number, node in accepted)

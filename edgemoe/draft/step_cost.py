@@ -1,169 +1,175 @@
-"""What a token more in a step costs, and what a step for one token each costs, learnt while running."""
+"""What decoding steps cost in seconds, measured while they run: a plain step, an extra token in it, a drafting pass.
+
+A plain step computes one token per sequence. Everything beyond that, in a step that verifies drafts, is extra tokens.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 
-FIRST_GUESS = 0.35
-"""What one more token costs, as a share of a step's time for each of its sequences, before it was measured or
-profiled ..."""
-DEAREST_GUESS = 0.6
-"""Of which a profile's guess is at most so much, so that what is all but certain is drafted, and so measured."""
-GUESS_WEIGHT = 16.0
-"""... and how many measured tokens that guess counts for. It comes back slowly where nothing is measured."""
-SHARING = 0.25
-"""How much faster than the number of sequences that guess falls: with many, most experts are wanted anyway."""
-MEMORY = 32.0
-"""Plain steps that an average is made of."""
-REFRESH = 64
-"""Steps with drafts in a row after which a plain one is measured again: what drafts are held against must be known."""
-AGAIN = 8
-"""Steps after which it is due again, where none could be measured meanwhile."""
-NEAR = 1.35
-"""Steps for so many times as many sequences, or fewer, tell about steps that were never measured."""
-CALM = 2.0
-"""A step that took so many times the average, or so much less, counts as this: other programs run too."""
+PRIOR_TOKEN_COST = 0.35
+"""Cost of one extra token for one sequence before it is measured, as a fraction of a plain step's time."""
+PRIOR_SHARING = 0.25
+"""That fraction falls with the power 1 + `PRIOR_SHARING` of the number of sequences: many need most experts anyway."""
+MAX_PROFILED_COST = 0.6
+"""Cap on the profile's prior, as such a fraction times the number of sequences.
+
+Almost certain tokens are then always drafted, and so the cost of an extra token is measured.
+"""
+PRIOR_WEIGHT = 16.0
+"""Measured tokens that the prior counts for. The prior regains weight while no tokens are measured."""
+AVERAGED_STEPS = 32.0
+"""Steps in the running average of a plain step."""
+REMEASURE_AFTER = 64
+"""Consecutive steps with drafts after which a plain step is due: the value of drafts is relative to its time."""
+RETRY_AFTER = 8
+"""Steps after which a plain step is due again when none was possible."""
+MAX_SIZE_RATIO = 1.35
+"""Ratio of two numbers of sequences up to which a step of one is an estimate for the other."""
+OUTLIER_RATIO = 2.0
+"""Cap on the ratio between a measured time and the average, either way: other programs disturb measurements."""
 
 
 class StepCost:
-    """Steps of one token a sequence, for about the same number of sequences, and what more tokens cost there."""
+    """The cost of steps for about the same number of sequences."""
 
-    def __init__(self, guess: float = FIRST_GUESS) -> None:
-        """`guess` is what one more token costs, as a share of such a step, before it was measured."""
-        self._guess = guess
+    def __init__(self, prior: float = PRIOR_TOKEN_COST) -> None:
+        """`prior` is the cost of one extra token before it is measured, as a fraction of a plain step's time."""
+        self._prior = prior
         self.seconds = 0.0
-        """Seconds of such a step; 0 before one was measured."""
+        """Seconds of a plain step; 0 before one is measured."""
         self._warm = False
         self._measured = 0
-        self._since = 0
+        self._steps_since = 0
         self._waited = 0.0
-        self._more_seconds = 0.0
-        self._more_waited = 0.0
-        self._more_tokens = 0.0
+        self._extra_seconds = 0.0
+        self._extra_waited = 0.0
+        self._extra_tokens = 0.0
 
     @property
     def measured(self) -> bool:
-        """Whether what is known is of such steps themselves."""
+        """Whether plain steps of this number of sequences were measured: `borrow` does not count."""
         return self._measured > 0
 
     def borrow(self, other: StepCost) -> None:
-        """Takes what is known of steps for about as many sequences, until one of its own is measured, which is due."""
-        self.seconds, self._waited, self._since = other.seconds, other._waited, REFRESH
-        self._more_seconds, self._more_waited = other._more_seconds, other._more_waited
-        self._more_tokens = other._more_tokens
+        """Takes over the costs of `other` until a plain step is measured here, and makes one due."""
+        self.seconds, self._waited, self._steps_since = other.seconds, other._waited, REMEASURE_AFTER
+        self._extra_seconds, self._extra_waited = other._extra_seconds, other._extra_waited
+        self._extra_tokens = other._extra_tokens
 
-    def saw(self, seconds: float, waited: float = 0.0) -> None:
-        """A step of one token a sequence, of which it `waited` for the link; the very first one is a warm-up."""
-        self._since = 0
+    def observe(self, seconds: float, waited: float = 0.0) -> None:
+        """A plain step took `seconds`, `waited` of them for the link. Without a known cost the first is a warm-up."""
+        self._steps_since = 0
         if not self.seconds and not self._warm:
             self._warm = True
             return
         if self._measured:
-            seconds = min(max(seconds, self.seconds / CALM), self.seconds * CALM)
+            seconds = min(max(seconds, self.seconds / OUTLIER_RATIO), self.seconds * OUTLIER_RATIO)
         self._measured += 1
-        self.seconds += (seconds - self.seconds) / min(self._measured, MEMORY)
-        self._waited += (min(waited, seconds) - self._waited) / min(self._measured, MEMORY)
-        self._fade(1 / (4 * MEMORY))
+        self.seconds += (seconds - self.seconds) / min(self._measured, AVERAGED_STEPS)
+        self._waited += (min(waited, seconds) - self._waited) / min(self._measured, AVERAGED_STEPS)
+        self._fade(1 / (4 * AVERAGED_STEPS))
 
-    def saw_more(self, tokens: int, seconds: float, waited: float = 0.0) -> None:
-        """A step with `tokens` tokens more than that."""
-        self._since += 1
-        self._fade(tokens / (4 * MEMORY + tokens))
+    def observe_extra(self, tokens: int, seconds: float, waited: float = 0.0) -> None:
+        """A step with `tokens` extra tokens took `seconds`, `waited` of them for the link."""
+        self._steps_since += 1
+        self._fade(tokens / (4 * AVERAGED_STEPS + tokens))
         if seconds < self.seconds:
-            # With fewer tokens it would not have taken longer: the first plain steps were disturbed.
-            self.seconds += (seconds - self.seconds) / (min(self._measured + 1, MEMORY) if self._measured else MEMORY)
+            # A plain step would have taken no longer: the plain steps that were measured were disturbed.
+            weight = min(self._measured + 1, AVERAGED_STEPS) if self._measured else AVERAGED_STEPS
+            self.seconds += (seconds - self.seconds) / weight
             self._waited = min(self._waited, self.seconds)
-        more = min(max(0.0, seconds - self.seconds), CALM * tokens * self.seconds)
-        self._more_tokens += tokens
-        self._more_seconds += more
-        self._more_waited += min(max(0.0, waited - self._waited), more)
+        extra = min(max(0.0, seconds - self.seconds), OUTLIER_RATIO * tokens * self.seconds)
+        self._extra_tokens += tokens
+        self._extra_seconds += extra
+        self._extra_waited += min(max(0.0, waited - self._waited), extra)
 
-    def missed(self) -> None:
-        """Such a step could have been made, and was not."""
-        self._since += 1
+    def skip(self) -> None:
+        """A plain step was possible and was not run."""
+        self._steps_since += 1
 
     def is_due(self) -> bool:
-        """Whether such a step is due, after many others; asked again, only after a while."""
-        due = self._since >= REFRESH
+        """Whether a plain step is due. After a True it is False for the next `RETRY_AFTER` steps."""
+        due = self._steps_since >= REMEASURE_AFTER
         if due:
-            self._since = REFRESH - AGAIN
+            self._steps_since = REMEASURE_AFTER - RETRY_AFTER
         return due
 
     @property
     def token(self) -> float:
-        """Seconds that one more token costs."""
-        guessed = GUESS_WEIGHT * self._guess * self.seconds
-        return (self._more_seconds + guessed) / (self._more_tokens + GUESS_WEIGHT)
+        """Seconds that one extra token costs."""
+        prior = PRIOR_WEIGHT * self._prior * self.seconds
+        return (self._extra_seconds + prior) / (self._extra_tokens + PRIOR_WEIGHT)
 
     @property
     def computing(self) -> float:
-        """What of that is not waiting for the link."""
-        guessed = GUESS_WEIGHT * self._guess * (self.seconds - self._waited)
-        return (self._more_seconds - self._more_waited + guessed) / (self._more_tokens + GUESS_WEIGHT)
+        """Seconds that one extra token costs without its waits for the link."""
+        prior = PRIOR_WEIGHT * self._prior * (self.seconds - self._waited)
+        return (self._extra_seconds - self._extra_waited + prior) / (self._extra_tokens + PRIOR_WEIGHT)
 
     def _fade(self, share: float) -> None:
-        self._more_seconds *= 1 - share
-        self._more_waited *= 1 - share
-        self._more_tokens *= 1 - share
+        self._extra_seconds *= 1 - share
+        self._extra_waited *= 1 - share
+        self._extra_tokens *= 1 - share
 
 
 class CycleCost:
-    """Prices drafts in seconds. Steps for few and for many sequences are kept apart."""
+    """The costs of steps and drafting passes by the number of sequences."""
 
-    def __init__(self, guess: Callable[[int], float] | None = None) -> None:
-        """`guess`, where there is a profile of this machine, tells for so many sequences what one more token costs."""
-        self._profiled = guess
-        self._plain: dict[int, StepCost] = {}
+    def __init__(self, prior: Callable[[int], float] | None = None) -> None:
+        """`prior(sequences)`, from a profile of this machine, is the prior of `StepCost`; None is a default."""
+        self._profiled = prior
+        self._steps: dict[int, StepCost] = {}
         self._drafting: dict[int, StepCost] = {}
 
     def of(self, sequences: int) -> StepCost:
-        """What steps for `sequences` cost."""
-        size = _about(sequences)
-        if size not in self._plain:
-            self._plain[size] = StepCost(self._guess(sequences))
-        if not self._plain[size].seconds:
+        """The cost of steps for `sequences`; similar numbers of sequences share one."""
+        size = _size_class(sequences)
+        if size not in self._steps:
+            self._steps[size] = StepCost(self._prior(sequences))
+        if not self._steps[size].seconds:
             self._borrow(size)
-        return self._plain[size]
+        return self._steps[size]
 
-    def saw_step(self, sequences: int, tokens: int, seconds: float, waited: float = 0.0) -> None:
-        """A step took `seconds`, `waited` of them for the link: `sequences` decode, `tokens` are all in it."""
-        plain = self.of(sequences)
+    def observe_step(self, sequences: int, tokens: int, seconds: float, waited: float = 0.0) -> None:
+        """A step of `tokens` tokens, for `sequences` that decode, took `seconds`, `waited` of them for the link."""
+        cost = self.of(sequences)
         if tokens == sequences:
-            plain.saw(seconds, waited)
-        elif plain.seconds:
-            plain.saw_more(tokens - sequences, seconds, waited)
+            cost.observe(seconds, waited)
+        elif cost.seconds:
+            cost.observe_extra(tokens - sequences, seconds, waited)
 
-    def _guess(self, sequences: int) -> float:
-        if self._profiled is None:
-            return FIRST_GUESS / math.pow(sequences, 1 + SHARING)
-        return min(self._profiled(sequences), DEAREST_GUESS / sequences)
-
-    def _borrow(self, size: int) -> None:
-        """What was measured for the nearest number of sequences holds for `size`, where that is near enough."""
-        known = [other for other, plain in self._plain.items() if plain.measured]
-        nearest = min(known, key=lambda other: abs(math.log(other / size)), default=None)
-        if nearest is not None and max(nearest / size, size / nearest) <= NEAR:
-            self._plain[size].borrow(self._plain[nearest])
-
-    def saw_draft(self, sequences: int, seconds: float) -> None:
+    def observe_draft(self, sequences: int, seconds: float) -> None:
         """A drafting pass for `sequences` took `seconds`."""
-        self._drafting.setdefault(_about(sequences), StepCost()).saw(seconds)
+        self._drafting.setdefault(_size_class(sequences), StepCost()).observe(seconds)
 
     def draft_pays(self, sequences: int, gain: float) -> bool:
-        """Whether a drafting pass for `sequences` that saves `gain` seconds is worth its own.
+        """Whether a drafting pass for `sequences` takes no longer than the `gain` seconds that it saves.
 
-        It is before one was measured, which is forgotten after a while in which it never seemed to be.
+        True before a pass is measured. Passes that have not paid for a while are forgotten, and so measured again.
         """
-        size = _about(sequences)
+        size = _size_class(sequences)
         passes = self._drafting.setdefault(size, StepCost())
         if gain < passes.seconds:
-            passes.missed()
+            passes.skip()
             if passes.is_due():
                 passes = self._drafting[size] = StepCost()
         return gain >= passes.seconds
 
+    def _prior(self, sequences: int) -> float:
+        if self._profiled is None:
+            return PRIOR_TOKEN_COST / math.pow(sequences, 1 + PRIOR_SHARING)
+        return min(self._profiled(sequences), MAX_PROFILED_COST / sequences)
 
-def _about(sequences: int) -> int:
-    """From 8 on, numbers that differ by less than a fifth are one."""
+    def _borrow(self, size: int) -> None:
+        """Lets `size` borrow from the closest measured number of sequences, if within `MAX_SIZE_RATIO`."""
+        measured = [other for other, cost in self._steps.items() if cost.measured]
+        closest = min(measured, key=lambda other: abs(math.log(other / size)), default=None)
+        if closest is not None and max(closest / size, size / closest) <= MAX_SIZE_RATIO:
+            self._steps[size].borrow(self._steps[closest])
+
+
+def _size_class(sequences: int) -> int:
+    """The smallest number of sequences that shares its costs with `sequences`: from 8 on, four classes per octave."""
     return sequences if sequences < 8 else int(8 * 2 ** (int(4 * math.log2(sequences / 8)) / 4))

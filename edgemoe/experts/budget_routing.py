@@ -10,7 +10,7 @@ import torch
 
 from edgemoe.cache import ExpertCache
 from edgemoe.experts.router_hook import Choice, are_logits, hidden_score
-from edgemoe.prefetch.budget import Budget, Demand, Unit, within
+from edgemoe.prefetch.budget import Budget, Demand, Unit, allowed_experts
 
 NORMALISED_SPREAD = 0.01
 """A family normalises its routing weights when their sums vary less than this over the tokens, relative to the mean."""
@@ -139,7 +139,7 @@ class BudgetRouting:
         if not bool(verified.any()):
             return None
         demand = Demand(probabilities[verified], chosen[verified], self._budget.importance(certain[verified]))
-        allowed = within(self._budget, demand, free, self._max_charged(layer, last))
+        allowed = allowed_experts(self._budget, demand, free, self._max_charged(layer, last))
         self._charged[layer] += int((allowed & ~free).sum())
         free |= allowed
         self._totals.budget_choices += int(chosen[verified].sum())

@@ -43,8 +43,8 @@ class ExpertPredictor:
         self._prefetcher = prefetcher
         self._lookahead = lookahead
         self._experts = experts
-        self._draft_scores = prefetcher.watch(DRAFT, BINS, prior=0.7)
-        self._lookahead_scores = prefetcher.watch(LOOKAHEAD, MAX_RANKS, prior=0.4)
+        self._draft_scores = prefetcher.register(DRAFT, BINS, prior=0.7)
+        self._lookahead_scores = prefetcher.register(LOOKAHEAD, MAX_RANKS, prior=0.4)
         self._passes = 0
         self._forecast: Forecast | None = None
         self._resident: list[list[int]] = []
@@ -86,7 +86,7 @@ class ExpertPredictor:
         if self._forecast is None:
             return torch.zeros(len(weights), dtype=torch.long)
         weights = weights.cpu()
-        new = self._forecast.news(layer, weights, self._top_k)
+        new = self._forecast.new_experts(layer, weights, self._top_k)
         new[:, self._resident[layer]] = False
         self._forecast.add(layer, weights, path_probabilities)
         self._prefetcher.add_prediction(DRAFT, layer, self._forecast.bins(layer), self._resident[layer])

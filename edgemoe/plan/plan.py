@@ -82,7 +82,7 @@ class Plan:
         """A sentence that every report must show if the link is simulated; None if it is not."""
         if self.link_gbps is None:
             return None
-        return f"simulation: the link is throttled to {self.link_gbps:g} GB/s (--link-gbps)"
+        return f"simulation: the link is throttled to {self.link_gbps:g} GB/s (link_gbps=)"
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as a JSON object."""

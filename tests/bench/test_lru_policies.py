@@ -110,7 +110,7 @@ def test_removing_lowers_a_layers_share_again() -> None:
 
 
 def test_a_long_prefill_leaves_every_layer_its_share() -> None:
-    """One global order would leave the last layers everything: the reason for this policy."""
+    """One global order would give all slots to the last layers, which is the reason for this policy."""
     slots, layers, experts = 12, 4, 8
     policy, resident = BalancedLRU(layers, slots), set[ExpertId]()
     for layer in range(layers):

@@ -18,9 +18,9 @@ def anything(expert: ExpertId) -> bool:
 
 
 def used(policy: LRFU, *experts: ExpertId) -> LRFU:
-    """One pass for each."""
+    """Uses each expert in a pass of its own."""
     for expert in experts:
-        policy.wanted(expert.layer, [expert.number])
+        policy.requested(expert.layer, [expert.number])
         if expert in policy._resident:
             policy.used(expert)
         else:
@@ -37,7 +37,7 @@ def random_trace(seed: int) -> list[list[ExpertId]]:
 def test_a_half_life_of_nothing_is_lru(seed: int) -> None:
     trace = random_trace(seed)
     for slots in (2, 5, 9):
-        # The layers' passes alternate, so the order within a pass is all that counting by layer leaves open.
+        # The layers' passes alternate, so counting passes per layer can only change the order within a pass.
         assert replay(trace, BalancedLRFU(3, slots, 1e-2), slots) == replay(trace, BalancedLRU(3, slots), slots)
     one_layer = [entry for entry in trace if entry[0].layer == 0]
     assert replay(one_layer, LRFU(1e-2), 3) == replay(one_layer, GlobalLRU(), 3)
@@ -48,7 +48,7 @@ def test_without_end_uses_are_counted() -> None:
     assert policy.victim(0, anything) == C
     assert policy.victim(0, lambda expert: expert != C) == B
     policy.removed(C)
-    assert used(policy, C, C).victim(0, anything) == B, "those that have left keep their count; equals leave by age"
+    assert used(policy, C, C).victim(0, anything) == B, "evicted experts keep their count; ties are broken by LRU"
     assert policy.victim(0, lambda expert: False) is None
 
 
@@ -57,7 +57,7 @@ def test_a_use_counts_half_a_half_life_later() -> None:
     counts = {A: (1 + 0.5**0.5) * 0.5**1.5, B: 0.5, C: 0.5**0.5, D: 1.0}
     assert {expert: policy._count(expert) for expert in counts} == pytest.approx(counts)
     assert policy.victim(0, anything) == B
-    policy.wanted(1, [0])
+    policy.requested(1, [0])
     assert policy._count(D) == 1.0, "passes of other layers are not counted"
 
 
@@ -65,7 +65,7 @@ def test_equal_shares_hold_for_counts_too() -> None:
     policy = BalancedLRFU(2, 4, math.inf)
     for layer, numbers in ((0, (0, 0, 1)), (1, (0, 1, 1))):
         for number in numbers:
-            policy.wanted(layer, [number])
+            policy.requested(layer, [number])
         for number in (0, 1):
             policy.inserted(ExpertId(layer, number))
     assert policy.victim(0, anything) == (0, 1)

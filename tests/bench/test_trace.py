@@ -23,7 +23,7 @@ def one_by_one(text: str) -> Steps:
 
 
 def fewest_by_brute_force(trace: Steps, slots: int) -> int:
-    """Every possible choice of what leaves, tried. What does not fit passes through, and any of it may stay."""
+    """The minimum over all choices of victims. Of an entry that does not fit, any expert may stay."""
 
     @cache
     def fewest(time: int, resident: frozenset[ExpertId]) -> int:
@@ -70,7 +70,7 @@ def test_small_traces_worked_out_by_hand(letters: str, slots: int, lru: int, bes
 
 def test_experts_of_one_entry_are_resident_together() -> None:
     trace = [[A, B], [B, C], [A, B]]
-    assert replay(trace, GlobalLRU(), 2) == 4, "C may only take A's place, since B is needed with it"
+    assert replay(trace, GlobalLRU(), 2) == 4, "C may only replace A, since B is needed with it"
     assert belady_misses(trace, 2) == 4
     assert replay(trace, GlobalLRU(), 3) == 3
 
@@ -80,32 +80,32 @@ def test_a_hit_late_in_an_entry_is_not_evicted_by_a_miss_before_it() -> None:
 
 
 def test_an_entry_that_does_not_fit_passes_through() -> None:
-    """What is resident at its start is a hit, and those that come last are what stays."""
+    """Experts that are resident at its start are hits, and its last experts stay resident."""
     assert replay([[A], [B, A, C]], GlobalLRU(), 2) == 3
     assert replay([[A, B, C], [B, C]], GlobalLRU(), 2) == 3
     assert replay([[A, B, C], [A]], GlobalLRU(), 2) == 4
-    assert replay([[A, B, C], [A, B, C]], GlobalLRU(), 1) == 5, "C is a hit although the others take its slot"
+    assert replay([[A, B, C], [A, B, C]], GlobalLRU(), 1) == 5, "C is a hit although the others replace it"
     assert belady_misses([[A, B, C], [A], [C]], 2) == 3
     assert belady_misses([[A, B, C], [A, B]], 1) == 4
 
 
 def test_a_policy_is_told_what_a_cache_tells_it() -> None:
-    told: list[object] = []
+    calls: list[object] = []
 
     class Listener(GlobalLRU):
-        def wanted(self, layer: int, experts: Sequence[int]) -> None:
-            told.append((layer, list(experts)))
+        def requested(self, layer: int, experts: Sequence[int]) -> None:
+            calls.append((layer, list(experts)))
 
         def inserted(self, expert: ExpertId) -> None:
-            told.append(("inserted", expert))
+            calls.append(("inserted", expert))
             super().inserted(expert)
 
         def used(self, expert: ExpertId) -> None:
-            told.append(("used", expert))
+            calls.append(("used", expert))
             super().used(expert)
 
     replay([[A], [], [B, A]], Listener(), 2)
-    assert told == [(0, [0]), ("inserted", A), ("used", A)] + [
+    assert calls == [(0, [0]), ("inserted", A), ("used", A)] + [
         (0, [1, 0]), ("used", A), ("inserted", B), ("used", B), ("used", A)
     ]  # fmt: skip
 
@@ -128,4 +128,4 @@ def test_no_policy_beats_belady_and_the_reference_agrees(seed: int) -> None:
         misses = [replay(trace, policy, slots) for policy in policies]
         assert best <= min(misses)
         assert misses[0] == replay(trace, ReferenceLRU(), slots)
-    assert misses == [best] * 4, "with a slot for each, every policy only has the first misses"
+    assert misses == [best] * 4, "with a slot for every expert, each policy misses it once"

@@ -1,4 +1,4 @@
-"""A byte that crosses the link is counted exactly once, under what became of it."""
+"""Each byte that crosses the link is counted exactly once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cache's contract for demanded experts, over a link that the tests drive."""
+"""The cache's contract for demand loads, over a fake link."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_hits_come_first_and_misses_are_on_the_link_before_they_are_lent() -> No
     first = next(borrowed)
     assert first.experts == (3, 5)
     assert link_of(cache).happened("start")[2:] == [(0, 1), (0, 2)], "in the given order, before any hit is computed"
-    assert sorted(link_of(cache).under_way) == [(0, 1), (0, 2)]
+    assert sorted(link_of(cache).in_flight) == [(0, 1), (0, 2)]
     assert sorted(number for loan in borrowed for number in loan.experts) == [1, 2]
 
 
@@ -123,7 +123,7 @@ def test_closing_early_releases_every_pin() -> None:
     cache.check_integrity()
     link_of(cache).finish(ExpertId(0, 2), ExpertId(0, 3))
     use(cache, 1, 0, 1, 2, 3)
-    assert cache.residents(0) == [], "everything could leave, so nothing is pinned"
+    assert cache.residents(0) == [], "all were evicted, so none is pinned"
 
 
 def test_a_load_that_outlives_its_borrower_is_not_repeated() -> None:
@@ -131,7 +131,7 @@ def test_a_load_that_outlives_its_borrower_is_not_repeated() -> None:
     borrowed = cache.borrow(0, [0, 1])
     next(borrowed)
     borrowed.close()
-    assert list(link_of(cache).under_way) == [(0, 1)]
+    assert list(link_of(cache).in_flight) == [(0, 1)]
     use(cache, 0, 0, 1)
     assert link_of(cache).happened("start") == [(0, 0), (0, 1)]
 
@@ -162,7 +162,7 @@ def test_a_failed_load_raises_releases_and_is_tried_again() -> None:
     assert not cache.is_resident(ExpertId(0, 1))
     assert sorted(number for loan in use(cache, 0, 0, 1, 2) for number in loan.experts) == [0, 1, 2]
     assert link_of(cache).happened("start").count((0, 1)) == 2
-    assert link_of(cache).happened("start").count((0, 2)) == 1, "only what failed is loaded again"
+    assert link_of(cache).happened("start").count((0, 2)) == 1, "only the failed load is repeated"
     use(cache, 1, 0, 1, 2)
 
 
@@ -194,28 +194,28 @@ def test_others_that_arrived_beside_a_failure_stay() -> None:
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("slots", [1, 3, 7])
 def test_random_work_keeps_every_law(seed: int, slots: int) -> None:
-    """Contents are right at every loan, slots add up, and what the link moved is what the counters say."""
+    """Loans hold the right records, slots add up, and the counters equal the bytes that the link moved."""
     draw = random.Random(seed)
     layers, experts = 3, 6
     cache = make(slots, [experts] * layers, BalancedLRU(layers, slots))
     link = link_of(cache)
     link.choose = lambda transfers: draw.choice(list(transfers))
-    asked = 0
+    requests = 0
     for step in range(150):
         layer = step % layers
         if draw.random() < 0.3:
             cache.prefetch([ExpertId(draw.randrange(layers), number) for number in draw.sample(range(experts), 2)])
             cache.check_integrity()
-        for expert in list(link.under_way):
+        for expert in list(link.in_flight):
             if draw.random() < 0.5:
                 link.finish(expert)
-        link.queued = {expert for expert in link.under_way if draw.random() < 0.5}
-        wanted = draw.sample(range(experts), draw.randint(1, experts))
-        use(cache, layer, *wanted)
-        asked += len(wanted)
-    assert cache.counters.hits + cache.counters.misses == asked
-    link.finish(*link.under_way)
+        link.queued = {expert for expert in link.in_flight if draw.random() < 0.5}
+        requested = draw.sample(range(experts), draw.randint(1, experts))
+        use(cache, layer, *requested)
+        requests += len(requested)
+    assert cache.counters.hits + cache.counters.misses == requests
+    link.finish(*link.in_flight)
     for expert in [ExpertId(layer, number) for layer in range(layers) for number in cache.residents(layer)]:
         assert holds(cache.pool.memory[cache._held[expert].slot], expert, NBYTES)
-    load_reason = sum(NBYTES for held in cache._held.values() if held.load_reason)
-    assert cache.counters.bytes_loaded + load_reason == link.moved
+    unrequested = sum(NBYTES for held in cache._held.values() if held.load_reason)
+    assert cache.counters.bytes_loaded + unrequested == link.moved

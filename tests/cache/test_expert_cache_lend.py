@@ -1,4 +1,4 @@
-"""Loans to drafts, which leave no trace, and what the cache tells of what is where."""
+"""Loans to drafts, which change no state, and queries of residency."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.driven_cache import NBYTES, free_slots, ids, link_of, make, p
 
 
 def lend(cache: ExpertCache, layer: int, *experts: int) -> Loan:
-    """A loan that has ended, of which every record was whole and could be read."""
+    """A finished loan whose records were complete and readable."""
     with cache.lend(layer, experts) as loan:
         assert loan.experts == experts
         for number, slot in zip(loan.experts, loan.slots, strict=True):
@@ -49,7 +49,7 @@ def test_a_loan_for_a_draft_counts_nothing() -> None:
     lend(cache, 0, 3, 1)
     assert cache.counters == before
     use(cache, 0, 3)
-    assert cache.counters.bytes_prefetched_used == NBYTES, "the pass that asks is the one that uses it"
+    assert cache.counters.bytes_prefetched_used == NBYTES, "the requesting pass uses it"
 
 
 def test_a_loan_for_a_draft_is_not_remembered_as_use() -> None:
@@ -70,7 +70,7 @@ def test_what_is_lent_to_a_draft_stays_in_its_slot() -> None:
         assert sorted(cache.residents(0)) == [0, 1]
         for number, slot in zip(loan.experts, loan.slots, strict=True):
             assert holds(cache.pool.memory[slot], ExpertId(0, number), NBYTES)
-    link_of(cache).finish(*link_of(cache).under_way)
+    link_of(cache).finish(*link_of(cache).in_flight)
     use(cache, 1, 0, 1, 2)
     assert cache.residents(0) == []
 
@@ -118,12 +118,12 @@ def test_what_is_not_resident_is_not_lent_and_nothing_stays_pinned(missing: str)
         raise AssertionError("it was lent")
     cache.check_integrity()
     link.choose = lambda transfers: transfers[0]
-    link.finish(*link.under_way)
+    link.finish(*link.in_flight)
     use(cache, 1, 0, 1, 2)
     assert cache.residents(0) == []
 
 
-# --- what is where ---------------------------------------------------------------------------------
+# --- residency -------------------------------------------------------------------------------------
 
 
 def test_a_cache_is_complete_when_every_expert_of_every_layer_has_a_slot() -> None:
@@ -132,9 +132,9 @@ def test_a_cache_is_complete_when_every_expert_of_every_layer_has_a_slot() -> No
     use(cache, 2, 0, 1)
     assert not cache.complete
     cache.prefetch(ids(1, 0))
-    assert cache.complete, "loading or loaded"
+    assert cache.complete, "in flight or resident"
     link_of(cache).queued = set(ids(1, 0))
-    cache.call_off(ids(1, 0))
+    cache.cancel_prefetches(ids(1, 0))
     assert not cache.complete
 
 
@@ -161,7 +161,7 @@ def test_an_expert_is_held_from_its_load_until_it_leaves() -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_what_the_cache_tells_is_what_a_plain_search_finds(seed: int) -> None:
-    """Under random loads, loans, failures and prefetches that are called off, in layers of different sizes."""
+    """Under random loads, loans, failures and cancelled prefetches, in layers of different sizes."""
     draw = random.Random(seed)
     experts = (5, 9, 2, 7)
     everyone = [ExpertId(layer, number) for layer, count in enumerate(experts) for number in range(count)]
@@ -176,29 +176,29 @@ def test_what_the_cache_tells_is_what_a_plain_search_finds(seed: int) -> None:
             resident = [number for number in range(count) if cache.is_resident(ExpertId(layer, number))]
             assert sorted(cache.residents(layer)) == resident
         assert cache.complete == all(map(cache.holds, everyone))
-        load_reason = [held for held in cache._held.values() if held.load_reason and held.transfer is not None]
-        assert cache.prefetching == sum(held.transfer is not None and not held.transfer.done for held in load_reason)
+        unrequested = [held for held in cache._held.values() if held.load_reason and held.transfer is not None]
+        assert cache.prefetching == sum(held.transfer is not None and not held.transfer.done for held in unrequested)
 
     for _ in range(150):
         layer = draw.randrange(len(experts))
-        wanted = draw.sample(range(experts[layer]), draw.randint(1, experts[layer]))
-        link.queued = {expert for expert in link.under_way if draw.random() < 0.5}
+        requested = draw.sample(range(experts[layer]), draw.randint(1, experts[layer]))
+        link.queued = {expert for expert in link.in_flight if draw.random() < 0.5}
         what = draw.randrange(6)
         if what == 0:
             cache.prefetch(draw.sample(everyone, 3), draw.sample(everyone, 2))
         elif what == 1:
-            cache.call_off(draw.sample(everyone, 6))
+            cache.cancel_prefetches(draw.sample(everyone, 6))
         elif what == 2:
             lend(cache, layer, *cache.residents(layer))
         elif what == 3:
-            use(cache, layer, *wanted)
+            use(cache, layer, *requested)
         elif what == 4:
-            borrowed = cache.borrow(layer, wanted)
+            borrowed = cache.borrow(layer, requested)
             next(borrowed)
             check()
             borrowed.close()
         else:
-            for expert in [expert for expert in link.under_way if draw.random() < 0.5]:
+            for expert in [expert for expert in link.in_flight if draw.random() < 0.5]:
                 if cache._held[expert].load_reason and draw.random() < 0.2:
                     link.faults[expert] = OSError("disk gone")
                 link.finish(expert)

@@ -1,4 +1,4 @@
-"""Prefetches beside demanded loads: when they start, what they leave alone, how they end, where their bytes go."""
+"""Prefetches beside demand loads: when they start, what they may evict, how they end, and how they are counted."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tests.support.cache_fakes import holds
 from tests.support.driven_cache import NBYTES, free_slots, ids, link_of, make, prefetched, use
 
 
-def load_reason(cache: ExpertCache) -> int:
-    """Bytes of prefetches that nothing has asked for, arrived or not."""
+def unrequested(cache: ExpertCache) -> int:
+    """Bytes of prefetches without a request, in flight or arrived."""
     return NBYTES * sum(held.load_reason is not None for held in cache._held.values())
 
 
 def mark(cache: ExpertCache, and_then: Callable[[], object] = lambda: None) -> Callable[[], None]:
-    """Something to do meanwhile that leaves its trace among the link's events."""
+    """A `meanwhile` that adds an event to the link's log, then calls `and_then`."""
 
     def meanwhile() -> None:
         link_of(cache).events.append(("meanwhile", None))
@@ -38,7 +38,7 @@ def test_it_is_called_after_the_demanded_loads_have_started_and_before_the_first
     link = link_of(cache)
     link.events.clear()
     borrowed = cache.borrow(0, [1, *hits, 2], mark(cache))
-    assert link.events == [], "nothing happens before the first loan is asked for"
+    assert link.events == [], "nothing happens before the first iteration"
     first = next(borrowed)
     assert first.experts == (tuple(hits) or (1,))
     waited = [] if hits else [("wait", tuple(ids(0, 1, 2)))]
@@ -107,7 +107,7 @@ def test_while_more_are_wanted_than_there_are_slots_nothing_is_brought(slots: in
 
 @pytest.mark.parametrize("seed", range(6))
 def test_random_prefetches_made_meanwhile_disturb_no_pass(seed: int) -> None:
-    """What a pass has pinned stays where it is, every record is right, and bytes are counted once."""
+    """Pinned experts keep their slots, records are right, and bytes are counted once."""
     draw = random.Random(seed)
     experts = (6, 4, 9)
     everyone = [ExpertId(layer, number) for layer, count in enumerate(experts) for number in range(count)]
@@ -122,35 +122,35 @@ def test_random_prefetches_made_meanwhile_disturb_no_pass(seed: int) -> None:
         cache.prefetch(draw.sample(everyone, 4), draw.sample(everyone, 3))
         assert {expert: cache._held[expert].slot for expert in pinned} == pinned
         assert [event for event in link.events if event[0] == "start"] == demanded
-        cache.call_off(draw.sample(everyone, 4))
+        cache.cancel_prefetches(draw.sample(everyone, 4))
         cache.check_integrity()
 
     for step in range(120):
         layer = step % len(experts)
-        for expert in [expert for expert in link.under_way if draw.random() < 0.3]:
+        for expert in [expert for expert in link.in_flight if draw.random() < 0.3]:
             link.finish(expert)
         link.queued = {expert for expert in everyone if draw.random() < 0.5}
-        wanted = draw.sample(range(experts[layer]), draw.randint(1, experts[layer]))
+        requested = draw.sample(range(experts[layer]), draw.randint(1, experts[layer]))
         seen: list[int] = []
-        for loan in cache.borrow(layer, wanted, meanwhile):
+        for loan in cache.borrow(layer, requested, meanwhile):
             for number, slot in zip(loan.experts, loan.slots, strict=True):
                 assert holds(cache.pool.memory[slot], ExpertId(layer, number), NBYTES)
             seen += loan.experts
-        assert sorted(seen) == sorted(wanted)
+        assert sorted(seen) == sorted(requested)
         cache.check_integrity()
-    link.finish(*link.under_way)
+    link.finish(*link.in_flight)
     assert link.happened("cancel")
-    assert cache.counters.bytes_loaded + load_reason(cache) == link.moved
+    assert cache.counters.bytes_loaded + unrequested(cache) == link.moved
 
 
-# --- calling off -----------------------------------------------------------------------------------
+# --- cancelling ------------------------------------------------------------------------------------
 
 
 def test_what_has_not_moved_is_called_off_and_its_slot_is_free() -> None:
     cache = make(4)
     cache.prefetch(ids(0, 0, 1, 2))
     link_of(cache).queued = set(ids(0, 0, 2))
-    cache.call_off(ids(0, 0, 1, 5))
+    cache.cancel_prefetches(ids(0, 0, 1, 5))
     assert link_of(cache).happened("cancel") == ids(0, 0)
     assert [cache.holds(expert) for expert in ids(0, 0, 1, 2)] == [False, True, True]
     assert free_slots(cache) == 2
@@ -163,8 +163,8 @@ def test_what_was_called_off_can_be_loaded_again_and_only_that_is_counted() -> N
     for _ in range(3):
         assert cache.prefetch(ids(0, 0, 1)) == 2
         link.queued = set(ids(0, 0, 1))
-        cache.call_off(ids(0, 0, 1))
-    assert (link.moved, cache.counters.bytes_loaded, load_reason(cache)) == (0, 0, 0)
+        cache.cancel_prefetches(ids(0, 0, 1))
+    assert (link.moved, cache.counters.bytes_loaded, unrequested(cache)) == (0, 0, 0)
     use(cache, 0, 0, 1)
     assert link.moved == NBYTES * 2 == cache.counters.bytes_demanded == cache.counters.bytes_loaded
 
@@ -173,25 +173,25 @@ def test_what_has_arrived_is_not_called_off() -> None:
     cache = make(2)
     prefetched(cache, 0, 0)
     link_of(cache).queued = set(ids(0, 0))
-    cache.call_off(ids(0, 0))
+    cache.cancel_prefetches(ids(0, 0))
     assert cache.residents(0) == [0]
 
 
 def test_what_was_asked_for_is_not_called_off() -> None:
-    """A late prefetch that a pass waits for, and a demanded load that outlived its borrower."""
+    """A late prefetch that a pass waits for, and a demand load that outlived its borrower."""
     cache = make(3)
     link = link_of(cache)
     cache.prefetch(ids(0, 0))
     link.queued = set(ids(0, 0, 1, 2))
-    borrowed = cache.borrow(0, [0, 1, 2], mark(cache, lambda: cache.call_off(ids(0, 0, 1, 2))))
+    borrowed = cache.borrow(0, [0, 1, 2], mark(cache, lambda: cache.cancel_prefetches(ids(0, 0, 1, 2))))
     next(borrowed)
     borrowed.close()
-    cache.call_off(ids(0, 0, 1, 2))
+    cache.cancel_prefetches(ids(0, 0, 1, 2))
     assert link.happened("cancel") == []
     assert all(map(cache.holds, ids(0, 0, 1, 2)))
 
 
-# --- how many are on the way -----------------------------------------------------------------------
+# --- prefetches in flight --------------------------------------------------------------------------
 
 
 def test_prefetches_on_the_way_are_counted_until_they_arrive_fail_or_are_asked_for() -> None:
@@ -207,9 +207,9 @@ def test_prefetches_on_the_way_are_counted_until_they_arrive_fail_or_are_asked_f
     assert cache.prefetching == 2, "failed"
     counts: list[int] = []
     list(cache.borrow(0, [2, 5], lambda: counts.append(cache.prefetching)))
-    assert counts == [1], "one is asked for, and a demanded load is none"
+    assert counts == [1], "one was requested, and a demand load does not count"
     link.queued = set(ids(0, 3))
-    cache.call_off(ids(0, 3))
+    cache.cancel_prefetches(ids(0, 3))
     assert cache.prefetching == 0
 
 
@@ -217,7 +217,7 @@ def test_a_load_that_follows_one_that_was_called_off_is_not_taken_for_it() -> No
     cache = make(2)
     cache.prefetch(ids(0, 0))
     link_of(cache).queued = set(ids(0, 0))
-    cache.call_off(ids(0, 0))
+    cache.cancel_prefetches(ids(0, 0))
     counts: list[int] = []
     list(cache.borrow(0, [0], lambda: counts.append(cache.prefetching)))
     assert counts == [0]
@@ -227,11 +227,11 @@ def test_a_load_that_follows_one_that_was_called_off_is_not_taken_for_it() -> No
 
 
 def test_a_load_that_is_failing_keeps_its_slot_until_nothing_writes_it_any_more() -> None:
-    """A piece of it has failed while others are under way: another load into the slot would race with these."""
+    """One of its pieces failed while others are in flight: another load into the slot would race with those."""
     cache = make(1)
     link = link_of(cache)
     cache.prefetch(ids(0, 0))
-    link.under_way[ExpertId(0, 0)][0].error = link.faults[ExpertId(0, 0)] = OSError("disk gone")
+    link.in_flight[ExpertId(0, 0)][0].error = link.faults[ExpertId(0, 0)] = OSError("disk gone")
     with pytest.raises(OSError, match="disk gone"):
         use(cache, 0, 0)
     assert link.happened("start") == []

@@ -1,4 +1,4 @@
-"""What a cache tells its policy, what it records, and the default policy in its hands."""
+"""The cache's calls of its policy, its recorded trace, and its work with the default policy."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ NBYTES = 128
 
 
 class Listener(GlobalLRU):
-    """Writes down what it is told."""
+    """Logs its calls."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.told: list[tuple[str, Any]] = []
+        self.calls: list[tuple[str, Any]] = []
 
-    def wanted(self, layer: int, experts: Sequence[int]) -> None:
-        self.told.append(("wanted", (layer, tuple(experts))))
+    def requested(self, layer: int, experts: Sequence[int]) -> None:
+        self.calls.append(("requested", (layer, tuple(experts))))
 
     def inserted(self, expert: ExpertId) -> None:
-        self.told.append(("inserted", expert))
+        self.calls.append(("inserted", expert))
         super().inserted(expert)
 
     def used(self, expert: ExpertId) -> None:
-        self.told.append(("used", expert))
+        self.calls.append(("used", expert))
         super().used(expert)
 
 
@@ -54,11 +54,11 @@ def test_a_pass_is_told_once_and_first() -> None:
     cache = make(4, policy)
     use(cache, 0, 3, 1)
     use(cache, 0, 1, 2)
-    assert [what for what, _ in policy.told].count("wanted") == 2
-    assert policy.told[0] == ("wanted", (0, (3, 1)))
-    second = policy.told.index(("wanted", (0, (1, 2))))
-    assert policy.told[second + 1] == ("used", (0, 1))
-    assert ("inserted", (0, 2)) in policy.told[second:]
+    assert [what for what, _ in policy.calls].count("requested") == 2
+    assert policy.calls[0] == ("requested", (0, (3, 1)))
+    second = policy.calls.index(("requested", (0, (1, 2))))
+    assert policy.calls[second + 1] == ("used", (0, 1))
+    assert ("inserted", (0, 2)) in policy.calls[second:]
 
 
 def test_prefetches_and_drafts_are_no_wishes() -> None:
@@ -71,7 +71,7 @@ def test_prefetches_and_drafts_are_no_wishes() -> None:
     link.finish(ExpertId(1, 5))
     with cache.lend(1, [5]):
         pass
-    assert policy.told == [("inserted", (1, 5))]
+    assert policy.calls == [("inserted", (1, 5))]
     assert cache.recording == []
 
 
@@ -101,7 +101,7 @@ def test_the_default_policy_serves_any_passes_through_any_number_of_slots(slots:
 
 
 def test_a_recorded_trace_has_as_many_misses_in_the_replay() -> None:
-    """Where every pass fits, so that the cache's own rules for larger ones play no part."""
+    """All requests fit, so that the cache's rules for larger ones do not matter."""
     draw = random.Random(7)
     cache = make(12, HotTemporal([8, 8]))
     cache.recording = []

@@ -1,4 +1,4 @@
-"""What a prefetch may take, and what becomes of it."""
+"""The slots that a prefetch may take, and its outcomes."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def test_nothing_wanted_sooner_is_evicted() -> None:
     cache = make(2)
     use(cache, 0, 0)
     use(cache, 0, 1)
-    assert cache.prefetch(ids(1, 7), wanted_sooner=ids(0, 0)) == 1
+    assert cache.prefetch(ids(1, 7), needed_sooner=ids(0, 0)) == 1
     assert cache.residents(0) == [0]
-    assert cache.prefetch(ids(1, 6), wanted_sooner=ids(0, 0)) == 0, "the other slot is on the link"
+    assert cache.prefetch(ids(1, 6), needed_sooner=ids(0, 0)) == 0, "the other slot is being loaded"
     assert cache.residents(0) == [0]
 
 
@@ -49,7 +49,7 @@ def test_an_expert_of_the_same_prefetch_is_not_evicted_for_another() -> None:
     use(cache, 0, 0)
     use(cache, 0, 1)
     assert cache.prefetch([*ids(1, 7), *ids(0, 0)]) == 1
-    assert cache.residents(0) == [0], "1 left although 0 was colder, since 0 is wanted too"
+    assert cache.residents(0) == [0], "1 was evicted although 0 was colder, since 0 is prefetched too"
 
 
 def test_unused_prefetches_are_not_evicted_by_prefetches() -> None:
@@ -57,14 +57,14 @@ def test_unused_prefetches_are_not_evicted_by_prefetches() -> None:
     prefetched(cache, 0, 0, 1)
     assert cache.prefetch(ids(1, 0)) == 0
     use(cache, 0, 0)
-    assert cache.prefetch(ids(1, 0, 1)) == 1, "only the one that was used may leave"
+    assert cache.prefetch(ids(1, 0, 1)) == 1, "only the used one may be evicted"
     assert cache.residents(0) == [1]
 
 
 def test_it_stops_at_the_first_that_finds_no_slot() -> None:
     cache = make(3)
     use(cache, 0, 0)
-    assert cache.prefetch(ids(1, 0, 1, 2, 3), wanted_sooner=ids(0, 0)) == 2
+    assert cache.prefetch(ids(1, 0, 1, 2, 3), needed_sooner=ids(0, 0)) == 2
     assert link_of(cache).happened("prefetch") == ids(1, 0, 1)
 
 
@@ -85,8 +85,8 @@ def test_what_is_on_the_link_is_not_evicted_by_a_demand() -> None:
     cache.prefetch(ids(1, 0))
     use(cache, 0, 1, 2, 3)
     assert free_slots(cache) == 0
-    assert list(link_of(cache).under_way) == ids(1, 0)
-    assert len(cache.residents(0)) == 1, "three experts went through the one other slot"
+    assert list(link_of(cache).in_flight) == ids(1, 0)
+    assert len(cache.residents(0)) == 1, "three experts streamed through the other slot"
 
 
 def test_a_demand_may_evict_an_unused_prefetch() -> None:
@@ -103,7 +103,7 @@ def test_a_late_prefetch_is_promoted_and_not_repeated() -> None:
     assert [loan.experts for loan in loans] == [(4,), (2,)]
     assert link_of(cache).happened("promote") == ids(0, 4)
     assert link_of(cache).happened("start") == ids(0, 2)
-    assert list(link_of(cache).under_way) == ids(0, 3)
+    assert list(link_of(cache).in_flight) == ids(0, 3)
 
 
 def test_a_prefetch_that_arrived_is_a_hit() -> None:
@@ -123,7 +123,7 @@ def test_a_prefetch_on_the_link_is_not_resident() -> None:
 
 
 def test_a_prefetch_that_arrives_while_the_hits_are_sorted_out_is_lent() -> None:
-    """Neither a hit when it was looked for among the hits nor a miss when it was among the misses: lost, once."""
+    """It was not yet resident when hits were collected, and no longer missing when misses were: it was lost before."""
     cache = make(4)
     link_of(cache).sudden = True
     cache.prefetch(ids(0, 3, 4))
@@ -147,16 +147,16 @@ def test_a_failed_prefetch_harms_nobody_and_a_demand_loads_it_again() -> None:
 @pytest.mark.parametrize("queued", [(), (0,), (0, 1, 2)], ids=["all-moving", "one-queued", "all-queued"])
 @pytest.mark.parametrize("slots", [1, 2, 3])
 def test_a_demand_is_served_while_every_slot_waits_for_a_prefetch(slots: int, queued: tuple[int, ...]) -> None:
-    """As after loading: the cache was just filled, nothing has arrived, and the first token wants others."""
+    """As after start-up: the fills are in flight, and the first token requests other experts."""
     cache = make(slots)
     link = link_of(cache)
     assert cache.prefetch(ids(0, *range(slots))) == slots
     link.queued = set(ids(0, *queued))
     use(cache, 1, 5)
     use(cache, 0, 7, 6, 0)
-    link.finish(*link.under_way)
-    load_reason = NBYTES * sum(held.load_reason is not None for held in cache._held.values())
-    assert cache.counters.bytes_loaded + load_reason == link.moved
+    link.finish(*link.in_flight)
+    unrequested = NBYTES * sum(held.load_reason is not None for held in cache._held.values())
+    assert cache.counters.bytes_loaded + unrequested == link.moved
 
 
 def test_a_demand_calls_off_the_latest_prefetch_of_which_nothing_has_moved() -> None:
@@ -166,7 +166,7 @@ def test_a_demand_calls_off_the_latest_prefetch_of_which_nothing_has_moved() -> 
     link.queued = set(ids(0, 1, 2))
     use(cache, 1, 5)
     assert link.happened("cancel") == ids(0, 2)
-    assert [wait for wait in link.happened("wait") if wait != ((1, 5),)] == [], "nobody waited for a prefetch"
+    assert [wait for wait in link.happened("wait") if wait != ((1, 5),)] == [], "no wait for a prefetch"
     assert (cache.counters.bytes_demanded, cache.counters.bytes_loaded) == (NBYTES, NBYTES)
 
 
@@ -186,11 +186,11 @@ def test_a_prefetch_calls_off_no_other() -> None:
     cache.prefetch(ids(0, 0))
     link.queued = set(ids(0, 0))
     assert cache.prefetch(ids(1, 0)) == 0
-    assert list(link.under_way) == ids(0, 0)
+    assert list(link.in_flight) == ids(0, 0)
 
 
 def test_a_prefetch_that_is_about_to_be_lent_is_not_evicted_for_a_miss_before_it() -> None:
-    """It was on the link when it was asked for, so it is promoted, even if it ends while others are started."""
+    """It was in flight at its request, so it is promoted, even if it arrives while others are started."""
     cache = make(2)
     link = link_of(cache)
     cache.prefetch(ids(0, 5))
@@ -198,7 +198,7 @@ def test_a_prefetch_that_is_about_to_be_lent_is_not_evicted_for_a_miss_before_it
 
     def start(*arguments: object) -> object:
         transfer = begin(*arguments)  # type: ignore[arg-type]
-        if ExpertId(0, 5) in link.under_way:
+        if ExpertId(0, 5) in link.in_flight:
             link.finish(ExpertId(0, 5))
         return transfer
 
@@ -217,7 +217,7 @@ def test_filling_takes_free_slots_and_evicts_nothing() -> None:
     cache.fill(ids(0, 0, 1, 2, 3))
     assert link_of(cache).happened("prefetch") == ids(0, 1, 2)
     assert sorted(cache.residents(0)) == [0]
-    assert cache.prefetching == 2, "they are on the link as prefetches are"
+    assert cache.prefetching == 2, "fills in flight count as prefetches in flight"
 
 
 def test_what_filled_a_slot_is_no_prefetch_whatever_becomes_of_it() -> None:

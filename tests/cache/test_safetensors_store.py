@@ -28,7 +28,7 @@ def extent(file: int, offset: int, nbytes: int, slot_offset: int | None) -> Exte
 
 
 def fill(store: SafetensorsStore, expert: ExpertId, backwards: bool = False) -> torch.Tensor:
-    """The slot after all pieces ran; 0xAA where nothing was written."""
+    """The slot after all pieces have run; 0xAA where none wrote."""
     slot = torch.full((store.slot_nbytes,), 0xAA, dtype=torch.uint8)
     pieces = list(store.pieces(expert, slot))
     for _, move in reversed(pieces) if backwards else pieces:
@@ -126,7 +126,7 @@ def test_a_file_that_was_cut_short_is_an_error_that_names_it(tmp_path: Path, ass
 
 
 def open_descriptors(folder: Path) -> int:
-    """How many of this process's file descriptors are files in `folder`; 0 on systems that do not tell."""
+    """The number of this process's open files in `folder`; 0 on systems without /proc."""
     if not Path("/proc/self/fd").exists():
         return 0
     targets = [link.resolve() for link in Path("/proc/self/fd").iterdir()]
@@ -135,7 +135,7 @@ def open_descriptors(folder: Path) -> int:
 
 @pytest.mark.parametrize("direct", [False, True])
 def test_descriptors_do_not_grow_with_threads_and_are_given_back(tmp_path: Path, direct: bool) -> None:
-    """Large checkpoints have over a hundred files; times the reading threads that would be over the usual limit."""
+    """Large checkpoints have over a hundred files. One descriptor per file and thread would exceed the usual limit."""
     files = [write(tmp_path / str(number), random_bytes(100, number)) for number in range(6)]
     layout = RecordLayout([Part("w", (60,), torch.uint8)])
     spread = tuple(extent(number, number, 10, 10 * number) for number in range(6))

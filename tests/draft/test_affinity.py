@@ -18,7 +18,7 @@ import torch
 from edgemoe.cache import ExpertId, Part, RecordLayout
 from edgemoe.cache.safetensors_store import Extent, RecordSource, SafetensorsStore
 from edgemoe.checkpoint.blueprint import open_blueprint
-from edgemoe.draft.affinity import BUDGET, Affinity, compute
+from edgemoe.draft.affinity import BUFFER_NBYTES, Affinity, compute
 from edgemoe.errors import CheckpointError
 from edgemoe.results import Progress
 from tests.support.checkpoints import Zoo, reference
@@ -119,7 +119,7 @@ def assert_as_naive(affinity: Affinity, layers: Sequence[Layer]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("budget", [1, 1500, BUDGET])
+@pytest.mark.parametrize("budget", [1, 1500, BUFFER_NBYTES])
 def test_the_nearest_are_those_of_a_naive_computation(dtype: torch.dtype, budget: int, tmp_path: Path) -> None:
     layers = [
         random_layer(11, (6, 7), (5,), (3, 9), dtype=dtype),
@@ -152,7 +152,7 @@ def test_it_is_the_distance_between_transformers_own_weights(family: str, dtype:
         parts = dict(moe.module(model).named_parameters())
         layers.append([parts[part.name].detach() for part in moe.layout.parts])
     layouts = [moe.layout for moe in blueprint.experts_modules]
-    for budget in (5000, BUDGET):
+    for budget in (5000, BUFFER_NBYTES):
         with closing(SafetensorsStore(blueprint.checkpoint.files, layouts, blueprint.records)) as store:
             assert_as_naive(made(store, budget=budget), layers)
 

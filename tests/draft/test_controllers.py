@@ -10,7 +10,7 @@ from edgemoe.config import EngineConfig
 from edgemoe.draft.controller import SHORTER, SHORTEST_REST, TEST, Controllers, Setting
 from edgemoe.draft.proposer import DraftPrice, DraftProposer
 from edgemoe.draft.settings import draft_settings
-from edgemoe.draft.step_cost import AGAIN, REFRESH, StepCost
+from edgemoe.draft.step_cost import REMEASURE_AFTER, RETRY_AFTER, StepCost
 from edgemoe.request.request import Cancels, Request
 from tests.support.checkpoints import Running, Zoo, random_ids, running
 from tests.support.crowd import Crowd, new_request
@@ -98,18 +98,18 @@ def test_only_chains_where_only_chains_can_be_verified(requests: list[Request]) 
 def test_a_plain_step_is_due_after_many_with_drafts_and_again_where_none_could_be_made() -> None:
     plain = StepCost()
     for _ in range(5):
-        plain.saw(1.0)
-    for _ in range(REFRESH):
+        plain.observe(1.0)
+    for _ in range(REMEASURE_AFTER):
         assert not plain.is_due()
-        plain.saw_more(4, 1.5)
+        plain.observe_extra(4, 1.5)
     assert plain.is_due()
     assert not plain.is_due(), "while prompts run there are no plain steps, and drafts get on"
-    for _ in range(AGAIN):
-        plain.saw_more(4, 1.5)
+    for _ in range(RETRY_AFTER):
+        plain.observe_extra(4, 1.5)
     assert plain.is_due()
-    plain.saw(1.0)
-    for _ in range(REFRESH - 1):
-        plain.saw_more(4, 1.5)
+    plain.observe(1.0)
+    for _ in range(REMEASURE_AFTER - 1):
+        plain.observe_extra(4, 1.5)
         assert not plain.is_due()
 
 
@@ -117,9 +117,9 @@ def test_a_first_plain_step_that_was_disturbed_is_got_over() -> None:
     """Steps with more tokens take less than it: it cannot have been what a plain one takes."""
     plain = StepCost()
     for _ in range(2):
-        plain.saw(3.0)
+        plain.observe(3.0)
     for _ in range(40):
-        plain.saw_more(4, 0.9)
+        plain.observe_extra(4, 0.9)
     assert plain.seconds < 1.2
 
 

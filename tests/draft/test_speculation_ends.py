@@ -364,10 +364,10 @@ def test_only_what_the_model_was_asked_about_is_learnt_from(
         tree.add(parent, token, 0.5)
     seen: dict[int, bool] = {}
 
-    def saw(number: int, came_true: bool) -> None:
-        seen[number] = came_true
+    def saw(index: int, hit: bool) -> None:
+        seen[index] = hit
 
-    speculation._calibration.saw = saw  # type: ignore[method-assign]
+    speculation._calibration.observe = saw  # type: ignore[method-assign]
     proposal = Proposal({asked: tree}, {asked: {node: node for node in range(1, 6)}})
     report = StepReport({asked: Verified(path, made)}, 1, 6, 0, 1.0, 0.0)
     speculation.learn(proposal, report)
@@ -380,7 +380,7 @@ def test_how_far_a_draft_stands_out_is_measured_against_what_came_of_it(zoo: Zoo
     with running(zoo("mixtral"), slots=5) as own, quiet_transformers():
         crowd = Crowd(own, speculate="self", draft_shape="chain", draft_depth=4)
         seen: list[bool] = []
-        crowd.speculation._calibration.saw = lambda number, came_true: seen.append(came_true)  # type: ignore[method-assign]
+        crowd.speculation._calibration.observe = lambda number, came_true: seen.append(hit)  # type: ignore[method-assign]
         crowd.reply(random_ids(5), max_tokens=30, temperature=1.0)
         totals = crowd.speculation.totals
         assert seen.count(True) == totals.accepted

@@ -54,8 +54,8 @@ class Seer:
         self.brought: list[ExpertId] = []
         prefetch = own.cache.prefetch
 
-        def keeping(experts: Sequence[ExpertId], wanted_sooner: Collection[ExpertId] = ()) -> int:
-            started = prefetch(experts, wanted_sooner)
+        def keeping(experts: Sequence[ExpertId], needed_sooner: Collection[ExpertId] = ()) -> int:
+            started = prefetch(experts, needed_sooner)
             self.brought += experts[:started]
             return started
 
@@ -73,7 +73,7 @@ class Seer:
         """So many foretellings of every rank that is named, right or wrong."""
         for _ in range(count):
             for rank in range(NAMED):
-                self.predictor._lookahead_scores.settle({5: rank}, [5 if right else 6], [])
+                self.predictor._lookahead_scores.score({5: rank}, [5 if right else 6], [])
 
 
 @contextmanager
@@ -98,7 +98,7 @@ def test_each_layer_is_foretold_from_the_one_before_it(zoo: Zoo) -> None:
         assert set(seer.brought) == {expert for layer in (1, 2, 3) for expert in ids(layer, 3, 6)}
         assert [expert.layer for expert in seer.brought] == sorted(expert.layer for expert in seer.brought)
         totals = seer.predictor.lookahead_totals
-        assert (totals.wanted, totals.named, totals.right, totals.wrong) == (6, 3, 3, 3)
+        assert (totals.missing, totals.right, totals.wrong) == (6, 3, 3)
         assert (totals.recall, totals.precision) == (0.5, 0.5)
 
 
@@ -122,9 +122,9 @@ def test_what_was_there_already_is_not_counted(zoo: Zoo) -> None:
     with seeing(zoo) as seer:
         seer.run(1, 3)
         seer.told.says = {3: 0, 1: 1}
-        before = (seer.predictor.lookahead_totals.wanted, list(seer.brought))
+        before = (seer.predictor.lookahead_totals.missing, list(seer.brought))
         seer.run(1, 3)
-        assert (seer.predictor.lookahead_totals.wanted, seer.brought) == before
+        assert (seer.predictor.lookahead_totals.missing, seer.brought) == before
 
 
 def test_many_tokens_are_neither_foretold_nor_counted_as_missed(zoo: Zoo) -> None:
@@ -133,8 +133,8 @@ def test_many_tokens_are_neither_foretold_nor_counted_as_missed(zoo: Zoo) -> Non
         seer.run(1, 3, tokens=MAX_PREDICTED_TOKENS + 1)
         assert seer.told.looked == [1, 2, 3]
         assert seer.brought == []
-        assert seer.predictor.lookahead_totals.wanted == 0
-        assert [made._seen for made in seer.told._maps if made is not None] == [MAX_PREDICTED_TOKENS + 1] * 3
+        assert seer.predictor.lookahead_totals.missing == 0
+        assert [made._tokens for made in seer.told._maps if made is not None] == [MAX_PREDICTED_TOKENS + 1] * 3
 
 
 def test_who_is_mostly_wrong_is_asked_on_one_pass_in_so_many(zoo: Zoo) -> None:
@@ -176,7 +176,7 @@ def test_with_everything_resident_nobody_is_asked(zoo: Zoo) -> None:
         seer.predictor.issue()
         assert (seer.told.looked, seer.told.reached, seer.brought) == ([], [], [])
         seer.run(1)
-        assert seer.predictor.forecast_totals.wanted == 0
+        assert seer.predictor.forecast_totals.missing == 0
 
 
 # --- drafts ----------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def test_nodes_add_up_over_a_cycle(zoo: Zoo) -> None:
             predictor.add_prediction(0, topk_weights((1, 0.5), (2, 0.5)).repeat(3, 1), torch.tensor([1.0, 0.5, 0.25]))
             predictor.add_prediction(0, topk_weights((1, 1.0)), torch.tensor([0.1]))
             assert predictor._forecast is not None
-            assert predictor._forecast._amounts[0][1:3].tolist() == pytest.approx([0.975, 0.875])
+            assert predictor._forecast._demand[0][1:3].tolist() == pytest.approx([0.975, 0.875])
             predictor.end_cycle()
             assert predictor._forecast is None
 
@@ -239,9 +239,9 @@ def test_a_draft_is_scored_against_what_was_missing_at_its_beginning(zoo: Zoo) -
             seer.predictor.add_prediction(layer, topk_weights((1, 0.4), (2, 0.3), (3, 0.3)), torch.ones(1))
         seer.predictor.issue()
         seer.run(1, 2, 6)
-        assert (totals.wanted, totals.named, totals.right, totals.wrong) == (8, 4, 4, 4)
+        assert (totals.missing, totals.right, totals.wrong) == (8, 4, 4)
         seer.run(1, 2, 6)
-        assert totals.wanted == 8, "the draft was for one pass"
+        assert totals.missing == 8, "the draft was for one pass"
 
 
 def test_a_draft_without_a_pass_is_not_scored(zoo: Zoo) -> None:
@@ -252,7 +252,7 @@ def test_a_draft_without_a_pass_is_not_scored(zoo: Zoo) -> None:
         seer.predictor.issue()
         assert seer.brought == []
         seer.run(1)
-        assert seer.predictor.forecast_totals.wanted == 0
+        assert seer.predictor.forecast_totals.missing == 0
 
 
 def test_outside_of_a_cycle_nothing_is_foretold(zoo: Zoo) -> None:
@@ -271,5 +271,5 @@ def test_switched_off_it_scores_drafts_and_brings_nothing(zoo: Zoo) -> None:
         seer.run(1, 3)
         assert (seer.told.looked, seer.told.reached, seer.brought) == ([], [], [])
         totals = seer.predictor.forecast_totals
-        assert (totals.wanted, totals.named, totals.right, totals.wrong) == (2, 1, 1, 1)
+        assert (totals.missing, totals.right, totals.wrong) == (2, 1, 1)
         assert not seer.predictor.link_bound

@@ -229,7 +229,7 @@ def test_of_very_many_tokens_the_first_are_learnt_from() -> None:
     fresh = hidden_of(30, seed=2)
     assert some.predict(1, fresh, 2) == all_of_them.predict(1, fresh, 2)
     assert some._maps[1] is not None
-    assert some._maps[1]._seen == MAX_LEARNT_TOKENS
+    assert some._maps[1]._tokens == MAX_LEARNT_TOKENS
 
 
 @pytest.mark.parametrize("what", ["another pass", "twice", "not looked"])
@@ -243,11 +243,11 @@ def test_only_a_pass_that_was_looked_at_is_learnt_from(what: str) -> None:
         lookahead.predict(1, hidden_of(10), 2)
         lookahead.enter_layer(1, hidden_of(10))
         lookahead.enter_layer(1, hidden_of(10))
-        assert lookahead._maps[1]._seen == 10
+        assert lookahead._maps[1]._tokens == 10
         return
     else:
         lookahead.enter_layer(1, hidden_of(100))
-    assert lookahead._maps[1]._seen == 0
+    assert lookahead._maps[1]._tokens == 0
 
 
 def test_layers_of_different_sizes_are_learnt_apart() -> None:

@@ -34,9 +34,9 @@ class Watched:
         prefetch, enter_layer, predict_next = ExpertCache.prefetch, ExpertPredictor.enter_layer, Lookahead.predict
 
         def prefetching(
-            cache: ExpertCache, experts: Sequence[ExpertId], wanted_sooner: Collection[ExpertId] = ()
+            cache: ExpertCache, experts: Sequence[ExpertId], needed_sooner: Collection[ExpertId] = ()
         ) -> int:
-            started = prefetch(cache, experts, wanted_sooner)
+            started = prefetch(cache, experts, needed_sooner)
             self.brought += started
             return started
 
@@ -177,4 +177,4 @@ def test_a_long_prompt_is_learnt_from_and_not_foretold(device: str, zoo: Zoo, wa
         assert (watched.brought, engine.stats.lookahead_recall) == (0, 0)
         assert watched.looked > 0
         maps = runtime.predictor._lookahead._maps
-        assert [made._seen for made in maps if made is not None] == [5 * len(PROMPT)] * 3
+        assert [made._tokens for made in maps if made is not None] == [5 * len(PROMPT)] * 3

@@ -12,7 +12,7 @@ from edgemoe.checkpoint.blueprint import open_blueprint
 from edgemoe.checkpoint.state_folder import StateFolder
 from edgemoe.config import EngineConfig
 from edgemoe.demo import demo_folder
-from edgemoe.draft.step_cost import FIRST_GUESS, SHARING
+from edgemoe.draft.step_cost import PRIOR_SHARING, PRIOR_TOKEN_COST
 from edgemoe.measure import profiler
 from edgemoe.measure.text_passes import PROMPT, PassReading, task_texts
 from edgemoe.model.sequential_runner import MIN_THREADED_WORK
@@ -258,8 +258,9 @@ def test_drafts_are_priced_by_a_profile_of_this_machine_alone(tmp_path: Path, fo
     write_profile(StateFolder.of(open_blueprint(None).checkpoint, tmp_path), known_profile(conditions))
     with Engine.load(None, **settings) as engine:
         plain = engine._loop.speculation._costs.of(3)
-        plain.saw(1.0)
-        plain.saw(1.0)
+        plain.observe(1.0)
+        plain.observe(1.0)
         model = known_profile().model
-        expected = FIRST_GUESS / 3 ** (1 + SHARING) if foreign else model.token_cost(3, model.hit_rate(0.5, 3))
+        unprofiled = PRIOR_TOKEN_COST / 3 ** (1 + PRIOR_SHARING)
+        expected = unprofiled if foreign else model.token_cost(3, model.hit_rate(0.5, 3))
         assert plain.token == pytest.approx(expected)

@@ -1,22 +1,22 @@
-"""Amounts and bins by hand."""
+"""Demand and bins by hand."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from edgemoe.prefetch.forecast import BINS, EDGES, MIN_AMOUNT, Forecast
+from edgemoe.prefetch.forecast import BINS, EDGES, MIN_DEMAND, Forecast
 
 
-def bin_of(amount: float) -> int:
-    """The plain form: how many edges have been reached."""
-    return sum(float(edge) <= amount for edge in EDGES)
+def bin_of(demand: float) -> int:
+    """The plain form: the number of edges at or below `demand`."""
+    return sum(float(edge) <= demand for edge in EDGES)
 
 
-def told(*amounts: float) -> dict[int, int]:
-    """The bins of experts that one certain node gave these shares."""
-    forecast = Forecast([len(amounts)])
-    forecast.add(0, torch.tensor([amounts]), torch.ones(1))
+def bins_after(*demand: float) -> dict[int, int]:
+    """The bins of experts after one node with path probability 1 and these routing weights."""
+    forecast = Forecast([len(demand)])
+    forecast.add(0, torch.tensor([demand]), torch.ones(1))
     return forecast.bins(0)
 
 
@@ -27,8 +27,8 @@ def test_nothing_is_named_before_anything_was_drafted() -> None:
 
 def test_an_amount_is_the_sum_over_nodes_of_path_probability_times_share() -> None:
     forecast = Forecast([5])
-    shares = torch.tensor([[0.5, 0.5, 0, 0, 0], [0, 0.25, 0.75, 0, 0]])
-    forecast.add(0, shares, torch.tensor([1.0, 0.5]))
+    weights = torch.tensor([[0.5, 0.5, 0, 0, 0], [0, 0.25, 0.75, 0, 0]])
+    forecast.add(0, weights, torch.tensor([1.0, 0.5]))
     assert forecast.bins(0) == {0: bin_of(0.5), 1: bin_of(0.625), 2: bin_of(0.375)}
     forecast.add(0, torch.tensor([[0.0, 0.0, 0.0, 1.0, 0.0]]), torch.tensor([0.0625]))
     forecast.add(0, torch.tensor([[0.0, 0.0, 1.0, 0.0, 0.0]]), torch.tensor([1.0]))
@@ -45,42 +45,42 @@ def test_layers_are_apart_and_may_have_different_numbers_of_experts() -> None:
 def test_bins_begin_at_their_edges() -> None:
     edges = EDGES.tolist()
     assert len(edges) + 1 == BINS
-    assert told(*edges) == {number: number + 1 for number in range(len(edges))}
-    assert told(*(edge * 0.999 for edge in edges)) == {number: number for number in range(len(edges))}
-    assert told(1000.0) == {0: BINS - 1}
+    assert bins_after(*edges) == {number: number + 1 for number in range(len(edges))}
+    assert bins_after(*(edge * 0.999 for edge in edges)) == {number: number for number in range(len(edges))}
+    assert bins_after(1000.0) == {0: BINS - 1}
 
 
 def test_edges_rise_and_what_is_too_little_is_not_named() -> None:
     assert EDGES.tolist() == sorted(set(EDGES.tolist()))
-    assert float(EDGES[0]) > MIN_AMOUNT
-    assert told(MIN_AMOUNT * 1.01, MIN_AMOUNT * 0.99, 0.0) == {0: 0}
+    assert float(EDGES[0]) > MIN_DEMAND
+    assert bins_after(MIN_DEMAND * 1.01, MIN_DEMAND * 0.99, 0.0) == {0: 0}
 
 
 def test_news_are_the_greatest_shares_that_nobody_wanted_before() -> None:
     forecast = Forecast([5, 5])
-    shares = torch.tensor([[0.5, 0.3, 0.2, 0, 0], [0, 0, 0, 1.0, 0]])
+    weights = torch.tensor([[0.5, 0.3, 0.2, 0, 0], [0, 0, 0, 1.0, 0]])
     expected = [[True, True, False, False, False], [False, False, False, True, False]]
     for _ in range(2):
-        assert forecast.news(0, shares, 2).tolist() == expected, "what has no share is no news"
-    forecast.add(0, torch.tensor([[0.0, 0.9, 0.0, MIN_AMOUNT / 2, 0.0]]), torch.ones(1))
-    assert forecast.news(0, shares, 2).tolist() == [[True, False, False, False, False], expected[1]]
-    assert forecast.news(1, shares, 2).tolist() == expected
-    assert forecast.news(1, shares, 9).sum(1).tolist() == [3, 1]
+        assert forecast.new_experts(0, weights, 2).tolist() == expected, "an expert of weight 0 is not new"
+    forecast.add(0, torch.tensor([[0.0, 0.9, 0.0, MIN_DEMAND / 2, 0.0]]), torch.ones(1))
+    assert forecast.new_experts(0, weights, 2).tolist() == [[True, False, False, False, False], expected[1]]
+    assert forecast.new_experts(1, weights, 2).tolist() == expected
+    assert forecast.new_experts(1, weights, 9).sum(1).tolist() == [3, 1]
 
 
 def test_bins_are_plain_numbers() -> None:
-    assert {type(each) for pair in told(0.5).items() for each in pair} == {int}
+    assert {type(each) for pair in bins_after(0.5).items() for each in pair} == {int}
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_random_amounts_are_as_a_plain_loop_finds_them(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    forecast, amounts = Forecast([16]), [0.0] * 16
+    forecast, demand = Forecast([16]), [0.0] * 16
     for nodes in (1, 4, 3):
-        shares = torch.rand(nodes, 16, generator=generator) ** 4
-        certain = torch.rand(nodes, generator=generator)
-        forecast.add(0, shares, certain)
+        weights = torch.rand(nodes, 16, generator=generator) ** 4
+        path_probabilities = torch.rand(nodes, generator=generator)
+        forecast.add(0, weights, path_probabilities)
         for expert in range(16):
-            amounts[expert] += sum(float(shares[node, expert] * certain[node]) for node in range(nodes))
-    assert all(abs(amount - float(edge)) > 1e-6 for amount in amounts for edge in [*EDGES, MIN_AMOUNT]), "a tie"
-    assert forecast.bins(0) == {expert: bin_of(amount) for expert, amount in enumerate(amounts) if amount >= MIN_AMOUNT}
+            demand[expert] += sum(float(weights[node, expert] * path_probabilities[node]) for node in range(nodes))
+    assert all(abs(amount - float(edge)) > 1e-6 for amount in demand for edge in [*EDGES, MIN_DEMAND]), "a tie"
+    assert forecast.bins(0) == {expert: bin_of(amount) for expert, amount in enumerate(demand) if amount >= MIN_DEMAND}

@@ -1,4 +1,4 @@
-"""How fast and how busy a link is, by a clock that the tests move and over a real link."""
+"""A gauge's readings, with a clock that tests advance and over a real link."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from edgemoe.cache import CacheCounters, ExpertId, Throttle, Transfer
 from edgemoe.cache.link import Priority
 from edgemoe.cache.reader_link import ReaderLink
 from edgemoe.prefetch import link_gauge
-from edgemoe.prefetch.link_gauge import MOMENT, NEWEST, LinkGauge
+from edgemoe.prefetch.link_gauge import MIN_INTERVAL, NEWEST_WEIGHT, LinkGauge
 from tests.support.cache_fakes import FakeLink, FakeStore
 from tests.support.instruments import Clock
 
@@ -34,22 +34,22 @@ def passes(clock: Clock, link: FakeLink, seconds: float, busy: float, nbytes: in
 
 def test_it_knows_nothing_at_first(link: FakeLink, clock: Clock) -> None:
     gauge = LinkGauge(link)
-    assert (gauge.speed, gauge.busy) == (0.0, 0.0)
-    passes(clock, link, 10 * MOMENT, 0.0, 0)
+    assert (gauge.bandwidth, gauge.busy) == (0.0, 0.0)
+    passes(clock, link, 10 * MIN_INTERVAL, 0.0, 0)
     gauge.read()
-    assert (gauge.speed, gauge.busy) == (0.0, 0.0), "a link that has not moved anything has no speed yet"
+    assert (gauge.bandwidth, gauge.busy) == (0.0, 0.0), "a link without transfers has no bandwidth yet"
 
 
 def test_the_first_speed_is_taken_as_it_is_and_later_ones_a_little(link: FakeLink, clock: Clock) -> None:
     gauge = LinkGauge(link)
     passes(clock, link, 1.0, 0.5, 4000)
     gauge.read()
-    assert gauge.speed == pytest.approx(8000)
-    assert gauge.busy == pytest.approx(NEWEST * 0.5)
+    assert gauge.bandwidth == pytest.approx(8000)
+    assert gauge.busy == pytest.approx(NEWEST_WEIGHT * 0.5)
     passes(clock, link, 2.0, 2.0, 4000)
     gauge.read()
-    assert gauge.speed == pytest.approx(8000 + NEWEST * (2000 - 8000))
-    assert gauge.busy == pytest.approx(NEWEST * 0.5 + NEWEST * (1 - NEWEST * 0.5))
+    assert gauge.bandwidth == pytest.approx(8000 + NEWEST_WEIGHT * (2000 - 8000))
+    assert gauge.busy == pytest.approx(NEWEST_WEIGHT * 0.5 + NEWEST_WEIGHT * (1 - NEWEST_WEIGHT * 0.5))
 
 
 def test_what_was_there_before_it_is_not_counted(link: FakeLink, clock: Clock) -> None:
@@ -57,18 +57,18 @@ def test_what_was_there_before_it_is_not_counted(link: FakeLink, clock: Clock) -
     gauge = LinkGauge(link)
     passes(clock, link, 1.0, 0.25, 1000)
     gauge.read()
-    assert (gauge.speed, gauge.busy) == pytest.approx((4000, NEWEST * 0.25))
+    assert (gauge.bandwidth, gauge.busy) == pytest.approx((4000, NEWEST_WEIGHT * 0.25))
 
 
 def test_within_a_moment_nothing_is_read_and_nothing_is_lost(link: FakeLink, clock: Clock) -> None:
     gauge = LinkGauge(link)
-    passes(clock, link, 0.6 * MOMENT, 0.6 * MOMENT, 600)
+    passes(clock, link, 0.6 * MIN_INTERVAL, 0.6 * MIN_INTERVAL, 600)
     gauge.read()
-    assert (gauge.speed, gauge.busy) == (0.0, 0.0)
-    passes(clock, link, 0.6 * MOMENT, 0.0, 0)
+    assert (gauge.bandwidth, gauge.busy) == (0.0, 0.0)
+    passes(clock, link, 0.6 * MIN_INTERVAL, 0.0, 0)
     gauge.read()
-    assert gauge.speed == pytest.approx(1000 / MOMENT)
-    assert gauge.busy == pytest.approx(NEWEST * 0.5)
+    assert gauge.bandwidth == pytest.approx(1000 / MIN_INTERVAL)
+    assert gauge.busy == pytest.approx(NEWEST_WEIGHT * 0.5)
 
 
 def test_a_link_at_rest_keeps_its_speed_and_is_less_and_less_busy(link: FakeLink, clock: Clock) -> None:
@@ -78,11 +78,11 @@ def test_a_link_at_rest_keeps_its_speed_and_is_less_and_less_busy(link: FakeLink
     for _ in range(3):
         passes(clock, link, 1.0, 0.0, 0)
         gauge.read()
-    assert gauge.speed == pytest.approx(5000)
-    assert gauge.busy == pytest.approx(NEWEST * (1 - NEWEST) ** 3)
+    assert gauge.bandwidth == pytest.approx(5000)
+    assert gauge.busy == pytest.approx(NEWEST_WEIGHT * (1 - NEWEST_WEIGHT) ** 3)
     passes(clock, link, 1.0, 0.5, 0)
     gauge.read()
-    assert gauge.speed == pytest.approx(5000), "busy with what has not arrived yet, or never will"
+    assert gauge.bandwidth == pytest.approx(5000), "busy with transfers that have not arrived, or will not"
 
 
 def test_it_is_never_more_busy_than_the_time_there_was(link: FakeLink, clock: Clock) -> None:
@@ -97,35 +97,35 @@ def test_it_is_never_more_busy_than_the_time_there_was(link: FakeLink, clock: Cl
 def test_how_much_a_pass_waits_is_a_share_of_the_time_in_which_the_link_is_busy(link: FakeLink, clock: Clock) -> None:
     counters = CacheCounters(link_wait_seconds=100.0)
     gauge = LinkGauge(link, counters)
-    assert gauge.waited_for == 1.0, "until it is known"
+    assert gauge.wait_share == 1.0, "before the first reading"
     passes(clock, link, 2.0, 1.0, 100)
     counters.link_wait_seconds += 0.25
     gauge.read()
-    assert gauge.waited_for == pytest.approx(1 - NEWEST * 0.75)
-    known = gauge.waited_for
+    assert gauge.wait_share == pytest.approx(1 - NEWEST_WEIGHT * 0.75)
+    known = gauge.wait_share
     passes(clock, link, 1.0, 0.0, 0)
     gauge.read()
-    assert gauge.waited_for == known, "at rest it says nothing"
+    assert gauge.wait_share == known, "an idle link has no wait share"
     passes(clock, link, 1.0, 0.5, 100)
     counters.link_wait_seconds += 3.0
     gauge.read()
-    assert gauge.waited_for == pytest.approx(known + NEWEST * (1 - known)), "never more than all of it"
-    known = gauge.waited_for
+    assert gauge.wait_share == pytest.approx(known + NEWEST_WEIGHT * (1 - known)), "at most 1"
+    known = gauge.wait_share
     passes(clock, link, 1.0, 0.5, 100)
     gauge.read()
-    assert gauge.waited_for == pytest.approx(known * (1 - NEWEST)), "what was waited before is over"
+    assert gauge.wait_share == pytest.approx(known * (1 - NEWEST_WEIGHT)), "earlier waits do not count again"
 
 
 def test_without_a_cache_all_of_it_is_waited_for(link: FakeLink, clock: Clock) -> None:
     gauge = LinkGauge(link)
     passes(clock, link, 1.0, 1.0, 100)
     gauge.read()
-    assert gauge.waited_for == 1.0
+    assert gauge.wait_share == 1.0
 
 
 def test_a_link_that_never_rests_is_seen_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its queue is never empty between the readings."""
-    monkeypatch.setattr(link_gauge, "MOMENT", 0.015)
+    """Its queue is never empty at a reading."""
+    monkeypatch.setattr(link_gauge, "MIN_INTERVAL", 0.015)
     store = FakeStore([20], 2000)
     link = ReaderLink(store, 2, Throttle(1_000_000))
     gauge = LinkGauge(link)
@@ -142,4 +142,4 @@ def test_a_link_that_never_rests_is_seen_at_work(monkeypatch: pytest.MonkeyPatch
         gauge.read()
     link.close()
     assert gauge.busy > 0.8
-    assert 400_000 < gauge.speed < 1_200_000
+    assert 400_000 < gauge.bandwidth < 1_200_000

@@ -1,4 +1,4 @@
-"""Prefetches and demands over real files and real threads, at random times, with reads that fail: no wrong byte."""
+"""Random prefetches and demand loads over real files and threads, with failing reads: no byte is wrong."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PATIENCE = 60.0
 
 
 class Unsteady(SafetensorsStore):
-    """Reads that take their time now and then, and fail when told."""
+    """A store whose reads are randomly slow, and fail at the rate `failing`."""
 
     def __init__(self, path: Path, draw: random.Random) -> None:
         layout = RecordLayout([Part(f"p{number}", (size,), torch.uint8) for number, size in enumerate(PARTS)])
@@ -44,7 +44,7 @@ class Unsteady(SafetensorsStore):
                     sources[expert] = RecordSource(tuple(extents), None)
         super().__init__([path], [layout] * len(EXPERTS), sources)
         self.failing = 0.0
-        """How likely a read is to fail."""
+        """Probability that a read fails."""
         self._draw = draw
 
     def pieces(self, expert: ExpertId, slot: torch.Tensor) -> Sequence[Piece]:
@@ -62,14 +62,14 @@ class Unsteady(SafetensorsStore):
 
 
 class Passes:
-    """Passes through all layers, with drafts before them and predictions that are right half of the time."""
+    """Passes through all layers, some after drafts, with predictions that are often wrong."""
 
     def __init__(self, store: Unsteady, link: ReaderLink, slots: int, draw: random.Random) -> None:
         self.pool = SlotPool(slots, store.slot_nbytes, torch.device("cpu"))
         self.cache = ExpertCache(store, link, self.pool, BalancedLRU(len(EXPERTS), slots))
         self.prefetcher = Prefetcher(self.cache, len(EXPERTS), LinkGauge(link))
-        self.prefetcher.watch("one", 2, prior=0.6)
-        self.prefetcher.watch("other", 3, prior=0.4)
+        self.prefetcher.register("one", 2, prior=0.6)
+        self.prefetcher.register("other", 3, prior=0.4)
         self.failures = 0
         self._draw = draw
 
@@ -82,28 +82,30 @@ class Passes:
     def _some(self, layer: int) -> list[int]:
         return self._draw.sample(range(EXPERTS[layer]), self._draw.randint(1, 5))
 
-    def _foretell(self, predictor: str, bins: int, layer: int, wanted: Sequence[int]) -> None:
-        named = {
-            number: self._draw.randrange(bins) for number in [*wanted, *self._some(layer)] if self._draw.random() < 0.8
+    def _predict(self, predictor: str, count: int, layer: int, requested: Sequence[int]) -> None:
+        bins = {
+            number: self._draw.randrange(count)
+            for number in [*requested, *self._some(layer)]
+            if self._draw.random() < 0.8
         }
-        self.prefetcher.add_prediction(predictor, layer, named, self.cache.residents(layer))
+        self.prefetcher.add_prediction(predictor, layer, bins, self.cache.residents(layer))
 
-    def _pass(self, wanted: Sequence[Sequence[int]]) -> None:
+    def _pass(self, requested: Sequence[Sequence[int]]) -> None:
         draft = self._draw.random() < 0.5
         for layer in range(len(EXPERTS) if draft else 0):
             with self.cache.lend(layer, self.cache.residents(layer)) as loan:
                 self._check(layer, loan.experts, loan.slots)
-            self._foretell("other", 3, layer, wanted[layer])
+            self._predict("other", 3, layer, requested[layer])
             self.prefetcher.issue()
         if self._draw.random() < 0.1:
             self.prefetcher.drop()
-        for layer, numbers in enumerate(wanted):
-            self._reach(layer, numbers, wanted)
+        for layer, numbers in enumerate(requested):
+            self._reach(layer, numbers, requested)
 
-    def _reach(self, layer: int, numbers: Sequence[int], wanted: Sequence[Sequence[int]]) -> None:
+    def _reach(self, layer: int, numbers: Sequence[int], requested: Sequence[Sequence[int]]) -> None:
         def meanwhile() -> None:
             if layer + 1 < len(EXPERTS):
-                self._foretell("one", 2, layer + 1, wanted[layer + 1])
+                self._predict("one", 2, layer + 1, requested[layer + 1])
             self.prefetcher.issue(layer)
 
         self.prefetcher.enter_layer(layer, numbers)
@@ -125,7 +127,7 @@ class Passes:
 
 
 def within_patience(work: Callable[[], None]) -> None:
-    """Runs `work` in a thread and fails, instead of hanging, when it does not end."""
+    """Runs `work` in a thread. Fails when it does not end in time."""
     errors: list[BaseException] = []
 
     def run() -> None:
@@ -137,7 +139,7 @@ def within_patience(work: Callable[[], None]) -> None:
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(PATIENCE)
-    assert not thread.is_alive(), "a pass waits for something that never comes"
+    assert not thread.is_alive(), "a pass waits forever"
     if errors:
         raise errors[0]
 
@@ -161,10 +163,10 @@ def test_random_passes_read_the_right_bytes_and_come_to_an_end(
     link.close()
     store.close()
     counters = passes.cache.counters
-    assert passes.failures - failed <= 3, "at most what was on its way when reads began to succeed again"
-    assert (failed > 0) == (failing > 0) or slots == sum(EXPERTS), "there, hardly anything is read"
+    assert passes.failures - failed <= 3, "at most the loads in flight when reads began to succeed again"
+    assert (failed > 0) == (failing > 0) or slots == sum(EXPERTS), "in that case there are few reads"
     assert counters.hits + counters.misses > 150
     assert slots == 1 or counters.bytes_prefetched_used + counters.bytes_prefetched_late > 0
     if not failing:
-        load_reason = sum(held.load_reason is not None for held in passes.cache._held.values())
-        assert counters.bytes_loaded + load_reason * NBYTES == link.bytes_moved
+        unrequested = sum(held.load_reason is not None for held in passes.cache._held.values())
+        assert counters.bytes_loaded + unrequested * NBYTES == link.bytes_moved

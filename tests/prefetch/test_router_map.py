@@ -1,4 +1,4 @@
-"""The learnt correction: what it says before it has learnt, what it learns, when, and what it forgets."""
+"""The learnt correction: its prediction before the first fit, its fits, and its memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def features_of(tokens: int, seed: int = 0) -> torch.Tensor:
 
 
 def linear(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Some linear map and offset."""
+    """A random linear map and offset."""
     generator = torch.Generator().manual_seed(100 + seed)
     return torch.randn(FEATURES, SCORES, generator=generator), torch.randn(SCORES, generator=generator)
 
@@ -27,14 +27,14 @@ def guess(features: torch.Tensor) -> torch.Tensor:
 
 
 def error(made: RouterMap, weight: torch.Tensor, offset: torch.Tensor) -> float:
-    """How far off it is on tokens that it has not seen, relative to the scores."""
+    """The error on new tokens, relative to the scores."""
     features = features_of(200, seed=99)
     scores = features @ weight + offset
     return float((made.scores(features) - scores).norm() / scores.norm())
 
 
 def learn_one_by_one(made: RouterMap, features: torch.Tensor, scores: torch.Tensor) -> list[int]:
-    """After how many tokens of these it was fitted again."""
+    """The numbers of tokens after which the map was fitted again."""
     fits, known = [], made._map
     for token in range(len(features)):
         made.learn(features[token : token + 1], scores[token : token + 1])
@@ -79,7 +79,7 @@ def test_a_guess_that_is_right_stays_as_it_is() -> None:
 
 
 def test_it_is_least_squares_with_a_ridge(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against the same in float64 from all tokens at once, over noise, whatever the portions they came in."""
+    """Equals a fit in float64 to all tokens at once, over noise, for any portions."""
     features, generator = features_of(300), torch.Generator().manual_seed(5)
     weight, offset = linear(1)
     scores = features @ weight + offset + torch.randn(300, SCORES, generator=generator)
@@ -89,7 +89,7 @@ def test_it_is_least_squares_with_a_ridge(monkeypatch: pytest.MonkeyPatch) -> No
         made.learn(features[portion], scores[portion])
     rows = torch.cat([features, torch.ones(300, 1)], dim=1).double()
     squares = rows.t() @ rows
-    ridge = torch.diag((router_map.RIDGE + router_map.DOUBT * (FEATURES + 1) / 300) * squares.diagonal())
+    ridge = torch.diag((router_map.RIDGE + router_map.SMALL_SAMPLE_RIDGE * (FEATURES + 1) / 300) * squares.diagonal())
     expected = torch.linalg.solve(squares + ridge, rows.t() @ (scores - guess(features)).double())
     found = made.scores(features).double()
     assert torch.allclose(found, guess(features).double() + rows @ expected, atol=1e-3)
@@ -97,7 +97,7 @@ def test_it_is_least_squares_with_a_ridge(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("tokens", [FIRST_FIT, 2 * FIRST_FIT])
 def test_with_more_features_than_tokens_it_stays_close_to_its_guess(tokens: int) -> None:
-    """As in a model with many experts at the beginning of its first reply; there is nothing to learn here but noise."""
+    """As at the start of the first reply of a model with many experts. There is only noise to learn."""
     experts, best = 128, 8
     generator = torch.Generator().manual_seed(2)
     before, after = (torch.randn(experts, 256, generator=generator) / 16 for _ in range(2))
@@ -131,7 +131,7 @@ def test_many_tokens_at_once_are_one_fit() -> None:
     made = RouterMap(FEATURES, SCORES)
     made.learn(features_of(300), features_of(300, seed=1)[:, :SCORES])
     fits = learn_one_by_one(made, features_of(200), features_of(200, seed=1)[:, :SCORES])
-    assert fits == [150], "when there are half as many again"
+    assert fits == [150], "after half as many tokens again"
 
 
 def test_old_tokens_fade_and_fits_keep_coming(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +147,7 @@ def test_old_tokens_fade_and_fits_keep_coming(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_without_fading_it_would_remember_for_ever() -> None:
-    """What makes the test above say something."""
+    """The counterpart of the test above."""
     made = RouterMap(FEATURES, SCORES)
     old, new = linear(0), linear(1)
     features = features_of(1500)
@@ -181,7 +181,7 @@ def test_features_that_tell_nothing_do_no_harm(kind: str) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 @pytest.mark.parametrize(("before", "noticed"), [(0, FIRST_FIT - 1), (1000, 93)], ids=["at first", "later"])
 def test_a_token_that_overflowed_is_got_over(value: float, before: int, noticed: int) -> None:
-    """It is noticed at the next fit, which is not made; then learning begins anew."""
+    """The next fit detects it and is dropped; then learning starts anew."""
     made = RouterMap(FEATURES, SCORES)
     weight, offset = linear(0)
     features = features_of(3000)

@@ -1,4 +1,4 @@
-"""How often foretellings come true, by hand."""
+"""Hit rates and totals by hand."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import random
 
 import pytest
 
-from edgemoe.prefetch.scorecard import LIKELY, PredictionTotals, Scorecard
+from edgemoe.prefetch.scorecard import MIN_RATE, PredictionTotals, Scorecard
 
 
 def settled(card: Scorecard, number: int, *outcomes: bool) -> None:
-    """One expert foretold in bin `number` for each outcome, and asked for or not."""
+    """Scores one prediction in bin `number` per outcome."""
     for outcome in outcomes:
-        card.settle({0: number}, [0] if outcome else [1], [])
+        card.score({0: number}, [0] if outcome else [1], [])
 
 
 def test_every_bin_starts_at_the_prior() -> None:
@@ -26,7 +26,7 @@ def test_the_prior_counts_as_so_many_outcomes() -> None:
     assert card.rate(0) == pytest.approx((1 + 4 * 0.5) / (1 + 4))
     settled(card, 0, False, False)
     assert card.rate(0) == pytest.approx((1 + 4 * 0.5) / (3 + 4))
-    assert card.rate(1) == 0.5, "bins are apart"
+    assert card.rate(1) == 0.5, "bins are independent"
 
 
 def test_old_outcomes_fade() -> None:
@@ -35,7 +35,7 @@ def test_old_outcomes_fade() -> None:
     right, seen = 0.75 * (0.75 * 1 + 1), 0.75 * (0.75 * 1 + 1) + 1
     assert card.rate(0) == pytest.approx((right + 1) / (seen + 2))
     settled(card, 0, *[False] * 100)
-    assert card.rate(0) == pytest.approx(1 / (4 + 2)), "four outcomes are remembered, and the prior"
+    assert card.rate(0) == pytest.approx(1 / (4 + 2)), "four outcomes count, and the prior"
     settled(card, 0, *[True] * 100)
     assert card.rate(0) == pytest.approx((4 + 1) / (4 + 2))
 
@@ -50,30 +50,30 @@ def test_a_rate_becomes_how_often_it_was_right(chance: float) -> None:
 
 def test_what_was_resident_already_says_nothing() -> None:
     card = Scorecard(1, prior=0.9)
-    card.settle({3: 0, 4: 0}, [3, 4, 5], [3, 4, 5])
+    card.score({3: 0, 4: 0}, [3, 4, 5], [3, 4, 5])
     assert card.rate(0) == pytest.approx(0.9)
     assert card.totals == PredictionTotals()
 
 
 def test_totals_by_hand() -> None:
-    """Named are 1 to 5; of these 1 is resident and 2, 3 are asked for; 6 and 7 are asked for unnamed, 7 resident."""
+    """Predicted are 1 to 5: 1 is resident, 2 and 3 are requested. 6 and 7 are requested too, and 7 is resident."""
     card = Scorecard(2, prior=0.9)
-    card.settle({1: 0, 2: 0, 3: 1, 4: 1, 5: 0}, [1, 2, 3, 6, 7], [1, 7])
-    assert card.totals == PredictionTotals(wanted=3, named=2, right=2, wrong=2)
+    card.score({1: 0, 2: 0, 3: 1, 4: 1, 5: 0}, [1, 2, 3, 6, 7], [1, 7])
+    assert card.totals == PredictionTotals(missing=3, right=2, wrong=2)
     assert (card.totals.recall, card.totals.precision) == pytest.approx((2 / 3, 0.5))
     assert card.rate(0) == pytest.approx((511 / 512 + 7.2) / (1 + 511 / 512 + 8)), "right, then wrong"
-    card.settle({8: 0}, [8], [])
-    assert card.totals == PredictionTotals(wanted=4, named=3, right=3, wrong=2)
+    card.score({8: 0}, [8], [])
+    assert card.totals == PredictionTotals(missing=4, right=3, wrong=2)
 
 
 def test_what_is_unlikely_feeds_the_rates_and_is_not_called_named() -> None:
-    card = Scorecard(2, prior=LIKELY, weight=8, memory=1e12)
+    card = Scorecard(2, prior=MIN_RATE, weight=8, memory=1e12)
     settled(card, 0, False)
-    assert card.totals == PredictionTotals(wanted=1, wrong=1), "just likely enough"
-    assert card.rate(0) < LIKELY
-    card.settle({2: 0, 3: 1}, [2, 3], [])
-    assert card.totals == PredictionTotals(wanted=3, named=1, right=1, wrong=1)
-    assert card.rate(0) == pytest.approx((1 + 8 * LIKELY) / (2 + 8))
+    assert card.totals == PredictionTotals(missing=1, wrong=1), "exactly at the bar"
+    assert card.rate(0) < MIN_RATE
+    card.score({2: 0, 3: 1}, [2, 3], [])
+    assert card.totals == PredictionTotals(missing=3, right=1, wrong=1)
+    assert card.rate(0) == pytest.approx((1 + 8 * MIN_RATE) / (2 + 8))
     settled(card, 0, *[False] * 9)
     known, rate = card.totals.wrong, card.rate(0)
     settled(card, 0, *[False] * 9)

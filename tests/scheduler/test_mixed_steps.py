@@ -8,7 +8,7 @@ import pytest
 
 from edgemoe.draft.proposal import Proposal, StepReport
 from edgemoe.draft.speculation import MAX_PROMPT_TOKENS, Speculation
-from edgemoe.draft.step_cost import REFRESH
+from edgemoe.draft.step_cost import REMEASURE_AFTER
 from edgemoe.request.request import Request
 from tests.support.checkpoints import Zoo, running
 from tests.support.crowd import Crowd
@@ -84,7 +84,7 @@ def test_a_plain_step_is_not_made_while_prompts_run(crowd: Crowd) -> None:
     """It would measure nothing, and the drafts would be lost."""
     speculation, asked = crowd.speculation, crowd.ask(REPEATED)
     measured(speculation, 1)
-    for _ in range(REFRESH):
+    for _ in range(REMEASURE_AFTER):
         speculation.learn(Proposal(), report(1, 1.01, drafted=2))
     assert drafts(speculation, asked, mixed=True) > 0
     assert drafts(speculation, asked, mixed=False) == 0

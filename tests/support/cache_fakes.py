@@ -1,4 +1,4 @@
-"""Stand-ins that the tests drive: a store with known bytes, a link that finishes when told, a device's streams."""
+"""Fakes that tests control: a store with known bytes, a link without threads, and the streams of a device."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from edgemoe.cache.link import Priority
 from edgemoe.cache.store import Piece
 
 PATIENCE = 20.0
-"""Seconds after which a test that waits for a thread fails instead of hanging."""
+"""Timeout in seconds of a test that waits for a thread."""
 
 
 def pattern(expert: ExpertId) -> int:
-    """The byte that the whole record of `expert` consists of; distinct for up to 12 layers of 20 experts, never 0."""
+    """The value of every byte of the record of `expert`: never 0, and distinct for up to 12 layers of 20 experts."""
     return 1 + expert.layer * 20 + expert.number
 
 
@@ -31,25 +31,25 @@ def holds(memory: torch.Tensor, expert: ExpertId, nbytes: int) -> bool:
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
-    """Returns as soon as `condition` holds; AssertionError when it does not within `seconds`."""
+    """Waits until `condition` holds. Raises AssertionError after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "nothing happened for too long"
+        assert time.monotonic() < end, "the condition does not become true in time"
         time.sleep(0.0005)
 
 
 class FakeStore(ExpertStore):
-    """Records of constant bytes, in several pieces, that can be held back or fail, one expert at a time."""
+    """Records of constant bytes, in several pieces, whose reads can be blocked or fail per expert."""
 
     def __init__(self, experts: Sequence[int], nbytes: int = 128, pieces: int = 1) -> None:
         self.layouts = tuple(RecordLayout([Part("w", (nbytes,), torch.uint8)]) for _ in experts)
         self.experts = tuple(experts)
         self.gates: dict[ExpertId, threading.Event] = {}
-        """A piece of a gated expert waits for its event before it writes."""
+        """Events for which the pieces of an expert wait before they write."""
         self.faults: dict[ExpertId, OSError] = {}
-        """The last piece of such an expert raises instead of writing."""
+        """Errors that the last piece of an expert raises instead of writing."""
         self.started: list[ExpertId] = []
-        """One entry for each piece that began, in order."""
+        """The expert of each piece that started, in order."""
         self.closed = False
         self._pieces = pieces
 
@@ -84,7 +84,7 @@ class FakeStore(ExpertStore):
 
 
 class SuddenTransfer(Transfer):
-    """A transfer that ends just after somebody asked whether it had."""
+    """A transfer that ends right after the first call of `arrived`."""
 
     def __init__(self, link: FakeLink, expert: ExpertId, slot: int, nbytes: int, priority: Priority) -> None:
         super().__init__(expert, slot, nbytes, priority)
@@ -98,42 +98,42 @@ class SuddenTransfer(Transfer):
 
 
 class FakeLink(Link):
-    """A link without threads: a transfer ends when the test says so, or when the cache waits and the test allows it.
+    """A link without threads. A transfer ends by `finish`, or when the cache waits and `choose` selects it.
 
-    `events` tells what happened in order: ("start" | "prefetch" | "promote" | "cancel" | "wait" | "released", experts
-    or slots).
+    `events` logs the calls in order, as (kind, experts or slots). Kinds are "start", "prefetch", "promote", "cancel",
+    "wait", "released" and "close".
     """
 
     def __init__(self, store: ExpertStore) -> None:
         self.store = store
         self.events: list[tuple[str, Any]] = []
-        self.under_way: dict[ExpertId, tuple[Transfer, torch.Tensor]] = {}
+        self.in_flight: dict[ExpertId, tuple[Transfer, torch.Tensor]] = {}
         self.faults: dict[ExpertId, OSError] = {}
         self.queued: set[ExpertId] = set()
-        """Of what is under way, that of which nothing has moved yet: it may be cancelled."""
+        """Experts in flight that have not started to move, so that they can be cancelled."""
         self.sudden = False
         """Whether new transfers are `SuddenTransfer`s."""
         self.readable: set[ExpertId] = set()
-        """Experts whose transfer was waited for since it started: a device may read these and no others."""
+        """Experts whose current transfer was returned by `wait_any`: only these may be read."""
         self.moved = 0
-        """Bytes that crossed."""
+        """Bytes that crossed the link."""
         self.choose: Callable[[Sequence[Transfer]], Transfer] | None = lambda transfers: transfers[0]
-        """Which transfer ends when the cache waits and none has; None makes such a wait an error."""
+        """Selects the transfer that ends when the cache waits and none has ended. With None, such a wait fails."""
 
     def start(self, expert: ExpertId, slot: int, memory: torch.Tensor, priority: Priority) -> Transfer:
-        assert expert not in self.under_way, f"{expert} is on the link already"
+        assert expert not in self.in_flight, f"{expert} is in flight already"
         nbytes = self.store.record_nbytes(expert)
         transfer = Transfer(expert, slot, nbytes, priority)
         if self.sudden:
             transfer = SuddenTransfer(self, expert, slot, nbytes, priority)
-        self.under_way[expert] = transfer, memory
+        self.in_flight[expert] = transfer, memory
         self.readable.discard(expert)
         self.events.append(("start" if priority is Priority.DEMAND else "prefetch", expert))
         return transfer
 
     def finish(self, *experts: ExpertId) -> None:
         for expert in experts:
-            transfer, memory = self.under_way.pop(expert)
+            transfer, memory = self.in_flight.pop(expert)
             transfer.error = self.faults.pop(expert, None)
             if transfer.error is None:
                 self.moved += transfer.nbytes
@@ -149,11 +149,11 @@ class FakeLink(Link):
         if transfer.done or transfer.expert not in self.queued:
             return False
         self.events.append(("cancel", transfer.expert))
-        del self.under_way[transfer.expert]
+        del self.in_flight[transfer.expert]
         return True
 
     def wait_any(self, transfers: Sequence[Transfer]) -> list[Transfer]:
-        assert transfers, "waiting for nothing would be for ever"
+        assert transfers, "waiting for no transfer would never end"
         if not any(transfer.done for transfer in transfers):
             self.events.append(("wait", tuple(transfer.expert for transfer in transfers)))
             assert self.choose is not None, "the cache waits for the link"
@@ -173,7 +173,7 @@ class FakeLink(Link):
 
 
 class LockedStore(HostStore):
-    """A host store on a machine without CUDA whose records pass for page-locked, but for those in `pageable`."""
+    """A host store whose records claim to be page-locked, except for those of `pageable`. Needs no CUDA."""
 
     def __init__(self, source: ExpertStore, pageable: Sequence[ExpertId] = ()) -> None:
         super().__init__(source, 0, pin=False)
@@ -185,7 +185,7 @@ class LockedStore(HostStore):
 
 
 class Lane:
-    """Work in order on a thread of its own, as a device's stream runs it; `hold` and `go` stop and continue it."""
+    """A stream: runs work in order on its own thread. `hold` pauses it, `go` resumes it."""
 
     def __init__(self) -> None:
         self._work: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
@@ -221,7 +221,7 @@ class Lane:
 
 
 class Mark(threading.Event):
-    """An event of a `FakeStreams`, which knows when it passed."""
+    """An event of `FakeStreams`; `at` is the time at which it passed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -233,7 +233,7 @@ class Mark(threading.Event):
 
 
 class FakeStreams(Streams):
-    """A device made of two lanes, one for copies and one for compute; its events are `Mark`s."""
+    """A device with one lane for copies and one for compute. Its events are `Mark`s."""
 
     def __init__(self, copy_seconds: Callable[[], float] = lambda: 0.0) -> None:
         self.copies = Lane()

@@ -1,4 +1,4 @@
-"""A cache over a link that the tests drive, and what they do with it."""
+"""A cache over a fake link, and operations on it that check its contract."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def free_slots(cache: ExpertCache) -> int:
 
 
 def use(cache: ExpertCache, layer: int, *experts: int) -> list[Loan]:
-    """Borrows to the end, checking at each loan that every lent slot holds its expert and may be read."""
+    """Exhausts a borrow, and checks for each loan that its slots hold their experts and may be read."""
     loans = []
     for loan in cache.borrow(layer, experts):
         for number, slot in zip(loan.experts, loan.slots, strict=True):
@@ -49,6 +49,6 @@ def ids(layer: int, *numbers: int) -> list[ExpertId]:
 
 
 def prefetched(cache: ExpertCache, layer: int, *numbers: int) -> None:
-    """Brings experts that nothing asked for."""
+    """Prefetches experts, which arrive immediately."""
     assert cache.prefetch(ids(layer, *numbers)) == len(numbers)
     link_of(cache).finish(*ids(layer, *numbers))

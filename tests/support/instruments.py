@@ -1,4 +1,4 @@
-"""A clock that stands still until told, and a gauge that shows what the test says."""
+"""A clock that tests advance, and a link gauge with readings set by tests."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Clock:
 
 
 class FakeGauge(LinkGauge):
-    """A link of so many bytes a second, busy for such a share of the time, and waited for in such a share of that."""
+    """A gauge with fixed readings. Counts its calls of `read`."""
 
-    def __init__(self, speed: float = 0.0, busy: float = 0.0, waited_for: float = 1.0) -> None:
-        self.speed = speed
+    def __init__(self, bandwidth: float = 0.0, busy: float = 0.0, wait_share: float = 1.0) -> None:
+        self.bandwidth = bandwidth
         self.busy = busy
-        self.waited_for = waited_for
+        self.wait_share = wait_share
         self.readings = 0
 
     def read(self) -> None:

@@ -1,4 +1,4 @@
-"""A prefetcher over a real cache, a link that is told and predictors that are right as often as their names say."""
+"""A prefetcher over a real cache, a fake link, and predictors with known hit rates."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SURE, LIKELY, UNLIKELY = "sure", "likely", "unlikely"
 
 
 class Bench:
-    """A prefetcher with three predictors of one bin each, right in 90, 50 and 10 of 100 cases."""
+    """A prefetcher with three predictors of one bin each, with hit rates of 0.9, 0.5 and 0.1."""
 
     def __init__(self, slots: int = 40, gauge: FakeGauge | None = None) -> None:
         store = FakeStore([EXPERTS] * LAYERS, NBYTES)
@@ -30,43 +30,43 @@ class Bench:
         self.gauge = gauge or FakeGauge()
         self.prefetcher = Prefetcher(self.cache, LAYERS, self.gauge)
         priors = {SURE: 0.9, LIKELY: 0.5, UNLIKELY: 0.1}
-        self.cards = {name: self.prefetcher.watch(name, 1, prior) for name, prior in priors.items()}
+        self.cards = {name: self.prefetcher.register(name, 1, prior) for name, prior in priors.items()}
 
-    def say(self, predictor: str, layer: int, *numbers: int, resident: Sequence[int] = ()) -> None:
+    def predict(self, predictor: str, layer: int, *numbers: int, resident: Sequence[int] = ()) -> None:
         self.prefetcher.add_prediction(predictor, layer, dict.fromkeys(numbers, 0), resident)
 
     def use(self, layer: int, *numbers: int) -> None:
-        """A pass through one layer that foretells nothing."""
+        """A pass through one layer, without predictions."""
         self.prefetcher.enter_layer(layer, numbers)
         list(self.cache.borrow(layer, numbers))
 
-    def brought(self) -> list[ExpertId]:
+    def prefetched(self) -> list[ExpertId]:
         return self.link.happened("prefetch")
 
     def issue(self, after: int = -1) -> list[ExpertId]:
-        """What is put on the link now, all of which arrives at once."""
-        before = len(self.brought())
+        """The prefetches that are issued now. All of them arrive immediately."""
+        before = len(self.prefetched())
         self.prefetcher.issue(after)
-        new = self.brought()[before:]
+        new = self.prefetched()[before:]
         self.link.finish(*new)
         return new
 
-    def bring_all(self, after: int = -1) -> list[ExpertId]:
-        """What is put on the link while everything arrives at once."""
-        brought = []
+    def issue_all(self, after: int = -1) -> list[ExpertId]:
+        """The prefetches that are issued until no more are. All of them arrive immediately."""
+        issued = []
         while new := self.issue(after):
-            brought += new
-        return brought
+            issued += new
+        return issued
 
 
 def ids(layer: int, *numbers: int) -> list[ExpertId]:
     return [ExpertId(layer, number) for number in numbers]
 
 
-def paced(speed: float, busy: float, seconds: float, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    """A bench whose link moves `speed` records a second and whose layers take so long."""
+def paced(bandwidth: float, busy: float, seconds: float, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """A bench whose link moves `bandwidth` records per second and whose layers take `seconds` each."""
     clock = Clock(module, monkeypatch)
-    bench = Bench(gauge=FakeGauge(speed * NBYTES, busy))
+    bench = Bench(gauge=FakeGauge(bandwidth * NBYTES, busy))
     bench.prefetcher.enter_layer(0, [])
     clock.now += seconds
     bench.prefetcher.enter_layer(1, [])

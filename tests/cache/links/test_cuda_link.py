@@ -1,4 +1,4 @@
-"""The CUDA link's order of work, on a device played by two threads: one for copies, one for compute."""
+"""The CUDA link's order of work, on a fake device of two threads: one for copies, one for compute."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 NBYTES = 128
 A, B, C, D = (ExpertId(0, number) for number in range(4))
 A_MOMENT = 0.03
-"""Seconds in which a wrong link would have done what it must not do."""
+"""Seconds after which an operation that must not happen is taken not to happen."""
 
 
 class Bench:
@@ -40,7 +40,7 @@ class Bench:
         return self.link.start(expert, slot, self.slots[slot], priority)
 
     def arrive(self, *transfers: Transfer) -> None:
-        """Waits for the copies themselves, which the link never does for its caller."""
+        """Waits for the copies to complete, which `wait_any` does not."""
         wait_until(lambda: all(transfer.arrived() for transfer in transfers))
 
     def order(self) -> list[ExpertId]:
@@ -57,7 +57,7 @@ def test_a_locked_demand_is_queued_on_the_device_at_once_and_the_host_never_wait
     assert transfer.done
     assert not transfer.arrived()
     seen: list[bool] = []
-    assert bench.link.wait_any([transfer]) == [transfer], "although the copy has not even begun"
+    assert bench.link.wait_any([transfer]) == [transfer], "although the copy has not started"
     streams.compute.put(lambda: seen.append(bench.holds(2, A)))
     time.sleep(A_MOMENT)
     assert seen == [], "compute waits for the copy"
@@ -177,7 +177,7 @@ def test_releasing_nothing_leaves_no_mark(streams: FakeStreams) -> None:
     streams.compute.hold()
     bench.link.released([])
     bench.arrive(bench.start(A, 0))
-    assert bench.holds(0, A), "although compute has not got on"
+    assert bench.holds(0, A), "although compute is paused"
     streams.compute.go()
     bench.link.close()
 
@@ -198,7 +198,7 @@ def test_a_staging_buffer_is_not_refilled_before_its_copy_has_passed(streams: Fa
     first, second = bench.start(A, 0), bench.start(B, 1)
     wait_until(lambda: first.done)
     time.sleep(A_MOMENT)
-    assert set(bench.source.started) == {A}, "B must not be read into the one buffer yet"
+    assert set(bench.source.started) == {A}, "B must not be read into the only buffer yet"
     streams.copies.go()
     bench.arrive(first, second)
     assert bench.holds(0, A)
@@ -245,7 +245,7 @@ def test_a_failed_prefetch_is_no_error_of_the_next(streams: FakeStreams) -> None
 
 
 def test_a_failed_read_gives_its_staging_buffer_back_only_when_all_its_reads_have_ended(streams: FakeStreams) -> None:
-    """One piece of A still writes when the other has failed; the buffer would be B's by then."""
+    """One piece of A is still writing when the other fails; by then the buffer would belong to B."""
     bench = Bench(streams, locked=False)
     pieces = bench.source.pieces
     late = threading.Event()
@@ -299,7 +299,7 @@ def test_close_drops_what_is_queued_and_may_be_repeated(streams: FakeStreams) ->
 
 @pytest.mark.parametrize("locked", [True, False])
 def test_close_waits_for_demanded_copies_too(streams: FakeStreams, locked: bool) -> None:
-    """The slots' memory goes away next; a copy that still writes would write into someone else's."""
+    """The memory of the slots is freed next; a copy in flight would write into freed memory."""
     bench = Bench(streams, locked=locked)
     streams.copies.hold()
     transfer = bench.start(A, 0)
@@ -317,7 +317,7 @@ def devices() -> list[str]:
 @pytest.mark.parametrize("locked", ["all", "some", "none"])
 @pytest.mark.parametrize("seed", range(2))
 def test_random_work_reads_the_right_bytes(device: str, locked: str, seed: int) -> None:
-    """The host runs ahead of a slow device; every read that compute makes, much later, sees its own record."""
+    """The host runs ahead of a slow device; each later read by compute sees the right record."""
     draw = random.Random(seed)
     layers, experts, slots = 3, 8, draw.choice([3, 9])
     source = FakeStore([experts] * layers, NBYTES, pieces=2)
@@ -342,13 +342,13 @@ def test_random_work_reads_the_right_bytes(device: str, locked: str, seed: int) 
         for step in range(120):
             layer = step % layers
             cache.prefetch([ExpertId((layer + 1) % layers, number) for number in draw.sample(range(experts), 2)])
-            wanted = draw.sample(range(experts), draw.randint(1, 5))
+            requested = draw.sample(range(experts), draw.randint(1, 5))
             seen: list[int] = []
-            for loan in cache.borrow(layer, wanted):
+            for loan in cache.borrow(layer, requested):
                 for number, slot in zip(loan.experts, loan.slots, strict=True):
                     look(slot, ExpertId(layer, number))
                 seen += loan.experts
-            assert sorted(seen) == sorted(wanted)
+            assert sorted(seen) == sorted(requested)
             cache.check_integrity()
         link.close()
         if fake:

@@ -1,4 +1,4 @@
-"""What the CUDA link tells of itself, on a device whose copies take a known time."""
+"""The CUDA link's totals, on a device whose copies take a known time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.cache_fakes import FakeStore, FakeStreams, LockedStore, wait_
 
 NBYTES = 1024
 COPY = 0.02
-"""Seconds that a copy takes."""
+"""Seconds per copy."""
 
 
 @pytest.fixture
@@ -27,19 +27,19 @@ def slow() -> Iterator[FakeStreams]:
 
 
 def link_of(streams: FakeStreams, throttle: Throttle | None = None) -> CudaLink:
-    """One over page-locked records."""
+    """A link over page-locked records."""
     return CudaLink(LockedStore(FakeStore([8], NBYTES)), streams, 1, 1, throttle)
 
 
 def start(link: CudaLink, *numbers: int, priority: Priority = Priority.DEMAND) -> list[Transfer]:
-    """Each expert into the slot of its number."""
+    """Loads each expert into the slot of its number."""
     return [
         link.start(ExpertId(0, number), number, torch.zeros(NBYTES, dtype=torch.uint8), priority) for number in numbers
     ]
 
 
 def arrive(link: CudaLink, transfers: list[Transfer]) -> None:
-    """Waits for the copies, and gives the link an occasion to count them."""
+    """Waits for the copies, and lets the link count them."""
     wait_until(lambda: all(transfer.arrived() for transfer in transfers))
     link.released([])
 
@@ -79,7 +79,7 @@ def test_a_copy_that_waits_for_compute_is_not_on_its_way(slow: FakeStreams) -> N
 def test_a_copy_counts_at_the_first_occasion_after_it_has_passed(
     slow: FakeStreams, occasion: Callable[[CudaLink, list[Transfer]], object]
 ) -> None:
-    """None of the occasions waits for it."""
+    """No occasion waits for the copy."""
     link = link_of(slow)
     slow.copies.hold()
     transfers = start(link, 0)

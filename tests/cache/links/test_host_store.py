@@ -46,7 +46,7 @@ def test_records_do_not_overlap_across_slabs(monkeypatch: pytest.MonkeyPatch) ->
     host.fill(2, lambda done, total: None)
     assert all(holds(host.record(expert)[0], expert, 128) for expert in EVERYONE)
     slabs = {host.record(expert)[0].untyped_storage().data_ptr() for expert in EVERYONE}
-    assert len(slabs) == 4, "8 records, 2 a slab"
+    assert len(slabs) == 4, "8 records, 2 per slab"
     host.close()
 
 
@@ -66,20 +66,20 @@ def test_nothing_is_locked_without_pin() -> None:
 
 
 class Locking:
-    """Stands in for the system: locks slabs until it has locked `most` of them."""
+    """A fake system that locks `max_slabs` slabs and refuses to lock others."""
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self, max_slabs: int) -> None:
+        self.max_slabs = max_slabs
         self.asked: list[tuple[int, bool]] = []
 
     def __call__(self, nbytes: int, locked: bool) -> tuple[torch.Tensor, bool]:
         self.asked.append((nbytes, locked))
-        granted = locked and sum(asked for _, asked in self.asked) <= self.most
+        granted = locked and sum(asked for _, asked in self.asked) <= self.max_slabs
         return torch.zeros(nbytes, dtype=torch.uint8), granted
 
 
 @pytest.mark.parametrize(
-    ("limit", "most", "locked", "asked"),
+    ("limit", "max_slabs", "locked", "asked"),
     [
         (1 << 20, 99, 8, [True, True, True, True]),
         (512, 99, 4, [True, True, False, False]),
@@ -90,14 +90,14 @@ class Locking:
     ],
 )
 def test_locking_stays_within_the_limit_and_stops_at_the_first_refusal(
-    monkeypatch: pytest.MonkeyPatch, limit: int, most: int, locked: int, asked: list[bool]
+    monkeypatch: pytest.MonkeyPatch, limit: int, max_slabs: int, locked: int, asked: list[bool]
 ) -> None:
-    """The system's page locks need CUDA, so this machine's are played by `Locking`. 8 records of 128, 2 a slab."""
-    system = Locking(most)
+    """`Locking` fakes the system's page locks, which need CUDA. 8 records of 128 bytes, 2 per slab."""
+    system = Locking(max_slabs)
     monkeypatch.setattr(module, "SLAB_NBYTES", 256)
     monkeypatch.setattr(module, "_slab", system)
     host = HostStore(FakeStore([3, 5], 128), limit, pin=True)
-    assert system.asked == [(256, wanted) for wanted in asked]
+    assert system.asked == [(256, requested) for requested in asked]
     assert [host.record(expert)[1] for expert in EVERYONE] == [True] * locked + [False] * (8 - locked)
     assert host.pinned_nbytes == locked * 128 <= limit
     host.close()

@@ -1,4 +1,4 @@
-"""What a link tells of itself: how long it was busy, and what it moved in that time."""
+"""A link's totals: its busy time and the bytes it moved."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NBYTES = 1024
 
 @pytest.fixture(params=["reader", "cuda"])
 def make(request: pytest.FixtureRequest, streams: FakeStreams) -> Callable[..., Link]:
-    """Makes a link that reads from a store with so many threads, throttled or not."""
+    """A factory of links, from a store, a number of threads and a throttle."""
 
     def make(store: FakeStore, threads: int, throttle: Throttle | None = None) -> Link:
         if request.param == "reader":
@@ -30,7 +30,7 @@ def make(request: pytest.FixtureRequest, streams: FakeStreams) -> Callable[..., 
 
 
 def load(link: Link, store: FakeStore, *numbers: int) -> None:
-    """Loads experts, one after the other, and waits for them."""
+    """Loads experts one at a time, and waits for each."""
     for number in numbers:
         memory = torch.zeros(store.slot_nbytes, dtype=torch.uint8)
         link.wait_any([link.start(ExpertId(0, number), 0, memory, Priority.DEMAND)])
@@ -44,7 +44,7 @@ def begin(link: Link, store: FakeStore, *numbers: int) -> list[ExpertId]:
 
 
 def test_both_grow_while_it_is_still_busy(make: Callable[..., Link]) -> None:
-    """Whoever looks now and then must find them in step, or a link that never rests would seem idle."""
+    """Readings in between must see both totals in step, or a link that is never idle would seem idle."""
     store = FakeStore([8], NBYTES)
     store.hold(*(ExpertId(0, number) for number in range(4)))
     link = make(store, 1)
@@ -105,12 +105,12 @@ def test_what_failed_or_was_called_off_was_not_moved(make: Callable[..., Link]) 
     wait_until(lambda: store.started[-1] == (0, 2))
     assert not link.cancel(running)
     assert link.cancel(queued)
-    assert not link.cancel(queued), "it is off the link already"
+    assert not link.cancel(queued), "it was cancelled before"
     store.let(ExpertId(0, 2))
     link.wait_any([running])
     wait_until(lambda: link.bytes_moved == 2 * NBYTES)
     busy = link.busy_seconds
     time.sleep(0.2)
     load(link, store, 4)
-    assert link.busy_seconds - busy < 0.15, "nothing was on its way in between"
+    assert link.busy_seconds - busy < 0.15, "nothing was in flight in between"
     link.close()

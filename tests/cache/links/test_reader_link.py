@@ -1,4 +1,4 @@
-"""The CPU's link, with real threads over a store whose reads the tests hold back."""
+"""The CPU's link, with real threads over a store whose reads the tests block."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def begin(link: ReaderLink, store: FakeStore, *experts: ExpertId, demand: bool =
 
 
 def first_starts(store: FakeStore) -> list[ExpertId]:
-    """The experts in the order in which their first piece began."""
+    """The experts in the order in which their first pieces started."""
     return list(dict.fromkeys(store.started))
 
 
@@ -90,7 +90,7 @@ def test_a_demand_overtakes_every_queued_prefetch() -> None:
     link.close()
 
 
-def test_a_demand_overtakes_the_rest_of_a_prefetch_under_way() -> None:
+def test_a_demand_overtakes_the_rest_of_a_prefetch_in_flight() -> None:
     store = FakeStore([4], pieces=4)
     store.hold(A)
     link = ReaderLink(store, 1)
@@ -162,7 +162,7 @@ def test_an_error_ends_its_transfer_and_no_other() -> None:
 
 
 def test_an_error_is_told_only_when_no_read_writes_the_slot_any_more() -> None:
-    """Whoever takes the slot next must be its only writer."""
+    """The next load into the slot must be its only writer."""
     store = FakeStore([4], 128, pieces=2)
     link = ReaderLink(store, 2)
     first_piece_may_end = threading.Event()
@@ -221,7 +221,7 @@ def test_a_simulated_bandwidth_slows_it_to_its_pace() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_random_work_through_a_cache_reads_the_right_bytes(seed: int) -> None:
-    """Thousands of loads, prefetches and promotions by four threads; every lent slot holds its record, whole."""
+    """Thousands of loads, prefetches and promotions by four threads; every slot of a loan holds its complete record."""
     draw = random.Random(seed)
     layers, experts, nbytes = 4, 16, 1024
     store = FakeStore([experts] * layers, nbytes, pieces=3)
@@ -233,13 +233,13 @@ def test_random_work_through_a_cache_reads_the_right_bytes(seed: int) -> None:
             layer = step % layers
             following = (layer + 1) % layers
             cache.prefetch([ExpertId(following, number) for number in draw.sample(range(experts), 4)])
-            wanted = draw.sample(range(experts), draw.randint(1, 8))
+            requested = draw.sample(range(experts), draw.randint(1, 8))
             seen: list[int] = []
-            for loan in cache.borrow(layer, wanted):
+            for loan in cache.borrow(layer, requested):
                 for number, slot in zip(loan.experts, loan.slots, strict=True):
                     assert holds(pool.memory[slot], ExpertId(layer, number), nbytes)
                 seen += loan.experts
-            assert sorted(seen) == sorted(wanted)
+            assert sorted(seen) == sorted(requested)
             cache.check_integrity()
         link.close()
         assert cache.counters.hits + cache.counters.misses > 400
