@@ -380,7 +380,7 @@ def test_how_far_a_draft_stands_out_is_measured_against_what_came_of_it(zoo: Zoo
     with running(zoo("mixtral"), slots=5) as own, quiet_transformers():
         crowd = Crowd(own, speculate="self", draft_shape="chain", draft_depth=4)
         seen: list[bool] = []
-        crowd.speculation._calibration.observe = lambda number, came_true: seen.append(hit)  # type: ignore[method-assign]
+        crowd.speculation._calibration.observe = lambda index, hit: seen.append(hit)  # type: ignore[method-assign]
         crowd.reply(random_ids(5), max_tokens=30, temperature=1.0)
         totals = crowd.speculation.totals
         assert seen.count(True) == totals.accepted
