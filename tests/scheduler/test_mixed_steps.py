@@ -54,7 +54,7 @@ def test_those_of_a_long_one_tell_nothing(crowd: Crowd) -> None:
 
 def test_prompts_alone_are_no_step_to_learn_from(crowd: Crowd) -> None:
     crowd.speculation.learn(Proposal(), report(0, 1.0, prompt=9))
-    assert [each.seconds for each in crowd.speculation._costs._plain.values()] == []
+    assert [each.seconds for each in crowd.speculation._costs._steps.values()] == []
 
 
 def told(crowd: Crowd, prompt: int) -> float:
