@@ -1,4 +1,4 @@
-"""Keeps transformers from drawing progress bars and reports while edgemoe, a library, uses it."""
+"""Silences transformers while edgemoe uses it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silences transformers' bars and warnings inside the block and restores both settings afterwards."""
+    """A context without transformers' progress bars and warnings; restores both settings at its end."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

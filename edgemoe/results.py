@@ -1,4 +1,4 @@
-"""What a generation gives back. Measurements are part of it; nothing is printed."""
+"""The results of generations, with their measurements, and an engine's totals."""
 
 from __future__ import annotations
 
@@ -10,66 +10,71 @@ from typing import Any
 
 
 def hit_rate(hits: int, misses: int) -> float:
-    """Hits over hits and misses, from 0 to 1; 0 without any."""
+    """Hits over hits and misses, from 0 to 1; 0 without either."""
     return hits / max(1, hits + misses)
 
 
 @dataclass(frozen=True)
 class Timings:
-    """Tokens, seconds and bytes of one generation."""
+    """Tokens, seconds and bytes of one request."""
 
     prompt_tokens: int
     shared_tokens: int
-    """Prompt tokens that were not computed, since another request had computed them."""
+    """Prompt tokens whose keys and values were reused from another request."""
     generated_tokens: int
     wait_seconds: float
-    """From the request to its place in the batch."""
+    """From the submission to the admission to the batch."""
     prompt_seconds: float
-    """From there to the first token."""
+    """From the admission to the first token."""
     generate_seconds: float
     """From the first token to the last."""
     time_to_first_token: float
-    """Seconds from the request to its first token."""
+    """Seconds from the submission to the first token."""
     bytes_loaded: int
-    """Expert bytes that crossed the link. What a step moves for several requests is divided by their tokens in it."""
+    """Its share of the expert bytes that crossed the link. A step's bytes are shared by its requests' tokens."""
     hits: int
+    """Its share of the requested experts that were resident."""
     misses: int
+    """Its share of those that were not."""
     cycles: int
     """Verifications of at least one drafted token."""
     drafted: int
-    """Tokens that were drafted for it."""
+    """Drafted tokens."""
     accepted: int
-    """Drafted tokens that are in the reply."""
+    """Drafted tokens that became part of the reply."""
 
     @property
     def tokens_per_cycle(self) -> float:
-        """Tokens that a verification of a draft gave, the one beside the draft included; 0 where there was none."""
+        """Mean tokens per verification of a draft: the accepted ones and one more; 0 without verifications."""
         return (self.accepted + self.cycles) / max(1, self.cycles)
 
     @property
     def prompt_per_second(self) -> float:
-        """Prompt tokens computed a second."""
+        """Computed prompt tokens per second, without the shared ones."""
         return (self.prompt_tokens - self.shared_tokens) / max(self.prompt_seconds, 1e-9)
 
     @property
     def generated_per_second(self) -> float:
-        """Generated tokens a second after the first one, which belongs to the prompt's pass."""
+        """Generated tokens per second after the first one, which the prompt's pass gives."""
         return max(0, self.generated_tokens - 1) / max(self.generate_seconds, 1e-9)
 
     @property
     def hit_rate(self) -> float:
-        """Share of the experts asked for that were resident, from 0 to 1."""
+        """Share of the requested experts that were resident, from 0 to 1."""
         return hit_rate(self.hits, self.misses)
 
     @property
     def bytes_per_token(self) -> float:
-        """Expert bytes moved for each token of prompt and reply."""
+        """Expert bytes moved per token of prompt and reply."""
         return self.bytes_loaded / max(1, self.prompt_tokens + self.generated_tokens)
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A generated token, its natural-log probability before sampling settings, and the likeliest alternatives."""
+    """A generated token, its log-probability, and the most likely tokens in its place as (id, text, log-probability).
+
+    Log-probabilities are natural logarithms, before temperature and other sampling settings.
+    """
 
     token_id: int
     token: str
@@ -79,11 +84,11 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Completion:
-    """A finished generation."""
+    """A finished reply."""
 
     text: str
     token_ids: tuple[int, ...]
-    """Every generated token, the one that ended the reply included."""
+    """All generated tokens, with the one that ended the reply."""
     finish_reason: str
     """"stop" (an end token or a stop text), "length" or "cancelled"."""
     logprobs: tuple[TokenLogprob, ...] | None
@@ -92,7 +97,7 @@ class Completion:
 
     @classmethod
     def from_chunks(cls, chunks: Sequence[Chunk], prompt_token_ids: Sequence[int]) -> Completion:
-        """The whole of a reply's chunks, of which there is at least one."""
+        """The reply that consists of `chunks`, at least one."""
         reported = [chunk.logprobs for chunk in chunks if chunk.logprobs is not None]
         return cls(
             text="".join(chunk.text for chunk in chunks),
@@ -106,7 +111,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of a reply as it streams. `finish_reason` is set on the last one only."""
+    """A piece of a streamed reply. Only the last one has a `finish_reason`; `timings` are those so far."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -117,7 +122,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far loading, or comparing experts, is: a stage ("weights", "experts" or "affinity") and its bytes."""
+    """The progress of loading or of comparing experts: a stage ("weights", "experts" or "affinity"), and its bytes."""
 
     stage: str
     done: int
@@ -138,57 +143,59 @@ class Stats:
     bytes_prefetched_late: int = 0
     bytes_prefetched_wasted: int = 0
     bytes_filled: int = 0
-    """Bytes that were brought to fill the cache at the start, once they were asked for or evicted."""
+    """Bytes that filled the cache at the start, counted once they are requested or evicted."""
     link_wait_seconds: float = 0.0
     requests: int = 0
     tokens_prompt: int = 0
     tokens_generated: int = 0
     seconds: float = 0.0
-    """Time spent in steps."""
+    """Time in steps."""
     steps: int = 0
-    """Passes over the model, each for every request that was running."""
+    """Steps, each a pass over the model for all running requests."""
     batch: int = 0
-    """Sequences that are decoded together at most, as asked for or as found best so far."""
+    """Maximum number of sequences decoded together: the setting, or the best value found so far."""
     batch_reason: str = ""
-    """Why that many."""
+    """Why `batch` has its value."""
     preemptions: int = 0
-    """Requests that lost their keys and values for lack of room, and were computed again."""
+    """Requests whose keys and values were dropped for lack of memory, and computed again."""
     prefix_tokens: int = 0
-    """Prompt tokens that were not computed, since another request had computed them."""
+    """Prompt tokens whose keys and values were reused from another request."""
     speculation: str = ""
-    """What drafts, or why nothing does."""
+    """The drafter, or why there is none."""
     speculation_setting: str = ""
-    """How far the sequence that was drafted for last is drafted for, on trial or as found best, or why it is not."""
+    """The draft length of the sequence drafted for last, on trial or found best, or why it gets no drafts."""
     speculation_changes: int = 0
-    """How often a setting has changed, of all sequences."""
+    """Changes of that setting, of all sequences."""
     utility: float = 0.0
-    """Tokens per cycle over the cycle's time in plain steps, of that setting and lately; above 1 drafting wins. 0 where
-    nothing is controlled: what drafts was named, or nothing drafts."""
+    """Recent tokens per cycle over the cycle's time in plain steps, at that setting: above 1, drafting pays.
+
+    0 without a controller: the drafter was given by name, or there is none.
+    """
     cycles: int = 0
     """Verifications of at least one drafted token, each of one sequence."""
     drafted: int = 0
-    """Tokens that were drafted for them."""
+    """Tokens drafted for them."""
     accepted: int = 0
-    """Drafted tokens that are in a reply."""
+    """Drafted tokens that became part of a reply."""
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
-    """Steps that verified something, whatever else they computed."""
+    """Time of the steps with at least one verification."""
     budget_choices: int = 0
-    """Experts that nodes of verifications under a budget chose, each for each node and layer."""
+    """Experts chosen by the tokens of verifications under a budget, counted per token and layer."""
     budget_dropped: int = 0
-    """Those of them that the budget left out."""
+    """Those that the budget dropped."""
     forecast_recall: float = 0.0
-    """Share of the experts missing at a draft's beginning that its routing named before they were asked for."""
+    """Share of the experts missing at the start of a draft that were predicted before their request, from 0 to 1."""
     forecast_precision: float = 0.0
-    """Share of the missing experts that it named that were asked for."""
+    """Share of the predicted missing experts that were requested, from 0 to 1."""
     forecast_bytes_useful: int = 0
-    """Bytes brought for it that were there when the verification asked for them."""
+    """Bytes prefetched by the forecast that had arrived when the verification requested them."""
     forecast_bytes_late: int = 0
-    """Those that were still on their way then."""
+    """Bytes that were still on the link then."""
     forecast_bytes_wasted: int = 0
-    """Those that the verification did not ask for, whatever asked for them later."""
+    """Bytes that the verification did not request, even if a later pass did."""
     lookahead_recall: float = 0.0
-    """The same five of the lookahead from each layer to the next."""
+    """As the five figures of the forecast, for the lookahead from each layer to the next."""
     lookahead_precision: float = 0.0
     lookahead_bytes_useful: int = 0
     lookahead_bytes_late: int = 0
@@ -196,28 +203,28 @@ class Stats:
 
     @property
     def tokens_per_cycle(self) -> float:
-        """Tokens that a verification of a draft gave, the one beside the draft included; 0 before there was one."""
+        """Mean tokens per verification of a draft: the accepted ones and one more; 0 without verifications."""
         return (self.accepted + self.cycles) / max(1, self.cycles)
 
     @property
     def hit_rate(self) -> float:
-        """Share of the experts asked for that were resident, from 0 to 1."""
+        """Share of the requested experts that were resident, from 0 to 1."""
         return hit_rate(self.hits, self.misses)
 
     @property
     def bytes_loaded(self) -> int:
-        """All expert bytes that crossed the link."""
+        """Expert bytes that crossed the link, except those whose use is still open."""
         prefetched = self.bytes_prefetched_used + self.bytes_prefetched_late + self.bytes_prefetched_wasted
         return self.bytes_demanded + prefetched + self.bytes_filled
 
     def to_dict(self) -> dict[str, Any]:
-        """The totals and the rates as JSON can hold them."""
+        """The totals and the rates as a JSON object."""
         rates = {"hit_rate": self.hit_rate, "tokens_per_cycle": self.tokens_per_cycle}
         return dict(vars(self)) | rates | {"bytes_loaded": self.bytes_loaded}
 
 
 def chat_completion(completion: Completion, model: str) -> dict[str, Any]:
-    """A finished reply in the shape of OpenAI's chat.completion object."""
+    """A finished reply as an OpenAI `chat.completion` object."""
     prompt, generated = completion.timings.prompt_tokens, completion.timings.generated_tokens
     return {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
@@ -237,12 +244,12 @@ def chat_completion(completion: Completion, model: str) -> dict[str, Any]:
 
 
 def chat_logprobs(logprobs: tuple[TokenLogprob, ...] | None) -> dict[str, Any] | None:
-    """Log probabilities in the shape of OpenAI's chat choices."""
+    """Log-probabilities as the `logprobs` of an OpenAI chat choice; None without any."""
     if logprobs is None:
         return None
 
     def entry(token: str, logprob: float) -> dict[str, Any]:
-        # A token that is part of a character has no text of its own, and so no bytes that could be told.
+        # The text of a token that is part of a character is a replacement character, which has other bytes.
         whole = "\N{REPLACEMENT CHARACTER}" not in token
         return {"token": token, "logprob": logprob, "bytes": list(token.encode()) if whole else None}
 

@@ -1,4 +1,4 @@
-"""How the next token is chosen: what a request may say, and what a checkpoint says where it does not."""
+"""The sampling settings of a request, with the checkpoint's defaults for those that it leaves open."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from edgemoe.errors import RequestError
 
 @dataclass(frozen=True)
 class Sampling:
-    """One request's settings. None means the checkpoint's `generation_config`, else the neutral value.
+    """The settings of one request. None is the value of the checkpoint's `generation_config`, else the neutral one.
 
-    Raises RequestError, naming the setting and its range, when a value is out of it.
+    Raises RequestError, with the name of the setting and its range, for a value out of its range.
     """
 
     temperature: float | None = None
-    """0 is greedy; above 0 divides the logits."""
+    """Divides the logits; at least 0, where 0 is greedy."""
     top_k: int | None = None
-    """Keep the k likeliest tokens; 0 keeps all."""
+    """Keep the k most likely tokens; 0 keeps all."""
     top_p: float | None = None
-    """Keep the likeliest tokens that together reach this probability, in (0, 1]."""
+    """Keep the most likely tokens that together reach this probability, in (0, 1]."""
     min_p: float | None = None
-    """Keep tokens at least this share as likely as the likeliest, in [0, 1]."""
+    """Keep tokens with at least this share of the highest probability, in [0, 1]."""
     repetition_penalty: float | None = None
-    """Above 1 makes tokens that occurred less likely; must be above 0."""
+    """Above 1 makes tokens that have occurred less likely; must be above 0."""
     seed: int | None = None
-    """The same seed gives the same reply; None draws one."""
+    """The same seed gives the same reply; None draws a random one."""
     stop: tuple[str, ...] = ()
-    """Texts at which the reply ends; they are not part of it. A string or a sequence of strings is taken."""
+    """Texts that end the reply and are not part of it; a string, or a sequence of strings."""
     max_tokens: int | None = None
-    """Most tokens of the reply, at least 1."""
+    """Maximum number of tokens of the reply, at least 1."""
     logprobs: int | None = None
-    """Alternatives to report for each token, 0 to 20; None reports nothing."""
+    """Number of alternatives to report with each token's log-probability, 0 to 20; None reports neither."""
     ignore_eos: bool = False
-    """Go on past the end-of-sequence token."""
+    """Continue after the end-of-sequence token."""
 
     def __post_init__(self) -> None:
         try:
@@ -67,7 +67,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class ResolvedSampling:
-    """A request's settings with nothing left open."""
+    """A request's settings, all with values."""
 
     temperature: float
     top_k: int
@@ -79,13 +79,14 @@ class ResolvedSampling:
     max_tokens: int
     logprobs: int | None
     eos: frozenset[int]
-    """Tokens that end the reply; empty when they are ignored."""
+    """Ids of the tokens that end the reply; empty if they are ignored."""
 
 
 def resolve(sampling: Sampling, defaults: Any, default_max_tokens: int, room: int) -> ResolvedSampling:
-    """Fills what `sampling` leaves open from `defaults`, a transformers GenerationConfig; `room` bounds the reply.
+    """`sampling` with its open settings taken from `defaults`, a transformers GenerationConfig.
 
-    As with transformers' `generate`, a checkpoint's temperature counts only when it says `do_sample`.
+    `room` is the maximum number of tokens of the reply by the context. As in transformers' `generate`, the defaults'
+    temperature counts only if they set `do_sample`.
     """
     drawn = bool(getattr(defaults, "do_sample", False))
 

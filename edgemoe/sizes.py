@@ -1,4 +1,4 @@
-"""Bytes as people write them."""
+"""Sizes in bytes as people write them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of "6GiB", "500 MB" or "2G" (binary); ValueError for anything else or a missing unit."""
+    """Bytes of a size such as "6GiB", "500 MB" or "2G" (binary). Raises ValueError for any other form."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
     if match is None or match[2].upper() not in UNITS:
         raise ValueError(f"{text!r} is not a size such as 6GiB or 500MB")
@@ -18,7 +18,7 @@ def parse_bytes(text: str) -> int:
 
 
 def format_bytes(count: float) -> str:
-    """A size for people, in binary units: 1536 is "1.5 KiB"."""
+    """`count` bytes for people, in binary units: 1536 is "1.5 KiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -7,11 +7,11 @@ from pathlib import Path
 from edgemoe.errors import CheckpointError
 
 DEMO_NAME = "edgemoe-demo"
-"""What results and messages call the shipped model."""
+"""The name of the shipped model in results and messages."""
 
 
 def demo_folder() -> Path:
-    """The folder of the shipped checkpoint; CheckpointError when the installation lacks it."""
+    """The folder of the shipped checkpoint. Raises CheckpointError if the installation lacks it."""
     folder = Path(__file__).parent / "model"
     if not (folder / "model.safetensors").exists():
         raise CheckpointError(

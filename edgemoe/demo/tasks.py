@@ -1,9 +1,9 @@
-"""The shipped model's documented tasks: each writes items in dialogue form and judges replies.
+"""The shipped model's tasks: each writes questions with right replies, and judges replies.
 
-A task knows its text and nothing of models, tokens or training. An item belongs to the held-out split
-when a checksum of its key says so. The key is what must be worked out where that can be told from the
-phrase around it (the text to copy, the numbers of a sum or a count, who the story is about) and the
-whole question elsewhere: a held-out capital is trained on in other phrases, as a fact must be.
+A task knows nothing of models, tokens or training. A checksum of an item's key decides whether the item belongs to the
+held-out split. The key is the part of a question that determines the reply, if that can be told from the phrase around
+it: the text to copy, the numbers of a sum or a count, the characters of a story. Otherwise it is the whole question. A
+held-out capital is therefore trained on in other phrases, as a fact must be.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import NamedTuple
 from edgemoe.demo import words
 
 HELD_OUT_EVERY = 10
-"""One key in this many is kept out of training."""
+"""One in this many keys is kept out of training."""
 HELD_OUT_SEED = 1
-"""The seed of the held-out items that everything is measured on."""
+"""Seed of the held-out items of all measurements."""
 
 
 class Item(NamedTuple):
-    """One question: what identifies it, what the user says, and a right reply."""
+    """One question: its key, the user's text, and a right reply."""
 
     key: str
     user: str
@@ -33,7 +33,7 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """A documented task. `nature` says how predictable its text is, which speculation depends on."""
+    """One task. `nature` is the kind of its text, which determines how well speculation predicts it."""
 
     name: str
     nature: str
@@ -41,7 +41,7 @@ class Task:
     accepts: Callable[[Item, str], bool]
 
     def items(self, seed: int, *, held_out: bool) -> Iterator[Item]:
-        """Endless items of one split, the same for the same seed."""
+        """Yields items of one split without end, the same ones for the same seed."""
         rng = random.Random(f"{self.name}/{seed}")
         while True:
             item = self.write(rng)
@@ -50,12 +50,12 @@ class Task:
 
 
 def is_held_out(key: str) -> bool:
-    """Whether a key belongs to the held-out split (the same on every machine and Python)."""
+    """Whether a key belongs to the held-out split; the same on every machine and version of Python."""
     return zlib.crc32(key.encode()) % HELD_OUT_EVERY == 0
 
 
 def same_text(item: Item, reply: str) -> bool:
-    """The judge of every task with exactly one right reply."""
+    """Whether `reply` is the item's: the judge of tasks with one right reply."""
     return reply.strip() == item.reply
 
 
@@ -109,7 +109,7 @@ def _write_replace(rng: random.Random) -> Item:
 
 
 def _sum_line(rng: random.Random) -> tuple[str, str]:
-    """A sum or difference of numbers up to 99: the question and its answer."""
+    """A sum or difference of numbers up to 99, as (question, answer)."""
     left, right = rng.randint(0, 99), rng.randint(0, 99)
     if rng.random() < 0.4:
         left, right = max(left, right), min(left, right)
@@ -118,7 +118,7 @@ def _sum_line(rng: random.Random) -> tuple[str, str]:
 
 
 def _write_arithmetic(rng: random.Random) -> Item:
-    # The first sum decides the split and the others follow it: no held-out sum is ever trained on.
+    # The first sum decides the split, and the others are of the same one: no held-out sum is trained on.
     lines = [_sum_line(rng)]
     split = is_held_out(f"arithmetic/{lines[0][0]}")
     count = rng.choice([1, 1, 2, 3, 4, 5])
@@ -220,7 +220,7 @@ def _write_story(rng: random.Random) -> Item:
 
 
 def _accepts_story(item: Item, reply: str) -> bool:
-    """Right when every sentence is one the story's grammar allows and the three things asked for are in it."""
+    """Whether every sentence follows the grammar of stories, with the three things that the question names."""
     name, animal, thing = item.key.split()
     fixed = {"name": name, "animal": animal, "thing": thing}
     fixed |= {"a_animal": _article(animal), "a_thing": _article(thing)}
@@ -298,4 +298,4 @@ TASKS: tuple[Task, ...] = (
     Task("capitals", "facts", _write_fact, same_text),
     Task("greetings", "small talk", _write_small_talk, same_text),
 )
-"""Every documented task, in the order of the documentation's table."""
+"""All tasks, in the order of the documentation's table."""

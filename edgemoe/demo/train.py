@@ -1,9 +1,8 @@
-"""Trains the shipped model from nothing: `python -m edgemoe.demo.train OUT [--tokens N]`.
+"""Trains the shipped model from scratch: `python -m edgemoe.demo.train OUT [--tokens N]`.
 
-The text is written by `edgemoe.demo.tasks`, so no data set is needed and the result carries the
-project's own licence. Two CPU cores take about an hour. The model is a Qwen3-MoE made by
-transformers; the training forward is transformers' own. Seeded, yet not bit-reproducible between
-machines: the order of floating-point sums differs with the number of threads.
+`edgemoe.demo.tasks` writes the text, so that no data set is needed and the result has the project's own licence. Two
+CPU cores take about an hour. The model is a Qwen3-MoE by transformers, with its own forward. The training is seeded but
+not bit-reproducible between machines, since the order of floating-point sums depends on the number of threads.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of the training: windows of `length` tokens until `share` of all tokens is seen."""
+    """A phase of the training: windows of `length` tokens, until the `share` of all tokens is reached."""
 
     length: int
     share: float
@@ -48,12 +47,13 @@ class Phase:
 PHASES = (Phase(256, 0.72), Phase(1024, 0.93), Phase(2048, 1.0))
 WEIGHTS = {"repeat": 2.5, "replace": 3, "arithmetic": 5, "count": 2.5, "code": 1, "story": 1.2,
            "recall": 2, "capitals": 0.7, "greetings": 1.2}  # fmt: skip
-"""How often each task is asked; the tasks that are learnt last are asked most."""
+"""Relative frequency of each task in the text; the tasks that are hardest to learn are the most frequent."""
 FAVOUR = 4
+"""Factor of the frequency of favoured tasks."""
 
 
 def train_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
-    """A byte-level BPE over the tasks' text; digits stay single, so that sums can be learnt."""
+    """Trains a byte-level BPE tokenizer on the tasks' text. Every digit is a token, so that sums can be learnt."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -80,7 +80,7 @@ def train_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
 
 
 def new_model(seed: int = 0) -> Qwen3MoeForCausalLM:
-    """The untrained model: 6 layers of 32 experts, 4 active; 2.2 million of 11.4 million parameters a token."""
+    """The untrained model: 6 layers of 32 experts, 4 active; 2.2 of its 11.4 million parameters are active."""
     torch.manual_seed(seed)
     settings: dict[str, Any] = {
         "vocab_size": VOCABULARY_SIZE,
@@ -110,7 +110,7 @@ def new_model(seed: int = 0) -> Qwen3MoeForCausalLM:
 def dialogues(
     tokenizer: PreTrainedTokenizerFast, seed: int, weights: Mapping[str, float]
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Endless dialogues as (token ids, labels), tasks drawn by `weights`; only what the assistant says is learnt."""
+    """Yields dialogues without end as (token ids, labels), with tasks drawn by `weights`. Only replies have labels."""
     rng = random.Random(f"dialogues/{seed}")
     sources = {task.name: task.items(seed, held_out=False) for task in TASKS}
     while True:
@@ -128,7 +128,7 @@ def dialogues(
 
 
 def windows(source: Iterator[tuple[list[int], list[int]]], length: int, rows: int) -> Iterator[torch.Tensor]:
-    """Batches [2, rows, length] of ids and labels; every row starts at a dialogue's start."""
+    """Yields batches of ids and labels, int64 [2, rows, length]; every row begins with a dialogue."""
     while True:
         batch = torch.full((2, rows, length), IGNORED)
         batch[0] = PAD
@@ -145,14 +145,14 @@ def windows(source: Iterator[tuple[list[int], list[int]]], length: int, rows: in
 
 
 def learning_rate(progress: float, peak: float = 3e-3) -> float:
-    """Linear warm-up over 2 %, then a cosine to 2 % of the peak."""
+    """Linear warm-up over the first 2 %, then cosine decay to 2 % of `peak`; `progress` is from 0 to 1."""
     if progress < 0.02:
         return peak * (progress + 1e-3) / 0.021
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (progress - 0.02) / 0.98)))
 
 
 def step(model: Qwen3MoeForCausalLM, optimizer: torch.optim.Optimizer, batch: torch.Tensor) -> float:
-    """One optimiser step on a batch [2, rows, length]; returns the loss."""
+    """One optimiser step on a batch [2, rows, length]. Returns the loss."""
     output = model(input_ids=batch[0], labels=batch[1], output_router_logits=True)
     output.loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -164,11 +164,10 @@ def step(model: Qwen3MoeForCausalLM, optimizer: torch.optim.Optimizer, batch: to
 def train(
     out: Path, tokens: int, tokens_per_step: int = 4096, seen: int = 0, favoured: Sequence[str] = (), seed: int = 0
 ) -> None:
-    """Trains until `tokens` tokens were seen and saves a bf16 checkpoint with its tokenizer to `out`.
+    """Trains up to `tokens` tokens in all, and saves a bf16 checkpoint with its tokenizer to `out`.
 
-    With `seen` above 0 the checkpoint in `out`, which saw so many tokens, is trained on: the schedule
-    goes on from there, the text is new and the optimiser starts afresh. `favoured` tasks are asked
-    `FAVOUR` times as often.
+    `seen` above 0 continues the training of the checkpoint in `out` after that many tokens: the learning rate goes on
+    from there, with new text and a new optimiser. `favoured` tasks are `FAVOUR` times as frequent.
     """
     tokenizer = train_tokenizer(seed)
     model = Qwen3MoeForCausalLM.from_pretrained(out, dtype=torch.float32) if seen else new_model(seed)
@@ -199,7 +198,7 @@ def train(
 
 
 def save(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Writes what is shipped: one bf16 safetensors file, the tokenizer and its chat template."""
+    """Writes the shipped files: one bf16 safetensors file, and the tokenizer with its chat template."""
     rounded: Any = copy.deepcopy(model)
     rounded.to(torch.bfloat16).save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)
@@ -212,8 +211,10 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--tokens", type=int, default=16_000_000)
     parser.add_argument("--tokens-per-step", type=int, default=4096)
-    parser.add_argument("--seen", type=int, default=0, help="train the checkpoint in OUT on, which saw so many tokens")
-    parser.add_argument("--favour", nargs="*", default=[], choices=list(WEIGHTS), help="tasks to ask more often")
+    parser.add_argument(
+        "--seen", type=int, default=0, help="continue training the checkpoint in OUT after so many tokens"
+    )
+    parser.add_argument("--favour", nargs="*", default=[], choices=list(WEIGHTS), help="tasks to make more frequent")
     arguments = parser.parse_args()
     train(arguments.out, arguments.tokens, arguments.tokens_per_step, arguments.seen, arguments.favour)
 

@@ -1,4 +1,4 @@
-"""The word lists from which the demo's tasks are written. Plain data, no behaviour."""
+"""The word lists of the shipped model's tasks."""
 
 from __future__ import annotations
 

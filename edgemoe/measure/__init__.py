@@ -1,1 +1,1 @@
-"""Text run through a loaded engine: profiles, evaluation, scores."""
+"""Measurements that run text through a loaded model: profiles, evaluations, scores of tasks."""

@@ -1,4 +1,4 @@
-"""Measures a model on this machine: passes over batches and tokens, with all the slots there are and with few."""
+"""Measures a model on this machine: passes of many shapes, with the plan's slots and with fewer."""
 
 from __future__ import annotations
 
@@ -29,61 +29,62 @@ from edgemoe.results import Progress
 from edgemoe.runtime import Runtime
 
 SEQUENCES = 64
-"""Texts that are read side by side, and the largest batch."""
+"""Number of texts, and the largest batch."""
 LENGTH = 288
-"""Tokens of a text ..."""
-SHORTEST = 2 * PROMPT
-"""... and those that a model must at least have room for."""
+"""Tokens of a text, unless the model's context is shorter."""
+MIN_LENGTH = 2 * PROMPT
+"""Minimum number of tokens of a text."""
 MIN_SEQUENCES = 4
-"""Texts without which there are too few shapes of passes for a fit."""
+"""Minimum number of texts: fewer give too few shapes for a fit."""
 SHAPES = (
     (1, 1), (1, 2), (1, 4), (1, 9), (2, 1), (4, 1), (4, 4), (8, 1), (8, 9),
     (16, 1), (16, 4), (16, 9), (32, 1), (64, 1), (64, 4), (64, 9),
 )  # fmt: skip
-"""Batch and tokens of the passes with all the slots there are: up to both ends, and around where products change ..."""
+"""Shapes, as (batch, tokens of each sequence), of the passes with the plan's slots."""
 LEAN_SHAPES = ((1, 1), (1, 4), (1, 9), (8, 1), (8, 4), (16, 9), (64, 1), (64, 4))
-"""... and with few, which make a link that is waited for. Together 24 points; MoESD finds 21 to be enough."""
+"""Shapes of the passes with few slots, which wait for the link. Both are 24 points in all; MoESD needs 21."""
 LEAN_SHARE = 0.35
-"""Share of the slots that is few."""
+"""Slots of the passes with few slots, as a share of the plan's."""
 ROUNDS = 3
-"""Times that every shape has its turn: what disturbs one of them disturbs others in the next."""
-ENOUGH_SECONDS = 50.0
-"""Time for each size of the cache. After it no more turns begin, but for the smaller half of the shapes, once, and for
-as many as a fit needs."""
-READING_SECONDS = 0.25
-"""Time that one turn of a shape goes on for ..."""
+"""Turns of every shape: a disturbance of one turn hardly hits the same shape in the next."""
+TIME_BUDGET = 50.0
+"""Seconds for each size of the cache. Later turns are skipped, except the first turns of the smaller half of the shapes
+and of as many shapes as the fit needs."""
+TURN_SECONDS = 0.25
+"""Measured seconds of one turn of a shape, within the limits of `READINGS`."""
 READINGS = (2, 8)
-"""... and how many passes it has at least and at most."""
-WARM = 8
-"""Sequences times passes that come before, while the cache follows the text; at least one pass."""
-FILL_PATIENCE = 60.0
-"""Seconds without an arrival after which passes begin although experts are still on their way into the slots."""
-FILL_POLL = 0.05
-"""Seconds between two looks at how many there are."""
+"""Minimum and maximum number of measured passes of one turn."""
+WARM_UP = 8
+"""Sequences times passes before the measured passes of a turn, which let the cache adapt to the text."""
+FILL_TIMEOUT = 60.0
+"""Seconds without an arrival after which the measurement begins although the slots are not filled."""
+FILL_POLL_SECONDS = 0.05
+"""Interval of checks for arrivals."""
 
 
 @dataclass
 class ProfilingRun:
-    """A loaded model and texts to run through it."""
+    """A loaded model, and the texts that its passes run."""
 
     plan: Plan
     runtime: Runtime
     passes: TextPasses
     runner: ModelRunner
     sequences: int
+    """Number of texts."""
 
 
 @contextmanager
 def profiling_run(
     blueprint: Blueprint, config: EngineConfig, on_progress: Callable[[Progress], None], seed: int = SEED
 ) -> Iterator[ProfilingRun]:
-    """The model with texts to read, gone after the block; `seed` chooses them. It keeps no heat, which would be theirs.
+    """A context with the model loaded, and texts chosen by `seed`. No state is kept, since its heat would be theirs.
 
-    Raises PlanError where it does not fit, and for families whose past cannot be taken back, which never speculate.
+    Raises PlanError if the model or the texts do not fit, and for families without rollback, which never speculate.
     """
     limit, name = min(LENGTH, blueprint.context_limit or LENGTH), blueprint.checkpoint.name
-    if limit < SHORTEST:
-        raise PlanError(f"{name} has a context of {limit} tokens: a profile needs texts of at least {SHORTEST}")
+    if limit < MIN_LENGTH:
+        raise PlanError(f"{name} has a context of {limit} tokens: a profile needs texts of at least {MIN_LENGTH}")
     config = replace(config, speculate="off", draft_model=None, state_folder="none", context=limit, batch=SEQUENCES)
     plan = make_plan(blueprint, config)
     sequences = min(SEQUENCES, plan.kv_nbytes // max(1, plan.kv.nbytes(limit)))
@@ -106,11 +107,11 @@ def profiling_run(
 
 
 def await_fill(cache: ExpertCache, on_progress: Callable[[Progress], None]) -> None:
-    """Waits for the experts that loading has put on the link; what passes wait for is then the passes' own."""
+    """Waits for the experts that loading put on the link, so that the measured passes wait only for their own."""
     nbytes, total = cache.store.slot_nbytes, cache.prefetching
     left, arrived = total, time.perf_counter()
-    while left and time.perf_counter() - arrived < FILL_PATIENCE:
-        time.sleep(FILL_POLL)
+    while left and time.perf_counter() - arrived < FILL_TIMEOUT:
+        time.sleep(FILL_POLL_SECONDS)
         if cache.prefetching < left:
             left, arrived = cache.prefetching, time.perf_counter()
             on_progress(Progress("experts", (total - left) * nbytes, total * nbytes))
@@ -119,7 +120,10 @@ def await_fill(cache: ExpertCache, on_progress: Callable[[Progress], None]) -> N
 def take_profile(
     blueprint: Blueprint, config: EngineConfig, on_progress: Callable[[Progress], None] | None = None
 ) -> Profile:
-    """Measures and fits, in a minute or two; loads the model twice. Raises PlanError, CheckpointError as that does."""
+    """Measures the model and fits the performance model, in a minute or two. Loads the model up to twice.
+
+    Raises PlanError as `profiling_run` does, and CheckpointError if a file cannot be read.
+    """
     with reading(blueprint.checkpoint.name):
         return _profile(blueprint, config, on_progress or _ignore)
 
@@ -143,49 +147,49 @@ def _profile(blueprint: Blueprint, config: EngineConfig, on_progress: Callable[[
             plan = few.plan
     model = fitting.fit(shape_of(blueprint, plan), speed, points, bulk_from)
     taken = datetime.datetime.now().astimezone().date().isoformat()
-    # With few slots more is missing: of the two plans it is the second that tells where missing experts come from.
+    # The plan with few slots has missing experts, and so says where they come from.
     return Profile(taken, ProfileConditions.of(plan), model, tuple(points))
 
 
 def lean_config(config: EngineConfig, plan: Plan, slots: int) -> EngineConfig:
-    """For fewer slots than in `plan`, with missing experts read as by that plan, where it has any."""
+    """`config` with `slots` slots, fewer than in `plan`, and missing experts read as by that plan, if it has any."""
     if plan.slots < plan.experts:
         config = replace(config, file_reads="direct" if plan.direct_reads else "cached")
     return replace(config, expert_cache=slots)
 
 
-def measure(at: ProfilingRun, shapes: Sequence[tuple[int, int]], fewest: int = 0) -> list[ProfilePoint]:
-    """A point for each of `shapes` that there are sequences and time for, in turns.
+def measure(at: ProfilingRun, shapes: Sequence[tuple[int, int]], min_shapes: int = 0) -> list[ProfilePoint]:
+    """A point for each of `shapes` for which there are enough sequences and time.
 
-    There is always time for `fewest` of them, as far as there are so many.
+    At least `min_shapes` of them are measured however long it takes, if there are enough sequences.
     """
     readings: dict[tuple[int, int], list[PassReading]] = {}
-    # Small ones first: where time runs short, the largest are left out.
+    # Small ones first, so that the largest are skipped if time runs short.
     todo = sorted((shape for shape in shapes if shape[0] <= at.sequences), key=math.prod)
-    least = max(len(todo) // 2, fewest)
+    required = max(len(todo) // 2, min_shapes)
     started = time.perf_counter()
     for turn in range(ROUNDS):
         for batch, tokens in todo:
-            if time.perf_counter() - started > ENOUGH_SECONDS and (turn or len(readings) >= least):
+            if time.perf_counter() - started > TIME_BUDGET and (turn or len(readings) >= required):
                 break
             readings.setdefault((batch, tokens), []).extend(_turn(at, turn, batch, tokens))
     return [point(at.plan, *shape, found) for shape, found in readings.items()]
 
 
 def _turn(at: ProfilingRun, turn: int, batch: int, tokens: int) -> list[PassReading]:
-    """Some passes of one shape. Each turn reads other texts, as far as there are."""
+    """The measured passes of one turn of a shape. Each turn starts at another text."""
     first = turn * at.sequences // ROUNDS + batch
-    for _ in range(max(1, WARM // batch)):
+    for _ in range(max(1, WARM_UP // batch)):
         at.passes.run(first, batch, tokens)
     found: list[PassReading] = []
-    fewest, most = READINGS
-    while len(found) < fewest or (len(found) < most and sum(each.seconds for each in found) < READING_SECONDS):
+    low, high = READINGS
+    while len(found) < low or (len(found) < high and sum(each.seconds for each in found) < TURN_SECONDS):
         found.append(at.passes.run(first, batch, tokens))
     return found
 
 
 def point(plan: Plan, batch: int, tokens: int, readings: Sequence[PassReading]) -> ProfilePoint:
-    """The mean of the middle half of `readings` by their seconds: time and misses are those of the same passes."""
+    """The mean of the middle half of `readings`, by seconds; its times and misses are of the same passes."""
     ordered = sorted(readings)
     quarter = len(ordered) // 4
     middle = ordered[quarter : len(ordered) - quarter]
@@ -203,7 +207,7 @@ def point(plan: Plan, batch: int, tokens: int, readings: Sequence[PassReading]) 
 
 
 def shape_of(blueprint: Blueprint, plan: Plan) -> ModelShape:
-    """What of `blueprint` decides the time of its passes; of layers that differ, the mean."""
+    """The sizes that determine the time of a pass; means where layers differ."""
     return ModelShape(
         layers=plan.layers,
         experts=round(plan.experts / plan.layers),
@@ -229,7 +233,7 @@ def _ceilings(blueprint: Blueprint, at: ProfilingRun) -> MachineSpeed:
 
 
 def _link_speed(at: ProfilingRun) -> float:
-    """Bytes a second while something was on the link; where the link cannot tell, those of a plain copy."""
+    """Bytes per second of the link while it was busy; those of a plain copy if nothing was moved."""
     if at.plan.link_gbps is not None:
         return at.plan.link_gbps * 1e9
     link = at.runtime.link
@@ -239,4 +243,4 @@ def _link_speed(at: ProfilingRun) -> float:
 
 
 def _ignore(progress: Progress) -> None:
-    """The progress callback of those who gave none."""
+    """The progress callback where none was given."""

@@ -1,4 +1,4 @@
-"""How far one model's predictions are from another's: the arithmetic over their logits, and the result."""
+"""The distance of one model's predictions from another's: the arithmetic on logits, and the result."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 
 
 class QualityMeter:
-    """Compares two models token by token, as MoE-Spec's authors and others compare an approximation with its original.
+    """Compares a model's logits with an exact model's, token by token (the measures are those of MoE-Spec).
 
-    Everything is computed in float64 over the whole vocabulary, in nats.
+    Computes in float64 over the whole vocabulary, in nats.
     """
 
     def __init__(self) -> None:
@@ -23,17 +23,18 @@ class QualityMeter:
         self._divergences: list[float] = []
 
     def add(self, exact: torch.Tensor, found: torch.Tensor, following: torch.Tensor) -> None:
-        """Logits of the same tokens, both [tokens, vocabulary], and the ids that follow them, int64 [tokens].
+        """Adds both models' logits of the same tokens, [tokens, vocabulary], and the following ids, int64 [tokens].
 
-        Raises ValueError when these are not of one shape.
+        Raises ValueError if the shapes do not match.
         """
         if exact.shape != found.shape or following.shape != exact.shape[:1]:
-            raise ValueError(f"logits {[*exact.shape]} and {[*found.shape]} are not of the tokens {[*following.shape]}")
+            shapes = [[*each.shape] for each in (exact, found, following)]
+            raise ValueError(f"logits {shapes[0]} and {shapes[1]} do not match the tokens {shapes[2]}")
         right, own = (logits.double().log_softmax(-1) for logits in (exact, found))
         probabilities = right.exp()
-        # A token that the exact model rules out adds nothing, also where both logits are minus infinity.
+        # A token of probability 0 adds nothing, even if both of its logits are minus infinity.
         terms = torch.where(probabilities > 0, probabilities * (right - own), 0.0)
-        # It cannot be negative; the sum's rounding can.
+        # A divergence is never negative, but rounding can make the sum so.
         self._divergences += terms.sum(-1).clamp_min(0).tolist()
         index = following[:, None]
         self._exact_nats -= float(right.gather(-1, index).sum())
@@ -42,38 +43,38 @@ class QualityMeter:
 
     @property
     def tokens(self) -> int:
-        """Tokens compared so far; the other figures need one at least."""
+        """Tokens compared so far; the other figures need at least one."""
         return len(self._divergences)
 
     @property
     def perplexity(self) -> float:
-        """Of the model that is looked at: e to the mean of minus the log-probability of what follows."""
+        """Perplexity of the measured model: e to the mean negative log-probability of the following tokens."""
         return _exp(self._nats / self.tokens)
 
     @property
     def exact_perplexity(self) -> float:
-        """The same of the exact model."""
+        """Perplexity of the exact model."""
         return _exp(self._exact_nats / self.tokens)
 
     @property
     def divergence(self) -> float:
-        """KL divergence of the model from the exact one, nats a token, the mean."""
+        """Mean KL divergence from the exact model, in nats per token."""
         return math.fsum(self._divergences) / self.tokens
 
     @property
     def divergence_99(self) -> float:
-        """Its 99th percentile over the tokens, linear between neighbours."""
+        """99th percentile of the tokens' KL divergences, in nats, interpolated linearly."""
         return float(np.percentile(self._divergences, 99))
 
     @property
     def agreement(self) -> float:
-        """Share of the tokens after which both find the same token likeliest."""
+        """Share of the tokens for which both models have the same most likely next token, from 0 to 1."""
         return self._agreed / self.tokens
 
 
 @dataclass(frozen=True)
 class TaskQuality:
-    """Right replies of one documented task, with the settings as they are and by the exact model."""
+    """Right replies to the questions of one task, by the measured model and by the exact one."""
 
     task: str
     asked: int
@@ -83,33 +84,33 @@ class TaskQuality:
 
 @dataclass(frozen=True)
 class Quality:
-    """What an engine's settings cost in quality, measured against an exact model on the same text."""
+    """The quality of an engine with its settings, against an exact model on the same text."""
 
     model: str
     lossy: str
-    """What is lossy about its settings; empty where nothing is."""
+    """The lossy settings, in words; empty for none."""
     against: str
-    """"exact", the same weights with nothing lossy, or the name of another checkpoint."""
+    """"exact" for the same weights with exact settings, else the name of another checkpoint."""
     tokens: int
-    """Tokens of text that were predicted by both."""
+    """Tokens that both models predicted."""
     perplexity: float
     exact_perplexity: float
     kl_mean: float
-    """KL divergence from the exact model's predictions, nats a token."""
+    """Mean KL divergence from the exact model, in nats per token."""
     kl_99: float
-    """Its 99th percentile."""
+    """99th percentile of the KL divergence, in nats."""
     agreement: float
-    """Share of the tokens after which both find the same token likeliest."""
+    """Share of the tokens for which both models have the same most likely next token, from 0 to 1."""
     tasks: tuple[TaskQuality, ...] = ()
-    """The documented tasks of the shipped model, where they were asked."""
+    """The tasks of the shipped model; empty where they were not asked."""
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON can hold it: a number that is infinite is None."""
+        """The result as a JSON object; infinite numbers are None."""
         known = asdict(self) | {"tasks": [asdict(task) for task in self.tasks]}
         return {name: None if value in (math.inf, -math.inf) else value for name, value in known.items()}
 
     def lines(self) -> list[tuple[str, str, str]]:
-        """Rows for people: what, how much, and what that is or is to be compared with."""
+        """Rows for people: name, value, and its unit or what to compare it with."""
         rows = [
             ("model", self.model, f"lossy: {self.lossy}" if self.lossy else "exact: nothing is lossy"),
             ("against", self.against, "the same weights with nothing lossy" if self.against == EXACT else ""),
@@ -133,7 +134,7 @@ class Quality:
 
 
 EXACT = "exact"
-"""What `Quality.against` calls the same weights with nothing lossy."""
+"""`Quality.against` for the same weights with exact settings."""
 
 
 def _exp(nats: float) -> float:

@@ -1,4 +1,4 @@
-"""How well a model does the documented tasks: the measure by which lossy settings are judged too."""
+"""The score of a model on the shipped model's tasks."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from edgemoe.sampling import Sampling
 if TYPE_CHECKING:
     from edgemoe.engine import Engine
 
-LONGEST_REPLY = 256
-"""Tokens; the longest right reply of any task is shorter."""
+MAX_REPLY_TOKENS = 256
+"""More than the longest right reply of any task."""
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """Right replies of one task, out of `asked` held-out questions, and a few wrong ones as (asked, replied)."""
+    """Right replies to `asked` held-out questions of one task, and up to three wrong ones as (question, reply)."""
 
     task: Task
     right: int
@@ -27,13 +27,13 @@ class TaskScore:
 
     @property
     def share(self) -> float:
-        """Right replies over questions, from 0 to 1."""
+        """Share of right replies, from 0 to 1."""
         return self.right / self.asked
 
 
 def score_task(engine: Engine, task: Task, questions: int) -> TaskScore:
-    """Asks `questions` distinct held-out questions of `task`, each a conversation of its own, greedily."""
-    settings = Sampling(temperature=0, max_tokens=LONGEST_REPLY)
+    """Asks up to `questions` distinct held-out questions of `task`, each in a conversation of its own, greedily."""
+    settings = Sampling(temperature=0, max_tokens=MAX_REPLY_TOKENS)
     wrong = []
     items = {item.user: item for item in islice(task.items(HELD_OUT_SEED, held_out=True), 8 * questions)}
     asked = list(items.values())[:questions]
@@ -45,5 +45,5 @@ def score_task(engine: Engine, task: Task, questions: int) -> TaskScore:
 
 
 def score(engine: Engine, questions: int = 50) -> list[TaskScore]:
-    """The scores of all documented tasks, in the documentation's order."""
+    """The scores of all tasks, in the order of `TASKS`."""
     return [score_task(engine, task, questions) for task in TASKS]

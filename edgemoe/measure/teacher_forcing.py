@@ -1,4 +1,4 @@
-"""An engine that reads a given text where it would else write one: the same passes, with nothing drafted or drawn."""
+"""Teacher forcing: runs an engine over given text, in the passes of a generation but without drafts or sampling."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ class TeacherForcedScorer:
         self.vocabulary = Vocabulary(engine.plan.model, engine._tokenizer, engine._vocabulary)
 
     def tokens(self, text: str | Sequence[int]) -> list[int]:
-        """The token ids of a text; RequestError where it is empty or has unknown ids, or there is no tokenizer."""
+        """The token ids of `text`. Raises RequestError for empty texts, unknown ids, and a missing tokenizer."""
         return self.engine._tokens(text)
 
     @property
-    def first_token(self) -> int | None:
-        """What the tokenizer puts in front of a text, where it has a token for that."""
+    def bos_token(self) -> int | None:
+        """The tokenizer's beginning-of-sequence token; None without one."""
         return None if self.engine._tokenizer is None else self.engine._tokenizer.bos_token_id
 
     @property
-    def last_token(self) -> int | None:
-        """What ends a reply."""
+    def eos_token(self) -> int | None:
+        """The tokenizer's end-of-sequence token, which ends a reply; None without one."""
         return None if self.engine._tokenizer is None else self.engine._tokenizer.eos_token_id
 
     @contextmanager
@@ -54,7 +54,7 @@ class TeacherForcedScorer:
     def predictions(self, eval_text: EvalText) -> Iterator[torch.Tensor]:
         """The logits after each token of `eval_text` from the end of its prompt to the last but one, pass by pass.
 
-        Each is float32 [tokens, vocabulary] on the CPU. Raises CheckpointError where a file cannot be read any more.
+        Each is float32 [tokens, vocabulary] on the CPU. Raises CheckpointError if a file cannot be read any more.
         """
         tokens = eval_text.tokens[:-1]
         cache = None

@@ -1,4 +1,4 @@
-"""Sequences that read on in given texts, in passes of any shape: what is timed where passes are measured."""
+"""Timed passes of any shape over given texts."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from edgemoe.cache import CacheCounters
 from edgemoe.demo.tasks import TASKS
 from edgemoe.draft.ngram_drafter import NgramCalibration, NgramDrafter
+from edgemoe.draft.proposer import MIN_PROBABILITY
 from edgemoe.model.draft_tree import DraftTree
 from edgemoe.model.kv_cache import SequenceCache
 from edgemoe.model.model_runner import ModelRunner
@@ -20,17 +21,15 @@ from edgemoe.model.sequential_runner import PassInput
 from edgemoe.quiet import quiet_transformers
 
 PROMPT = 48
-"""Tokens of a text that are run as a prompt is: behind a shorter one passes would be shorter than in earnest."""
-TOGETHER = 16
-"""Prompts in one pass."""
-MIN_PROBABILITY = 0.02
-"""Path probability below which n-grams draft nothing, as in earnest."""
+"""Tokens of a text that are run as its prompt: a shorter context would make attention cheaper than in a real run."""
+PROMPT_BATCH = 16
+"""Prompts per pass."""
 SEED = 5
-"""Of the items that texts are made of, where none is given."""
+"""Default seed of the texts."""
 
 
 class PassReading(NamedTuple):
-    """One pass with what went on around it: seconds, and experts of all layers."""
+    """The times and counts of one pass. Experts and misses are those of all layers."""
 
     seconds: float
     experts: int
@@ -41,7 +40,7 @@ class PassReading(NamedTuple):
 
 @dataclass
 class _Reader:
-    """One text, and how far it was read."""
+    """One text, and the KV cache and the drafter of what was read of it."""
 
     text: Sequence[int]
     cache: SequenceCache | None = None
@@ -49,19 +48,20 @@ class _Reader:
 
 
 class TextPasses:
-    """Texts read by one model side by side. Each begins again where it ends. One thread at a time."""
+    """Passes of one model over several texts; a text that ends begins again. Not thread-safe."""
 
     def __init__(self, runner: ModelRunner, counters: CacheCounters, texts: Sequence[Sequence[int]]) -> None:
-        """Every text has more than `PROMPT` tokens and those of the longest pass."""
+        """Each of `texts`, token ids, must be longer than `PROMPT` and the longest pass together."""
         self._runner = runner
         self._counters = counters
         self._readers = [_Reader(text) for text in texts]
 
     def run(self, first: int, batch: int, tokens: int, right: Sequence[int] | None = None) -> PassReading:
-        """Runs `tokens` tokens of `batch` texts from number `first` on, round and round, and reads on in them.
+        """Runs the next `tokens` tokens of each of `batch` texts, from text number `first` on, cyclically.
 
-        More than one token is a verification of a chain, with n-grams looked up before. Its drafted tokens are right,
-        or for each text so many of them as `right` says: then comes another token, and what is wrong is taken back.
+        More than one token is the verification of a chain, after a look-up by the n-gram drafter. All drafted tokens
+        are those of the text, and so right. With `right`, only that many are right in each text: the others are
+        replaced by wrong tokens, which are rolled back.
         """
         count = len(self._readers)
         readers = [self._readers[(first + number) % count] for number in range(batch)]
@@ -86,8 +86,8 @@ class TextPasses:
         return PassReading(ran - drafted, hits + misses, misses, drafted - started if tokens > 1 else 0.0, ended - ran)
 
     def _prompt(self, readers: Sequence[_Reader]) -> None:
-        for start in range(0, len(readers), TOGETHER):
-            group = readers[start : start + TOGETHER]
+        for start in range(0, len(readers), PROMPT_BATCH):
+            group = readers[start : start + PROMPT_BATCH]
             for reader in group:
                 reader.cache = self._runner.start(len(reader.text))
                 reader.drafter = NgramDrafter(NgramCalibration())
@@ -101,7 +101,7 @@ def _cache_of(reader: _Reader) -> SequenceCache:
 
 
 def _draft(reader: _Reader, nodes: int) -> None:
-    """A look-up as before a verification: what is new is learnt, then a chain grows."""
+    """Drafts as before a verification: the drafter learns the new tokens, then grows a chain of `nodes` tokens."""
     drafter, here = reader.drafter, _cache_of(reader).tokens
     assert drafter is not None
     drafter.extend(reader.text[len(drafter) : here + 1])
@@ -109,7 +109,7 @@ def _draft(reader: _Reader, nodes: int) -> None:
 
 
 def _work(reader: _Reader, tokens: int, right: int) -> PassInput:
-    """The next `right` tokens of the text, and then such as do not belong there, its first ones, up to `tokens`."""
+    """A pass over `tokens` tokens: the next `right` of the text, then wrong ones, taken from the text's start."""
     cache, text = _cache_of(reader), reader.text
     own = [*text[cache.tokens : cache.tokens + right], *text[: tokens - right]]
     if tokens == 1:
@@ -119,9 +119,9 @@ def _work(reader: _Reader, tokens: int, right: int) -> PassInput:
 
 
 def task_texts(tokenizer: Any, count: int, length: int, vocabulary: int, seed: int = SEED) -> list[list[int]]:
-    """`count` different texts of `length` token ids: conversations about the shipped model's tasks.
+    """`count` distinct texts of `length` token ids: conversations about the shipped model's tasks.
 
-    Without a tokenizer they are random ids, and the routing that they cause is that of noise.
+    Without a tokenizer they are random ids below `vocabulary`, whose routing is that of noise.
     """
     if tokenizer is None:
         draw = torch.Generator().manual_seed(seed)
@@ -130,7 +130,7 @@ def task_texts(tokenizer: Any, count: int, length: int, vocabulary: int, seed: i
 
 
 def _conversation(tokenizer: Any, number: int, length: int) -> list[int]:
-    """Items of all tasks in turns, beginning with another task for each number."""
+    """Token ids of held-out items of all tasks in turn, from task number `number` on."""
     turns = [TASKS[(number + turn) % len(TASKS)].items(number, held_out=True) for turn in range(len(TASKS))]
     items: Iterator[Any] = chain.from_iterable(zip(*turns, strict=True))
     tokens: list[int] = []

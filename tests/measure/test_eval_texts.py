@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from edgemoe.demo.tasks import TASKS
-from edgemoe.measure.eval_texts import LENGTH, PROMPT, EvalText, built_in_texts, conversations, cut, limited
+from edgemoe.measure.eval_texts import MAX_LENGTH, PROMPT, EvalText, built_in_texts, conversations, limited, split_texts
 
 
 def predicted(eval_texts: list[EvalText]) -> list[int]:
@@ -14,14 +14,14 @@ def predicted(eval_texts: list[EvalText]) -> list[int]:
 
 
 def test_a_short_text_is_one_passage_whose_first_quarter_is_the_prompt() -> None:
-    assert cut([list(range(8))], 4096) == [EvalText(list(range(8)), 2)]
-    assert cut([[1, 2, 3]], 4096) == [EvalText([1, 2, 3], 1)]
-    assert cut([list(range(300))], 4096) == [EvalText(list(range(300)), PROMPT)]
+    assert split_texts([list(range(8))], 4096) == [EvalText(list(range(8)), 2)]
+    assert split_texts([[1, 2, 3]], 4096) == [EvalText([1, 2, 3], 1)]
+    assert split_texts([list(range(300))], 4096) == [EvalText(list(range(300)), PROMPT)]
 
 
 def test_texts_with_nothing_to_predict_give_nothing() -> None:
-    assert cut([[], [1], [1, 2]], 4096) == []
-    assert cut([list(range(50))], context=2) == []
+    assert split_texts([[], [1], [1, 2]], 4096) == []
+    assert split_texts([list(range(50))], context=2) == []
 
 
 @pytest.mark.parametrize("context", [3, 7, 64, 300, 100_000])
@@ -30,8 +30,8 @@ def test_texts_with_nothing_to_predict_give_nothing() -> None:
 def test_a_long_text_is_cut_so_that_nearly_all_of_it_is_predicted_once(
     context: int, tokens: int, first: int | None
 ) -> None:
-    eval_texts = cut([list(range(tokens))], context, first)
-    assert all(len(eval_text.tokens) <= min(LENGTH, context) for eval_text in eval_texts)
+    eval_texts = split_texts([list(range(tokens))], context, first)
+    assert all(len(eval_text.tokens) <= min(MAX_LENGTH, context) for eval_text in eval_texts)
     assert all(eval_text.predicted >= 1 and eval_text.prompt >= 1 for eval_text in eval_texts)
     if first is not None and eval_texts:
         assert {eval_text.tokens[0] for eval_text in eval_texts} == {first}
@@ -44,19 +44,19 @@ def test_a_long_text_is_cut_so_that_nearly_all_of_it_is_predicted_once(
 
 
 def test_each_passage_begins_with_the_tokens_before_what_it_predicts() -> None:
-    first, second, *_ = cut([list(range(1200))], 4096)
+    first, second, *_ = split_texts([list(range(1200))], 4096)
     assert second.tokens[: second.prompt] == first.tokens[-second.prompt :]
 
 
 def test_only_a_text_that_has_the_first_token_has_it_in_all_passages() -> None:
     with_it, without = list(range(7, 1200)), list(range(8, 1200))
-    assert [eval_text.tokens[0] for eval_text in cut([with_it], 512, first=7)] == [7, 7, 7]
-    assert 7 not in [eval_text.tokens[0] for eval_text in cut([without], 512, first=7)]
+    assert [eval_text.tokens[0] for eval_text in split_texts([with_it], 512, bos=7)] == [7, 7, 7]
+    assert 7 not in [eval_text.tokens[0] for eval_text in split_texts([without], 512, bos=7)]
 
 
 def test_texts_take_turns_up_to_the_limit() -> None:
     one, two = list(range(1000)), list(range(1000, 1100))
-    eval_texts = cut([one, two], 4096)
+    eval_texts = split_texts([one, two], 4096)
     assert [eval_text.tokens[0] // 1000 for eval_text in eval_texts] == [0, 1, 0, 0][: len(eval_texts)]
     kept = limited(eval_texts, 460)
     assert sum(eval_text.predicted for eval_text in kept) == 460

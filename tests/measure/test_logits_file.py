@@ -31,7 +31,7 @@ def test_rows_come_back_bit_for_bit_however_many_at_a_time(folder: Path) -> None
         for _ in range(2):
             file.rewind()
             assert torch.equal(torch.cat([file.take(5), file.take(14), file.take(1)]), rows)
-        with pytest.raises(ValueError, match="no 1 more rows"):
+        with pytest.raises(ValueError, match="fewer than 1 rows are left"):
             file.take(1)
         assert list(folder.iterdir()) == [], "nobody sees it"
 
@@ -42,7 +42,7 @@ def test_rows_that_are_no_rows_in_memory_and_rows_of_another_width() -> None:
         file.append(rows)
         file.rewind()
         assert torch.equal(file.take(4), rows)
-        with pytest.raises(ValueError, match="rows of 6 do not go among rows of 7"):
+        with pytest.raises(ValueError, match="rows have 6 logits instead of 7"):
             file.append(torch.zeros(1, 6))
 
 

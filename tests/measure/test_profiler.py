@@ -72,7 +72,7 @@ def test_a_model_without_room_for_texts_is_refused(quick: None, zoo: Zoo, monkey
 
 
 def test_where_time_runs_short_the_larger_half_is_left_out(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profiler, "ENOUGH_SECONDS", 0.0)
+    monkeypatch.setattr(profiler, "TIME_BUDGET", 0.0)
     monkeypatch.setattr(profiler, "ROUNDS", 3)
     with profiler.profiling_run(open_blueprint(None), EngineConfig(device="cpu"), lambda progress: None) as at:
         points = profiler.measure(at, profiler.SHAPES)
@@ -80,7 +80,7 @@ def test_where_time_runs_short_the_larger_half_is_left_out(quick: None, monkeypa
 
 
 def test_however_short_time_is_there_are_points_enough_for_a_fit(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profiler, "ENOUGH_SECONDS", 0.0)
+    monkeypatch.setattr(profiler, "TIME_BUDGET", 0.0)
     made = profiler.take_profile(open_blueprint(None), EngineConfig(device="cpu", link_gbps=4.0))
     lean = [(point.batch, point.tokens) for point in made.points if point.cache_share < 1]
     assert (len(made.points), lean) == (MIN_POINTS, [(1, 1)])
@@ -117,7 +117,7 @@ def test_a_link_that_stands_still_is_not_waited_for(monkeypatch: pytest.MonkeyPa
         def prefetching(self) -> int:
             return next(self.left, 1)
 
-    monkeypatch.setattr(profiler, "FILL_PATIENCE", 0.2)
+    monkeypatch.setattr(profiler, "FILL_TIMEOUT", 0.2)
     told: list[Progress] = []
     cache: Any = Stuck()
     profiler.await_fill(cache, told.append)

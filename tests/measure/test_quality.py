@@ -75,7 +75,7 @@ def test_logits_so_wrong_that_no_number_holds_the_perplexity() -> None:
 
 def test_what_does_not_belong_together_is_refused() -> None:
     for found, following in (([THREE, THREE], [0]), ([[1.0, 2.0, 3.0]], [0]), ([THREE], [0, 1])):
-        with pytest.raises(ValueError, match="are not of the tokens"):
+        with pytest.raises(ValueError, match="do not match the tokens"):
             metered([THREE], found, following)
 
 
