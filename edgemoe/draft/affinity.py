@@ -36,7 +36,7 @@ class Affinity:
 
     @classmethod
     def from_distances(cls, distances: Sequence[torch.Tensor]) -> Affinity:
-        """From the distances within each layer, [experts, experts] in any float dtype; squared distances do as well."""
+        """Ranks experts by the distances within each layer, [experts, experts] in any float dtype, squared or not."""
         return cls([_ranks(layer) for layer in distances])
 
     @property

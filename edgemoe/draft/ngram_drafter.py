@@ -1,8 +1,8 @@
-"""Drafts what followed the longest earlier match, in a sequence or in what others wrote: free of a model's passes.
+"""Drafts the tokens that followed the longest earlier match, in the sequence or in other replies, without a pass.
 
-Prompt lookup (Saxena 2023) in the incremental form of SAM-Decoding (arXiv 2411.10666); that of others is
-SuffixDecoding's (arXiv 2411.04975). Every drafted token has a probability: the hit rate of matches of
-its kind, which is measured in all that the model writes.
+Prompt lookup (Saxena 2023) in the incremental form of SAM-Decoding (arXiv 2411.10666); drafting from other replies is
+SuffixDecoding's (arXiv 2411.04975). The probability of a drafted token is the acceptance rate of matches of its kind,
+measured on every token that the model writes.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from edgemoe.model.draft_tree import Candidate, DraftTree
 from edgemoe.prefetch.calibration import CalibratedRate
 
 LENGTHS = (1, 2, 3, 4, 6, 9, 14, 24)
-"""The longest match of each bucket of lengths but the last, which has no end."""
+"""The greatest match length of each bucket; one more bucket is for longer matches."""
 _BUCKET = tuple(sum(length > longest for longest in LENGTHS) for length in range(LENGTHS[-1] + 2))
-_PRIOR = {
+_PRIORS = {
     (True, False, True): (0.30, 0.60, 0.70, 0.75, 0.80, 0.85, 0.85, 0.90, 0.90),
     (True, False, False): (0.20, 0.40, 0.50, 0.55, 0.65, 0.75, 0.80, 0.85, 0.90),
     (True, True, True): (0.15, 0.30, 0.35, 0.40, 0.40, 0.40, 0.40, 0.40, 0.40),
@@ -29,136 +29,144 @@ _PRIOR = {
     (False, True, True): (0.18, 0.30, 0.30, 0.30, 0.30, 0.30, 0.30, 0.30, 0.30),
     (False, True, False): (0.06, 0.12, 0.15, 0.15, 0.15, 0.15, 0.15, 0.15, 0.15),
 }
-"""Hit rates before anything is measured, by bucket of lengths: those of source files and of changes to them.
+"""Acceptance rates before any is measured, by length bucket, from source files and edits of them.
 
-A row is for followers that are told first or not, have a rival or not, and are repeated or not.
+The key is whether the follower has rank 0, has a rival, and is repeated: see `Kind`.
 """
 PRIOR_WEIGHT = 4
-"""Observations that a prior counts for ..."""
+"""Observations that a prior counts for."""
 SHARED_WEIGHT = 16
-"""... and what all sequences have shown, against a sequence's own."""
+"""Observations that the rate of all sequences counts for in the rate of one sequence."""
 HALF_LIFE = 256
-"""Observations of its kind after which one counts for half."""
-_KEPT = 0.5 ** (1 / HALF_LIFE)
+"""Observations of the same kind after which an observation has half of its weight."""
+_DECAY = 0.5 ** (1 / HALF_LIFE)
 MAX_FOLLOWERS = 3
-"""Tokens that may be drafted after any one; a fourth is next to never right."""
+"""Tokens that may be drafted after one node; a fourth is almost never right."""
 
 
 class Kind(NamedTuple):
-    """What hit rates are kept by: they differ much between these and little within them."""
+    """The kind of a follower. Acceptance rates differ much between kinds and little within one."""
 
     bucket: int
-    """Of the length that was matched."""
+    """The bucket of the match length: see `LENGTHS`."""
     rank: int
-    """Followers told before it; the later ones count as one rank."""
+    """How many followers rank before it, at most 2."""
     rival: bool
-    """Whether another token followed the same; of those told later, whether it followed what the first did."""
+    """For rank 0, whether its suffix has other followers; for the others, whether it shares the suffix of rank 0."""
     repeated: bool
-    elsewhere: bool
-    """Whether it was found in what others wrote."""
+    """Whether it followed its suffix more than once."""
+    from_replies: bool
+    """Whether it was found in the reply memory, and not in the sequence itself."""
 
     @classmethod
-    def of(cls, rank: int, follower: Follower, longest: int, elsewhere: bool = False) -> Kind:
-        """The kind of the follower told after `rank` others, of which the first followed a suffix of `longest`."""
+    def of(cls, rank: int, follower: Follower, longest: int, from_replies: bool = False) -> Kind:
+        """The kind of `follower`, which ranks after `rank` others; `longest` is the match length of rank 0."""
         rival = follower.length == longest if rank else not follower.sole
         bucket = _BUCKET[min(follower.length, LENGTHS[-1] + 1)]
-        return cls(bucket, min(rank, 2), rival, follower.repeated, elsewhere)
+        return cls(bucket, min(rank, 2), rival, follower.repeated, from_replies)
 
     @property
     def prior(self) -> float:
-        """The hit rate before anything is measured."""
-        return _PRIOR[self.rank == 0, self.rival, self.repeated][self.bucket]
+        """The acceptance rate before any is measured, from 0 to 1."""
+        return _PRIORS[self.rank == 0, self.rival, self.repeated][self.bucket]
 
 
 class NgramCalibration:
-    """Hit rates of all sequences of an engine. One thread at a time may use it."""
+    """The acceptance rates of all sequences of an engine, by kind. One thread at a time may use it."""
 
     def __init__(self) -> None:
         self._rates: dict[Kind, CalibratedRate] = {}
 
     def rate(self, kind: Kind) -> float:
-        """The share of this kind that hit, from 0 to 1."""
+        """The acceptance rate of `kind`, from 0 to 1."""
         measured = self._rates.get(kind)
         return kind.prior if measured is None else measured.blended(kind.prior, PRIOR_WEIGHT)
 
-    def observe(self, kind: Kind, hit: bool) -> None:
-        """Counts one follower that was, or was not, the model's token."""
-        self._rates.setdefault(kind, CalibratedRate(_KEPT)).observe(hit)
+    def observe(self, kind: Kind, accepted: bool) -> None:
+        """Counts one follower, `accepted` if the model wrote it."""
+        self._rates.setdefault(kind, CalibratedRate(_DECAY)).observe(accepted)
 
 
-class Standing(NamedTuple):
-    """Where a sequence stands in its own text and in what all of them wrote."""
+class Matches(NamedTuple):
+    """The longest matches of a sequence's end. Valid until the sequence, or for `replies` any reply, grows."""
 
     own: Match
-    common: Match
+    """In the sequence itself."""
+    replies: Match
+    """In the reply memory."""
 
 
 class NgramDrafter:
-    """Drafts for one sequence; what it drafts is measured in every token the model writes, speculated or not.
-
-    `ends` are the tokens that end a reply. In a prompt something follows them, in the reply nothing will. `memory` is
-    of what others wrote, and gets what the model writes here; None drafts from the sequence alone.
-    """
+    """Drafts for one sequence. Every token that the model writes is compared with what would have been drafted."""
 
     def __init__(
         self, calibration: NgramCalibration, ends: Collection[int] = (), memory: ReplyMemory | None = None
     ) -> None:
+        """`calibration` is shared by all sequences of an engine, and is updated.
+
+        `ends` are the tokens that end a reply: no token is drafted after them. `memory` has the replies of other
+        sequences, and gets this one's; None drafts from this sequence alone.
+        """
         self.ends = frozenset(ends)
         self._calibration = calibration
         self._own: dict[Kind, CalibratedRate] = {}
         self._automaton = SuffixAutomaton()
         self._memory = ReplyMemory() if memory is None else memory
         self._reply = self._memory.begin(())
-        self._untold: list[int] = []
+        self._unpublished: list[int] = []
 
     def __len__(self) -> int:
         """Tokens of prompt and reply so far."""
         return len(self._automaton)
 
     def read(self, prompt: Sequence[int]) -> None:
-        """Appends tokens that the model did not write: how they repeat themselves is no measure of how it does."""
+        """Appends tokens that the model did not write: they are matched, but not used as measurements."""
         for token in prompt:
             self._automaton.append(token)
         self._reply = self._memory.begin(prompt)
 
     def extend(self, reply: Sequence[int]) -> None:
-        """Appends tokens that the model wrote, and measures what would have been drafted for each."""
+        """`learn`, then `publish`."""
         self.learn(reply)
-        self.tell()
+        self.publish()
 
     def learn(self, reply: Sequence[int]) -> None:
-        """As `extend`, but the others are not told yet: `tell` has to follow before anything is drafted.
+        """Appends tokens that the model wrote, and measures what would have been drafted for each.
 
-        So that what several sequences wrote in one step is not measured as if one could have drafted it of the other.
+        The reply memory does not have them until `publish`, which must follow before the next draft. With several
+        sequences all `learn` before any `publish`: tokens of the same step cannot have been drafted from one another.
         """
-        common = self._memory.match(self._reply)
+        replies = self._memory.match(self._reply)
         for token in reply:
-            for drafted, kind in self._followers(Standing(self._automaton.match, common)):
-                hit = drafted == token
-                self._calibration.observe(kind, hit)
-                self._own.setdefault(kind, CalibratedRate(_KEPT)).observe(hit)
-                if hit:
+            for drafted, kind in self._followers(Matches(self._automaton.match, replies)):
+                accepted = drafted == token
+                self._calibration.observe(kind, accepted)
+                self._own.setdefault(kind, CalibratedRate(_DECAY)).observe(accepted)
+                if accepted:
                     break
             self._automaton.append(token)
-            common = self._memory.advance(common, token)
-        self._untold += reply
+            replies = self._memory.advance(replies, token)
+        self._unpublished += reply
 
-    def tell(self) -> None:
-        """Lets the others draft from what was learnt."""
-        for token in self._untold:
+    def publish(self) -> None:
+        """Adds the learnt tokens to the reply memory, for all sequences to draft from."""
+        for token in self._unpublished:
             self._memory.append(self._reply, token)
-        self._untold.clear()
+        self._unpublished.clear()
 
     def frontier(
         self, tree: DraftTree, *, branching: bool = True, max_depth: int, min_probability: float
     ) -> NgramFrontier:
-        """What `tree`, whose root is the last token of the sequence, may grow by; it holds until the sequence grows."""
+        """The candidates for `tree`, whose root is the sequence's last token. Valid until a reply grows.
+
+        `max_depth` counts drafted tokens on a path; `min_probability` is a path probability. See `NgramFrontier`.
+        """
         return NgramFrontier(self, tree, branching, max_depth, min_probability)
 
     def grow(
         self, tree: DraftTree, max_nodes: int, max_depth: int, min_probability: float, *, branching: bool = True
     ) -> None:
-        """Adds the likeliest nodes to `tree`, `max_nodes` at most, each of `min_probability` at least."""
+        """Adds up to `max_nodes` candidates to `tree`, most probable first. Other arguments as in `frontier`."""
         frontier = self.frontier(tree, branching=branching, max_depth=max_depth, min_probability=min_probability)
         for _ in range(max_nodes):
             best = frontier.best()
@@ -167,19 +175,19 @@ class NgramDrafter:
             tree.add(best.parent, best.token, best.probability)
 
     @property
-    def match(self) -> Standing:
-        """Where the sequence stands."""
-        return Standing(self._automaton.match, self._memory.match(self._reply))
+    def match(self) -> Matches:
+        """The matches of the sequence's end."""
+        return Matches(self._automaton.match, self._memory.match(self._reply))
 
-    def advance(self, match: Standing, token: int) -> Standing:
-        """Where it would stand with `token` drafted after `match`."""
-        return Standing(self._automaton.advance(match.own, token), self._memory.advance(match.common, token))
+    def advance(self, match: Matches, token: int) -> Matches:
+        """The matches with `token` drafted after `match`."""
+        return Matches(self._automaton.advance(match.own, token), self._memory.advance(match.replies, token))
 
-    def predictions(self, match: Standing) -> Iterator[tuple[int, float]]:
-        """Tokens that may come next, and the probability of each.
+    def predictions(self, match: Matches) -> Iterator[tuple[int, float]]:
+        """The tokens that may follow `match`, at most `MAX_FOLLOWERS`, each with its probability.
 
-        A hit rate is that of a follower whose predecessors in the list were wrong, so the probabilities of all are
-        at most 1 together.
+        The acceptance rate of a follower is conditional on all that rank before it being wrong, so the probabilities
+        sum to at most 1.
         """
         left = 1.0
         for token, kind in self._followers(match):
@@ -187,19 +195,20 @@ class NgramDrafter:
             yield token, left * rate
             left *= 1 - rate
 
-    def _followers(self, match: Standing) -> Iterator[tuple[int, Kind]]:
-        """Each token once, after the longest suffix that it followed; its own text comes before that of others."""
+    def _followers(self, match: Matches) -> Iterator[tuple[int, Kind]]:
+        """The followers by descending match length, each token once; the sequence itself wins ties."""
         own = ((follower, False) for follower in self._automaton.followers(match.own))
-        common = ((follower, True) for follower in self._memory.followers(match.common))
-        told: dict[int, Kind] = {}
+        replies = ((follower, True) for follower in self._memory.followers(match.replies))
+        seen: set[int] = set()
         longest = 0
-        for follower, elsewhere in heapq.merge(own, common, key=lambda each: -each[0].length):
-            if follower.token in told:
+        for follower, from_replies in heapq.merge(own, replies, key=lambda each: -each[0].length):
+            if follower.token in seen:
                 continue
             longest = longest or follower.length
-            told[follower.token] = kind = Kind.of(len(told), follower, longest, elsewhere)
+            kind = Kind.of(len(seen), follower, longest, from_replies)
+            seen.add(follower.token)
             yield follower.token, kind
-            if len(told) == MAX_FOLLOWERS:
+            if len(seen) == MAX_FOLLOWERS:
                 break
 
     def _rate(self, kind: Kind) -> float:
@@ -208,10 +217,10 @@ class NgramDrafter:
 
 
 class NgramFrontier:
-    """The nodes that a tree may grow by, the likeliest first.
+    """The candidate nodes of a draft tree, most probable first.
 
-    Whoever takes a candidate adds it to the tree. Nodes that others add are continued too, at the probability they
-    came with. Without `branching` only nodes without children are continued.
+    The caller adds the candidates that it takes to the tree. Nodes that others add get candidates too, from the path
+    probability that they were added with. Without `branching` only nodes without children get candidates.
     """
 
     def __init__(
@@ -221,22 +230,23 @@ class NgramFrontier:
         self._tree = tree
         self._branching = branching
         self._max_depth = max_depth
-        self._least = min_probability
-        self._matches: list[Standing] = []
-        self._waiting: list[tuple[float, int, int]] = []
+        self._min_probability = min_probability
+        self._matches: list[Matches] = []
+        self._heap: list[tuple[float, int, int]] = []
 
     def best(self) -> Candidate | None:
-        """The likeliest candidate that is not in the tree, if there is one."""
+        """The most probable candidate that is not in the tree; None when there is none."""
         for node in range(len(self._matches), len(self._tree)):
-            self._meet(node)
-        while self._waiting:
-            negative, parent, token = self._waiting[0]
-            if self._is_open(parent, token):
+            self._expand(node)
+        while self._heap:
+            negative, parent, token = self._heap[0]
+            if self._is_candidate(parent, token):
                 return Candidate(parent, token, -negative)
-            heapq.heappop(self._waiting)
+            heapq.heappop(self._heap)
         return None
 
-    def _meet(self, node: int) -> None:
+    def _expand(self, node: int) -> None:
+        """Adds the candidates after `node`, whose parent is expanded."""
         tree, drafter = self._tree, self._drafter
         parent = tree.parents[node]
         match = drafter.match if parent < 0 else drafter.advance(self._matches[parent], tree.tokens[node])
@@ -246,12 +256,12 @@ class NgramFrontier:
         left = tree.probabilities[node]
         for token, probability in drafter.predictions(match):
             path = tree.probabilities[node] * probability
-            if path >= self._least:
-                heapq.heappush(self._waiting, (-path, node, token))
+            if path >= self._min_probability:
+                heapq.heappush(self._heap, (-path, node, token))
             left -= path
-            if left < self._least:
+            if left < self._min_probability:
                 break
 
-    def _is_open(self, parent: int, token: int) -> bool:
+    def _is_candidate(self, parent: int, token: int) -> bool:
         tree = self._tree
         return tree.child(parent, token) is None and (self._branching or not tree.children(parent))

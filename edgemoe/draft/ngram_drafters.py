@@ -29,7 +29,7 @@ class NgramDrafters:
                 drafter.read(request.tokens[: request.prompt_length])
             drafter.learn(request.tokens[len(drafter) :])
         for request in requests:
-            self._drafters[request].tell()
+            self._drafters[request].publish()
         for request in self._finished:
             del self._drafters[request]
         self._finished.clear()

@@ -1,7 +1,7 @@
 """The latest replies of an engine's requests, for all requests to draft from.
 
 SuffixDecoding (Oliaro et al., arXiv 2411.04975) drafts from earlier outputs in this way. Except under an expert budget
-drafts do not change replies, so a request leaks nothing to another one but speed.
+drafts do not change replies, so one request affects no more than the speed of another.
 """
 
 from __future__ import annotations

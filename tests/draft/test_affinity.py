@@ -119,15 +119,15 @@ def assert_as_naive(affinity: Affinity, layers: Sequence[Layer]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("budget", [1, 1500, BUFFER_NBYTES])
-def test_the_nearest_are_those_of_a_naive_computation(dtype: torch.dtype, budget: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("buffer", [1, 1500, BUFFER_NBYTES])
+def test_the_nearest_are_those_of_a_naive_computation(dtype: torch.dtype, buffer: int, tmp_path: Path) -> None:
     layers = [
         random_layer(11, (6, 7), (5,), (3, 9), dtype=dtype),
         random_layer(4, (301,), dtype=dtype, seed=1),
         random_layer(1, (3,), dtype=dtype, seed=2),
     ]
     with closing(store_of(tmp_path / "weights", layers)) as store:
-        assert_as_naive(made(store, budget=budget), layers)
+        assert_as_naive(made(store, buffer_nbytes=buffer), layers)
 
 
 def test_parts_of_different_dtypes_count_alike(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_parts_of_different_dtypes_count_alike(tmp_path: Path) -> None:
         *random_layer(9, (50,), dtype=torch.float16, seed=2),
     ]
     with closing(store_of(tmp_path / "weights", [mixed])) as store:
-        assert_as_naive(made(store, budget=2000), [mixed])
+        assert_as_naive(made(store, buffer_nbytes=2000), [mixed])
 
 
 @pytest.mark.parametrize(
@@ -152,9 +152,9 @@ def test_it_is_the_distance_between_transformers_own_weights(family: str, dtype:
         parts = dict(moe.module(model).named_parameters())
         layers.append([parts[part.name].detach() for part in moe.layout.parts])
     layouts = [moe.layout for moe in blueprint.experts_modules]
-    for budget in (5000, BUFFER_NBYTES):
+    for buffer in (5000, BUFFER_NBYTES):
         with closing(SafetensorsStore(blueprint.checkpoint.files, layouts, blueprint.records)) as store:
-            assert_as_naive(made(store, budget=budget), layers)
+            assert_as_naive(made(store, buffer_nbytes=buffer), layers)
 
 
 def test_small_differences_beside_large_common_weights_are_seen(tmp_path: Path) -> None:
@@ -217,9 +217,9 @@ def test_it_takes_two_bytes_a_pair_and_a_moment_to_ask() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_byte_is_read_once_and_few_at_a_time(dtype: torch.dtype, tmp_path: Path) -> None:
     layers = [random_layer(6, (5, 77), (1001,), dtype=dtype), random_layer(3, (999,), dtype=dtype)]
-    budget = 9000
+    buffer = 9000
     with closing(store_of(tmp_path / "weights", layers)) as store:
-        made(store, budget=budget)
+        made(store, buffer_nbytes=buffer)
     for layer, parts in enumerate(layers):
         layout = store.layouts[layer]
         expected = [set(range(o, o + p.nbytes)) for p, o in zip(layout.parts, layout.offsets, strict=True)]
@@ -233,7 +233,7 @@ def test_every_byte_is_read_once_and_few_at_a_time(dtype: torch.dtype, tmp_path:
             held = [count for _, _, count in group]
             assert len(held) == len(parts[0])
             # As stored and in float32.
-            assert sum(held) * (1 + 4 / dtype.itemsize) <= budget, first
+            assert sum(held) * (1 + 4 / dtype.itemsize) <= buffer, first
 
 
 LARGE = """
@@ -255,13 +255,13 @@ sources = {
 store = SafetensorsStore([path], [RecordLayout([Part("w", shape, torch.bfloat16)])], sources)
 torch.rand(64, 64) @ torch.rand(64, 64)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-compute(store, budget=16 << 20)
+compute(store, buffer_nbytes=16 << 20)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
-def test_a_layer_larger_than_the_budget_does_not_come_into_memory(tmp_path: Path) -> None:
+def test_a_layer_larger_than_the_buffer_does_not_come_into_memory(tmp_path: Path) -> None:
     """512 MiB of experts with 16 MiB of memory, and what matrix products need beside them."""
     command = [sys.executable, "-c", LARGE, str(tmp_path / "large")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -275,7 +275,7 @@ def test_progress_rises_to_the_bytes_that_there_are(tmp_path: Path) -> None:
     layers = [random_layer(4, (5, 20), (30,)), random_layer(3, (100,), dtype=torch.float16)]
     said: list[Progress] = []
     with closing(store_of(tmp_path / "weights", layers)) as store:
-        compute(store, said.append, budget=2000)
+        compute(store, said.append, buffer_nbytes=2000)
     total = sum(part.nbytes for layer in layers for part in layer)
     assert [entry.done for entry in said] == sorted({entry.done for entry in said})
     assert len(said) > 3
@@ -286,7 +286,7 @@ def test_progress_rises_to_the_bytes_that_there_are(tmp_path: Path) -> None:
 def test_it_stops_when_it_is_told_to(tmp_path: Path) -> None:
     with closing(store_of(tmp_path / "weights", [random_layer(4, (1000,))] * 3)) as store:
         said: list[Progress] = []
-        assert compute(store, said.append, cancelled=lambda: len(said) == 2, budget=4000) is None
+        assert compute(store, said.append, cancelled=lambda: len(said) == 2, buffer_nbytes=4000) is None
         assert len(said) == 2
         assert compute(store, cancelled=lambda: True) is None
 

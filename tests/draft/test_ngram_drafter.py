@@ -14,17 +14,17 @@ from edgemoe.draft.ngram_drafter import (
     PRIOR_WEIGHT,
     SHARED_WEIGHT,
     Kind,
+    Matches,
     NgramCalibration,
     NgramDrafter,
-    Standing,
 )
 from edgemoe.draft.reply_memory import ReplyMemory
 from edgemoe.draft.suffix_automaton import Follower, Match
 from edgemoe.model.draft_tree import Candidate, DraftTree
 from edgemoe.prefetch.calibration import CalibratedRate
 
-KEPT = 0.5 ** (1 / HALF_LIFE)
-NOWHERE = Standing(Match(0, 0), Match(0, 0))
+DECAY = 0.5 ** (1 / HALF_LIFE)
+NOWHERE = Matches(Match(0, 0), Match(0, 0))
 
 
 def drafter_of(prompt: list[int], calibration: NgramCalibration | None = None, **options: object) -> NgramDrafter:
@@ -33,9 +33,11 @@ def drafter_of(prompt: list[int], calibration: NgramCalibration | None = None, *
     return drafter
 
 
-def kind(length: int, rank: int = 0, *, rival: bool = False, repeated: bool = False, elsewhere: bool = False) -> Kind:
+def kind(
+    length: int, rank: int = 0, *, rival: bool = False, repeated: bool = False, from_replies: bool = False
+) -> Kind:
     follower = Follower(0, length, sole=not (rival and rank == 0), repeated=repeated)
-    return Kind.of(rank, follower, longest=length if rival else length + 1, elsewhere=elsewhere)
+    return Kind.of(rank, follower, longest=length if rival else length + 1, from_replies=from_replies)
 
 
 def nodes(tree: DraftTree) -> dict[tuple[int, ...], float]:
@@ -100,17 +102,17 @@ def test_before_anything_is_measured_short_matches_are_trusted_little() -> None:
 
 
 def test_a_rate_is_the_share_of_hits_with_the_prior_as_tries_of_its_own() -> None:
-    rate = CalibratedRate(KEPT)
+    rate = CalibratedRate(DECAY)
     assert rate.blended(0.25, 4) == 0.25
     for hit in (True, False, True):
         rate.observe(hit)
-    assert rate.hits == pytest.approx(KEPT**2 + 1)
-    assert rate.tries == pytest.approx(KEPT**2 + KEPT + 1)
-    assert rate.blended(0.25, 4) == pytest.approx((KEPT**2 + 1 + 4 * 0.25) / (KEPT**2 + KEPT + 1 + 4))
+    assert rate.hits == pytest.approx(DECAY**2 + 1)
+    assert rate.tries == pytest.approx(DECAY**2 + DECAY + 1)
+    assert rate.blended(0.25, 4) == pytest.approx((DECAY**2 + 1 + 4 * 0.25) / (DECAY**2 + DECAY + 1 + 4))
 
 
 def test_after_a_half_life_a_try_counts_for_half() -> None:
-    rate = CalibratedRate(KEPT)
+    rate = CalibratedRate(DECAY)
     rate.observe(True)
     for _ in range(HALF_LIFE):
         rate.observe(False)
@@ -157,7 +159,7 @@ def test_no_more_than_everything_is_expected_of_siblings(seed: int) -> None:
 # --- trees ---------------------------------------------------------------------------------------
 
 
-def everything(drafter: NgramDrafter, match: Standing, depth: int) -> dict[tuple[int, ...], float]:
+def everything(drafter: NgramDrafter, match: Matches, depth: int) -> dict[tuple[int, ...], float]:
     """All that could be drafted, to a depth."""
     found: dict[tuple[int, ...], float] = {}
     for token, probability in drafter.predictions(match) if depth else ():
@@ -262,7 +264,7 @@ def test_a_prompt_teaches_nothing_and_a_reply_does() -> None:
     once = kind(30)
     assert calibration.rate(once) == once.prior
     drafter.extend([1, 2])
-    assert calibration.rate(once) == pytest.approx((KEPT + 1 + PRIOR_WEIGHT * once.prior) / (KEPT + 1 + PRIOR_WEIGHT))
+    assert calibration.rate(once) == pytest.approx((DECAY + 1 + PRIOR_WEIGHT * once.prior) / (DECAY + 1 + PRIOR_WEIGHT))
 
 
 def test_each_follower_before_the_right_one_is_a_miss_and_none_after_it_counts() -> None:
@@ -370,7 +372,7 @@ def test_its_own_text_comes_before_that_of_others_where_both_match_as_far() -> N
     own = NgramDrafter(NgramCalibration(), memory=memory)
     own.read([8, 2, 4, 8])
     own.extend([2])
-    kinds = [(token, kind.bucket, kind.elsewhere) for token, kind in own._followers(own.match)]
+    kinds = [(token, kind.bucket, kind.from_replies) for token, kind in own._followers(own.match)]
     assert kinds == [(4, 1, False), (3, 0, True)]
 
 
@@ -381,7 +383,7 @@ def test_a_longer_match_elsewhere_comes_before_a_shorter_one_of_its_own() -> Non
     own = NgramDrafter(NgramCalibration(), memory=memory)
     own.read([7, 4, 5, 6])
     own.extend([7])
-    assert [(token, kind.elsewhere) for token, kind in own._followers(own.match)] == [(3, True), (4, False)]
+    assert [(token, kind.from_replies) for token, kind in own._followers(own.match)] == [(3, True), (4, False)]
 
 
 def test_hits_elsewhere_are_measured_apart_from_those_in_the_own_text() -> None:
@@ -393,7 +395,9 @@ def test_hits_elsewhere_are_measured_apart_from_those_in_the_own_text() -> None:
     other.read([1, 2])
     other.extend([3])
     assert calibration.rate(kind(2)) == before
-    assert calibration.rate(kind(2, elsewhere=True)) == pytest.approx((1 + PRIOR_WEIGHT * before) / (1 + PRIOR_WEIGHT))
+    assert calibration.rate(kind(2, from_replies=True)) == pytest.approx(
+        (1 + PRIOR_WEIGHT * before) / (1 + PRIOR_WEIGHT)
+    )
 
 
 def test_without_a_memory_a_sequence_drafts_from_itself_alone() -> None:
@@ -409,8 +413,8 @@ def test_what_two_wrote_in_one_step_was_not_drafted_by_either() -> None:
         each.read([1, 2, 3])
     for each in both:
         each.learn([4, 5])
-    assert calibration.rate(kind(3, elsewhere=True)) == kind(3, elsewhere=True).prior
+    assert calibration.rate(kind(3, from_replies=True)) == kind(3, from_replies=True).prior
     for each in both:
-        each.tell()
+        each.publish()
     third = drafter_of([1, 2, 3], calibration, memory=memory)
     assert list(nodes(grown(third, 3, depth=2))) == [(4,), (4, 5)]

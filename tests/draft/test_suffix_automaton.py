@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from edgemoe.draft.suffix_automaton import FURTHEST, Follower, Match, SuffixAutomaton
+from edgemoe.draft.suffix_automaton import MAX_LINKS, Follower, Match, SuffixAutomaton
 
 
 def automaton_of(text: list[int]) -> SuffixAutomaton:
@@ -265,4 +265,4 @@ def test_a_text_of_many_periods_is_not_walked_to_its_beginning() -> None:
     elsewhere = automaton.advance(automaton.match, 6)
     assert elsewhere.length == 1, "a shorter match than the longest, [5, 6], but one that there is"
     assert [follower.token for follower in automaton.followers(elsewhere)] == [5]
-    assert reads.reads <= 3 * FURTHEST
+    assert reads.reads <= 3 * MAX_LINKS
