@@ -1,4 +1,4 @@
-"""From tokens to text as they come: never half a character, never part of a stop text."""
+"""Streams text from tokens: no partial character, no partial stop text."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""What a decoder gives for bytes that are not yet a whole character."""
-HELD_TOKENS = 8
-"""Tokens held back at most: a character has at most 4 bytes, so more than this is no character to come."""
+"""The decoder's text for bytes that are not a whole character."""
+MAX_HELD_TOKENS = 8
+"""Cap on the tokens held back for an unfinished character, which has at most 4 bytes."""
 
 
 class Detokenizer:
-    """Decodes a reply token by token. The pieces together are the decoding of all tokens."""
+    """Decodes a reply token by token. The pieces concatenated equal the decoding of all tokens at once."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -22,14 +22,14 @@ class Detokenizer:
         self._sent = 0
 
     def push(self, token: int) -> str:
-        """The text that `token` completes; empty while a character is unfinished."""
+        """Appends `token` and returns the new text; empty while a character is unfinished."""
         self._ids.append(token)
-        # Decoding starts a little before the new tokens, since a decoder treats a first token apart.
+        # Decoding starts before the new tokens, since decoders treat the first token differently.
         text = self._decode(self._ids[self._context :])
         if text.endswith(UNFINISHED):
-            if len(self._ids) - self._given <= HELD_TOKENS:
+            if len(self._ids) - self._given <= MAX_HELD_TOKENS:
                 return ""
-            # Too many for one character; but what follows may still complete the last of them.
+            # Too many bytes for one character, but the next token may still complete the last one.
             return self._release(text, max(self._sent, len(text) - 1))
         piece = self._release(text, len(text))
         self._context, self._given = self._given, len(self._ids)
@@ -37,7 +37,7 @@ class Detokenizer:
         return piece
 
     def finish(self) -> str:
-        """What is left at the end, unfinished characters as the decoder shows them."""
+        """The rest of the text at the end of the reply, with the decoder's text for unfinished characters."""
         text = self._decode(self._ids[self._context :])
         return self._release(text, len(text))
 
@@ -51,7 +51,7 @@ class Detokenizer:
 
 
 class NoText:
-    """Stands in for a detokenizer where the checkpoint has no tokenizer: no token has a text."""
+    """The detokenizer of a checkpoint without a tokenizer: every token's text is empty."""
 
     def push(self, token: int) -> str:
         """Always empty."""
@@ -63,15 +63,16 @@ class NoText:
 
 
 class StopTexts:
-    """Cuts a text at the first of some stop texts, and holds back what may become one."""
+    """Cuts a streamed text at the first stop text, and holds back a possible beginning of one."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
         self._held = ""
         self.found = False
+        """Whether a stop text was found."""
 
     def push(self, text: str) -> str:
-        """The text that may be given out; after a stop text was found, nothing more."""
+        """Appends `text` and returns the text that can be released; empty once a stop text was found."""
         if self.found:
             return ""
         self._held += text
@@ -82,11 +83,11 @@ class StopTexts:
         return self._release(len(self._held) - self._possible_start())
 
     def finish(self) -> str:
-        """What was held back, once nothing can follow."""
+        """The text held back, at the end of the reply."""
         return "" if self.found else self._release(len(self._held))
 
     def _possible_start(self) -> int:
-        """Characters at the end of the held text that are the beginning of a stop text."""
+        """The length of the longest end of the held text that begins a stop text."""
         longest = max(map(len, self._stops), default=1) - 1
         for count in range(min(longest, len(self._held)), 0, -1):
             if any(stop.startswith(self._held[-count:]) for stop in self._stops):

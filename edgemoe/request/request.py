@@ -1,4 +1,4 @@
-"""One request from prompt to reply: sampling, text, stopping and measuring. A batch drives it with logits."""
+"""One request from prompt to reply: sampling, detokenizing, stopping, timing. The scheduler feeds it with logits."""
 
 from __future__ import annotations
 
@@ -19,35 +19,44 @@ from edgemoe.sampling import ResolvedSampling
 
 
 class Cancels:
-    """Counts what was asked to end, so that a call ends what is there when it comes and nothing later. Thread-safe."""
+    """Counts calls of `Engine.cancel`, which any thread may make.
+
+    A request compares the counts with those at its submission, so a call ends no request that is submitted later.
+    """
 
     def __init__(self) -> None:
         self.all = 0
+        """Calls that end every request."""
         self.waiting = 0
+        """Calls that end at least the requests that have not begun."""
 
 
 class Request:
-    """A request on its way. `chunks` fills with the reply, one a token; the last has the finish reason.
-
-    `cache` is None while it waits. `tokens` are prompt and reply; those beyond the past are still to be computed.
-    """
+    """The state of one request, from its submission to its last chunk."""
 
     def __init__(
         self, number: int, prompt: Sequence[int], settings: ResolvedSampling, tokenizer: Any, cancels: Cancels
     ) -> None:
+        """`number` identifies the request; `tokenizer` is transformers', None for replies without text."""
         self.number = number
         self.tokens = list(prompt)
+        """Prompt and reply. The KV cache holds the first of them, the others are not computed yet."""
         self.key = token_key(prompt)
         self.prompt_length = len(prompt)
         self.max_length = len(prompt) + settings.max_tokens
+        """Tokens of the prompt and the longest reply."""
         self.cache: SequenceCache | None = None
+        """Its KV cache; None while it waits."""
         self.chunks: deque[Chunk] = deque()
+        """The reply, one chunk per token, for the consumer to take. The last one has the finish reason."""
         self.error: BaseException | None = None
+        """The error that ended it, for the consumer to raise."""
         self.shared_tokens = 0
+        """Tokens that were in its KV cache when it began, computed for other requests."""
         self.lossy = False
-        """Whether its KV cache has tokens that were computed under a budget on experts."""
+        """Whether its KV cache has tokens that were computed under an expert budget."""
         self.abandoned = False
-        """Whether nobody waits for it any more."""
+        """Whether its consumer has gone."""
         self._settings = settings
         self._tokenizer = tokenizer
         self._cancels = cancels
@@ -61,70 +70,70 @@ class Request:
         self._first_at = 0.0
         self._hits = self._misses = self._bytes_loaded = 0.0
         self.cycles = 0
-        """Verifications of what was drafted for it."""
+        """Verifications of its drafts."""
         self._drafted = self._accepted = 0
 
     @property
-    def missing(self) -> int:
-        """Tokens that its past does not have yet."""
+    def uncomputed(self) -> int:
+        """The number of its tokens that are not in its KV cache yet."""
         return len(self.tokens) - (self.cache.tokens if self.cache is not None else 0)
 
     @property
     def finished(self) -> bool:
-        """Whether its last chunk is there, or its error."""
+        """Whether it has its last chunk, or its error."""
         return self._reason is not None or self.error is not None
 
     @property
     def begun(self) -> bool:
-        """Whether it has had a place in the batch."""
+        """Whether it has ever been admitted, also if it was preempted since."""
         return bool(self._begun_at)
 
     @property
     def generated(self) -> int:
-        """Tokens of the reply so far."""
+        """The number of tokens of the reply so far."""
         return len(self.tokens) - self.prompt_length
 
     @property
     def ends(self) -> frozenset[int]:
-        """The tokens that end the reply."""
+        """The token ids that end the reply."""
         return self._settings.eos
 
     @property
     def cancelled(self) -> bool:
-        """Whether it is to end: nobody waits for it, or a cancel has come since it was made that means it."""
+        """Whether it must end: its consumer has gone, or a call of cancel since its submission applies to it."""
         everything, waiting = self._cancelled_before
         if self.abandoned or self._cancels.all > everything:
             return True
         return not self.begun and self._cancels.waiting > waiting
 
     def begin(self, cache: SequenceCache) -> None:
-        """Starts it, or starts it again, with a KV cache of its own that may hold a part of its tokens."""
+        """Starts it, or resumes it after a preemption. `cache` is its own, and may hold the first of its tokens."""
         self.cache = cache
         if not self.begun:
             self._begun_at = time.perf_counter()
             self.shared_tokens = cache.tokens
 
     def release_cache(self) -> SequenceCache:
-        """Gives its KV cache to the caller; what it has generated stays."""
+        """Hands its KV cache to the caller; it keeps its tokens. It must have a cache."""
         cache, self.cache = self.cache, None
         assert cache is not None
         return cache
 
     def account(self, hits: float, misses: float, nbytes: float) -> None:
-        """Adds its share of what a step asked for and moved."""
+        """Adds its share of a step's cache hits, misses and loaded bytes to its timings."""
         self._hits += hits
         self._misses += misses
         self._bytes_loaded += nbytes
 
     def advance(self, logits: torch.Tensor) -> None:
-        """Draws the next token from `logits`, float32 [vocabulary] on the CPU, and adds its chunk."""
+        """Samples the next token from `logits`, float32 [vocabulary] on the CPU, and adds its chunk."""
         self._append(self._draw(logits), logits)
 
     def verify(self, tree: DraftTree, logits: torch.Tensor) -> list[int]:
-        """Adds the tokens that `logits`, [nodes, vocabulary], give along `tree`, whose root is the last token.
+        """Samples along `tree`, whose root is the last token, until a token is not in the tree, and adds the chunks.
 
-        They are drawn as `advance` draws them, so that the reply is what it would be without a tree. Returns the
-        nodes whose tokens are in the reply, root first: what its past is to keep.
+        `logits` is float32 [nodes, vocabulary] on the CPU. Tokens are sampled as by `advance`, so the reply is the same
+        without the tree. Returns the nodes whose tokens are in the reply, root first: those to keep in the KV cache.
         """
         path = [0]
         self.cycles += 1
@@ -140,22 +149,23 @@ class Request:
             if child is None or self.finished:
                 return path
 
-    def candidates(self, tree: DraftTree, node: int, logits: torch.Tensor, most: int) -> list[tuple[int, float]]:
-        """The `most` likeliest draws after `node`, were `logits` the model's: tokens, and how far each stands out.
+    def candidates(self, tree: DraftTree, node: int, logits: torch.Tensor, count: int) -> list[tuple[int, float]]:
+        """The `count` most probable samples after `node`, most probable first: tokens and probabilities.
 
-        The latter as shares of a softmax, noise included where the request is sampled.
+        `logits`, float32 [vocabulary], are a drafter's. The probabilities are the softmax of the sampler's scores, with
+        the noise that the next sample will use; tokens of probability 0 are left out.
         """
         scores = self._sampler.scores(self.tokens + tree.text(node), logits, ahead=tree.depths[node])
-        best = scores.softmax(-1).topk(min(most, len(scores)))
-        return [(int(token), float(share)) for share, token in zip(*best, strict=True) if share > 0]
+        best = scores.softmax(-1).topk(min(count, len(scores)))
+        return [(int(token), float(probability)) for probability, token in zip(*best, strict=True) if probability > 0]
 
     def cancel(self) -> None:
-        """Ends it with what there is."""
+        """Ends it with the reply so far."""
         self._reason = "cancelled"
         self._add(self._rest(), (), None)
 
     def fail(self, error: BaseException) -> None:
-        """Ends it with an error, which its consumer gets."""
+        """Ends it with `error`."""
         self.error = error
 
     def _draw(self, logits: torch.Tensor) -> int:
@@ -168,7 +178,7 @@ class Request:
         self._add(text, (token,), self._logprobs(token, logits))
 
     def _follow(self, token: int) -> tuple[str | None, str]:
-        """Why the reply ends after `token`, if it does, and the text that may be given out."""
+        """The finish reason if the reply ends after `token`, and the text that can be released."""
         if token in self._settings.eos:
             return "stop", self._rest()
         text = self._stops.push(self._detokenizer.push(token))

@@ -1,4 +1,4 @@
-"""Draws the next token from logits, with or without drafts the same."""
+"""Samples the next token from logits; the samples do not depend on drafts."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from transformers import (
 
 from edgemoe.sampling import ResolvedSampling
 
-GREEDY_BELOW = 1e-6
-"""Temperatures under this are greedy: dividing by them would leave float32's range."""
+MIN_TEMPERATURE = 1e-6
+"""Lower temperatures are greedy: logits divided by them exceed float32's range."""
 
 
 class Sampler:
-    """Draws tokens for one request, with transformers' own logits processors in its order.
+    """Samples tokens for one request, with transformers' logits processors in transformers' order.
 
-    A draw is the greatest of the processed logits plus Gumbel noise, which is a sample of their softmax. The noise
-    of the draws to come is there before they are: whoever drafts with the same noise drafts what will be drawn as
-    far as its logits are right, and what is drawn does not depend on what was drafted (Daliri, Musco and Suresh
-    2024, "Coupling without communication and drafter-invariant speculative decoding").
+    A sample is the argmax of the processed logits plus Gumbel noise, which follows their softmax. The noise of future
+    samples is drawn in advance: a drafter that adds the same noise to its own logits drafts the token that will be
+    sampled, as far as its logits are right, and the samples do not depend on the drafts (Daliri, Musco and Suresh 2024,
+    "Coupling without communication and drafter-invariant speculative decoding").
     """
 
     def __init__(self, settings: ResolvedSampling) -> None:
-        self.greedy = settings.temperature < GREEDY_BELOW
+        self.greedy = settings.temperature < MIN_TEMPERATURE
         self._generator = torch.Generator().manual_seed(settings.seed)
         self._noise: deque[torch.Tensor] = deque()
         steps: list[Any] = []
@@ -50,14 +50,20 @@ class Sampler:
         self._processors = LogitsProcessorList(steps)
 
     def draw(self, tokens: Sequence[int], logits: torch.Tensor) -> int:
-        """The next token after `tokens` (prompt and reply), given its logits [vocabulary], float32 on the CPU."""
+        """Samples the token after `tokens` (prompt and reply) from its `logits`, float32 [vocabulary] on the CPU.
+
+        Uses up the noise of one sample, unless greedy.
+        """
         token = int(self.scores(tokens, logits).argmax())
         if not self.greedy:
             self._noise.popleft()
         return token
 
     def scores(self, tokens: Sequence[int], logits: torch.Tensor, ahead: int = 0) -> torch.Tensor:
-        """The values, [vocabulary], whose greatest is drawn after `tokens`, which has `ahead` tokens not drawn yet."""
+        """The scores, float32 [vocabulary], whose argmax is the sample after `tokens`.
+
+        The last `ahead` of `tokens` are drafted: the scores have the noise of the sample after the next `ahead` ones.
+        """
         scores = logits[None]
         if self._processors:
             scores = self._processors(torch.tensor([tokens]), scores)  # type: ignore[arg-type]

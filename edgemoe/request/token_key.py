@@ -1,4 +1,4 @@
-"""Token sequences as bytes: they compare as the tokens do, at the speed of memcmp."""
+"""Token sequences as byte strings, which compare like the sequences, at the speed of memcmp."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import sys
 from array import array
 from collections.abc import Iterable
 
-WIDTH = 4
+TOKEN_NBYTES = 4
+"""Bytes per token."""
 
 
 def token_key(tokens: Iterable[int]) -> bytes:
-    """`tokens` as big-endian bytes, so that keys sort as token sequences do."""
+    """`tokens` as big-endian bytes; keys sort like token sequences."""
     key = array("I", tokens)
     if sys.byteorder == "little":
         key.byteswap()
@@ -18,11 +19,11 @@ def token_key(tokens: Iterable[int]) -> bytes:
 
 
 def shared_tokens(one: bytes, other: bytes) -> int:
-    """Tokens that two keys have in common from their beginning."""
-    low, high = 0, min(len(one), len(other)) // WIDTH
+    """The number of tokens in the longest common prefix of two keys."""
+    low, high = 0, min(len(one), len(other)) // TOKEN_NBYTES
     while low < high:
         middle = (low + high + 1) // 2
-        if one[low * WIDTH : middle * WIDTH] == other[low * WIDTH : middle * WIDTH]:
+        if one[low * TOKEN_NBYTES : middle * TOKEN_NBYTES] == other[low * TOKEN_NBYTES : middle * TOKEN_NBYTES]:
             low = middle
         else:
             high = middle - 1

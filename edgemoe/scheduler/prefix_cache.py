@@ -8,7 +8,7 @@ from heapq import merge
 from typing import NamedTuple
 
 from edgemoe.model.kv_cache import SequenceCache
-from edgemoe.request.token_key import WIDTH, shared_tokens, token_key
+from edgemoe.request.token_key import TOKEN_NBYTES, shared_tokens, token_key
 from edgemoe.scheduler.kv_budget import KvBudget
 
 
@@ -129,5 +129,5 @@ class PrefixCache:
     @staticmethod
     def _usable(key: bytes, shared: int, cache: SequenceCache) -> int:
         # A running request's cache may have fewer tokens than its prompt, or those of its reply, which the key lacks.
-        shared = min(shared, cache.tokens, len(key) // WIDTH - 1)
+        shared = min(shared, cache.tokens, len(key) // TOKEN_NBYTES - 1)
         return shared if shared == cache.tokens or cache.can_crop() else 0

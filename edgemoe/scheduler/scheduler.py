@@ -119,7 +119,7 @@ class Scheduler:
                 verified[request] = _verify(request, drafts[request], logits, outputs.bases[request])
                 request.lossy |= outputs.lossy
                 generated += verified[request].tokens
-            elif request.missing == 0:
+            elif request.uncomputed == 0:
                 request.advance(logits)
                 generated += 1
         self.totals.tokens_generated += generated
@@ -275,7 +275,7 @@ class Scheduler:
 
     def _draft_limits(self, parts: Sequence[ScheduledTokens]) -> dict[Request, int]:
         """Most nodes of each decoding request's draft, within the step, the rows of logits and its KV cache."""
-        decoding = [request for request, count in parts if count == 1 == request.missing]
+        decoding = [request for request, count in parts if count == 1 == request.uncomputed]
         if not self._max_draft_nodes or not any(each.generated for each in decoding):
             return {}
         left = max(self._step_tokens - sum(count for _, count in parts), self._step_tokens // 4)

@@ -17,8 +17,8 @@ def select(
     a prompt's next part ends, so that its KV cache can be copied there. Where `can_chunk` is False a prompt runs
     whole, one in a step.
     """
-    decoding = [request for request in running if request.missing == 1]
-    prompts = [request for request in running if request.missing > 1]
+    decoding = [request for request in running if request.uncomputed == 1]
+    prompts = [request for request in running if request.uncomputed > 1]
     scheduled = [ScheduledTokens(request, 1) for request in decoding]
     budget = max(step_tokens - len(decoding), step_tokens // 4, 1)
     left = budget
@@ -34,7 +34,7 @@ def select(
 def _prompt_tokens(request: Request, part: int, can_chunk: bool, pause: int | None, *, first: bool) -> int:
     """How many tokens of a prompt run in this step; 0 where the prompt cannot be divided and another one is whole."""
     assert request.cache is not None
-    wanted = request.missing
+    wanted = request.uncomputed
     if pause is not None and request.cache.tokens < pause:
         wanted = min(wanted, pause - request.cache.tokens)
     if wanted <= part:

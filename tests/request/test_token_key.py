@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from edgemoe.request.token_key import WIDTH, shared_tokens, token_key
+from edgemoe.request.token_key import TOKEN_NBYTES, shared_tokens, token_key
 
 TRICKY = [0, 1, 127, 128, 255, 256, 257, 65535, 65536, 262143, 2**31, 2**32 - 1]
 """Ids at which a wrong byte order or a sign would show."""
@@ -52,7 +52,7 @@ def test_a_token_that_differs_in_one_byte_only_is_not_shared() -> None:
 
 def test_a_token_takes_the_same_bytes_wherever_it_stands() -> None:
     assert token_key([]) == b""
-    assert len(token_key(TRICKY)) == WIDTH * len(TRICKY)
+    assert len(token_key(TRICKY)) == TOKEN_NBYTES * len(TRICKY)
     assert token_key(TRICKY[:5]) + token_key(TRICKY[5:]) == token_key(iter(TRICKY))
 
 
