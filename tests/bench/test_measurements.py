@@ -14,7 +14,7 @@ import torch
 from bench.__main__ import NAMES, load, measure
 from bench.measurement import BaseSize, Measurement
 
-SLOW = {"batch-memory", "batch-resume", "larger-than-memory", "speedup-model", "start"}
+SLOW = {"batch-memory", "batch-resume", "before-after", "device", "larger-than-memory", "speedup-model", "start"}
 """About ten seconds each: most of them start processes."""
 
 
