@@ -158,12 +158,13 @@ def _dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
     unusable = [key for key, entry in weights.items() if entry.dtype not in WEIGHT_DTYPES]
     # Quantised weights are 8- to 32-bit integers; some families have tables and counters of 64-bit ones.
     integers = [key for key, entry in checkpoint.tensors.items() if entry.dtype in QUANTISED_DTYPES]
-    if unusable or integers or not weights:
-        key = (unusable + integers + ["no weights"])[0]
-        kept = checkpoint.tensors[key].dtype if key in checkpoint.tensors else "nothing"
+    for key in unusable + integers:
+        stored_as = checkpoint.tensors[key].dtype
         raise CheckpointError(
-            f"{checkpoint.name}: {key} is stored as {kept}: only bf16, fp16 and fp32 weights are supported"
+            f"{checkpoint.name}: {key} is stored as {stored_as}: only bf16, fp16 and fp32 weights are supported"
         )
+    if not weights:
+        raise CheckpointError(f"{checkpoint.name} has no floating-point weights: fetch it again")
     names = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     if dtype != "auto":
         if dtype not in names:
@@ -187,8 +188,8 @@ def _dry_run(checkpoint: Checkpoint, model: Any, dtype: torch.dtype) -> None:
     model._adjust_missing_and_unexpected_keys(info)
     faults = [
         ("lacks", sorted(info.missing_keys)),
-        ("has no place for", sorted(info.unexpected_keys)),
-        ("cannot convert", sorted(info.conversion_errors)),
+        ("has the unknown tensor", sorted(info.unexpected_keys)),
+        ("has a tensor that cannot be converted,", sorted(info.conversion_errors)),
     ]
     for verb, keys in faults:
         if keys:

@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 
-from edgemoe.errors import EdgeMoEError, PlanError
+from edgemoe.errors import EdgeMoEError, PlanError, is_device_or_memory_error
 
 REACH_SECONDS = 5.0
 """Timeout of a connection to the address's port."""
@@ -168,6 +168,8 @@ def _connect(ray: ModuleType, address: str) -> None:
                 if not attempts_left:
                     raise
     except Exception as error:
+        if is_device_or_memory_error(error) and not isinstance(error, OSError):
+            raise
         raise _unreachable(address, " ".join(str(error).split())) from error
 
 

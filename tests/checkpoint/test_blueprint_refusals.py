@@ -23,11 +23,11 @@ EXPERT = "model.layers.1.block_sparse_moe.experts.5.w2.weight"
 
 @pytest.fixture
 def folder(zoo: Zoo, tmp_path: Path) -> Path:
-    """A copy of a sound mixtral, to be spoilt."""
+    """A copy of a valid mixtral, for the test to damage."""
     return Path(shutil.copytree(zoo("mixtral"), tmp_path / "model"))
 
 
-def spoil(folder: Path, change: Callable[[Tensors], object]) -> None:
+def damage(folder: Path, change: Callable[[Tensors], object]) -> None:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -44,13 +44,13 @@ def refusal(folder: Path, *parts: str, **options: Any) -> None:
 
 @pytest.mark.parametrize("key", ["model.norm.weight", "lm_head.weight", "model.layers.2.self_attn.q_proj.weight"])
 def test_a_missing_weight(folder: Path, key: str) -> None:
-    spoil(folder, lambda tensors: tensors.pop(key))
+    damage(folder, lambda tensors: tensors.pop(key))
     refusal(folder, str(folder), "does not match its family mixtral", f"lacks {key}", "fetch it again")
 
 
 @pytest.mark.parametrize("key", [EXPERT, EXPERT.replace("w2", "w1"), EXPERT.replace("w2", "w3")])
 def test_a_missing_expert_weight(folder: Path, key: str) -> None:
-    spoil(folder, lambda tensors: tensors.pop(key))
+    damage(folder, lambda tensors: tensors.pop(key))
     refusal(folder, str(folder), "layers.1.mlp.experts", "fetch it again")
 
 
@@ -59,38 +59,38 @@ def test_a_layer_without_experts(folder: Path) -> None:
         for key in [key for key in tensors if "layers.3.block_sparse_moe.experts" in key]:
             del tensors[key]
 
-    spoil(folder, remove)
+    damage(folder, remove)
     refusal(folder, "lacks model.layers.3.mlp.experts.down_proj and 1 more", "fetch it again")
 
 
 @pytest.mark.parametrize("key", ["model.layers.9.input_layernorm.weight", "model.extra.weight"])
 def test_a_surplus_weight(folder: Path, key: str) -> None:
-    spoil(folder, lambda tensors: tensors.update({key: torch.ones(4)}))
-    refusal(folder, "does not match its family mixtral", f"has no place for {key}", "fetch it again")
+    damage(folder, lambda tensors: tensors.update({key: torch.ones(4)}))
+    refusal(folder, "does not match its family mixtral", f"has the unknown tensor {key}", "fetch it again")
 
 
 def test_a_surplus_expert(folder: Path) -> None:
-    spoil(folder, lambda tensors: tensors.update({EXPERT.replace("experts.5", "experts.8"): tensors[EXPERT].clone()}))
+    damage(folder, lambda tensors: tensors.update({EXPERT.replace("experts.5", "experts.8"): tensors[EXPERT].clone()}))
     refusal(folder, str(folder), "layers.1.mlp.experts", "fetch it again")
 
 
 def test_a_layer_beyond_the_last(folder: Path) -> None:
-    spoil(folder, lambda tensors: tensors.update({EXPERT.replace("layers.1", "layers.7"): tensors[EXPERT].clone()}))
-    refusal(folder, "has no place for", "layers.7", "fetch it again")
+    damage(folder, lambda tensors: tensors.update({EXPERT.replace("layers.1", "layers.7"): tensors[EXPERT].clone()}))
+    refusal(folder, "has the unknown tensor", "layers.7", "fetch it again")
 
 
 @pytest.mark.parametrize("key", ["model.norm.weight", "model.embed_tokens.weight"])
 def test_a_misshapen_weight(folder: Path, key: str) -> None:
     shape = list(load_file(folder / "model.safetensors")[key].shape)
     wrong = [shape[0] + 2, *shape[1:]]
-    spoil(folder, lambda tensors: tensors.update({key: torch.ones(wrong)}))
+    damage(folder, lambda tensors: tensors.update({key: torch.ones(wrong)}))
     refusal(folder, "does not match its configuration", f"{key} is {wrong} and should be {shape}", "fetch it again")
 
 
 @pytest.mark.parametrize("numbers", [[5], range(8)], ids=["one", "all"])
 def test_misshapen_experts(folder: Path, numbers: list[int]) -> None:
     keys = [EXPERT.replace("experts.5", f"experts.{number}") for number in numbers]
-    spoil(folder, lambda tensors: tensors.update({key: torch.ones(64, 94) for key in keys}))
+    damage(folder, lambda tensors: tensors.update({key: torch.ones(64, 94) for key in keys}))
     refusal(folder, str(folder), "layers.1.mlp.experts.down_proj", "fetch it again")
 
 
@@ -146,18 +146,23 @@ def test_a_configuration_that_its_family_refuses(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float64, torch.uint8])
-def test_weights_in_a_dtype_that_is_none(folder: Path, dtype: torch.dtype) -> None:
+def test_weights_in_an_unsupported_dtype(folder: Path, dtype: torch.dtype) -> None:
     key = "model.layers.0.self_attn.q_proj.weight"
-    spoil(folder, lambda tensors: tensors.update({key: tensors[key].to(dtype).repeat(1, 1)}))
+    damage(folder, lambda tensors: tensors.update({key: tensors[key].to(dtype).repeat(1, 1)}))
     refusal(folder, f"{key} is stored as {dtype}", "only bf16, fp16 and fp32 weights are supported")
 
 
-def test_a_table_of_integers_that_the_family_wants_is_no_weight(zoo: Zoo) -> None:
-    """deepseek_v4 finds some experts by a table of token ids; 600 × 2 of 8 bytes here, megabytes in a real one."""
+def test_files_without_weights(folder: Path) -> None:
+    save_file({"table": torch.ones(4, dtype=torch.int64)}, folder / "model.safetensors")
+    refusal(folder, str(folder), "has no floating-point weights", "fetch it again")
+
+
+def test_a_table_of_integers_is_no_quantised_weight(zoo: Zoo) -> None:
+    """deepseek_v4 routes some layers by a table of token ids; 600 × 2 of 8 bytes here, megabytes in a real one."""
     assert Engine.plan_for(zoo("deepseek_v4", vocab_size=600)).family == "deepseek_v4"
 
 
-def test_a_dtype_to_compute_in_that_is_none(folder: Path) -> None:
+def test_an_unknown_dtype_of_the_computation(folder: Path) -> None:
     refusal(folder, "dtype 'int8' is not one of auto, bfloat16, float16, float32", "as dtype=", dtype="int8")
 
 
@@ -175,7 +180,7 @@ def test_generation_settings_that_cannot_be_read(folder: Path, content: str) -> 
 
 
 @pytest.mark.parametrize("loader", ["MixtralConfig", "AutoTokenizer", "GenerationConfig"])
-def test_a_machine_without_memory_is_no_fault_of_the_checkpoint(
+def test_running_out_of_memory_is_not_blamed_on_the_checkpoint(
     talker: Path, loader: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*of: object, **named: object) -> None:
@@ -187,8 +192,8 @@ def test_a_machine_without_memory_is_no_fault_of_the_checkpoint(
 
 
 def test_published_tensors_that_the_family_ignores_are_no_surplus(zoo: Zoo, tmp_path: Path) -> None:
-    """Multi-token-prediction layers, which transformers' own class leaves out as well."""
+    """The multi-token-prediction layers, which transformers' own class ignores too."""
     folder = Path(shutil.copytree(zoo("qwen3_next"), tmp_path / "model"))
     keys = [f"mtp.layers.0.mlp.experts.{number}.down_proj.weight" for number in range(8)]
-    spoil(folder, lambda tensors: tensors.update({key: torch.ones(64, 32) for key in keys}))
+    damage(folder, lambda tensors: tensors.update({key: torch.ones(64, 32) for key in keys}))
     assert Engine.plan_for(folder).layers == Engine.plan_for(zoo("qwen3_next")).layers

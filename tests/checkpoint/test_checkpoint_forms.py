@@ -1,4 +1,4 @@
-"""However a checkpoint is stored, the same weights come out: sharded, stacked, one by one, in another dtype."""
+"""Every form of a checkpoint gives the same weights: sharded or not, stacked or one by one, in any dtype."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def generated(folder: Path, dtype: str = "auto") -> list[int]:
 
 
 def record(own: Running, layer: int, number: int) -> dict[str, torch.Tensor]:
-    """The parts of one expert as the store delivers them."""
+    """The parts of one expert, as read by the store."""
     expert = ExpertId(layer, number)
     slot = torch.zeros(own.store.slot_nbytes, dtype=torch.uint8)
     for _, move in own.store.pieces(expert, slot):
@@ -32,7 +32,7 @@ def record(own: Running, layer: int, number: int) -> dict[str, torch.Tensor]:
 
 
 def parameters(own: Running, model: torch.nn.Module, layer: int, number: int) -> dict[str, torch.Tensor]:
-    """The same parts in transformers' loaded model."""
+    """The same parts in the model loaded by transformers."""
     moe = own.blueprint.experts_modules[layer]
     return {part.name: getattr(moe.module(model), part.name)[number] for part in moe.layout.parts}
 
@@ -56,7 +56,7 @@ def test_an_experts_tensors_may_lie_in_different_files(zoo: Zoo) -> None:
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "nemotron_h", "deepseek_v3"])
 def test_stacked_equals_one_by_one(family: str, zoo: Zoo, tmp_path: Path) -> None:
-    """Both ways of transformers to save: one tensor an expert, or all experts of a layer in one."""
+    """transformers saves either one tensor per expert, or all experts of a layer in one tensor."""
     apart = zoo(family)
     with quiet_transformers():
         reference(apart).save_pretrained(tmp_path, save_original_format=False)
@@ -112,7 +112,7 @@ def test_auto_takes_the_dtype_in_which_the_weights_are_stored(stored: str, zoo: 
 
 
 def test_dense_weights_are_transformers_own(zoo: Zoo) -> None:
-    """Also those kept in float32 in a bf16 model, and those that are tied."""
+    """With those that a bf16 model keeps in float32, and tied ones."""
     for family in ("deepseek_v3", "ernie4_5_moe", "gemma4"):
         folder = zoo(family, dtype=torch.bfloat16)
         model = reference(folder, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Folders and files that cannot be used are refused before anything is loaded, by name and with what mends it."""
+"""Unusable folders and files are refused before loading, by name and with advice."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.checkpoints import Zoo, edit
 
 @pytest.fixture
 def folder(zoo: Zoo, tmp_path: Path) -> Path:
-    """A copy of a sound checkpoint, to be spoilt."""
+    """A copy of a valid checkpoint, for the test to damage."""
     return Path(shutil.copytree(zoo("mixtral"), tmp_path / "model"))
 
 
@@ -29,13 +29,13 @@ def sharded(zoo: Zoo, tmp_path: Path) -> Path:
 
 
 def header(file: Path, content: object) -> None:
-    """A safetensors file with `content` for its header and 8 bytes of data."""
+    """Writes a safetensors file with `content` as its header, and 8 bytes of data."""
     text = content if isinstance(content, bytes) else json.dumps(content).encode()
     file.write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
 
 
 def refusal(model: str | Path, *parts: str, offline: bool = False) -> str:
-    """The message, which holds every one of `parts`. `plan_for` refuses as `open_checkpoint` does."""
+    """The message, after checking that it has all of `parts` and that `plan_for` raises the same."""
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(model, offline=offline)
     message = str(caught.value)
@@ -46,7 +46,7 @@ def refusal(model: str | Path, *parts: str, offline: bool = False) -> str:
     return message
 
 
-def test_a_sound_checkpoint_opens(folder: Path, sharded: Path) -> None:
+def test_a_valid_checkpoint_opens(folder: Path, sharded: Path) -> None:
     one, several = open_checkpoint(folder), open_checkpoint(str(sharded))
     assert (one.folder, one.name, len(one.files)) == (folder, str(folder), 1)
     assert len(several.files) > 1
@@ -174,7 +174,7 @@ def test_a_file_of_another_format(folder: Path) -> None:
     ids=str,
 )
 def test_a_damaged_header(folder: Path, content: object) -> None:
-    """Whatever is wrong with it, it is the file that is named, not a Python error."""
+    """The message names the file, whatever is wrong in its header."""
     file = folder / "model.safetensors"
     header(file, content)
     refusal(folder, str(file), "fetch it again")

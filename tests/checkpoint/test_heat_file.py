@@ -1,4 +1,4 @@
-"""Heat that lasts: what was hot is written on close, read on start, and brought in first."""
+"""Heat between runs: written on close, read on start, and used for the order of filling."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def put(state: StateFolder, content: object) -> None:
 
 
 def kept(**changes: Any) -> dict[str, Any]:
-    """A sound file's content, with changes."""
+    """The content of a valid file, with changes."""
     heat = [[0, 2, 1.5], [1, 4, 0.25]]
     return {"format": "edgemoe heat", "version": 1, "experts": [3, 5], "heat": heat} | changes
 
@@ -65,13 +65,13 @@ def test_whole_numbers_are_heat_too(state: StateFolder) -> None:
 
 
 def test_it_is_small(state: StateFolder) -> None:
-    """Of the largest models known, 60 layers of 384 experts."""
+    """Even for the largest known models, with 60 layers of 384 experts."""
     write(state, [384] * 60, {ExpertId(layer, number): 1 / 3 for layer in range(60) for number in range(384)})
     assert state.path is not None
     assert (state.path / NAME).stat().st_size < 1 << 20
 
 
-def test_what_is_not_known_is_not_written(state: StateFolder) -> None:
+def test_unknown_heat_is_not_written(state: StateFolder) -> None:
     write(state, EXPERTS, {})
     write(state, EXPERTS, {ExpertId(0, 0): math.nan, ExpertId(0, 1): math.inf})
     assert state.path is not None
@@ -81,7 +81,7 @@ def test_what_is_not_known_is_not_written(state: StateFolder) -> None:
     assert read(state, EXPERTS) == HEAT, "an engine that learnt nothing takes nothing away"
 
 
-def test_a_sound_file_by_hand(state: StateFolder) -> None:
+def test_a_valid_file_by_hand(state: StateFolder) -> None:
     put(state, kept())
     assert read(state, EXPERTS) == {ExpertId(0, 2): 1.5, ExpertId(1, 4): 0.25}
 
@@ -151,7 +151,7 @@ def test_heat_of_some_layers_leaves_the_others_as_they_were() -> None:
     assert fill_order([3, 3, 3], 6, heat(l1={2: 0.1, 1: 0.2})) == [(0, 0), (0, 1), (1, 1), (1, 2), (2, 0), (2, 1)]
 
 
-def test_what_is_known_comes_before_what_is_not_and_like_by_number() -> None:
+def test_experts_with_heat_come_before_those_without_and_equals_by_number() -> None:
     assert fill_order([5], 5, heat(l0={4: 0.0, 2: -1.0, 1: 0.0})) == [(0, 1), (0, 4), (0, 2), (0, 0), (0, 3)]
     assert fill_order([3], 2, {}) == fill_order([3], 2, None) == fill_order([3], 2) == [(0, 0), (0, 1)]
 
@@ -164,7 +164,7 @@ def load(folder: Path, state_folder: Path, slots: int = 4) -> Engine:
 
 
 def residents(engine: Engine) -> set[ExpertId]:
-    """What is resident once the background has brought all that there is room for."""
+    """The resident experts once all slots are filled."""
     cache, end = engine._loaded().cache, time.monotonic() + 20
     while True:
         there = {ExpertId(layer, n) for layer in range(engine.plan.layers) for n in cache.residents(layer)}

@@ -1,4 +1,4 @@
-"""Where small files are kept: found by convention, one folder a checkpoint, written whole or not at all."""
+"""State folders: at the place of the platform's convention, one per checkpoint, with atomic writes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOST = 1000
 
 
 def a_checkpoint(folder: Path, name: str | None = None, content: bytes = b"weights") -> Checkpoint:
-    """A checkpoint as far as its files go."""
+    """A checkpoint with a file but no tensors."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "model.safetensors"
     file.write_bytes(content)
@@ -249,7 +249,7 @@ def test_an_engine_runs_where_nothing_can_be_kept(where: str, zoo: Zoo, tmp_path
     (tmp_path / "file").write_bytes(b"")
     folder = where if where == "none" else str(tmp_path / where)
     with Engine.load(zoo("mixtral"), expert_cache=4, threads=1, state_folder=folder) as engine:
-        # Whatever the policy tells, there is something to write.
+        # There is something to write, whatever the policy's own heat is.
         engine._loaded().cache._policy.heat = lambda: {ExpertId(0, 0): 1.0}  # type: ignore[method-assign]
         assert engine.generate([5, 6, 7], Sampling(max_tokens=2)).text == ""
     assert leftovers(tmp_path) == ["file"]

@@ -1,4 +1,4 @@
-"""The part of `edgemoe.cluster.engines` that runs on a node, here without Ray."""
+"""The actor on a node, run without Ray."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from edgemoe.cluster.actor import NOT_BEGUN, EngineActor, NumberedReply, Numbere
 from tests.support.node_fakes import TOTALS, NodePlan
 
 LONGEST = 10.0
-"""Seconds; what a busy machine may take for a thread to get on."""
+"""Timeout in seconds, generous for a busy machine."""
 
 
 class Scripted:
-    """An engine that reads `ahead` requests, and answers when it is told to."""
+    """An engine that reads `ahead` requests, and answers with the items of `answers`."""
 
     plan, stats = NodePlan("scripted", 64), TOTALS
     has_tokenizer = has_chat_template = True
@@ -75,7 +75,7 @@ def requests(*numbers: int) -> list[NumberedRequest]:
 
 
 def fetch(actor: EngineActor, count: int, box: int = 1) -> list[NumberedReply]:
-    """At least `count` outcomes."""
+    """At least `count` replies."""
     found: list[NumberedReply] = []
     deadline = time.monotonic() + LONGEST
     while len(found) < count:
@@ -95,7 +95,7 @@ def wait_until_closed(engine: Scripted, count: int) -> None:
         time.sleep(0.01)
 
 
-def test_outcomes_have_the_numbers_of_their_requests(actor: EngineActor, engine: Scripted) -> None:
+def test_replies_have_the_numbers_of_their_requests(actor: EngineActor, engine: Scripted) -> None:
     refused = RequestError("no")
     for answer in (reply("a"), refused, reply("b")):
         engine.answers.put(answer)

@@ -1,4 +1,4 @@
-"""Getting to a Ray cluster, and what is said when there is none. No cluster is started here."""
+"""Connecting to a Ray cluster, and the errors without one. No cluster is started here."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def ray() -> ModuleType:
 
 @pytest.fixture
 def port() -> Iterator[int]:
-    """Takes connections and says nothing."""
+    """A port that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]
 
@@ -64,12 +64,12 @@ def test_where_nobody_listens_is_said_at_once(ray: ModuleType, form: str, port: 
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:99999", "127.0.0.1:0"])
-def test_a_port_that_cannot_be_is_no_cluster(ray: ModuleType, address: str) -> None:
+def test_an_impossible_port_is_no_cluster(ray: ModuleType, address: str) -> None:
     with pytest.raises(EdgeMoEError, match="no Ray cluster can be used"):
         RayCluster.connect(address)
 
 
-def test_what_listens_and_is_no_cluster_is_waited_for_no_longer_than_said(
+def test_a_port_that_is_no_cluster_times_out(
     ray: ModuleType, port: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(ray_cluster, "PROBE_SECONDS", 1.0)

@@ -1,4 +1,4 @@
-"""Engines on the nodes of a Ray cluster that runs on this machine, on its loopback address only."""
+"""Engines on the nodes of a Ray cluster on this machine's loopback address."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not ins
 SMALL: dict[str, Any] = {"num_gpus": 0, "object_store_memory": 80 << 20}
 CLIENT_PORT = 10051
 TIME = 120.0
-"""Seconds; what a busy machine may take."""
+"""Timeout in seconds, generous for a busy machine."""
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """A cluster of two nodes, with a server for clients from outside."""
+    """A cluster of two nodes, with a server for Ray clients."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("PYTHONPATH", str(ROOT))
         import ray
@@ -61,19 +61,19 @@ def cluster() -> Iterator[Any]:
 
 @pytest.fixture
 def connected(cluster: Any) -> Iterator[str]:
-    """The address of the cluster, to which this process is connected already."""
+    """The address of the cluster, with this process connected to it."""
     import ray
 
     if not ray.is_initialized():
         ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.CRITICAL)
-        # Ray writes the deaths of nodes to standard output, into pytest's.
+        # Ray would report the deaths of nodes on standard output.
         ray._private.worker._worker_logs_enabled = False
     yield cluster.address
     assert ray.is_initialized(), "a connection that was there before was closed"
 
 
 def load(address: str, model: str = "fake", *, context: int | None = 5, **settings: Any) -> RayEngines:
-    """Fake engines, which take `context` milliseconds for a reply."""
+    """Loads fake engines, which take `context` milliseconds per reply."""
     return RayEngines.load(address, model, context=context, factory=NodeEngine, **settings)  # type: ignore[arg-type]
 
 
@@ -83,7 +83,7 @@ def asking(prompts: Iterable[str]) -> Iterator[tuple[str, Sampling]]:
 
 
 def texts(outcomes: Iterable[NumberedReply]) -> dict[int, str]:
-    """The replies, each of which came once."""
+    """The replies' texts by number; fails if a request has two."""
     found: dict[int, str] = {}
     for number, outcome in outcomes:
         assert number not in found
@@ -93,7 +93,7 @@ def texts(outcomes: Iterable[NumberedReply]) -> dict[int, str]:
 
 
 def process(outcome: Completion | RequestError) -> int:
-    """Which process answered."""
+    """The id of the process that answered."""
     assert isinstance(outcome, Completion)
     return int(outcome.text.partition(" ")[0])
 
@@ -146,7 +146,7 @@ def test_an_engine_that_dies_has_its_requests_answered_by_the_other(connected: s
         found += outcomes
         assert texts(found) == dict(enumerate(prompts))
         assert {process(outcome) for _, outcome in found[-20:]} != {killed}
-        # Those that come later know it.
+        # Later batches avoid the lost engine.
         assert texts(engines.generate_batch(asking(prompts[:10]))) == dict(enumerate(prompts[:10]))
         assert engines.stats.requests >= 200
 
@@ -169,7 +169,7 @@ def test_a_node_that_dies_has_its_requests_answered_by_the_others(cluster: Any, 
 
 
 def wait_for_nodes(count: int) -> None:
-    """Until the cluster counts so many nodes that are alive."""
+    """Waits until the cluster has `count` nodes alive."""
     import ray
 
     deadline = time.monotonic() + TIME

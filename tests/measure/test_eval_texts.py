@@ -9,11 +9,11 @@ from edgemoe.measure.eval_texts import MAX_LENGTH, PROMPT, EvalText, built_in_te
 
 
 def predicted(eval_texts: list[EvalText]) -> list[int]:
-    """The tokens that are predicted, in order; in these tests a token is its place."""
+    """The predicted tokens in order; in these tests, each token is its own position."""
     return [token for eval_text in eval_texts for token in eval_text.tokens[eval_text.prompt + 1 :]]
 
 
-def test_a_short_text_is_one_passage_whose_first_quarter_is_the_prompt() -> None:
+def test_a_short_text_is_one_eval_text_whose_first_quarter_is_the_prompt() -> None:
     assert split_texts([list(range(8))], 4096) == [EvalText(list(range(8)), 2)]
     assert split_texts([[1, 2, 3]], 4096) == [EvalText([1, 2, 3], 1)]
     assert split_texts([list(range(300))], 4096) == [EvalText(list(range(300)), PROMPT)]
@@ -27,7 +27,7 @@ def test_texts_with_nothing_to_predict_give_nothing() -> None:
 @pytest.mark.parametrize("context", [3, 7, 64, 300, 100_000])
 @pytest.mark.parametrize("tokens", [3, 64, 513, 1500])
 @pytest.mark.parametrize("first", [None, 0])
-def test_a_long_text_is_cut_so_that_nearly_all_of_it_is_predicted_once(
+def test_a_long_text_is_split_so_that_nearly_all_of_it_is_predicted_once(
     context: int, tokens: int, first: int | None
 ) -> None:
     eval_texts = split_texts([list(range(tokens))], context, first)
@@ -37,18 +37,17 @@ def test_a_long_text_is_cut_so_that_nearly_all_of_it_is_predicted_once(
         assert {eval_text.tokens[0] for eval_text in eval_texts} == {first}
     found = predicted(eval_texts)
     assert found == sorted(set(found))
-    # The first after each prompt is left out, and so is a rest that is too short; with nothing in front of a text
-    # or a token that its model wants there.
+    # Neither the first token after each prompt is predicted nor a rest that is too short.
     if context > 3 + (first is not None):
         assert len(found) >= tokens - PROMPT - 3 * len(eval_texts)
 
 
-def test_each_passage_begins_with_the_tokens_before_what_it_predicts() -> None:
+def test_each_eval_text_begins_with_the_tokens_before_what_it_predicts() -> None:
     first, second, *_ = split_texts([list(range(1200))], 4096)
     assert second.tokens[: second.prompt] == first.tokens[-second.prompt :]
 
 
-def test_only_a_text_that_has_the_first_token_has_it_in_all_passages() -> None:
+def test_only_the_parts_of_a_text_with_bos_begin_with_it() -> None:
     with_it, without = list(range(7, 1200)), list(range(8, 1200))
     assert [eval_text.tokens[0] for eval_text in split_texts([with_it], 512, bos=7)] == [7, 7, 7]
     assert 7 not in [eval_text.tokens[0] for eval_text in split_texts([without], 512, bos=7)]

@@ -1,4 +1,4 @@
-"""What an evaluation says of an engine is what other ways of computing the same thing say."""
+"""Evaluations of engines, compared with other ways to compute the same figures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def exact(talker: Path) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def lossy(talker: Path) -> Iterator[Engine]:
-    """With 2 of 8 experts for 5 tokens, each of which wants 2 of its own."""
+    """With a budget of 2 of 8 experts for 5 tokens, each of which chooses 2."""
     with Engine.load(talker, threads=1, draft_nodes=NODES, budget=2, budget_rule="sum") as engine:
         yield engine
 
@@ -39,7 +39,7 @@ def logits(engine: Engine, eval_text: EvalText) -> torch.Tensor:
 
 
 def expected_perplexity(folder: Path, eval_texts: list[EvalText]) -> float:
-    """As transformers' own forward says, every passage in one."""
+    """By transformers' own forward, with every text in one pass."""
     model, nats, tokens = reference(folder), 0.0, 0
     for eval_text in eval_texts:
         ids = torch.tensor([list(eval_text.tokens)])
@@ -78,7 +78,7 @@ def test_a_small_budget_costs_something(lossy: Engine, exact: Engine) -> None:
     assert lossy._loop.runner.budget is not None, "the engine is lossy again"
 
 
-def test_what_a_lossy_pass_leaves_behind_stays(lossy: Engine) -> None:
+def test_errors_of_a_lossy_pass_stay_in_the_kv_cache(lossy: Engine) -> None:
     eval_text = EvalText(random_ids(8 + 2 * (NODES + 1) + 1), 8)
     whole = logits(lossy, eval_text)
     reader = TeacherForcedScorer(lossy)
@@ -92,14 +92,14 @@ def test_what_a_lossy_pass_leaves_behind_stays(lossy: Engine) -> None:
 
 
 def test_prompts_are_exact_and_so_are_steps_of_one_token(lossy: Engine, exact: Engine) -> None:
-    """A token behind a prompt is alone in its pass here; its logits depend on all that the prompt left."""
+    """The one token after the prompt is alone in its pass, and its logits depend on the prompt's keys and values."""
     eval_text = EvalText(random_ids(30), 28)
     assert eval_text.predicted == 1
     found, expected = logits(lossy, eval_text), logits(exact, eval_text)
     assert (found - expected).abs().max() <= 1e-5
 
 
-def test_where_nothing_drafts_no_budget_is_ever_used(talker: Path) -> None:
+def test_without_a_drafter_no_budget_is_used(talker: Path) -> None:
     with Engine.load(talker, threads=1, budget=2, budget_rule="sum", speculate="off") as engine:
         quality = evaluate(engine, [TEXT], tokens=60)
     assert (quality.kl_mean, quality.agreement) == (0.0, 1.0)
@@ -117,7 +117,7 @@ def test_a_family_that_verifies_nothing_is_read_token_by_token(zoo: Zoo) -> None
 
 
 def test_all_of_the_measured_side_comes_first(lossy: Engine) -> None:
-    """The other side's loads would make room in a budget that counts what is not resident."""
+    """Loads of the reference would change a budget that depends on residency."""
     told: list[str] = []
     evaluate(lossy, [TEXT, TEXT[7:]], tokens=150, on_progress=lambda what, done, total: told.append(what))
     passes = len(told) // 2
@@ -134,7 +134,7 @@ def test_progress_reaches_its_total(exact: Engine) -> None:
         assert each == sorted(each)
 
 
-def test_who_calls_may_give_up(lossy: Engine) -> None:
+def test_the_progress_callback_may_raise(lossy: Engine) -> None:
     def give_up(what: str, done: int, total: int) -> None:
         if what == "text, exact":
             raise KeyboardInterrupt
@@ -154,7 +154,7 @@ def test_an_engine_that_is_closed_meanwhile_says_so(talker: Path) -> None:
 
 
 def test_another_checkpoint_as_the_reference(talker: Path, exact: Engine, lossy: Engine) -> None:
-    """The same weights in another dtype; the first engine need not be there any more."""
+    """The same weights in another dtype; the measured engine is closed before the reference runs."""
     eval_texts = eval_texts_for(exact, [TEXT], 100)
     with closing(Evaluation(eval_texts)) as evaluation:
         with Engine.load(talker, threads=1, dtype="bfloat16") as engine:
@@ -165,7 +165,7 @@ def test_another_checkpoint_as_the_reference(talker: Path, exact: Engine, lossy:
     assert 0 < quality.kl_mean < 1e-2
     assert quality.agreement > 0.8
     assert quality.exact_perplexity == pytest.approx(expected_perplexity(talker, eval_texts), rel=1e-3)
-    # A reference is exact, whatever it is set to.
+    # A reference is exact whatever its settings.
     with closing(Evaluation(eval_texts)) as evaluation:
         evaluation.measure(exact)
         assert evaluation.against(lossy).kl_mean < 1e-9
@@ -176,7 +176,7 @@ def test_another_vocabulary_is_refused_by_name(exact: Engine, talker: Path, zoo:
         check_comparable(talker, None)
     check_comparable(talker, talker)
     check_comparable(None, None)
-    # A checkpoint without a tokenizer has the ids that it predicts.
+    # The vocabulary of a checkpoint without a tokenizer is its number of ids.
     check_comparable(zoo("mixtral"), zoo("qwen3_moe"))
     with pytest.raises(CheckpointError, match="has another vocabulary than"):
         check_comparable(zoo("mixtral"), zoo("mixtral", vocab_size=264))
@@ -195,7 +195,7 @@ def test_without_texts_the_built_in_ones_are_read(exact: Engine) -> None:
     assert bytes(token - 3 for token in kinds[0].tokens[:13]) == b'"""A small le'
 
 
-def test_the_shipped_model_is_read_its_tasks_and_asked_them() -> None:
+def test_the_shipped_model_gets_its_tasks_as_text_and_as_questions() -> None:
     with Engine.load(threads=1) as demo:
         assert eval_texts_for(demo, tokens=300) == task_eval_texts(demo, 300)
         quality = evaluate(demo, tokens=300, questions=1)
@@ -206,7 +206,7 @@ def test_the_shipped_model_is_read_its_tasks_and_asked_them() -> None:
 
 
 def test_the_tasks_are_asked_with_the_budget_and_without() -> None:
-    """A budget of one expert garbles what is drafted, and so the reply; the exact side answers as an exact engine."""
+    """A budget of one expert garbles verifications, and so replies; the exact side answers as an exact engine does."""
     with Engine.load(threads=1, budget=1, budget_rule="sum", speculate="ngram") as demo:
         quality = evaluate(demo, tokens=60, questions=1)
     with Engine.load(threads=1) as demo:

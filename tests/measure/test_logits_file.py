@@ -36,7 +36,7 @@ def test_rows_come_back_bit_for_bit_however_many_at_a_time(folder: Path) -> None
         assert list(folder.iterdir()) == [], "nobody sees it"
 
 
-def test_rows_that_are_no_rows_in_memory_and_rows_of_another_width() -> None:
+def test_rows_that_are_not_contiguous_and_rows_of_another_width() -> None:
     rows = torch.randn(7, 4).T
     with closing(LogitsFile(7, 4)) as file:
         file.append(rows)
@@ -53,9 +53,9 @@ def test_a_disk_without_room_is_refused_at_once(folder: Path, monkeypatch: pytes
     LogitsFile(1024, 99).close()
 
 
-def test_a_disk_that_becomes_full_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_becomes_full_raises_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     class Full:
-        """Takes a few bytes, then none: as the system does."""
+        """Accepts a few bytes, then raises: as a full disk does."""
 
         room = 10
 

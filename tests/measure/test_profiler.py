@@ -27,7 +27,7 @@ from tests.support.profiles import CONDITIONS, known_profile
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A profile of few and small passes: every step of one, in a second."""
+    """Makes a profile consist of a few small passes, which take a second."""
     monkeypatch.setattr(profiler, "SEQUENCES", 4)
     monkeypatch.setattr(profiler, "SHAPES", ((1, 1), (1, 2), (1, 3), (2, 1), (2, 3), (4, 1), (4, 3)))
     monkeypatch.setattr(profiler, "LEAN_SHAPES", ((1, 1), (1, 3), (4, 3)))
@@ -106,9 +106,9 @@ def test_passes_wait_for_the_slots_to_be_filled(quick: None) -> None:
     assert [each.done for each in filling] == sorted(each.done for each in filling)
 
 
-def test_a_link_that_stands_still_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wait_for_a_stalled_link_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     class Stuck:
-        """A cache of which one prefetch comes, and the other does not."""
+        """A cache with two prefetches, of which one never arrives."""
 
         store = SimpleNamespace(slot_nbytes=10)
         left = iter([2, 2])
@@ -125,8 +125,8 @@ def test_a_link_that_stands_still_is_not_waited_for(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("reads", ["direct", "cached"])
-def test_a_profile_holds_for_the_way_in_which_missing_experts_came(quick: None, reads: str) -> None:
-    """Also where all there are were resident at first."""
+def test_a_profile_holds_for_one_source_of_missing_experts(quick: None, reads: str) -> None:
+    """Even if all experts were resident in the first half."""
     made = profiler.take_profile(open_blueprint(None), EngineConfig(device="cpu", link_gbps=4.0, file_reads=reads))
     assert max(point.cache_share for point in made.points) == 1
     assert (made.conditions.direct_reads, made.conditions.host_tier) == (reads == "direct", "file")
@@ -138,8 +138,8 @@ def test_a_profile_holds_for_the_way_in_which_missing_experts_came(quick: None, 
     assert (made.conditions.difference(other) or "").startswith("reads ")
 
 
-def test_with_few_slots_missing_experts_come_as_with_all_there_are() -> None:
-    """As far as any were missing there: with fewer slots more of the RAM may be free for the page cache."""
+def test_with_few_slots_experts_are_read_as_with_all_of_the_plan() -> None:
+    """If any are missing there: with fewer slots, more free RAM for the page cache could change the choice."""
     config, plan = EngineConfig(), Engine.plan_for(None, device="cpu")
     for direct, reads in ((True, "direct"), (False, "cached")):
         found = profiler.lean_config(config, replace(plan, slots=plan.experts - 1, direct_reads=direct), 5)
@@ -165,7 +165,7 @@ def test_no_model_is_left_behind_by_a_failure(quick: None, monkeypatch: pytest.M
         profiler.take_profile(open_blueprint(None), EngineConfig(device="cpu"))
 
 
-def test_a_pass_reads_on_and_takes_back_what_is_wrong(quick: None) -> None:
+def test_a_pass_continues_its_text_and_rolls_wrong_tokens_back(quick: None) -> None:
     with profiler.profiling_run(open_blueprint(None), EngineConfig(device="cpu"), lambda progress: None) as at:
         readers = at.passes._readers
         at.passes.run(0, 2, 1)
@@ -174,7 +174,7 @@ def test_a_pass_reads_on_and_takes_back_what_is_wrong(quick: None) -> None:
         assert [each.cache.tokens if each.cache else 0 for each in readers] == [PROMPT + 1, PROMPT + 5, PROMPT + 4, 0]
         at.passes.run(0, 2, 4, right=[0, 2])
         assert [each.cache.tokens if each.cache else 0 for each in readers[:2]] == [PROMPT + 2, PROMPT + 8]
-        # What is left in the past is the text, as if it had been read token by token.
+        # The KV cache holds the text, as if it had been run token by token.
         cache, text = readers[1].cache, readers[1].text
         assert cache is not None
         other = at.runner.start(len(text))
@@ -182,7 +182,7 @@ def test_a_pass_reads_on_and_takes_back_what_is_wrong(quick: None) -> None:
         assert at.runner.sequential.agree(expected, at.runner.step(cache, [text[cache.tokens]]))
 
 
-def test_where_large_products_begin_is_where_the_decoder_changes(quick: None) -> None:
+def test_bulk_passes_begin_where_the_runner_leaves_its_kernels(quick: None) -> None:
     with profiler.profiling_run(open_blueprint(None), EngineConfig(device="cpu"), lambda progress: None) as at:
         plain = at.runner.sequential
         if plain.bulk_from == 0:
@@ -252,7 +252,7 @@ def test_the_plan_says_why_a_foreign_profile_predicts_nothing(tmp_path: Path) ->
 
 @pytest.mark.parametrize("foreign", [False, True])
 def test_drafts_are_priced_by_a_profile_of_this_machine_alone(tmp_path: Path, foreign: bool) -> None:
-    """Until they are measured, so that the first seconds of a run are not lost on a wrong guess."""
+    """Until the cost is measured, so that a wrong guess does not waste the first seconds of a run."""
     settings: dict[str, Any] = {"device": "cpu", "state_folder": tmp_path, "expert_cache": "50%"}
     conditions = CONDITIONS if foreign else ProfileConditions.of(Engine.plan_for(None, **settings))
     write_profile(StateFolder.of(open_blueprint(None).checkpoint, tmp_path), known_profile(conditions))

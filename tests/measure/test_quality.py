@@ -30,7 +30,7 @@ def test_three_tokens_by_hand() -> None:
     assert meter.perplexity == pytest.approx((0.25 * 0.8 * 0.25) ** (-1 / 3))
     assert meter.divergence == pytest.approx((APART + NEAR) / 3)
     assert meter.agreement == pytest.approx(2 / 3)
-    # Sorted: 0, NEAR, APART; the 99th percentile is at place 1.98.
+    # Sorted: 0, NEAR, APART; the 99th percentile is at position 1.98.
     assert meter.divergence_99 == pytest.approx(NEAR + 0.98 * (APART - NEAR))
 
 
@@ -58,18 +58,18 @@ def test_a_model_agrees_with_itself_to_the_last_bit() -> None:
 
 
 def test_tokens_that_are_ruled_out() -> None:
-    """By both they count nothing; by the other alone they are worth infinitely much."""
+    """By both models they add nothing; by the measured one alone, they make the figures infinite."""
     ruled_out = [0.0, 0.0, -math.inf]
     both = metered([ruled_out], [ruled_out], [0])
     assert both.divergence == 0.0
     assert both.perplexity == pytest.approx(2.0)
     one = metered([[0.0, 0.0, 0.0]], [ruled_out], [2])
     assert (one.divergence, one.perplexity) == (math.inf, math.inf)
-    # What is possible where the exact model rules it out only takes probability away.
+    # A token that only the exact model rules out takes probability from the others.
     assert metered([ruled_out], [[0.0, 0.0, 0.0]], [0]).divergence == pytest.approx(math.log(1.5))
 
 
-def test_logits_so_wrong_that_no_number_holds_the_perplexity() -> None:
+def test_a_perplexity_too_large_for_a_float_is_infinite() -> None:
     assert metered([[0.0, 1.0]], [[2000.0, 0.0]], [1]).perplexity == math.inf
 
 

@@ -14,7 +14,7 @@ UNSEEN = [(batch, depth) for batch in (1, 3, 6, 12, 24, 48, 64) for depth in (2,
 
 
 def error(found: PerformanceModel, true: PerformanceModel, share: float) -> float:
-    """How far predicted speed-ups are off on the average, where none was measured."""
+    """The mean relative error of predicted speed-ups, at shapes that were not measured."""
     errors = []
     for batch, depth in UNSEEN:
         gains = []
@@ -26,7 +26,7 @@ def error(found: PerformanceModel, true: PerformanceModel, share: float) -> floa
 
 
 @pytest.mark.parametrize("share", [1.0, LEAN_SHARE, 0.6])
-def test_what_was_made_by_the_model_is_found_again(share: float) -> None:
+def test_a_fit_to_points_of_a_model_recovers_the_model(share: float) -> None:
     true = known_model()
     found = fit(true.shape, true.speed, points_of(true), true.times.bulk_from)
     assert error(found, true, share) < 0.03
@@ -53,13 +53,13 @@ def test_parameters_stay_within_the_papers_bounds() -> None:
     assert min(vars(times).values()) >= 0
 
 
-def test_without_large_passes_there_is_one_kind_of_pass() -> None:
+def test_without_points_of_bulk_passes_none_are_fitted() -> None:
     true = known_model(bulk_from=0)
     points = [point for point in points_of(true) if point.total < 129]
     assert fit(true.shape, true.speed, points, bulk_from=129).times.bulk_from == 0
 
 
-def test_without_misses_more_slots_are_no_better() -> None:
+def test_without_misses_the_fit_has_no_locality() -> None:
     true = known_model()
     points = [point for point in points_of(true) if point.cache_share == 1]
     found = fit(true.shape, true.speed, points, true.times.bulk_from)

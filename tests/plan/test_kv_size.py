@@ -34,7 +34,9 @@ def test_a_family_that_cannot_run_without_data_is_sized_by_its_configuration(
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
-def test_a_machine_without_memory_is_no_answer(zoo: Zoo, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_in_the_probe_is_raised(
+    zoo: Zoo, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     raise_in_the_probe(monkeypatch, error)
     with pytest.raises(type(error)):
         measure_kv(open_blueprint(zoo("mixtral")))

@@ -1,4 +1,4 @@
-"""Control-group limits, read from trees like the kernel's."""
+"""Control-group limits, read from folders laid out like the kernel's."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_v2_in_a_container_whose_path_lies_outside_takes_the_root(tmp_path: Path
 
 
 @pytest.mark.parametrize("path", ["/..", "/../..", "/../other"])
-def test_v2_in_a_namespace_that_shows_its_parents_ends(tmp_path: Path, path: str) -> None:
+def test_v2_in_a_namespace_that_shows_its_parents_terminates(tmp_path: Path, path: str) -> None:
     v2(tmp_path / "fs", 5000, 600)
     assert GroupLimit(5000, 600) in limits(tmp_path, f"0::{path}")
 
@@ -72,7 +72,7 @@ def test_v1_beside_an_empty_v2_hierarchy(tmp_path: Path) -> None:
     assert limits(tmp_path, "4:memory:/job", "0::/job") == [GroupLimit(4000, 900)]
 
 
-def test_v1_says_no_limit_with_a_number_that_no_machine_has(tmp_path: Path) -> None:
+def test_v1_has_a_huge_number_for_no_limit(tmp_path: Path) -> None:
     v1(tmp_path / "fs" / "memory", 9223372036854771712, 900)
     assert limits(tmp_path, "4:memory:/") == []
 

@@ -28,20 +28,20 @@ def test_a_dense_layer_activates_everything_at_once() -> None:
 
 
 @pytest.mark.parametrize("top_k", [0, 9])
-def test_a_token_takes_some_of_the_experts(top_k: int) -> None:
+def test_top_k_must_be_within_the_experts_of_a_layer(top_k: int) -> None:
     with pytest.raises(ValueError, match=f"at most the 8 experts of a layer, not {top_k}"):
         moesd.expected_experts(8, top_k, 1)
 
 
 def test_full_activation_by_hand() -> None:
-    # 0.75^10 = 0.056 and 0.75^11 = 0.042: eleven tokens leave less than a twentieth of the experts out.
+    # 0.75^10 = 0.056 and 0.75^11 = 0.042: eleven tokens leave less than 5 % of the experts inactive.
     assert moesd.full_activation(8, 2) == 11
     assert moesd.full_activation(64, 8) == 23
     assert moesd.expected_experts(64, 8, 23) >= 0.95 * 64 > moesd.expected_experts(64, 8, 22)
 
 
 def test_tokens_per_expert_by_hand() -> None:
-    # Two tokens of Mixtral choose 4 times among 3.5 experts.
+    # Two tokens of Mixtral make 4 choices and activate 3.5 experts.
     assert moesd.tokens_per_expert(2, 2, moesd.expected_experts(8, 2, 2)) == pytest.approx(4 / 3.5)
     assert moesd.tokens_per_expert(8, 1, moesd.expected_experts(64, 8, 1)) == pytest.approx(1)
     # Many tokens activate every expert, and each expert gets rho * t of them.
@@ -68,6 +68,6 @@ def test_tokens_of_a_cycle_by_hand() -> None:
 
 
 def test_speedup_by_hand() -> None:
-    # 1.75 tokens in 2 + 12 + 1 ms, against one in 10 ms.
+    # 1.75 tokens in 2 + 12 + 1 ms, against one token in 10 ms.
     assert moesd.speedup(1.75, plain=10, draft=2, verify=12, reject=1) == pytest.approx(17.5 / 15)
     assert moesd.target_efficiency(10, 12.5) == 0.8

@@ -1,4 +1,4 @@
-"""The plan's arithmetic, what may be asked of it, and refusals whose mend indeed mends."""
+"""The plan's arithmetic, its settings, and refusals whose advice works."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def ram(monkeypatch: pytest.MonkeyPatch) -> Ram:
 
 
 class Ram:
-    """Sets how much memory the planner finds free: the machine's own changes from one moment to the next."""
+    """Sets the free memory that the planner sees, since the machine's own varies."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._monkeypatch = monkeypatch
@@ -41,7 +41,7 @@ class Ram:
         self._monkeypatch.setattr(planner, "ram_free", lambda: free)
 
     def leave_room_for(self, slots: int, blueprint: Blueprint) -> None:
-        """Exactly `slots` slots and a little, beside everything else that the plan needs."""
+        """Leaves memory for `slots` slots and half of one, beside everything else in the plan."""
         plan = make_plan(blueprint, CONFIG)
         rest = plan.total_nbytes - plan.cache_nbytes
         self.set(rest + CONFIG.reserve + slots * plan.slot_nbytes + plan.slot_nbytes // 2)
@@ -90,14 +90,14 @@ def test_forms_of_the_expert_cache(asked: str | int, slots: int, blueprint: Blue
 
 
 @pytest.mark.parametrize("asked", ["", "lots", "5.5", "%", "x%", "nan%", "inf%", "6 parsecs", "GiB", "--5", "1e3", "²"])
-def test_forms_that_are_none_are_refused_with_the_ones_that_are(asked: str, blueprint: Blueprint, ram: Ram) -> None:
+def test_another_form_is_refused_with_the_valid_ones(asked: str, blueprint: Blueprint, ram: Ram) -> None:
     with pytest.raises(PlanError, match="expert_cache=") as refusal:
         plan_with(blueprint, asked)
     assert all(form in str(refusal.value) for form in ('"6GiB"', '"40%"', '"96"', '"auto"'))
 
 
 @pytest.mark.parametrize("asked", [0, -3, "0", "-3", "0%", "1%", "71KiB", "10B"])
-def test_room_for_no_expert_is_refused_with_the_least_that_holds_one(
+def test_a_cache_without_room_for_an_expert_is_refused_with_the_minimum(
     asked: str | int, blueprint: Blueprint, ram: Ram
 ) -> None:
     with pytest.raises(PlanError, match=r"expert_cache=.* 72\.0 KiB: give at least that, or 1 slot"):
@@ -135,7 +135,7 @@ def test_where_not_one_expert_fits_the_missing_bytes_are_named_and_suffice(bluep
     assert plan_with(blueprint, "auto").slots >= 1
 
 
-def test_a_context_that_takes_the_experts_room_is_named_as_the_mend(blueprint: Blueprint, ram: Ram) -> None:
+def test_where_the_context_leaves_no_room_for_experts_a_smaller_one_is_advised(blueprint: Blueprint, ram: Ram) -> None:
     large, small = changed(context=512), changed(context=32)
     ram.set(make_plan(blueprint, small).total_nbytes - 32 * 72 * 1024 + CONFIG.reserve + 100 * 1024)
     with pytest.raises(PlanError, match="give a smaller context="):
@@ -178,14 +178,14 @@ def test_a_context_is_refused_with_the_limit(blueprint: Blueprint, ram: Ram) -> 
             make_plan(blueprint, EngineConfig(device="cpu", context=context))
 
 
-def test_the_context_that_nobody_asked_for_is_the_models_up_to_a_default(zoo: Zoo, ram: Ram) -> None:
+def test_the_default_context_is_the_models_up_to_a_limit(zoo: Zoo, ram: Ram) -> None:
     long = read_blueprint(open_checkpoint(zoo("mixtral", max_position_embeddings=100_000)))
     assert make_plan(long, EngineConfig(device="cpu")).context == 8192
     short = read_blueprint(open_checkpoint(zoo("mixtral")))
     assert make_plan(short, EngineConfig(device="cpu")).context == 512
 
 
-def test_a_context_that_nobody_asked_for_shrinks_before_it_crowds_out_experts(zoo: Zoo, ram: Ram) -> None:
+def test_the_default_context_shrinks_before_it_crowds_out_experts(zoo: Zoo, ram: Ram) -> None:
     long = read_blueprint(open_checkpoint(zoo("mixtral", max_position_embeddings=100_000)))
     ram.set(24 * MIB)
     plan = make_plan(long, EngineConfig(device="cpu", reserve=MIB, prefill_workspace=MIB, batch=1))
@@ -244,7 +244,7 @@ def test_files_are_read_past_the_page_cache_only_when_it_could_not_hold_them(blu
 
 
 @pytest.mark.parametrize("asked", ["", "many", "0", 0, -1, "-4", 2.5, "3.0", "1e2", "²", None, True])
-def test_a_batch_that_is_none_is_refused_with_what_is_one(asked: Any, blueprint: Blueprint, ram: Ram) -> None:
+def test_an_invalid_batch_is_refused_with_the_valid_forms(asked: Any, blueprint: Blueprint, ram: Ram) -> None:
     with pytest.raises(PlanError, match=r"give a number of sequences from 1, or auto, as batch=") as refusal:
         make_plan(blueprint, changed(batch=asked))
     assert repr(asked) in str(refusal.value)
@@ -258,10 +258,10 @@ def test_forms_of_the_batch(asked: str | int, most: int, blueprint: Blueprint, r
 
 
 @pytest.mark.parametrize("expert_cache", ["auto", "100%", 5])
-def test_room_for_sequences_grows_with_the_batch_that_is_asked_for(
+def test_memory_for_sequences_grows_with_the_given_batch(
     expert_cache: str | int, blueprint: Blueprint, ram: Ram
 ) -> None:
-    """Where there is plenty: exactly what that many of the longest sequences take."""
+    """With plenty of memory, it is that of `batch` sequences of the whole context."""
     one = make_plan(blueprint, changed(expert_cache=expert_cache)).kv_nbytes
     for batch in (1, 2, 9, 100):
         plan = make_plan(blueprint, changed(batch=batch, expert_cache=expert_cache))
@@ -271,10 +271,10 @@ def test_room_for_sequences_grows_with_the_batch_that_is_asked_for(
 @pytest.mark.parametrize("expert_cache", ["auto", 5, "100%"])
 @pytest.mark.parametrize("room", [1, 5, 31, 33, 60])
 @pytest.mark.parametrize("batch", ["auto", 3])
-def test_sequences_never_take_what_one_needs(
+def test_a_larger_batch_never_makes_a_plan_fail(
     batch: str | int, room: int, expert_cache: str | int, blueprint: Blueprint, ram: Ram
 ) -> None:
-    """What fits for one fits for many: slots that were asked for all stay, of the others the last one does."""
+    """What fits with one sequence fits with many: given slots all stay, and of automatic ones at least one."""
     ram.leave_room_for(room, blueprint)
     single = changed(expert_cache=expert_cache)
     try:
@@ -297,7 +297,7 @@ def test_sequences_never_take_what_one_needs(
         assert given_up - plan.slot_nbytes < more, "no more slots than the sequences take"
 
 
-def test_a_batch_is_shown_with_the_sequences_that_have_room(blueprint: Blueprint, ram: Ram) -> None:
+def test_a_batch_is_shown_with_the_sequences_that_fit(blueprint: Blueprint, ram: Ram) -> None:
     def kv_row(plan: Plan) -> tuple[str, str]:
         return next((amount, why) for what, amount, why in plan.lines() if what == "KV cache")
 

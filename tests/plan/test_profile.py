@@ -56,13 +56,13 @@ def test_a_profile_from_elsewhere_is_refused(state: StateFolder, elsewhere: dict
     )
 
 
-def test_where_nothing_is_missing_the_way_of_missing_experts_does_not_matter(state: StateFolder) -> None:
+def test_where_experts_cannot_be_missing_their_source_does_not_matter(state: StateFolder) -> None:
     for kept, here in ((CONDITIONS, NOTHING_MISSING), (NOTHING_MISSING, CONDITIONS)):
         write_profile(state, known_profile(kept))
         assert read_profile(state, here) == known_profile(kept)
 
 
-def test_conditions_tell_the_way_of_missing_experts_where_some_can_be_missing() -> None:
+def test_conditions_have_the_source_of_missing_experts_where_some_can_be_missing() -> None:
     full = replace(Engine.plan_for(None, device="cpu"), direct_reads=True)
     few = replace(full, slots=full.experts - 1)
 
@@ -76,7 +76,7 @@ def test_conditions_tell_the_way_of_missing_experts_where_some_can_be_missing() 
     assert way(full) == (None, None)
 
 
-def test_a_profile_of_an_older_form_is_none(state: StateFolder) -> None:
+def test_a_profile_of_an_older_version_is_ignored(state: StateFolder) -> None:
     older = known_profile().to_dict() | {"version": 1}
     for name in ("direct_reads", "host_tier"):
         del older["conditions"][name]
@@ -100,13 +100,13 @@ def test_a_profile_of_an_older_form_is_none(state: StateFolder) -> None:
         {"speed": {"memory": float("nan"), "arithmetic": 1, "link": 1}},
     ],
 )
-def test_a_file_that_is_not_sound_is_none(state: StateFolder, change: dict[str, Any]) -> None:
+def test_an_invalid_profile_is_ignored(state: StateFolder, change: dict[str, Any]) -> None:
     write_raw(state, known_profile().to_dict() | change)
     assert read_profile(state, CONDITIONS) is None
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000])
-def test_so_is_one_that_is_no_profile_at_all(state: StateFolder, text: str) -> None:
+def test_a_file_that_is_no_profile_is_ignored(state: StateFolder, text: str) -> None:
     assert state.path is not None
     (state.path / NAME).write_text(text)
     assert read_profile(state, CONDITIONS) is None
