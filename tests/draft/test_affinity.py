@@ -1,4 +1,4 @@
-"""Which experts resemble one another: exact against a naive computation, small, bounded."""
+"""The similarity of experts: exact against a naive computation, small, bounded in memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Layer = Sequence[torch.Tensor]
 
 
 class Recording(SafetensorsStore):
-    """A store that remembers what was read, and can fail."""
+    """A store that records its reads, and can fail."""
 
     def __init__(self, *of: object, **how: object) -> None:
         super().__init__(*of, **how)  # type: ignore[arg-type]
@@ -44,7 +44,7 @@ class Recording(SafetensorsStore):
 
 
 def store_of(path: Path, layers: Sequence[Layer]) -> Recording:
-    """A store over a file that holds these experts; seven bytes lie before each part, so that nothing is aligned."""
+    """A store over a file with these experts; seven bytes precede each part, so that no part is aligned."""
     layouts, sources, at = [], {}, 0
     with path.open("wb") as file:
         for layer, parts in enumerate(layers):
@@ -62,7 +62,7 @@ def store_of(path: Path, layers: Sequence[Layer]) -> Recording:
 
 
 def random_layer(experts: int, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> Layer:
-    """Experts of different spread, so that no two distances are nearly the same."""
+    """Experts of different scale, so that no two distances are nearly equal."""
     generator = torch.Generator().manual_seed(seed)
     scales = torch.rand(experts, generator=generator) * 2
     return [
@@ -72,13 +72,13 @@ def random_layer(experts: int, *shapes: tuple[int, ...], dtype: torch.dtype = to
 
 
 def naive_distances(layer: Layer) -> list[list[float]]:
-    """L2 between flattened experts, one pair after the other, in float64."""
+    """The L2 distances between flattened experts in float64."""
     experts = [torch.cat([part[number].double().flatten() for part in layer]) for number in range(len(layer[0]))]
     return [[float((one - other).norm()) for other in experts] for one in experts]
 
 
 def naive_nearest(distances: list[list[float]], resident: Sequence[bool]) -> list[int]:
-    """Itself where resident, else the first of the nearest ones."""
+    """The expert itself if resident, else the first of the closest ones."""
     choice = []
     for expert, row in enumerate(distances):
         there = [other for other in range(len(row)) if resident[other]]
@@ -87,7 +87,7 @@ def naive_nearest(distances: list[list[float]], resident: Sequence[bool]) -> lis
 
 
 def residencies(experts: int, seed: int = 0) -> Iterator[torch.Tensor]:
-    """Some that are not empty: one expert alone, all, and random ones."""
+    """Non-empty sets of resident experts: single ones, all, and random ones."""
     generator = torch.Generator().manual_seed(seed)
     yield from torch.eye(experts, dtype=torch.bool)[:3]
     yield torch.ones(experts, dtype=torch.bool)
@@ -120,7 +120,9 @@ def assert_as_naive(affinity: Affinity, layers: Sequence[Layer]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("buffer", [1, 1500, BUFFER_NBYTES])
-def test_the_nearest_are_those_of_a_naive_computation(dtype: torch.dtype, buffer: int, tmp_path: Path) -> None:
+def test_the_most_similar_experts_are_those_of_a_naive_computation(
+    dtype: torch.dtype, buffer: int, tmp_path: Path
+) -> None:
     layers = [
         random_layer(11, (6, 7), (5,), (3, 9), dtype=dtype),
         random_layer(4, (301,), dtype=dtype, seed=1),
@@ -130,7 +132,7 @@ def test_the_nearest_are_those_of_a_naive_computation(dtype: torch.dtype, buffer
         assert_as_naive(made(store, buffer_nbytes=buffer), layers)
 
 
-def test_parts_of_different_dtypes_count_alike(tmp_path: Path) -> None:
+def test_parts_of_different_dtypes_have_the_same_weight(tmp_path: Path) -> None:
     mixed = [
         *random_layer(9, (40,), dtype=torch.bfloat16),
         *random_layer(9, (60,), dtype=torch.float32, seed=1),
@@ -143,7 +145,7 @@ def test_parts_of_different_dtypes_count_alike(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "dtype"), [("mixtral", "auto"), ("mixtral", "bfloat16"), ("gpt_oss", "auto"), ("deepseek_v3", "auto")]
 )
-def test_it_is_the_distance_between_transformers_own_weights(family: str, dtype: str, zoo: Zoo) -> None:
+def test_the_distance_is_that_between_transformers_weights(family: str, dtype: str, zoo: Zoo) -> None:
     folder = zoo(family)
     blueprint = open_blueprint(folder, dtype)
     model = reference(folder, blueprint.dtype)
@@ -157,15 +159,15 @@ def test_it_is_the_distance_between_transformers_own_weights(family: str, dtype:
             assert_as_naive(made(store, buffer_nbytes=buffer), layers)
 
 
-def test_small_differences_beside_large_common_weights_are_seen(tmp_path: Path) -> None:
-    """As in experts that were copied from one dense layer and trained a little."""
+def test_small_differences_between_large_weights_are_not_lost(tmp_path: Path) -> None:
+    """As in experts copied from one dense layer and trained a little."""
     common = torch.randn(1, 4000, generator=torch.Generator().manual_seed(5)) * 1000
     layer = [common + differing * 0.5 for differing in random_layer(8, (4000,))]
     with closing(store_of(tmp_path / "weights", [layer])) as store:
         assert_as_naive(made(store), [layer])
 
 
-def test_twins_are_nearest_to_themselves_and_the_lower_number_goes_first(tmp_path: Path) -> None:
+def test_an_expert_ranks_before_its_duplicates_and_they_rank_by_number(tmp_path: Path) -> None:
     (part,) = random_layer(6, (500,))
     part[1] = part[4] = part[2]
     with closing(store_of(tmp_path / "weights", [[part]])) as store:
@@ -183,13 +185,13 @@ def test_ranks_from_distances_by_hand() -> None:
     assert affinity.most_similar(0, torch.tensor([False, True, True])).tolist() == [2, 1, 2]
 
 
-def test_none_resident_is_refused_by_layer() -> None:
+def test_no_resident_expert_is_an_error_that_names_the_layer() -> None:
     affinity = Affinity.from_distances([torch.zeros(3, 3), torch.zeros(2, 2)])
     with pytest.raises(ValueError, match="no expert of layer 1 is resident"):
         affinity.most_similar(1, torch.zeros(2, dtype=torch.bool))
 
 
-def test_any_thread_computes_the_same(tmp_path: Path) -> None:
+def test_another_thread_computes_the_same(tmp_path: Path) -> None:
     with closing(store_of(tmp_path / "weights", [random_layer(9, (400,))])) as store:
         results: list[Affinity | None] = []
         thread = threading.Thread(target=lambda: results.append(compute(store)))
@@ -202,7 +204,7 @@ def test_any_thread_computes_the_same(tmp_path: Path) -> None:
 # --- small and bounded ---------------------------------------------------------------------------
 
 
-def test_it_takes_two_bytes_a_pair_and_a_moment_to_ask() -> None:
+def test_it_takes_two_bytes_per_pair_and_answers_fast() -> None:
     affinity = Affinity.from_distances([torch.rand(128, 128, generator=torch.Generator().manual_seed(0))] * 48)
     assert affinity.nbytes <= 2 * 128 * 128 * 48
     resident = torch.arange(128) % 4 == 0
@@ -232,7 +234,7 @@ def test_every_byte_is_read_once_and_few_at_a_time(dtype: torch.dtype, tmp_path:
         for first, group in itertools.groupby(mine, key=lambda entry: entry[1]):
             held = [count for _, _, count in group]
             assert len(held) == len(parts[0])
-            # As stored and in float32.
+            # The weights as stored, and in float32.
             assert sum(held) * (1 + 4 / dtype.itemsize) <= buffer, first
 
 
@@ -261,8 +263,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
-def test_a_layer_larger_than_the_buffer_does_not_come_into_memory(tmp_path: Path) -> None:
-    """512 MiB of experts with 16 MiB of memory, and what matrix products need beside them."""
+def test_a_layer_larger_than_the_buffer_is_not_read_whole(tmp_path: Path) -> None:
+    """512 MiB of experts with a buffer of 16 MiB, and the memory that matrix products need."""
     command = [sys.executable, "-c", LARGE, str(tmp_path / "large")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 64 << 10, "KiB"
@@ -271,7 +273,7 @@ def test_a_layer_larger_than_the_buffer_does_not_come_into_memory(tmp_path: Path
 # --- progress, ends and refusals -----------------------------------------------------------------
 
 
-def test_progress_rises_to_the_bytes_that_there_are(tmp_path: Path) -> None:
+def test_progress_rises_to_the_total_bytes(tmp_path: Path) -> None:
     layers = [random_layer(4, (5, 20), (30,)), random_layer(3, (100,), dtype=torch.float16)]
     said: list[Progress] = []
     with closing(store_of(tmp_path / "weights", layers)) as store:
@@ -283,7 +285,7 @@ def test_progress_rises_to_the_bytes_that_there_are(tmp_path: Path) -> None:
     assert said[-1].done == total
 
 
-def test_it_stops_when_it_is_told_to(tmp_path: Path) -> None:
+def test_it_stops_when_cancelled(tmp_path: Path) -> None:
     with closing(store_of(tmp_path / "weights", [random_layer(4, (1000,))] * 3)) as store:
         said: list[Progress] = []
         assert compute(store, said.append, cancelled=lambda: len(said) == 2, buffer_nbytes=4000) is None
@@ -322,7 +324,7 @@ def test_a_file_that_ends_too_soon_is_an_os_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("assembled", [False, True])
-def test_a_part_of_a_record_is_what_the_whole_has_there(assembled: bool, zoo: Zoo) -> None:
+def test_a_range_of_a_record_has_the_bytes_of_the_whole(assembled: bool, zoo: Zoo) -> None:
     blueprint = open_blueprint(zoo("mixtral"), "bfloat16" if assembled else "auto")
     layouts = [moe.layout for moe in blueprint.experts_modules]
     expert = ExpertId(1, 2)
@@ -340,7 +342,7 @@ def test_a_part_of_a_record_is_what_the_whole_has_there(assembled: bool, zoo: Zo
             assert torch.equal(into, whole[start:stop]), (start, stop)
 
 
-def test_padding_is_left_as_it_was(tmp_path: Path) -> None:
+def test_padding_is_not_written(tmp_path: Path) -> None:
     with closing(store_of(tmp_path / "weights", [random_layer(2, (3,), (5,), dtype=torch.float16)])) as store:
         into = torch.full((128,), 0xAA, dtype=torch.uint8)
         store.read(ExpertId(0, 1), 0, into)

@@ -1,4 +1,4 @@
-"""The similarities of experts are computed once, and kept: small, for one checkpoint, or not at all."""
+"""The similarities of experts are computed once per checkpoint, and kept in a small file."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def same(one: Affinity | None, other: Affinity) -> bool:
     return one is not None and all(map(torch.equal, one.ranks, other.ranks))
 
 
-def test_it_comes_back_as_it_was(state: StateFolder) -> None:
+def test_it_is_read_as_it_was_written(state: StateFolder) -> None:
     assert read(state, EXPERTS) is None
     write(state, small())
     assert same(read(state, EXPERTS), small())
@@ -45,7 +45,7 @@ def test_it_comes_back_as_it_was(state: StateFolder) -> None:
         assert read(state, experts) is None, "of another model"
 
 
-def test_the_file_takes_two_bytes_a_pair(state: StateFolder) -> None:
+def test_the_file_takes_two_bytes_per_pair(state: StateFolder) -> None:
     write(state, Affinity.from_distances([torch.rand(128, 128)] * 48))
     assert state.path is not None
     assert (state.path / NAME).stat().st_size <= 2 * 128 * 128 * 48 + 8192
@@ -125,7 +125,7 @@ def test_a_damaged_file_is_computed_again(checkpoint: Path, tmp_path: Path) -> N
     assert same(again.affinity, first.affinity)
 
 
-def test_the_checkpoints_files_are_given_back(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_checkpoints_files_are_closed(checkpoint: Path, tmp_path: Path) -> None:
     descriptors = Path("/proc/self/fd")
     if not descriptors.exists():
         pytest.skip("the open files cannot be listed")
@@ -134,7 +134,7 @@ def test_the_checkpoints_files_are_given_back(checkpoint: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("folder", ["none", "file/state"])
-def test_where_nothing_can_be_kept_nothing_is_computed(folder: str, checkpoint: Path, tmp_path: Path) -> None:
+def test_without_a_folder_to_keep_it_in_nothing_is_computed(folder: str, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     said: list[Progress] = []
     with pytest.raises(OSError, match="no folder|file"):
@@ -142,7 +142,7 @@ def test_where_nothing_can_be_kept_nothing_is_computed(folder: str, checkpoint: 
     assert said == []
 
 
-def test_what_is_cancelled_is_not_kept(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_cancelled_computation_is_not_kept(checkpoint: Path, tmp_path: Path) -> None:
     assert prepare(open_blueprint(checkpoint), tmp_path / "state", cancelled=lambda: True) is None
     assert not [file for file in (tmp_path / "state").rglob("*") if file.is_file()]
 

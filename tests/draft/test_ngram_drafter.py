@@ -1,4 +1,4 @@
-"""The n-gram drafter: its probabilities by hand, its trees against all that it could draft, and what it learns."""
+"""The n-gram drafter: its probabilities by hand, its trees against exhaustive search, and what it learns."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def kind(
 
 
 def nodes(tree: DraftTree) -> dict[tuple[int, ...], float]:
-    """The drafted texts and their path probabilities, in the order of their adding."""
+    """The drafted texts and their path probabilities, in the order they were added."""
     return {tuple(tree.text(node)): tree.probabilities[node] for node in range(1, len(tree))}
 
 
@@ -54,7 +54,7 @@ def grown(
 
 
 def random_drafter(seed: int, letters: int = 3, length: int = 60) -> tuple[NgramDrafter, list[int]]:
-    """A drafter that has learned, at the end of a text that repeats itself in several ways."""
+    """A drafter that has learnt a text with many repetitions."""
     draw = random.Random(seed)
     text = [draw.randrange(letters) for _ in range(length)]
     drafter = drafter_of(text[: length // 2])
@@ -72,7 +72,7 @@ def test_kinds_differ_by_length_rank_rivals_and_repetition() -> None:
     assert kind(5, 3) == kind(5, 2)
 
 
-def test_a_follower_told_later_has_a_rival_where_it_followed_what_the_first_did() -> None:
+def test_a_later_follower_has_a_rival_where_it_shares_the_first_ones_suffix() -> None:
     sole, other = Follower(7, 4, sole=True, repeated=False), Follower(7, 4, sole=False, repeated=False)
     assert not Kind.of(0, sole, longest=4).rival
     assert Kind.of(0, other, longest=4).rival
@@ -80,14 +80,14 @@ def test_a_follower_told_later_has_a_rival_where_it_followed_what_the_first_did(
     assert not Kind.of(1, other, longest=5).rival
 
 
-def test_lengths_share_a_kind_within_a_bucket_alone() -> None:
+def test_lengths_share_a_kind_only_within_a_bucket() -> None:
     buckets = [kind(length).bucket for length in range(1, 40)]
     assert buckets[:10] == [0, 1, 2, 3, 4, 4, 5, 5, 5, 6]
     assert [length for length in range(1, 39) if buckets[length] != buckets[length - 1]] == list(LENGTHS)
     assert kind(10_000).bucket == len(LENGTHS)
 
 
-def test_before_anything_is_measured_short_matches_are_trusted_little() -> None:
+def test_priors_rise_with_the_match_length() -> None:
     for rank in (0, 1, 2):
         for rival in (True, False):
             for repeated in (True, False):
@@ -101,7 +101,7 @@ def test_before_anything_is_measured_short_matches_are_trusted_little() -> None:
     assert [each.prior for each in later] == [0.3, 0.2, 0.15, 0.12]
 
 
-def test_a_rate_is_the_share_of_hits_with_the_prior_as_tries_of_its_own() -> None:
+def test_a_rate_is_the_share_of_hits_blended_with_the_prior() -> None:
     rate = CalibratedRate(DECAY)
     assert rate.blended(0.25, 4) == 0.25
     for hit in (True, False, True):
@@ -111,7 +111,7 @@ def test_a_rate_is_the_share_of_hits_with_the_prior_as_tries_of_its_own() -> Non
     assert rate.blended(0.25, 4) == pytest.approx((DECAY**2 + 1 + 4 * 0.25) / (DECAY**2 + DECAY + 1 + 4))
 
 
-def test_after_a_half_life_a_try_counts_for_half() -> None:
+def test_after_a_half_life_an_observation_counts_for_half() -> None:
     rate = CalibratedRate(DECAY)
     rate.observe(True)
     for _ in range(HALF_LIFE):
@@ -136,8 +136,8 @@ def test_a_drafter_knows_the_lengths_and_rates_of_a_chain() -> None:
     )
 
 
-def test_later_followers_are_right_only_where_those_before_are_wrong() -> None:
-    """[0, 1] was followed by 6 and 5, the latest first, and 1 alone by 7 too, twice."""
+def test_a_later_followers_rate_is_conditional_on_the_earlier_ones_being_wrong() -> None:
+    """[0, 1] was followed by 6 and 5, the latest first, and [1] twice by 7 as well."""
     drafter = drafter_of([1, 7, 1, 7, 0, 1, 5, 0, 1, 6, 0, 1])
     first, other = kind(2, rival=True).prior, kind(2, 1, rival=True).prior
     last = kind(1, 2, repeated=True).prior
@@ -149,7 +149,7 @@ def test_later_followers_are_right_only_where_those_before_are_wrong() -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_no_more_than_everything_is_expected_of_siblings(seed: int) -> None:
+def test_the_probabilities_of_siblings_sum_to_at_most_one(seed: int) -> None:
     drafter, text = random_drafter(seed, letters=6, length=400)
     told = list(drafter.predictions(drafter.match))
     assert len(told) == MAX_FOLLOWERS
@@ -160,7 +160,7 @@ def test_no_more_than_everything_is_expected_of_siblings(seed: int) -> None:
 
 
 def everything(drafter: NgramDrafter, match: Matches, depth: int) -> dict[tuple[int, ...], float]:
-    """All that could be drafted, to a depth."""
+    """All possible drafts up to `depth`, with their path probabilities."""
     found: dict[tuple[int, ...], float] = {}
     for token, probability in drafter.predictions(match) if depth else ():
         found[(token,)] = probability
@@ -172,7 +172,7 @@ def everything(drafter: NgramDrafter, match: Matches, depth: int) -> dict[tuple[
 
 @pytest.mark.parametrize("most", [0, 1, 5, 30])
 @pytest.mark.parametrize("seed", range(5))
-def test_a_tree_has_the_likeliest_of_all_that_could_be_drafted(seed: int, most: int) -> None:
+def test_a_tree_has_the_most_probable_nodes_of_all_possible_drafts(seed: int, most: int) -> None:
     drafter, text = random_drafter(seed)
     possible = everything(drafter, drafter.match, 4)
     tree = nodes(grown(drafter, text[-1], most))
@@ -183,7 +183,7 @@ def test_a_tree_has_the_likeliest_of_all_that_could_be_drafted(seed: int, most: 
 
 @pytest.mark.parametrize("least", [0.01, 0.05, 0.2])
 @pytest.mark.parametrize("depth", [0, 1, 3])
-def test_a_tree_stays_within_its_bounds_and_leaves_nothing_else_out(depth: int, least: float) -> None:
+def test_a_tree_has_every_node_within_its_bounds(depth: int, least: float) -> None:
     for seed in range(5):
         drafter, text = random_drafter(seed)
         possible = everything(drafter, drafter.match, depth)
@@ -192,7 +192,7 @@ def test_a_tree_stays_within_its_bounds_and_leaves_nothing_else_out(depth: int, 
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_without_branching_a_tree_is_the_chain_of_the_likeliest(seed: int) -> None:
+def test_without_branching_a_tree_is_the_most_probable_chain(seed: int) -> None:
     drafter, text = random_drafter(seed)
     tree = grown(drafter, text[-1], 10, 6, branching=False)
     assert tree.is_chain
@@ -203,7 +203,7 @@ def test_without_branching_a_tree_is_the_chain_of_the_likeliest(seed: int) -> No
     assert tree.tokens[1:] == chain
 
 
-def test_nothing_is_drafted_where_nothing_occurred_before() -> None:
+def test_without_a_match_nothing_is_drafted() -> None:
     for prompt in ([], [1], [1, 2, 3]):
         assert len(grown(drafter_of(prompt), 3)) == 1
 
@@ -218,7 +218,7 @@ def test_the_best_candidate_stays_until_it_is_in_the_tree() -> None:
     assert frontier.best() == pytest.approx(Candidate(1, 4, kind(2).prior * kind(3).prior))
 
 
-def test_what_another_drafter_added_is_continued_and_not_offered_again() -> None:
+def test_nodes_of_another_drafter_get_candidates_and_are_none() -> None:
     drafter = drafter_of([7, 1, 2, 3, 4, 1, 5, 9, 1, 2])
     tree = DraftTree(2)
     frontier = drafter.frontier(tree, max_depth=5, min_probability=0.1)
@@ -233,7 +233,7 @@ def test_what_another_drafter_added_is_continued_and_not_offered_again() -> None
     assert frontier.best() == pytest.approx(Candidate(elsewhere, 9, kind(1).prior))
 
 
-def test_a_chain_goes_on_from_what_another_drafter_added() -> None:
+def test_a_chain_continues_the_nodes_of_another_drafter() -> None:
     drafter = drafter_of([7, 1, 2, 3, 4, 1, 5, 9, 1, 2])
     tree = DraftTree(2)
     frontier = drafter.frontier(tree, branching=False, max_depth=5, min_probability=0.1)
@@ -241,13 +241,13 @@ def test_a_chain_goes_on_from_what_another_drafter_added() -> None:
     assert frontier.best() == pytest.approx(Candidate(1, 9, 0.9 * kind(1).prior))
 
 
-def test_after_the_end_of_the_reply_nothing_is_drafted() -> None:
+def test_after_an_end_token_nothing_is_drafted() -> None:
     prompt = [7, 1, 2, 3, 4, 1, 2]
     assert nodes(grown(drafter_of(prompt, ends=[3]), 2)).keys() == {(3,)}
     assert (3, 4) in nodes(grown(drafter_of(prompt, ends=[4]), 2))
 
 
-def test_drafting_leaves_the_sequence_as_it_is() -> None:
+def test_drafting_does_not_change_the_sequence() -> None:
     drafter, text = random_drafter(3)
     before = everything(drafter, drafter.match, 4)
     grown(drafter, text[-1], 200, 20)
@@ -258,7 +258,7 @@ def test_drafting_leaves_the_sequence_as_it_is() -> None:
 # --- learning ------------------------------------------------------------------------------------
 
 
-def test_a_prompt_teaches_nothing_and_a_reply_does() -> None:
+def test_only_replies_are_measured() -> None:
     calibration = NgramCalibration()
     drafter = drafter_of([1, 2, 3] * 20, calibration)
     once = kind(30)
@@ -267,8 +267,8 @@ def test_a_prompt_teaches_nothing_and_a_reply_does() -> None:
     assert calibration.rate(once) == pytest.approx((DECAY + 1 + PRIOR_WEIGHT * once.prior) / (DECAY + 1 + PRIOR_WEIGHT))
 
 
-def test_each_follower_before_the_right_one_is_a_miss_and_none_after_it_counts() -> None:
-    """After 1 the drafter would say 6, 5, 4: the model writes 5."""
+def test_followers_before_the_right_one_are_misses_and_later_ones_do_not_count() -> None:
+    """After 1 the drafter would draft 6, 5, 4; the model writes 5."""
     calibration = NgramCalibration()
     drafter_of([1, 4, 1, 5, 1, 6, 1], calibration).extend([5])
     weight = PRIOR_WEIGHT
@@ -287,7 +287,7 @@ def test_followers_that_are_not_drafted_are_not_measured() -> None:
     assert calibration.rate(third) == pytest.approx(PRIOR_WEIGHT * third.prior / (1 + PRIOR_WEIGHT))
 
 
-def test_a_sequence_trusts_its_own_measurements_beside_those_of_all() -> None:
+def test_a_sequences_rate_blends_its_own_measurements_with_those_of_all() -> None:
     calibration = NgramCalibration()
     prompt = [7, 1, 2, 3, 4, 1, 2]
     learning, other = drafter_of(prompt, calibration), drafter_of(prompt, calibration)
@@ -304,7 +304,7 @@ def test_a_sequence_trusts_its_own_measurements_beside_those_of_all() -> None:
     assert dict(learning.predictions(at_two)) == pytest.approx({1: own})
 
 
-def test_a_model_that_copies_is_soon_expected_to_go_on() -> None:
+def test_a_model_that_copies_is_soon_expected_to_continue() -> None:
     draw = random.Random(2)
     prompt = [draw.randrange(500) for _ in range(300)]
     drafter = drafter_of(prompt)
@@ -314,8 +314,8 @@ def test_a_model_that_copies_is_soon_expected_to_go_on() -> None:
     assert tree.probabilities[-1] > 0.8
 
 
-def test_a_model_that_never_repeats_itself_is_soon_expected_not_to() -> None:
-    """What followed a short match is always something else: after some of this nothing is drafted."""
+def test_a_model_that_never_repeats_itself_is_soon_not_drafted_for() -> None:
+    """A short match is always followed by another token than before."""
     draw = random.Random(2)
     text = [draw.randrange(30) for _ in range(1500)]
     drafter = drafter_of(text[:300])
@@ -326,8 +326,8 @@ def test_a_model_that_never_repeats_itself_is_soon_expected_not_to() -> None:
     assert len(grown(drafter, text[-1], 20, 20, 0.1)) == 1
 
 
-def test_probabilities_are_the_shares_that_hit() -> None:
-    """Replies that copy, err and jump: at each level of probability as many are right as were expected."""
+def test_probabilities_are_calibrated() -> None:
+    """Replies that copy, err and jump: at each level of probability the share of accepted drafts is that level."""
     draw, calibration = random.Random(4), NgramCalibration()
     levels: dict[int, list[tuple[float, bool]]] = {}
     for sequence in range(300):
@@ -350,7 +350,7 @@ def test_probabilities_are_the_shares_that_hit() -> None:
 # --- what others wrote -----------------------------------------------------------------------------
 
 
-def test_what_another_sequence_wrote_is_drafted_while_it_is_being_written() -> None:
+def test_an_unfinished_reply_of_another_sequence_is_drafted_from() -> None:
     calibration, memory = NgramCalibration(), ReplyMemory()
     one, other = (NgramDrafter(calibration, memory=memory) for _ in range(2))
     one.read([1, 2, 3])
@@ -359,12 +359,12 @@ def test_what_another_sequence_wrote_is_drafted_while_it_is_being_written() -> N
     other.extend([4])
     assert list(nodes(grown(other, 4))) == [(5,), (5, 6)]
     other.extend([5, 6])
-    assert nodes(grown(other, 6)) == {}, "nobody has written more"
+    assert nodes(grown(other, 6)) == {}, "the other reply goes no further"
     one.extend([7])
     assert list(nodes(grown(other, 6))) == [(7,)]
 
 
-def test_its_own_text_comes_before_that_of_others_where_both_match_as_far() -> None:
+def test_the_sequences_own_text_comes_before_other_replies_at_equal_length() -> None:
     memory = ReplyMemory()
     for prompt in ([1, 2, 3], [1, 2, 3]):
         other = NgramDrafter(NgramCalibration(), memory=memory)
@@ -376,7 +376,7 @@ def test_its_own_text_comes_before_that_of_others_where_both_match_as_far() -> N
     assert kinds == [(4, 1, False), (3, 0, True)]
 
 
-def test_a_longer_match_elsewhere_comes_before_a_shorter_one_of_its_own() -> None:
+def test_a_longer_match_in_other_replies_comes_before_a_shorter_one_of_its_own() -> None:
     memory = ReplyMemory()
     other = NgramDrafter(NgramCalibration(), memory=memory)
     other.read([5, 6, 7, 3])
@@ -386,7 +386,7 @@ def test_a_longer_match_elsewhere_comes_before_a_shorter_one_of_its_own() -> Non
     assert [(token, kind.from_replies) for token, kind in own._followers(own.match)] == [(3, True), (4, False)]
 
 
-def test_hits_elsewhere_are_measured_apart_from_those_in_the_own_text() -> None:
+def test_matches_in_other_replies_are_measured_separately() -> None:
     calibration, memory = NgramCalibration(), ReplyMemory()
     one = NgramDrafter(calibration, memory=memory)
     one.read([1, 2, 3])
@@ -400,13 +400,13 @@ def test_hits_elsewhere_are_measured_apart_from_those_in_the_own_text() -> None:
     )
 
 
-def test_without_a_memory_a_sequence_drafts_from_itself_alone() -> None:
+def test_without_a_memory_a_sequence_drafts_from_itself_only() -> None:
     calibration = NgramCalibration()
     drafter_of([1, 2, 3], calibration).extend([4])
     assert nodes(grown(drafter_of([1, 2, 3], calibration), 3)) == {}
 
 
-def test_what_two_wrote_in_one_step_was_not_drafted_by_either() -> None:
+def test_tokens_of_one_step_are_not_measured_against_each_other() -> None:
     calibration, memory = NgramCalibration(), ReplyMemory()
     both = [NgramDrafter(calibration, memory=memory) for _ in range(2)]
     for each in both:

@@ -1,4 +1,4 @@
-"""What requests wrote lately is remembered, within a bound."""
+"""The memory of replies, within its bound."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def write(memory: ReplyMemory, tokens: list[int], prompt: list[int] | None = Non
 
 
 def after(memory: ReplyMemory, tokens: list[int]) -> list[tuple[int, int]]:
-    """What followed the end of `tokens`, and how long the suffix was that it followed."""
+    """The followers of the end of `tokens`, each with the length of the suffix that it followed."""
     match = memory.match(memory.begin(()))
     for token in tokens:
         match = memory.advance(match, token)
     return [(follower.token, follower.length) for follower in memory.followers(match)]
 
 
-def test_replies_are_remembered_with_the_end_of_their_prompts() -> None:
+def test_replies_are_kept_with_the_end_of_their_prompts() -> None:
     memory = ReplyMemory()
     prompt = list(range(100, 100 + PROMPT_TAIL + 5))
     write(memory, [1, 2], prompt)
@@ -32,7 +32,7 @@ def test_replies_are_remembered_with_the_end_of_their_prompts() -> None:
     assert after(memory, [1]) == [(2, 1)]
 
 
-def test_a_reply_stands_where_all_of_it_was_written() -> None:
+def test_a_replys_match_is_the_whole_reply() -> None:
     memory = ReplyMemory()
     write(memory, [1, 2, 3, 9])
     reply = write(memory, [1, 2, 3])
@@ -40,7 +40,7 @@ def test_a_reply_stands_where_all_of_it_was_written() -> None:
     assert [(each.token, each.length) for each in memory.followers(memory.match(reply))] == [(9, 3)]
 
 
-def test_beyond_the_bound_the_older_half_is_forgotten() -> None:
+def test_beyond_the_bound_the_older_half_is_dropped() -> None:
     memory = ReplyMemory(max_tokens=8)
     write(memory, [1, 2, 3])
     write(memory, [4, 5, 6])
@@ -49,12 +49,12 @@ def test_beyond_the_bound_the_older_half_is_forgotten() -> None:
     write(memory, [9])
     assert len(memory) == 5
     assert (after(memory, [1]), after(memory, [4])) == ([], [])
-    # Of the one that is cut, the end is kept.
+    # A reply that is cut keeps its end.
     assert after(memory, [5]) == [(6, 1)]
     assert after(memory, [7]) == [(8, 1)]
 
 
-def test_a_reply_that_goes_on_is_followed_over_what_was_forgotten() -> None:
+def test_an_unfinished_reply_can_grow_after_half_is_dropped() -> None:
     memory = ReplyMemory(max_tokens=8)
     long = write(memory, [1, 2, 3])
     write(memory, [4, 5, 6, 7, 8])
@@ -65,7 +65,7 @@ def test_a_reply_that_goes_on_is_followed_over_what_was_forgotten() -> None:
     assert memory.match(long).length == 3
 
 
-def test_one_reply_that_is_longer_than_the_bound_keeps_its_end() -> None:
+def test_a_reply_longer_than_the_bound_keeps_its_end() -> None:
     memory, draw = ReplyMemory(max_tokens=64), random.Random(1)
     text = [draw.randrange(50) for _ in range(1000)]
     reply = write(memory, text)

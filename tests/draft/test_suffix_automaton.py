@@ -1,4 +1,4 @@
-"""The suffix automaton says what a search through the whole text would say."""
+"""The suffix automaton agrees with a search through the whole text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def automaton_of(text: list[int]) -> SuffixAutomaton:
 
 
 def fibonacci(length: int) -> list[int]:
-    """The text with most suffixes that repeat: every one of its beginnings occurs again and again."""
+    """The text with most repeated suffixes: all of its prefixes recur."""
     one, other = [0], [0, 1]
     while len(other) < length:
         one, other = other, other + one
@@ -28,7 +28,7 @@ def fibonacci(length: int) -> list[int]:
 
 
 def copied(draw: random.Random) -> list[int]:
-    """A text that goes on with long parts of itself, with a change here and there."""
+    """A text that copies long parts of itself, with changes."""
     text = [draw.randrange(9) for _ in range(12)]
     while len(text) < 60:
         start = draw.randrange(len(text))
@@ -51,7 +51,7 @@ TEXTS = list(texts())
 
 
 def ends(text: list[int], piece: list[int]) -> list[int]:
-    """The places after which `piece` ended in `text`."""
+    """The positions after the occurrences of `piece` in `text`."""
     return [end for end in range(len(piece), len(text) + 1) if text[end - len(piece) : end] == piece]
 
 
@@ -60,18 +60,18 @@ def suffix(text: list[int], length: int) -> list[int]:
 
 
 def longest_earlier(text: list[int]) -> int:
-    """Length of the longest suffix that also ended before the text's end."""
+    """The length of the longest suffix that occurred earlier."""
     return next((length for length in range(len(text) - 1, 0, -1) if len(ends(text, suffix(text, length))) > 1), 0)
 
 
 def longest_within(text: list[int], drafted: list[int]) -> int:
-    """Length of the longest suffix of `text` and `drafted` that `text` has."""
+    """The length of the longest suffix of `text` + `drafted` that occurs in `text`."""
     whole = text + drafted
     return next(length for length in range(len(whole) - 1, -1, -1) if ends(text, suffix(whole, length)))
 
 
 def followed(text: list[int], piece: list[int]) -> list[int]:
-    """The tokens that came after `piece`, as often as they did."""
+    """The tokens after each occurrence of `piece`."""
     return [text[end] for end in ends(text, piece) if end < len(text)]
 
 
@@ -86,7 +86,7 @@ def followers_by_search(texts: list[list[int]], whole: list[int], longest: int) 
 
 
 def check_followers(automaton: SuffixAutomaton, match: Match, texts: list[list[int]], whole: list[int]) -> None:
-    """What is told after `match`, the end of `whole`, is what a search through `texts` finds."""
+    """The followers of `match`, the end of `whole`, are those that a search through `texts` finds."""
     told = list(automaton.followers(match))
     assert {follower.token: follower for follower in told} == followers_by_search(texts, whole, match.length)
     assert len({follower.token for follower in told}) == len(told)
@@ -107,7 +107,7 @@ def test_the_match_is_the_longest_suffix_that_occurred_earlier(text: list[int]) 
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
-def test_drafted_tokens_are_matched_as_if_they_were_the_texts(text: list[int]) -> None:
+def test_drafted_tokens_are_matched_like_tokens_of_the_text(text: list[int]) -> None:
     draw, automaton = random.Random(len(text)), automaton_of(text)
     for _ in range(8):
         match, drafted = automaton.match, list[int]()
@@ -120,7 +120,7 @@ def test_drafted_tokens_are_matched_as_if_they_were_the_texts(text: list[int]) -
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_texts_that_grow_in_turns_are_told_of_as_if_all_were_searched(seed: int) -> None:
+def test_followers_in_several_growing_texts_agree_with_a_search(seed: int) -> None:
     draw, automaton = random.Random(seed), SuffixAutomaton()
     texts: list[list[int]] = [[] for _ in range(draw.randint(2, 4))]
     states = [0] * len(texts)
@@ -133,7 +133,7 @@ def test_texts_that_grow_in_turns_are_told_of_as_if_all_were_searched(seed: int)
             check_followers(automaton, Match(state, len(text)), texts, text)
 
 
-def test_what_was_found_last_is_told_first_whichever_text_it_is_of() -> None:
+def test_the_latest_follower_comes_first_whichever_text_it_is_in() -> None:
     automaton, one, other = SuffixAutomaton(), 0, 0
     for token in (1, 2):
         one = automaton.extend(one, token)
@@ -151,12 +151,12 @@ def test_a_token_that_never_occurred_leaves_no_match() -> None:
     assert list(automaton.followers(Match(0, 0))) == []
 
 
-def test_nothing_is_told_by_an_empty_text() -> None:
+def test_an_empty_text_has_no_followers() -> None:
     automaton = SuffixAutomaton()
     assert (len(automaton), automaton.match, automaton.advance(automaton.match, 1)) == (0, Match(0, 0), Match(0, 0))
 
 
-def test_token_ids_below_zero_are_refused() -> None:
+def test_negative_token_ids_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 0, not -1"):
         SuffixAutomaton().append(-1)
 
@@ -165,7 +165,7 @@ def test_token_ids_below_zero_are_refused() -> None:
 
 
 class LatestFirst:
-    """What followed each substring, the latest found first, by the rule alone: a substring's list for every one."""
+    """The plain form of the order: a list of followers for every substring, the latest first."""
 
     def __init__(self) -> None:
         self.text: list[int] = []
@@ -185,7 +185,7 @@ class LatestFirst:
 
 
 @pytest.mark.parametrize("letters", [2, 3, 5])
-def test_of_one_length_the_latest_found_comes_first(letters: int) -> None:
+def test_within_one_length_the_latest_follower_comes_first(letters: int) -> None:
     draw = random.Random(letters)
     automaton, rule = SuffixAutomaton(), LatestFirst()
     for _ in range(70):
@@ -198,7 +198,7 @@ def test_of_one_length_the_latest_found_comes_first(letters: int) -> None:
         rule.append(token)
 
 
-def test_what_followed_last_is_told_first() -> None:
+def test_the_latest_follower_comes_first() -> None:
     assert [each.token for each in automaton_of([1, 5, 1, 6, 1, 7, 1]).followers(Match(1, 1))] == [7, 6, 5]
     assert [each.token for each in automaton_of([1, 5, 1, 6, 1, 7, 1, 5, 1]).followers(Match(1, 1))] == [5, 7, 6]
 
@@ -207,11 +207,11 @@ def test_what_followed_last_is_told_first() -> None:
 
 
 def content(automaton: SuffixAutomaton) -> list[Any]:
-    """All that it holds, the order of dicts included."""
+    """Its whole state, the order of dicts included."""
     return [repr(value) for value in vars(automaton).values()]
 
 
-def test_looking_ahead_changes_nothing() -> None:
+def test_advance_and_followers_change_nothing() -> None:
     automaton = automaton_of([0, 1, 0, 2, 0, 1, 0, 2, 2, 0, 1])
     before = content(automaton)
     match = automaton.match
@@ -246,7 +246,7 @@ def long_texts() -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("name", long_texts())
-def test_states_and_steps_grow_with_the_text_alone(name: str) -> None:
+def test_states_and_steps_are_linear_in_the_text(name: str) -> None:
     text, automaton = long_texts()[name], SuffixAutomaton()
     automaton._link = CountedReads("i", [-1])
     for token in text:
@@ -257,7 +257,7 @@ def test_states_and_steps_grow_with_the_text_alone(name: str) -> None:
     assert automaton.states - len(automaton._branches) + followers <= 3 * len(text)
 
 
-def test_a_text_of_many_periods_is_not_walked_to_its_beginning() -> None:
+def test_in_a_text_of_many_periods_few_links_are_followed() -> None:
     automaton = automaton_of([5, 6, *[5] * 400])
     reads = automaton._link = CountedReads("i", automaton._link)
     assert automaton.match.length == 399

@@ -1,4 +1,4 @@
-"""What a budget does to a pass: the router's own arithmetic over what is left, and nothing to whom it is not for."""
+"""A pass under a budget: the router's arithmetic over the allowed experts, and unrestricted tokens unchanged."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _inference() -> Iterator[None]:
 
 
 class Pass(NamedTuple):
-    """What one layer of a pass computed: `chosen` and `weights` [tokens, top-k], `output` as `hidden`."""
+    """A call of a layer: `chosen` and `weights` are [tokens, top-k], `output` has the shape of `hidden`."""
 
     layer: int
     hidden: torch.Tensor
@@ -42,7 +42,7 @@ class Pass(NamedTuple):
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[Pass]:
-    """What layers compute from now on."""
+    """The calls of layers from now on."""
     seen: list[Pass] = []
     compute = ExpertLayer.compute
 
@@ -63,14 +63,14 @@ def routing(own: Running, budget: Budget, dropped: str, rows: Sequence[float] = 
 
 
 class Family(NamedTuple):
-    """How a family chooses and weighs, one token at a time."""
+    """A family's choice and routing weights, one token at a time."""
 
     scores: Callable[[Any, torch.Tensor], torch.Tensor]
-    """What it chooses by, [tokens, experts]: of its block and the hidden states."""
+    """The scores that it chooses by, [tokens, experts], from its block and the hidden states."""
     weigh: Callable[[Any, torch.Tensor, torch.Tensor, list[int]], torch.Tensor]
-    """The weights of the chosen ones, of its block, a token's hidden state and scores."""
+    """The routing weights of the chosen experts, from its block, a token's hidden state and scores."""
     probabilities: Callable[[torch.Tensor], torch.Tensor]
-    """Its scores as shares of 1."""
+    """Its scores normalised to a sum of 1."""
 
 
 def gate(block: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -94,7 +94,7 @@ def soft(block: Any, hidden: torch.Tensor, scores: torch.Tensor, chosen: list[in
 
 
 def grouped(block: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """Sigmoids and biases; minus infinity outside of the best two of four groups, judged by their best two each."""
+    """Sigmoid plus bias; minus infinity outside of the best two of four groups, ranked by their best two experts."""
     scores = gate(block, hidden).sigmoid() + block.gate.e_score_correction_bias
     hidden_ones = torch.full_like(scores, float("-inf"))
     for token, each in enumerate(scores.view(len(scores), 4, -1)):
@@ -107,7 +107,7 @@ def grouped(block: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def sigmoids(block: Any, hidden: torch.Tensor, scores: torch.Tensor, chosen: list[int]) -> torch.Tensor:
-    """Without the bias, and to the family's factor."""
+    """Without the bias, times the family's factor."""
     weights = gate(block, hidden[None])[0].sigmoid()[chosen]
     return weights / weights.sum() * float(block.gate.routed_scaling_factor)
 
@@ -134,20 +134,20 @@ FAMILIES = {
 
 
 def best(scores: torch.Tensor, among: Sequence[int], most: int) -> list[int]:
-    """The best of those `among` that the family did not hide itself."""
+    """The best experts `among` those that the family does not hide."""
     there = [expert for expert in among if scores[expert] > float("-inf")]
     return sorted(there, key=lambda expert: -float(scores[expert]))[:most]
 
 
 def best_set(family: Family, scores: torch.Tensor, rule: str, size: int) -> list[int]:
-    """MoE-Spec's set: the greatest sums over nodes, by path probability or without."""
+    """MoE-Spec's set: the greatest sums over nodes, weighted by path probability or not."""
     weigh = torch.tensor(CERTAIN)[:, None] if rule == "path" else 1.0
     sums = (family.probabilities(scores) * weigh).sum(0)
     return best(sums, range(len(sums)), size)
 
 
 def expected(family: Family, block: Any, seen: Pass, experts: int, size: int, rule: str, dropped: str) -> torch.Tensor:
-    """The weights of a layer under the budget, [tokens, experts], with the choice made token by token."""
+    """The routing weights of a layer under the budget, [tokens, experts], computed token by token."""
     scores = family.scores(block, seen.hidden)
     allowed = best_set(family, scores, rule, size)
     weights = torch.zeros(len(scores), experts)
@@ -164,10 +164,10 @@ def expected(family: Family, block: Any, seen: Pass, experts: int, size: int, ru
 
 @pytest.mark.parametrize("dropped", ["substitute", "truncate"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_layer_computes_what_its_routers_arithmetic_gives_inside_of_the_set(
+def test_a_layer_computes_its_routers_arithmetic_inside_of_the_set(
     name: str, dropped: str, zoo: Zoo, passes: list[Pass]
 ) -> None:
-    """Sets of fewer experts than a token takes, of a few, and of all but one; the experts by transformers."""
+    """Sets of fewer experts than the top-k, of a few, and of all but one; transformers computes the experts."""
     model, family = reference(zoo(name)), FAMILIES[name]
     with running(zoo(name)) as own:
         for size, rule in ((1, "sum"), (3, "path"), (4, "sum"), (own.store.experts[0] - 1, "path")):
@@ -188,8 +188,8 @@ def test_a_layer_computes_what_its_routers_arithmetic_gives_inside_of_the_set(
                 assert torch.allclose(seen.output, output, atol=1e-5 * float(output.abs().max()))
 
 
-def test_a_router_that_chooses_unseen_loses_what_is_dropped(zoo: Zoo, passes: list[Pass]) -> None:
-    """And what it keeps has the weight that it gave."""
+def test_a_router_without_topk_loses_its_dropped_choices(zoo: Zoo, passes: list[Pass]) -> None:
+    """And the others keep their routing weights."""
     with running(zoo("phimoe")) as own:
         own.logits(IDS)
         exact = passes[0].dense(8)
@@ -198,7 +198,7 @@ def test_a_router_that_chooses_unseen_loses_what_is_dropped(zoo: Zoo, passes: li
             passes.clear()
             with own.layers.overriding(routing(own, Budget(Unit.EXPERTS, size, rule), "substitute")):
                 assert own.logits(IDS).isfinite().all()
-            # The first layer is the only one that has the same input.
+            # Only the first layer has the same input in both passes.
             topk_weights = exact / exact.sum(-1, keepdim=True)
             sums = (topk_weights * (torch.tensor(CERTAIN)[:, None] if rule == "path" else 1.0)).sum(0)
             kept = torch.zeros(8, dtype=torch.bool)
@@ -206,8 +206,8 @@ def test_a_router_that_chooses_unseen_loses_what_is_dropped(zoo: Zoo, passes: li
             assert torch.allclose(passes[0].dense(8), exact * kept)
 
 
-def test_residency_first_moves_the_best_of_what_is_missing(zoo: Zoo, passes: list[Pass]) -> None:
-    """So many, and never one that nobody chose; what is there is used whether it is among the best or not."""
+def test_residency_first_loads_the_best_missing_experts(zoo: Zoo, passes: list[Pass]) -> None:
+    """Up to the budget, and none that no token chose; resident experts are always used."""
     family = FAMILIES["qwen3_moe"]
     model = reference(zoo("qwen3_moe"))
     with running(zoo("qwen3_moe")) as own:

@@ -1,4 +1,4 @@
-"""One MoE layer's arithmetic: kernels against the reference, and both against float64."""
+"""The experts' arithmetic: kernels against the reference, and both against float64."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def choices(tokens: int, experts: int, top_k: int, width: int, dtype: str) -> tu
 
 
 def exact(module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The weighted sum of the chosen experts in float64, from transformers' own stacked weights and gate."""
+    """The weighted sum of the chosen experts in float64, from transformers' stacked weights and gate."""
     up_name = "gate_up_proj" if module.has_gate else "up_proj"
 
     def linear(x: torch.Tensor, name: str, expert: int) -> torch.Tensor:
@@ -95,7 +95,7 @@ def test_a_token_has_the_same_result_alone_and_among_others(plain: bool, zoo: Zo
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_the_result_does_not_depend_on_what_is_resident(plain: bool, zoo: Zoo) -> None:
-    """The order of arrival must not show in a single bit."""
+    """The order in which records arrive changes no bit."""
     with running(zoo("mixtral"), slots=1, plain=plain) as few, running(zoo("mixtral"), plain=plain) as all_of_them:
         moe = few.blueprint.experts_modules[2]
         inputs = choices(12, moe.experts, 2, 64, "float32")
@@ -116,7 +116,7 @@ def test_leading_dimensions_are_kept(plain: bool, zoo: Zoo) -> None:
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_null_choices_cost_nothing_and_add_nothing(plain: bool, zoo: Zoo) -> None:
+def test_null_choices_load_nothing_and_add_nothing(plain: bool, zoo: Zoo) -> None:
     """Some families choose "no expert": an index past the last one, or any index with weight 0."""
     with running(zoo("mixtral"), plain=plain) as own:
         moe = own.blueprint.experts_modules[0]
@@ -130,7 +130,7 @@ def test_null_choices_cost_nothing_and_add_nothing(plain: bool, zoo: Zoo) -> Non
         assert own.cache.residents(0) == [5]
 
 
-def test_a_batch_groups_pairs_by_expert_and_asks_last_for_what_most_and_the_latest_want() -> None:
+def test_pairs_are_grouped_by_expert_and_the_experts_of_most_and_latest_tokens_come_last() -> None:
     index = torch.tensor([[3, 1], [1, 2], [3, 0]])
     batch = TokenGroups(torch.zeros(3, 4), index, torch.ones(3, 2), 4)
     assert batch.rows == {3: [0, 4], 1: [1, 2], 2: [3], 0: [5]}
@@ -165,7 +165,7 @@ def test_few_tokens_go_through_kernels_and_many_through_the_reference(
 
 
 def test_with_pytorchs_threads_at_work_the_kernels_stay_out(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two pools of threads on the same cores would slow each other down."""
+    """Two thread pools on the same cores slow each other down."""
     reference_calls: list[int] = []
     original = PlainExperts._one
 

@@ -1,4 +1,4 @@
-"""Passes side by side: who waits for whom at which layer, what each gets, and what an error leaves behind."""
+"""Passes in lockstep: which wait for which at which layer, what each gets, and what an error leaves behind."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.checkpoints import Zoo, running
 
 
 class Layer:
-    """Stands in for an expert layer: adds its number and the weights, and notes who came together."""
+    """A fake MoE layer: adds its number and the weights, and logs which passes it computed together."""
 
     def __init__(self, number: int, log: list[tuple[int, list[int]]]) -> None:
         self.number = number
@@ -30,7 +30,7 @@ class Layer:
 
 
 class Passes:
-    """A meeting, its layers, and tasks that visit some of them."""
+    """A `LockstepPasses`, its layers, and tasks that call some of them."""
 
     def __init__(self, layers: int = 4) -> None:
         self.log: list[tuple[int, list[int]]] = []
@@ -38,7 +38,7 @@ class Passes:
         self.lockstep = LockstepPasses()
 
     def visiting(self, name: int, numbers: list[int], then: Callable[[], Any] = lambda: None) -> Callable[[], float]:
-        """A task that visits the layers `numbers` one after the other, and returns its name and what they added."""
+        """A task that calls the layers `numbers` in turn; returns 100 times its name, plus what the layers added."""
 
         def task() -> float:
             hidden = torch.tensor([100.0 * name])
@@ -55,14 +55,14 @@ def expected(name: int, numbers: list[int]) -> float:
     return 100.0 * name + sum(numbers) + 0.5 * len(numbers)
 
 
-def test_all_meet_at_every_layer_and_results_keep_their_order() -> None:
+def test_all_passes_wait_at_every_layer_and_results_keep_their_order() -> None:
     passes = Passes()
     results = passes.lockstep.run([passes.visiting(name, [0, 1, 2, 3]) for name in (3, 1, 2)])
     assert results == [expected(name, [0, 1, 2, 3]) for name in (3, 1, 2)]
     assert passes.log == [(number, [3, 1, 2]) for number in range(4)]
 
 
-def test_passes_of_different_lengths_wait_only_for_those_that_come() -> None:
+def test_passes_wait_only_for_those_that_still_run() -> None:
     visits = {1: [0, 1, 2, 3], 2: [1, 3], 3: [], 4: [3]}
     passes = Passes()
     results = passes.lockstep.run([passes.visiting(*each) for each in visits.items()])
@@ -71,7 +71,7 @@ def test_passes_of_different_lengths_wait_only_for_those_that_come() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_every_layer_is_computed_once_whoever_visits_it(seed: int) -> None:
+def test_every_layer_is_computed_once_for_all_passes_that_call_it(seed: int) -> None:
     draw = random.Random(seed)
     visits = {name: sorted(draw.sample(range(10), draw.randint(0, 10))) for name in range(draw.randint(1, 12))}
     passes = Passes(10)
@@ -88,7 +88,7 @@ def test_no_task_is_no_result() -> None:
 
 
 def ending(ended: list[int], name: int, task: Callable[[], float]) -> Callable[[], float]:
-    """`task`, which notes in `ended` that it was left."""
+    """`task`, which notes in `ended` that it was abandoned."""
 
     def wrapped() -> float:
         try:
@@ -100,7 +100,7 @@ def ending(ended: list[int], name: int, task: Callable[[], float]) -> Callable[[
 
 
 @pytest.mark.parametrize("visits", [[], [0], [0, 1, 2]])
-def test_an_error_in_one_ends_the_others_and_goes_on(visits: list[int]) -> None:
+def test_an_error_in_one_pass_abandons_the_others_and_is_raised(visits: list[int]) -> None:
     """Before its first layer, between two, and after the others have finished."""
     passes, ended = Passes(), list[int]()
 
@@ -115,12 +115,12 @@ def test_an_error_in_one_ends_the_others_and_goes_on(visits: list[int]) -> None:
     ]
     with pytest.raises(ArithmeticError, match="in the second"):
         passes.lockstep.run([ending(ended, name, task) for name, task in enumerate(tasks, start=1)])
-    # Those that had not begun have nothing to end.
+    # Passes that had not begun are not abandoned.
     assert sorted(ended) == ([1, 2] if not visits else [1, 2, 3, 4])
     assert max([number for number, _ in passes.log], default=-1) <= max(visits, default=-1)
 
 
-def test_an_error_of_a_layer_ends_all() -> None:
+def test_an_error_in_a_layer_abandons_all_passes() -> None:
     passes, ended = Passes(), list[int]()
 
     def fail(*arguments: object) -> None:
@@ -135,8 +135,8 @@ def test_an_error_of_a_layer_ends_all() -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_nothing_is_left_behind(fails: bool) -> None:
-    """No greenlet, and so nothing that its frames hold, without waiting for Python's collector."""
+def test_no_greenlet_is_left_behind(fails: bool) -> None:
+    """So nothing in its frames stays alive until the garbage collector runs."""
     greenlets: list[weakref.ref[greenlet]] = []
     outer = getcurrent()
 
@@ -166,7 +166,7 @@ def test_nothing_is_left_behind(fails: bool) -> None:
         gc.enable()
 
 
-def test_a_pass_outside_of_a_meeting_computes_alone_even_after_one_has_failed(zoo: Zoo) -> None:
+def test_a_pass_outside_of_lockstep_computes_alone_also_after_lockstep_has_failed(zoo: Zoo) -> None:
     with running(zoo("mixtral")) as own:
         expected_logits = own.logits([5, 6, 7])
 
@@ -174,7 +174,7 @@ def test_a_pass_outside_of_a_meeting_computes_alone_even_after_one_has_failed(zo
             own.logits([8, 9])
             raise ArithmeticError
 
-        # Passes that take turns may not each set a mode of the thread: one that ends first takes it from the others.
+        # Greenlets share the thread's modes, so passes in lockstep must not each set one.
         with torch.inference_mode(), own.layers.lockstep() as lockstep:
             found = lockstep.run([lambda: own.logits([5, 6, 7]), lambda: own.logits([200])])[0]
         torch.testing.assert_close(found, expected_logits, rtol=1e-4, atol=1e-4)

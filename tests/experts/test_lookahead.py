@@ -1,4 +1,4 @@
-"""The next layer's router on this layer's input: which routers are recognised, what is named, what is learnt."""
+"""The lookahead: which routers it recognises, what it predicts, and what it learns."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ROUTERS = {
     "ernie4_5_moe": "gate.weight",
     "qwen3_5_moe": "gate.weight",
 }
-"""Where, beside its experts, a family has its router."""
+"""The router's weight in each family, relative to the MoE block."""
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ class Experts(nn.Module):
 
 
 class Block(nn.Module):
-    """Experts beside their router, whose weights are drawn."""
+    """A MoE block: a router with random weights and its experts."""
 
     def __init__(self, count: int, width: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Layers of so many experts each, with routers of random weights beside them."""
+    """A model of MoE blocks with the given numbers of experts."""
 
     def __init__(self, experts: Sequence[int], widths: Sequence[int] | None = None) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ def hidden_of(tokens: int, seed: int = 0, width: int = HIDDEN) -> torch.Tensor:
 
 
 def best_ranks(scores: torch.Tensor, count: int) -> dict[int, int]:
-    """The plain form: each token's `count` best experts, and the best rank that each has for any."""
+    """The plain form: each token's `count` best experts, each with its best rank over the tokens."""
     ranks: dict[int, int] = {}
     for row in scores.tolist():
         for rank, expert in enumerate(sorted(range(len(row)), key=lambda expert: -row[expert])[:count]):
@@ -117,7 +117,7 @@ def of_family(family: str, **how: int) -> tuple[nn.Module, list[ExpertsModule], 
 
 
 @pytest.mark.parametrize("family", ROUTERS)
-def test_routers_are_recognised_beside_their_experts(family: str) -> None:
+def test_routers_are_recognised_next_to_their_experts(family: str) -> None:
     model, experts_modules, lookahead = of_family(family)
     for moe, router in zip(experts_modules, lookahead._routers, strict=True):
         assert router is not None
@@ -132,7 +132,7 @@ def test_routers_are_recognised_beside_their_experts(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "nemotron_h", "glm4_moe", "minimax_m2"])
-def test_what_corrects_a_familys_choice_is_found(family: str) -> None:
+def test_a_familys_correction_bias_is_found(family: str) -> None:
     model, experts_modules, lookahead = of_family(family)
     for moe, router in zip(experts_modules, lookahead._routers, strict=True):
         assert router is not None
@@ -151,13 +151,13 @@ def test_what_corrects_a_familys_choice_is_found(family: str) -> None:
     ],
     ids=["a-network", "one-row-more", "latent-experts", "two-candidates"],
 )
-def test_layers_with_another_kind_of_router_are_not_foretold(family: str, how: dict[str, int]) -> None:
+def test_layers_with_another_kind_of_router_are_not_predicted(family: str, how: dict[str, int]) -> None:
     _, experts_modules, lookahead = of_family(family, **how)
     assert len(experts_modules) > 1
     assert not any(lookahead.can_predict(layer) for layer in range(len(experts_modules)))
 
 
-def test_a_router_of_another_kind_leaves_out_its_layer_and_the_next() -> None:
+def test_neither_a_layer_with_another_kind_of_router_nor_the_next_is_predicted() -> None:
     lookahead = made(Model([4] * 6, widths=[HIDDEN, HIDDEN, 8, HIDDEN, HIDDEN, HIDDEN]))
     assert [lookahead.can_predict(layer) for layer in range(6)] == [False, True, False, False, True, True]
     lookahead.enter_layer(2, hidden_of(3, width=8))
@@ -169,9 +169,7 @@ def test_a_router_of_another_kind_leaves_out_its_layer_and_the_next() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 5, MAX_PREDICTED_TOKENS])
 @pytest.mark.parametrize(("experts", "top_k"), [((12, 12), 2), ((12, 12), 5), ((6, 20), 3), ((20, 3), 2)])
-def test_before_it_has_learnt_it_names_what_the_next_router_chooses(
-    experts: tuple[int, int], top_k: int, tokens: int
-) -> None:
+def test_untrained_it_predicts_the_next_routers_choice(experts: tuple[int, int], top_k: int, tokens: int) -> None:
     model = Model(experts)
     lookahead = made(model)
     hidden = hidden_of(tokens)
@@ -181,7 +179,7 @@ def test_before_it_has_learnt_it_names_what_the_next_router_chooses(
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
-def test_so_it_does_on_a_checkpoint(family: str, zoo: Zoo) -> None:
+def test_untrained_it_predicts_the_next_routers_choice_on_a_checkpoint(family: str, zoo: Zoo) -> None:
     with running(zoo(family)) as own:
         experts_modules = own.blueprint.experts_modules
         lookahead = Lookahead(own.model, experts_modules)
@@ -194,7 +192,7 @@ def test_so_it_does_on_a_checkpoint(family: str, zoo: Zoo) -> None:
             assert lookahead.predict(layer, hidden, 2) == best_ranks(scores, 4)
 
 
-def test_hidden_states_of_another_dtype_are_taken() -> None:
+def test_hidden_states_may_have_another_dtype() -> None:
     model = Model([8, 8]).to(torch.bfloat16)
     lookahead = made(model)
     assert lookahead.predict(1, hidden_of(3).to(torch.bfloat16), 2)
@@ -205,7 +203,7 @@ def test_hidden_states_of_another_dtype_are_taken() -> None:
 # --- what is learnt --------------------------------------------------------------------------------
 
 
-def test_many_tokens_are_learnt_from_and_nothing_is_said_of_them() -> None:
+def test_many_tokens_are_learnt_from_and_not_predicted() -> None:
     model = Model([8, 8])
     few, many = made(model), made(model)
     before, after = hidden_of(MAX_PREDICTED_TOKENS + 1), hidden_of(MAX_PREDICTED_TOKENS + 1, seed=1)
@@ -218,7 +216,7 @@ def test_many_tokens_are_learnt_from_and_nothing_is_said_of_them() -> None:
     assert many.predict(1, fresh, 2) == few.predict(1, fresh, 2) != made(model).predict(1, fresh, 2)
 
 
-def test_of_very_many_tokens_the_first_are_learnt_from() -> None:
+def test_of_very_many_tokens_only_the_first_are_learnt_from() -> None:
     model = Model([8, 8])
     some, all_of_them = made(model), made(model)
     before, after = hidden_of(MAX_LEARNT_TOKENS + 500), hidden_of(MAX_LEARNT_TOKENS + 500, seed=1)
@@ -232,8 +230,8 @@ def test_of_very_many_tokens_the_first_are_learnt_from() -> None:
     assert some._maps[1]._tokens == MAX_LEARNT_TOKENS
 
 
-@pytest.mark.parametrize("what", ["another pass", "twice", "not looked"])
-def test_only_a_pass_that_was_looked_at_is_learnt_from(what: str) -> None:
+@pytest.mark.parametrize("what", ["another pass", "twice", "not predicted"])
+def test_only_a_predicted_pass_is_learnt_from(what: str) -> None:
     lookahead = made(Model([8, 8]))
     assert lookahead._maps[1] is not None
     if what == "another pass":
@@ -250,8 +248,8 @@ def test_only_a_pass_that_was_looked_at_is_learnt_from(what: str) -> None:
     assert lookahead._maps[1]._tokens == 0
 
 
-def test_layers_of_different_sizes_are_learnt_apart() -> None:
-    """Each layer adds an offset to what its experts see, so that the next router alone names the wrong ones."""
+def test_layers_of_different_sizes_have_maps_of_their_own() -> None:
+    """Each layer adds an offset to its experts' input, so the next router alone predicts wrong experts."""
     experts = (6, 10, 3, 14)
     model = Model(experts)
     learning, fixed = made(model), made(model)
@@ -274,7 +272,7 @@ def test_layers_of_different_sizes_are_learnt_apart() -> None:
 
 
 def passed_through(own: Running, ids: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """For each layer what entered its experts, [tokens, hidden size], and which were chosen, [tokens, top-k]."""
+    """For each layer the input of its experts, [tokens, hidden size], and the chosen ones, [tokens, top-k]."""
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def keep(module: nn.Module, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
@@ -286,8 +284,8 @@ def passed_through(own: Running, ids: list[int]) -> list[tuple[torch.Tensor, tor
     return seen
 
 
-def test_it_gets_better_on_a_text() -> None:
-    """On the model that is shipped, token by token, beside the same without learning."""
+def test_training_improves_its_predictions_on_a_text() -> None:
+    """On the shipped model, token by token, compared with an untrained lookahead."""
     items = islice(TASKS[0].items(HELD_OUT_SEED, held_out=True), 3)
     with running(demo_folder()) as own:
         tokenizer = load_tokenizer(own.blueprint.checkpoint)

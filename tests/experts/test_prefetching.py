@@ -1,4 +1,4 @@
-"""Engines that bring experts before they are asked for say what they say without, and count what they move."""
+"""Engines with prefetching reply the same as without it, and account for every byte that they move."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ TOKENS = 14
 SLOW = 0.1
 """GB/s: a record of a tiny checkpoint takes about as long as its layer."""
 PERIODIC = (PROMPT[:6] * 4)[:23]
-"""A prompt in which n-grams come back."""
+"""A prompt with repeated n-grams."""
 
 
 class Watched:
-    """What engines ask of their caches and their lookaheads while it is installed."""
+    """Counts what engines prefetch, need and predict while it is installed."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.brought = 0
-        """Experts that were brought for a prediction."""
-        self.asked = 0
-        """Experts that passes asked for."""
-        self.looked = 0
+        self.prefetched = 0
+        """Experts that were prefetched."""
+        self.needed = 0
+        """Experts that passes needed."""
+        self.predicted = 0
         prefetch, enter_layer, predict_next = ExpertCache.prefetch, ExpertPredictor.enter_layer, Lookahead.predict
 
         def prefetching(
             cache: ExpertCache, experts: Sequence[ExpertId], needed_sooner: Collection[ExpertId] = ()
         ) -> int:
             started = prefetch(cache, experts, needed_sooner)
-            self.brought += started
+            self.prefetched += started
             return started
 
         def reaching(predictor: ExpertPredictor, layer: int, wanted: Sequence[int], hidden: torch.Tensor) -> None:
-            self.asked += len(wanted)
+            self.needed += len(wanted)
             enter_layer(predictor, layer, wanted, hidden)
 
         def looking(lookahead: Lookahead, layer: int, hidden: torch.Tensor, top_k: int) -> dict[int, int]:
-            self.looked += 1
+            self.predicted += 1
             return predict_next(lookahead, layer, hidden, top_k)
 
         monkeypatch.setattr(ExpertCache, "prefetch", prefetching)
@@ -59,7 +59,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
 
 
 def assert_accounted(engine: Engine) -> None:
-    """Every byte that crossed the link is told once; what was prefetched and not asked for yet is in its slot."""
+    """Every byte that crossed the link is counted once; prefetched experts not used yet are in their slots."""
     runtime = engine._runtime
     assert runtime is not None
     cache = runtime.cache
@@ -76,7 +76,7 @@ def load(folder: Path, slots: int | str, **options: Any) -> Engine:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "nemotron_h"])
-def test_what_is_said_does_not_depend_on_what_is_brought(family: str, zoo: Zoo, watched: Watched) -> None:
+def test_replies_do_not_depend_on_prefetching(family: str, zoo: Zoo, watched: Watched) -> None:
     folder = zoo(family)
     expected = greedy(reference(folder), PERIODIC, TOKENS)
     plan = Engine.plan_for(folder, device="cpu")
@@ -85,15 +85,15 @@ def test_what_is_said_does_not_depend_on_what_is_brought(family: str, zoo: Zoo, 
         with load(folder, slots, link_gbps=SLOW, speculate=speculate) as engine:
             assert list(engine.generate(PERIODIC, Sampling(max_tokens=TOKENS)).token_ids) == expected
             assert_accounted(engine)
-    brought = watched.brought
-    assert brought > 0
+    prefetched = watched.prefetched
+    assert prefetched > 0
     with load(folder, half, link_gbps=SLOW, speculate="self", prefetch="off") as engine:
         assert list(engine.generate(PERIODIC, Sampling(max_tokens=TOKENS)).token_ids) == expected
         assert_accounted(engine)
-    assert watched.brought == brought
+    assert watched.prefetched == prefetched
 
 
-def test_several_requests_at_once_say_what_they_say_alone(zoo: Zoo) -> None:
+def test_concurrent_requests_get_the_replies_that_they_get_alone(zoo: Zoo) -> None:
     folder = zoo("mixtral")
     requests = [(PROMPT[start : start + 9], Sampling(max_tokens=9, temperature=1.0, seed=start)) for start in range(5)]
     with load(folder, "100%", prefetch="off", speculate="off") as engine:
@@ -111,8 +111,8 @@ def test_the_counters_add_up(speculate: str, zoo: Zoo, watched: Watched) -> None
         for start in range(3):
             engine.generate(PROMPT[start:], Sampling(max_tokens=TOKENS))
         stats = engine.stats
-        assert stats.hits + stats.misses == watched.asked > 0
-        assert watched.brought > 0
+        assert stats.hits + stats.misses == watched.needed > 0
+        assert watched.prefetched > 0
         record = engine.plan.slot_nbytes
         assert stats.bytes_hit == stats.hits * record
         waited_for = stats.bytes_prefetched_late + stats.bytes_demanded
@@ -125,9 +125,9 @@ def test_the_counters_add_up(speculate: str, zoo: Zoo, watched: Watched) -> None
             for fate in ("useful", "late", "wasted")
         )
         assert 0 < useful <= stats.bytes_prefetched_used
-        # One may arrive between the moment that a pass asks and that in which it waits.
-        assert useful + late <= watched.asked * record
-        # What one pass had no use for the next one may have.
+        # A record may arrive between a pass's request and its wait.
+        assert useful + late <= watched.needed * record
+        # An expert prefetched for one pass may be used by the next.
         assert useful + late + wasted >= stats.bytes_prefetched_used + stats.bytes_prefetched_late
         assert_accounted(engine)
         for rate in (stats.lookahead_recall, stats.lookahead_precision):
@@ -136,20 +136,20 @@ def test_the_counters_add_up(speculate: str, zoo: Zoo, watched: Watched) -> None
             assert (0 < rate <= 1) == (speculate == "self")
 
 
-def test_with_room_for_all_experts_nothing_is_foretold(zoo: Zoo, watched: Watched) -> None:
+def test_with_room_for_all_experts_nothing_is_predicted(zoo: Zoo, watched: Watched) -> None:
     with load(zoo("mixtral"), "100%", link_gbps=SLOW, speculate="self") as engine:
         engine.generate(PROMPT, Sampling(max_tokens=TOKENS))
         stats = engine.stats
-        assert (watched.brought, watched.looked) == (0, 0)
+        assert (watched.prefetched, watched.predicted) == (0, 0)
         assert stats.forecast_recall == stats.lookahead_recall == 0
         assert stats.bytes_prefetched_wasted == 0
         assert_accounted(engine)
 
 
-def test_switched_off_nothing_is_foretold(zoo: Zoo, watched: Watched) -> None:
+def test_switched_off_nothing_is_predicted(zoo: Zoo, watched: Watched) -> None:
     with load(zoo("mixtral"), "40%", prefetch="off", speculate="off") as engine:
         engine.generate(PROMPT, Sampling(max_tokens=TOKENS))
-        assert (watched.brought, watched.looked) == (0, 0)
+        assert (watched.prefetched, watched.predicted) == (0, 0)
         assert engine.stats.lookahead_recall == 0
 
 
@@ -158,23 +158,23 @@ def test_switched_off_nothing_is_foretold(zoo: Zoo, watched: Watched) -> None:
     [("zaya", {}), ("inkling_text", {}), ("nemotron_h", {"moe_latent_size": 32})],
     ids=["a-network", "one-row-more", "latent-experts"],
 )
-def test_families_with_another_kind_of_router_run_without_being_foretold(
+def test_families_with_another_kind_of_router_run_without_predictions(
     family: str, how: dict[str, int], zoo: Zoo, watched: Watched
 ) -> None:
     folder = zoo(family, **how)
     expected = greedy(reference(folder), PROMPT, 6)
     with load(folder, "50%") as engine:
         assert list(engine.generate(PROMPT, Sampling(max_tokens=6)).token_ids) == expected
-    assert (watched.brought, watched.looked) == (0, 0)
+    assert (watched.prefetched, watched.predicted) == (0, 0)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_long_prompt_is_learnt_from_and_not_foretold(device: str, zoo: Zoo, watched: Watched) -> None:
+def test_a_long_prompt_is_learnt_from_and_not_predicted(device: str, zoo: Zoo, watched: Watched) -> None:
     with load(zoo("mixtral"), "40%", device=device, speculate="off") as engine:
         engine.generate(PROMPT * 5, Sampling(max_tokens=1))
         runtime = engine._runtime
         assert runtime is not None
-        assert (watched.brought, engine.stats.lookahead_recall) == (0, 0)
-        assert watched.looked > 0
+        assert (watched.prefetched, engine.stats.lookahead_recall) == (0, 0)
+        assert watched.predicted > 0
         maps = runtime.predictor._lookahead._maps
         assert [made._tokens for made in maps if made is not None] == [5 * len(PROMPT)] * 3

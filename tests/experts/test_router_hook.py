@@ -1,4 +1,4 @@
-"""Routers seen and restricted where they choose: nothing is loaded for a draft, whatever the family and the rule."""
+"""Routers intercepted at their top-k, and drafts restricted to resident experts, for every family and rule."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tests.support.checkpoints import PROMPT, Running, Zoo, running
 SEEN = ["mixtral", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss", "gemma4", "cohere2_moe", "jamba"]
 """Routers before and after a softmax, with groups, biases and normalised weights."""
 UNSEEN = {"phimoe": [], "zaya": [], "deepseek_v4": [1, 2, 3]}
-"""Families some of whose routers do not choose by `topk`, and the layers whose do."""
+"""Families with routers that do not choose by `topk`, and the layers whose routers do."""
 
 
 @pytest.mark.parametrize(("family", "layers"), [*((family, None) for family in SEEN), *UNSEEN.items()])
-def test_looking_at_the_routers_changes_no_bit(family: str, layers: list[int] | None, zoo: Zoo) -> None:
+def test_intercepting_the_routers_changes_no_bit(family: str, layers: list[int] | None, zoo: Zoo) -> None:
     with running(zoo(family)) as own:
         expected = own.logits(PROMPT)
         seen: list[int] = []
@@ -45,7 +45,7 @@ class Where:
         self.layer, self.experts = layer, [4, 6]
 
 
-def test_only_the_first_choice_over_the_experts_of_a_block_is_the_routers() -> None:
+def test_only_the_first_topk_over_the_experts_in_a_block_is_the_routers() -> None:
     seen: list[tuple[int, int]] = []
 
     def choose(layer: int, choice: Choice) -> torch.Tensor:
@@ -58,7 +58,7 @@ def test_only_the_first_choice_over_the_experts_of_a_block_is_the_routers() -> N
         assert scores.view(2, 1, 6).topk(1).indices.flatten().tolist() == [5, 5]
         assert seen == []
         assert torch.topk(scores, k=3, dim=-1).indices.tolist() == [[0, 1, 2], [0, 1, 2]]
-        assert scores.topk(2).indices.tolist() == [[5, 4], [5, 4]], "another of the same block is not"
+        assert scores.topk(2).indices.tolist() == [[5, 4], [5, 4]], "a second one in the same block is not"
         current.layer = 0
         assert scores[:, :4].topk(1, dim=-1, sorted=False).indices.tolist() == [[0], [0]]
     current.layer = 1
@@ -67,14 +67,14 @@ def test_only_the_first_choice_over_the_experts_of_a_block_is_the_routers() -> N
 
 
 def fill(own: Running, residents: Sequence[int]) -> None:
-    """Loads `residents` of every layer."""
+    """Makes `residents` of every layer resident."""
     for layer in range(len(own.blueprint.experts_modules)):
         for _ in own.cache.borrow(layer, residents):
             pass
 
 
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
-    """What drafting passes compute from now on: layers with experts and weights."""
+    """The calls of `ExpertLayer.draft` from now on: layer, experts and weights."""
     seen: list[tuple[int, torch.Tensor, torch.Tensor]] = []
     draft = ExpertLayer.draft
 
@@ -91,7 +91,7 @@ def counted(own: Running) -> dict[str, Any]:
 
 
 def most_similar(layer: int, resident: torch.Tensor) -> torch.Tensor:
-    """The resident expert with the number just below, round the corner."""
+    """The resident expert with the closest lower number, wrapping around."""
     count = len(resident)
     return torch.tensor(
         [next((one - step) % count for step in range(count) if resident[(one - step) % count]) for one in range(count)]
@@ -99,10 +99,8 @@ def most_similar(layer: int, resident: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "phimoe", "zaya", "deepseek_v4"])
-def test_a_draft_uses_what_is_resident_and_loads_nothing(
-    family: str, zoo: Zoo, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With none, one, three and all resident, under every rule: not a hit, a miss or a byte is counted."""
+def test_a_draft_uses_resident_experts_and_loads_none(family: str, zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With none, one, three and all experts resident, under every rule: no hit, miss or byte is counted."""
     with running(zoo(family)) as own, quiet_transformers():
         seen, held = computed(monkeypatch), set[int]()
         experts = own.store.experts
@@ -128,8 +126,8 @@ def test_a_draft_uses_what_is_resident_and_loads_nothing(
         own.cache.check_integrity()
 
 
-def test_one_expert_may_stand_in_for_several_of_a_token(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It counts with the sum of their weights."""
+def test_one_expert_may_replace_several_of_a_token(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the sum of their routing weights."""
     with running(zoo("mixtral")) as own, quiet_transformers():
         seen = computed(monkeypatch)
         fill(own, [5])
@@ -142,7 +140,7 @@ def test_one_expert_may_stand_in_for_several_of_a_token(zoo: Zoo, monkeypatch: p
 
 
 @pytest.mark.parametrize("family", [*SEEN[:6], *UNSEEN])
-def test_with_everything_resident_a_draft_is_the_model_itself(family: str, zoo: Zoo) -> None:
+def test_with_every_expert_resident_a_draft_is_the_model_itself(family: str, zoo: Zoo) -> None:
     """Bit for bit."""
     with running(zoo(family)) as own, quiet_transformers():
         expected = own.logits(PROMPT)
@@ -152,10 +150,10 @@ def test_with_everything_resident_a_draft_is_the_model_itself(family: str, zoo: 
                 assert torch.equal(own.logits(PROMPT), expected)
         before = counted(own)["hits"]
         assert torch.equal(own.logits(PROMPT), expected)
-        assert counted(own)["hits"] > before, "drafting leaves nothing behind"
+        assert counted(own)["hits"] > before, "the override ends with its block"
 
 
-def test_an_error_in_a_draft_ends_the_drafting(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_a_draft_ends_the_override(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
     with running(zoo("mixtral")) as own, quiet_transformers():
         expected = own.logits(PROMPT)
 
@@ -191,7 +189,7 @@ def test_the_weights_of_a_normalising_family_sum_to_one_however_few_are_resident
 
 
 class Residents:
-    """As much of a cache as routing looks at."""
+    """The part of a cache that routing uses."""
 
     def __init__(self, residents: Sequence[int]) -> None:
         self._residents = list(residents)
@@ -208,7 +206,7 @@ SCORES = torch.tensor([[0.1, 0.4, 0.05, 0.2, 0.15, 0.1], [0.3, 0.0, 0.3, 0.2, 0.
 
 
 @pytest.mark.parametrize("scores", [SCORES, SCORES.log(), SCORES - 0.2], ids=["probabilities", "logits", "biased"])
-def test_choosing_again_takes_the_best_of_what_is_resident(scores: torch.Tensor) -> None:
+def test_reselecting_takes_the_best_resident_experts(scores: torch.Tensor) -> None:
     for rule in ("reselect", "fewer"):
         chosen = routing([0, 2, 4], rule).choose(0, Choice(scores, 2)).topk(2)
         assert sorted(chosen.indices[0].tolist()) == [0, 4]
@@ -219,7 +217,7 @@ def test_choosing_again_takes_the_best_of_what_is_resident(scores: torch.Tensor)
     assert torch.equal(routing([2], "affinity").choose(0, Choice(scores, 2)), scores)
 
 
-def test_the_most_similar_resident_one_stands_in_with_the_weight_of_the_chosen_one() -> None:
+def test_the_most_similar_resident_expert_gets_the_weight_of_the_chosen_one() -> None:
     index, weights = torch.tensor([[1, 3], [5, 0]]), torch.tensor([[0.7, 0.3], [0.6, 0.4]])
     asked: list[list[bool]] = []
 
@@ -235,11 +233,11 @@ def test_the_most_similar_resident_one_stands_in_with_the_weight_of_the_chosen_o
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_what_no_rule_mends_loses_its_weight(rule: str) -> None:
-    """A choice of what is not resident, of what is no expert at all, and weights that are no numbers."""
+def test_a_choice_that_no_rule_can_replace_gets_no_weight(rule: str) -> None:
+    """Choices of an expert that is not resident and of no expert, and weights that are NaN."""
     index = torch.tensor([[1, 4], [6, 2], [2, 4]])
     weights = torch.tensor([[0.7, 0.3], [0.6, 0.4], [float("nan"), 0.5]])
-    # The last expert is resident: what is no expert must not be taken for it.
+    # The last expert is resident: an index beyond the experts must not be clamped to it.
     found = routing([2, 4, 5], rule).substitute(0, index, weights)
     assert found is not None
     assert set(found[0].flatten().tolist()) <= {2, 4, 5}
@@ -248,7 +246,7 @@ def test_what_no_rule_mends_loses_its_weight(rule: str) -> None:
     assert routing([], rule).substitute(0, index, weights) is None
 
 
-def test_fewer_keeps_the_best_two_and_the_sum() -> None:
+def test_fewer_keeps_the_two_greatest_weights_and_the_sum() -> None:
     weights = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.25, 0.25, 0.5, 0.0], [0.9, 0.0, 0.0, 0.0]])
     index = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0], [5, 4, 3, 2]])
     found = routing(range(6), "fewer").substitute(0, index, weights)
@@ -264,7 +262,7 @@ def test_fewer_keeps_the_best_two_and_the_sum() -> None:
     assert less[1].tolist() == [pytest.approx([0.3])]
 
 
-def test_what_was_wanted_is_kept_whether_the_router_was_seen_or_not() -> None:
+def test_the_unrestricted_choice_is_recorded_whether_the_router_uses_topk_or_not() -> None:
     index, weights = torch.tensor([[1, 3], [6, 2]]), torch.tensor([[0.75, 0.25], [0.5, 0.5]])
     seen, unseen = routing([2], "reselect"), routing([2], "reselect")
     seen.choose(0, Choice(SCORES, 2))
@@ -274,20 +272,20 @@ def test_what_was_wanted_is_kept_whether_the_router_was_seen_or_not() -> None:
     assert seen.wanted[0][0][0, 1] == pytest.approx(0.4 / 0.6)
     assert unseen.wanted[0][0][0].tolist() == [0, 0.75, 0, 0.25, 0, 0]
     seen.substitute(0, index, weights)
-    assert torch.equal(seen.wanted[0][1], unseen.wanted[0][0]), "the next pass is one of its own"
+    assert torch.equal(seen.wanted[0][1], unseen.wanted[0][0]), "the next call records anew"
 
 
 @pytest.mark.parametrize("scores", [SCORES, SCORES.clamp_min(1e-6).log()], ids=["probabilities", "logits"])
-def test_what_a_family_hid_itself_has_no_share_and_says_nothing_of_the_others(scores: torch.Tensor) -> None:
-    """Such as DeepSeek's groups that were not chosen."""
+def test_experts_that_the_family_hides_have_no_weight_and_do_not_change_the_others(scores: torch.Tensor) -> None:
+    """Such as DeepSeek's groups that are not chosen."""
     found = topk_weights(Choice(scores.index_fill(1, torch.tensor([3, 4, 5]), float("-inf")), 2))
     expected = torch.tensor([[0.2, 0.8, 0.1, 0, 0, 0], [0.5, 0, 0.5, 0, 0, 0]])
     assert torch.allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("scores", [SCORES, SCORES.clamp_min(1e-6).log()], ids=["probabilities", "logits"])
-def test_shares_are_the_weights_of_what_is_taken(scores: torch.Tensor) -> None:
-    """In proportion to the probabilities, whether the router scores with these or with their logarithms."""
+def test_topk_weights_are_proportional_to_the_probabilities(scores: torch.Tensor) -> None:
+    """Whether the router's scores are probabilities or their logarithms."""
     found = topk_weights(Choice(scores, 2))
     assert found.dtype == torch.float32
     best = SCORES.topk(2)

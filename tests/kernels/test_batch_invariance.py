@@ -1,6 +1,6 @@
-"""On a CPU with products of its own for bf16, a pass over drafts gives each token the bits of a step of its own.
+"""With the AVX512-BF16 kernels a pass over drafts gives each token the bits of a step of its own.
 
-A reply may then not depend on what was drafted, in bf16 as little as in float32.
+So a reply does not depend on its drafts, in bf16 as in float32.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from edgemoe.model.sequential_runner import PassInput
 from tests.support.checkpoints import Zoo, random_ids, running
 
 PACKED = ["mixtral", "qwen3_moe", "gemma4", "exaone_moe", "cohere2_moe", "phimoe", "mimo_v2_flash", "olmoe"]
-"""Half of them with windows of 6 tokens in some layers, one with values narrower than keys.
+"""Half of them have windows of 6 tokens in some layers, one has values narrower than keys.
 
-Experts that are stored transposed (gpt_oss) have no kernel for more than two tokens, and no such promise.
+Transposed experts (gpt_oss) have no kernel for more than two tokens, and are not batch-invariant.
 """
 
 pytestmark = pytest.mark.skipif(not dot_bf16.available(), reason="this CPU has no AVX512-BF16")
 
 
 class Drafted:
-    """A joint runner of `family` in bf16, with a prompt, what follows it, and that token by token."""
+    """A runner with a prompt, the tokens that follow it, and the logits after each, computed one by one."""
 
     def __init__(self, runner: ModelRunner) -> None:
         self.runner = runner
@@ -52,8 +52,8 @@ def test_a_chain(family: str, zoo: Zoo) -> None:
 
 
 @pytest.mark.parametrize("family", PACKED)
-def test_a_tree_and_what_follows_it(family: str, zoo: Zoo) -> None:
-    """Beside every right token there is a wrong one before it; windows are shorter than the tree."""
+def test_a_tree_and_the_step_after_it(family: str, zoo: Zoo) -> None:
+    """Every right token has a wrong sibling before it; windows are shorter than the tree."""
     with running(zoo(family), 40, dtype="bfloat16") as own:
         drafted = Drafted(ModelRunner(own.runner()))
         tree = DraftTree(drafted.tokens[0])
@@ -70,7 +70,7 @@ def test_a_tree_and_what_follows_it(family: str, zoo: Zoo) -> None:
 
 
 @pytest.mark.parametrize("columns", [32, 96, 2048, 12288])
-def test_a_product_has_the_same_bits_beside_any_number_of_others(columns: int) -> None:
+def test_a_product_has_the_same_bits_with_any_number_of_others(columns: int) -> None:
     generator = torch.Generator().manual_seed(columns)
     kernel = gemv_kernels.row_kernel(torch.bfloat16, columns)
     assert kernel is not None

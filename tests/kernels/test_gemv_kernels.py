@@ -1,4 +1,4 @@
-"""The CPU kernels against float64, in every layout they are made for."""
+"""The CPU kernels against float64, in every layout that they support."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from edgemoe.kernels.cpu.gemv_kernels import Kernel
 SLOTS, ROWS, COLUMNS, TOKENS, PADDING = 5, 7, 160, 4, 32
 CHOSEN = np.array([3, 0, 4, 1, 2])
 STARTS = np.array([0, 2, 2, 5, 6, 16])
-"""Slot 3 has two pairs, slot 0 none, slot 4 three, slot 1 one and slot 2 ten: every size of a block of tokens."""
+"""Slot 3 has two pairs, slot 0 none, slot 4 three, slot 1 one and slot 2 ten: blocks of every size."""
 OF_TOKENS = np.array([1, 3, 0, 0, 2, 3, 0, 1, 2, 3, 3, 2, 1, 0, 2, 1])
 ROW_KERNELS = {
     "bf16": (torch.bfloat16, Kernel(gemv_kernels.grouped_gemv_bf16, np.uint32, 2)),
@@ -30,14 +30,14 @@ Array = np.ndarray[Any, Any]
 
 
 def weights(dtype: torch.dtype, columns: int = COLUMNS) -> torch.Tensor:
-    """A matrix a slot; zeros, small values and both signs are among them."""
+    """One matrix per slot, with zeros, small values and both signs."""
     values = torch.randn(SLOTS, ROWS, columns, generator=torch.Generator().manual_seed(0))
     values[:, 0, :4] = torch.tensor([0.0, -0.0, 1e-6, -3e-7])
     return values.to(dtype)
 
 
 def inputs(columns: int = COLUMNS) -> torch.Tensor:
-    """Rows that bf16 holds exactly, so that no kernel rounds them."""
+    """Values that bf16 represents exactly, so that no kernel rounds them."""
     return torch.randn(TOKENS, columns, generator=torch.Generator().manual_seed(1)).bfloat16().float()
 
 
@@ -49,7 +49,7 @@ def expected(matrices: torch.Tensor, x: torch.Tensor) -> Array:
 
 
 def pool_of(matrices: torch.Tensor, unit: Any) -> Array:
-    """Slots with `PADDING` values before each matrix, as when it is not a record's first part."""
+    """Slots with `PADDING` values before each matrix, as if it were not the record's first part."""
     size = matrices.dtype.itemsize
     pool = torch.full((SLOTS, PADDING * size + matrices[0].nbytes), 0x7F, dtype=torch.uint8)
     pool[:, PADDING * size :] = matrices.contiguous().view(SLOTS, -1).view(torch.uint8)
@@ -95,7 +95,7 @@ def test_transposed(spans: list[tuple[int, int]]) -> None:
 
 
 @pytest.mark.parametrize("name", ROW_KERNELS)
-def test_only_the_asked_rows_are_written(name: str) -> None:
+def test_only_the_requested_rows_are_written(name: str) -> None:
     dtype, kernel = ROW_KERNELS[name]
     out = run(kernel, weights(dtype), inputs(), COLUMNS, [(2, 5)])
     assert np.isnan(out[:, :2]).all()
@@ -103,7 +103,7 @@ def test_only_the_asked_rows_are_written(name: str) -> None:
     assert not np.isnan(out[:, 2:5]).any()
 
 
-def test_fp16_covers_its_whole_finite_range() -> None:
+def test_fp16_is_exact_over_its_finite_range() -> None:
     values = torch.tensor([65504.0, -65504.0, 6.1e-5, 5.96e-8, -5.96e-8, 0.0, 1.0, -2.5]).half()
     matrices = values.repeat(SLOTS, ROWS, 1)
     _, kernel = ROW_KERNELS["fp16"]

@@ -37,22 +37,22 @@ def test_the_product_is_that_of_float64(
     assert (out.double() - truth).abs().max() <= TOLERANCE[dtype] * truth.abs().max()
 
 
-def test_a_row_of_a_larger_tensor_is_read_in_its_own_place(threads: KernelThreads) -> None:
+def test_a_strided_input_is_read_correctly(threads: KernelThreads) -> None:
     module = linear(torch.float32)
     batch_invariant_linear.install_gemv(nn.Sequential(module), threads)
     x = torch.randn(COLUMNS, 4).t()
     torch.testing.assert_close(module(x[2:3]), nn.functional.linear(x[2:3], module.weight, module.bias))
 
 
-def test_no_token_is_no_error(threads: KernelThreads) -> None:
+def test_an_empty_input_is_no_error(threads: KernelThreads) -> None:
     module = linear(torch.bfloat16)
     batch_invariant_linear.install_gemv(nn.Sequential(module), threads)
     assert module(torch.empty(0, COLUMNS, dtype=torch.bfloat16)).shape == (0, ROWS)
 
 
-def test_only_large_plain_linears_are_touched(threads: KernelThreads) -> None:
+def test_only_large_plain_linears_are_replaced(threads: KernelThreads) -> None:
     class Own(nn.Linear):
-        """A family's own kind of linear layer."""
+        """A family's own linear layer."""
 
     small, own, odd = nn.Linear(8, 8), Own(COLUMNS, ROWS), nn.Linear(COLUMNS + 1, ROWS).bfloat16()
     large = nn.Linear(COLUMNS, ROWS)

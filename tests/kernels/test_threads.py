@@ -18,7 +18,7 @@ def test_every_row_is_run_once(number: int, count: int) -> None:
     threads.close()
 
 
-def test_little_work_stays_with_the_caller() -> None:
+def test_a_small_read_is_not_split() -> None:
     threads = KernelThreads(4)
     ran: list[tuple[int, int, str]] = []
     threads.split(9, lambda first, last: ran.append((first, last, threading.current_thread().name)), nbytes=1000)
@@ -26,7 +26,7 @@ def test_little_work_stays_with_the_caller() -> None:
     threads.close()
 
 
-def test_much_work_runs_on_several_threads_the_caller_among_them() -> None:
+def test_a_large_read_is_split_over_all_threads_and_the_caller() -> None:
     threads = KernelThreads(3)
     together = threading.Barrier(3)
     names: set[str] = set()
@@ -54,7 +54,7 @@ def test_an_error_in_a_part_is_raised() -> None:
 
 
 @pytest.mark.parametrize("number", [-1, 0, 1])
-def test_there_is_always_the_caller(number: int) -> None:
+def test_one_thread_is_the_caller(number: int) -> None:
     threads = KernelThreads(number)
     assert threads.count == 1
     ran: list[tuple[int, int]] = []

@@ -1,4 +1,4 @@
-"""Text as it comes: whole characters only, nothing lost, nothing of a stop text."""
+"""Streamed text: whole characters only, nothing lost, no part of a stop text."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def decoded(tokenizer: Any, ids: list[int]) -> str:
 
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_the_pieces_are_the_whole_and_no_character_is_split(name: str, text: str) -> None:
+def test_the_pieces_make_up_the_text_and_no_character_is_split(name: str, text: str) -> None:
     tokenizer = TOKENIZERS[name]
     ids = tokenizer.encode(text, add_special_tokens=False)
     pieces = streamed(tokenizer, ids)
@@ -68,7 +68,7 @@ def test_a_character_comes_with_its_last_byte() -> None:
     assert detokenizer.finish() == ""
 
 
-def test_an_unfinished_character_at_the_end_is_shown_as_the_decoder_shows_it() -> None:
+def test_an_unfinished_character_at_the_end_is_decoded_as_the_decoder_does() -> None:
     tokenizer = TOKENIZERS["bytes"]
     ids = tokenizer.encode("x€", add_special_tokens=False)[:-1]
     pieces = streamed(tokenizer, ids)
@@ -76,7 +76,7 @@ def test_an_unfinished_character_at_the_end_is_shown_as_the_decoder_shows_it() -
     assert "".join(pieces) == decoded(tokenizer, ids)
 
 
-def test_bytes_that_are_no_character_are_given_out_once_that_is_certain() -> None:
+def test_bytes_that_cannot_become_a_character_are_released() -> None:
     tokenizer = TOKENIZERS["bytes"]
     ids = [3 + 0x80, 3 + ord("a"), 3 + 0xE2, 3 + 0x82, 3 + ord("b")]
     pieces = streamed(tokenizer, ids)
@@ -84,8 +84,8 @@ def test_bytes_that_are_no_character_are_given_out_once_that_is_certain() -> Non
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_any_bytes_at_all_come_out_as_the_whole_decoding(seed: int) -> None:
-    """What a model with random weights says."""
+def test_arbitrary_bytes_are_decoded_as_a_whole(seed: int) -> None:
+    """As a model with random weights writes them."""
     draw = random.Random(seed)
     tokenizer = TOKENIZERS["bytes"]
     kinds = [range(256), range(0x80, 0xC0), range(0xC0, 0x100), [*"€é".encode(), 0x41]]
@@ -100,7 +100,7 @@ def test_a_long_run_of_unfinished_bytes_loses_nothing() -> None:
         assert "".join(streamed(tokenizer, ids)) == decoded(tokenizer, ids) == UNFINISHED * lead + "é!"
 
 
-def test_a_long_run_of_unfinished_bytes_is_not_held_back_for_ever() -> None:
+def test_a_long_run_of_unfinished_bytes_is_not_held_back() -> None:
     detokenizer = Detokenizer(TOKENIZERS["bytes"])
     assert any(detokenizer.push(3 + 0x80) for _ in range(20))
 
@@ -113,7 +113,7 @@ def test_special_tokens_have_no_text() -> None:
     assert "".join(streamed(tokenizer, ids)) == "a<eos>b"
 
 
-def test_without_a_tokenizer_nothing_has_a_text() -> None:
+def test_without_a_tokenizer_every_text_is_empty() -> None:
     none = NoText()
     assert (none.push(5), none.finish()) == ("", "")
 
@@ -143,7 +143,7 @@ def test_stop_texts(stops: list[str], pieces: list[str], given: list[str], found
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_however_a_text_is_cut_the_same_is_given_out(seed: int) -> None:
+def test_the_released_text_does_not_depend_on_the_pieces(seed: int) -> None:
     draw = random.Random(seed)
     text = "".join(draw.choice("ab") for _ in range(40))
     stop = "".join(draw.choice("ab") for _ in range(draw.randint(1, 6)))

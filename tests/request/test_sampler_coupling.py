@@ -1,4 +1,4 @@
-"""A draw is decided by noise that is there before it: drafts may look at it, and nothing that is drawn changes."""
+"""Samples use noise that is drawn in advance: drafts may use it too, and do not change the samples."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def some_logits(seed: int, vocabulary: int = 40) -> torch.Tensor:
 
 
 def probabilities(logits: torch.Tensor, changed: dict[str, Any]) -> torch.Tensor:
-    """The softmax of what transformers' processors, in its order, leave of `logits`."""
+    """The softmax of `logits` after transformers' processors, in transformers' order."""
     steps = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(changed.get("repetition_penalty", 1.0))])
     steps.append(TemperatureLogitsWarper(float(changed.get("temperature", 1.0))))
     steps.append(TopKLogitsWarper(changed.get("top_k", len(logits))))
@@ -47,7 +47,7 @@ def probabilities(logits: torch.Tensor, changed: dict[str, Any]) -> torch.Tensor
 
 
 @pytest.mark.parametrize(("changed", "ahead"), [*((each, 0) for each in SETTINGS), ({"top_p": 0.9}, 3)], ids=str)
-def test_draws_follow_the_softmax_of_the_processed_logits(changed: dict[str, Any], ahead: int) -> None:
+def test_samples_follow_the_softmax_of_the_processed_logits(changed: dict[str, Any], ahead: int) -> None:
     """Chi-square over a fixed sequence of draws: about 1 in 10,000 sequences would be further off.
 
     So do the greatest of the values that a draft sees `ahead` of each draw.
@@ -76,8 +76,8 @@ def test_draws_follow_the_softmax_of_the_processed_logits(changed: dict[str, Any
 
 @pytest.mark.parametrize("changed", [*SETTINGS, {"temperature": 0.0, "repetition_penalty": 1.2}], ids=str)
 @pytest.mark.parametrize("seed", range(2))
-def test_what_is_asked_ahead_is_what_is_drawn_later(changed: dict[str, Any], seed: int) -> None:
-    """Asked at random places ahead, again and again, or not at all: the draws are the same."""
+def test_scores_ahead_are_those_of_the_later_sample(changed: dict[str, Any], seed: int) -> None:
+    """Whether scores are computed ahead once, several times or never: the samples are the same."""
     later = [some_logits(20 * seed + number) for number in range(20)]
     silent, text = sampler(seed=seed, **changed), list(TOKENS)
     for logits in later:
@@ -87,7 +87,7 @@ def test_what_is_asked_ahead_is_what_is_drawn_later(changed: dict[str, Any], see
     for number, logits in enumerate(later):
         for _ in range(draw.randint(0, 3)):
             place = min(number + draw.randrange(6), len(later) - 1)
-            # Drafts that turn out right, and one that does not.
+            # Accepted drafts, and one that is rejected.
             scores = asking.scores(text[: len(TOKENS) + place], later[place], ahead=place - number)
             asking.scores([*TOKENS, 1], some_logits(99), ahead=place - number)
             assert torch.equal(told.setdefault(place, scores), scores)
@@ -98,7 +98,7 @@ def test_what_is_asked_ahead_is_what_is_drawn_later(changed: dict[str, Any], see
     assert len(told) > 10
 
 
-def test_different_places_have_different_noise() -> None:
+def test_different_positions_have_different_noise() -> None:
     logits, drawing = some_logits(1), sampler()
     ahead = [drawing.scores(TOKENS, logits, ahead=place) for place in (2, 0, 1, 2)]
     assert torch.equal(ahead[0], ahead[3])
@@ -107,7 +107,7 @@ def test_different_places_have_different_noise() -> None:
     assert torch.equal(drawing.scores(TOKENS, logits), ahead[2])
 
 
-def test_greedy_is_the_argmax_wherever_it_is_asked() -> None:
+def test_greedy_is_the_argmax_at_every_position() -> None:
     greedy = sampler(temperature=0.0)
     for seed in range(5):
         logits = some_logits(seed)
@@ -117,7 +117,7 @@ def test_greedy_is_the_argmax_wherever_it_is_asked() -> None:
 
 
 @pytest.mark.parametrize("vocabulary", [2, 300, 5000])
-def test_the_noise_is_finite_and_hidden_tokens_stay_hidden(vocabulary: int) -> None:
+def test_the_noise_is_finite_and_masked_tokens_stay_masked(vocabulary: int) -> None:
     drawing = sampler(top_k=1)
     logits = some_logits(1, vocabulary)
     for _ in range(200):
@@ -134,8 +134,8 @@ PENALISED = {"repetition_penalty": 3.0}
 
 
 @pytest.mark.parametrize("settings", [PENALISED, {**PENALISED, "temperature": 0.9, "seed": 4, "top_k": 30}])
-def test_candidates_drafted_with_the_models_own_logits_are_what_is_drawn(settings: dict[str, Any]) -> None:
-    """Who drafts as the model computes is always right. Here it would say the same again, were that no penalty."""
+def test_candidates_from_the_models_own_logits_are_the_samples(settings: dict[str, Any]) -> None:
+    """A drafter with the model's logits is always right. Without a penalty this model would repeat one token."""
     logits = some_logits(1, 264)
     asked = new_request(0, random_ids(9), Cancels(), max_tokens=6, **settings)
     asked.advance(logits)
@@ -157,13 +157,13 @@ def test_candidates_drafted_with_the_models_own_logits_are_what_is_drawn(setting
     assert len(set(alone.tokens[9:])) > 3
 
 
-def test_a_tree_changes_nothing_that_is_drawn_right_or_wrong() -> None:
-    """Random trees over one request's draws: those of a request that no tree was drafted for."""
+def test_a_tree_does_not_change_the_samples() -> None:
+    """A request with random draft trees gets the samples of one without."""
     settings = {"temperature": 1.0, "seed": 2, "max_tokens": 40}
     draw = random.Random(5)
 
     def after(text: list[int]) -> torch.Tensor:
-        """A model of the last token alone, with few likely tokens, so that wild guesses are right now and then."""
+        """A model of the last token alone, with few probable tokens, so that random drafts are accepted sometimes."""
         return 2 * some_logits(text[-1], 264) + torch.where(torch.arange(264) < 6, 8.0, 0.0)
 
     plain, drafted = (new_request(0, [5, 6], Cancels(), **settings) for _ in range(2))

@@ -1,4 +1,4 @@
-"""What a request may say, what is taken from the checkpoint, and the distribution that comes of it."""
+"""Sampling settings: their ranges, the checkpoint's defaults, and the distribution of the samples."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def draws(count: int, tokens: tuple[int, ...] = (4,), **changed: Any) -> list[in
     ],
     ids=str,
 )
-def test_the_distribution_is_the_one_worked_out_by_hand(setting: dict[str, Any], expected: list[float]) -> None:
-    """4 standard deviations in a fixed sequence of draws; the set of tokens that may come at all is exact."""
+def test_the_distribution_is_the_one_computed_by_hand(setting: dict[str, Any], expected: list[float]) -> None:
+    """Within 4 standard deviations for a fixed sequence of samples; the set of possible tokens is exact."""
     count = 3000
     found = draws(count, **setting)
     assert set(found) == set(range(len(expected)))
@@ -57,7 +57,7 @@ def test_the_penalty_counts_prompt_and_reply() -> None:
     assert greedy.draw([0, 1], logits) == 0, "2.0 / 1.5 is above 1.9 / 1.5 and above 1.0"
 
 
-def test_greedy_takes_the_first_of_the_likeliest() -> None:
+def test_greedy_takes_the_first_of_equally_probable_tokens() -> None:
     assert sampler(temperature=0.0).draw([0], torch.tensor([0.5, 2.0, 2.0])) == 1
 
 
@@ -66,7 +66,7 @@ def test_the_same_seed_gives_the_same_tokens_and_another_gives_others() -> None:
     assert draws(50, seed=7) != draws(50, seed=8)
 
 
-def test_drawing_leaves_torchs_own_random_state_alone() -> None:
+def test_sampling_does_not_use_torchs_global_random_state() -> None:
     before = torch.get_rng_state()
     draws(5)
     assert torch.equal(torch.get_rng_state(), before)
@@ -133,14 +133,14 @@ def test_a_value_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
         ("logprobs", 20),
     ],
 )
-def test_the_ends_of_every_range_can_be_drawn_with(name: str, value: Any) -> None:
+def test_the_ends_of_every_range_are_valid(name: str, value: Any) -> None:
     settings = resolve(Sampling(**{"temperature": 1.0, name: value}), GenerationConfig(), 10, 100)
     assert 0 <= Sampler(settings).draw([0], PROBABILITIES.log()) < 5
 
 
 @pytest.mark.parametrize("name", ["seed", "max_tokens", "logprobs", "top_k"])
-def test_whole_numbers_that_came_as_floats_are_integers(name: str) -> None:
-    """As JSON from languages that have one kind of number."""
+def test_whole_floats_become_integers(name: str) -> None:
+    """As in JSON from languages with one type of number."""
     given: dict[str, Any] = {name: 3.0}
     settings = resolve(Sampling(**given), GenerationConfig(), 10, 100)
     assert getattr(settings, name) == 3
@@ -148,7 +148,7 @@ def test_whole_numbers_that_came_as_floats_are_integers(name: str) -> None:
 
 
 @pytest.mark.parametrize("temperature", [1e-45, 1e-30, 1e-6])
-def test_a_tiny_temperature_is_as_good_as_greedy(temperature: float) -> None:
+def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
     assert set(draws(20, temperature=temperature)) == {0}
 
 
@@ -168,7 +168,7 @@ def resolved(sampling: Sampling, **defaults: Any) -> ResolvedSampling:
     return resolve(sampling, GenerationConfig(**defaults), default_max_tokens=1024, room=2000)
 
 
-def test_nothing_said_anywhere_is_greedy_and_neutral() -> None:
+def test_the_defaults_are_greedy_and_neutral() -> None:
     settings = resolved(Sampling())
     assert (settings.temperature, settings.top_k, settings.top_p, settings.min_p) == (0.0, 0, 1.0, 0.0)
     assert (settings.repetition_penalty, settings.max_tokens, settings.eos) == (1.0, 1024, frozenset())
@@ -195,7 +195,7 @@ def test_neutral_values_override_the_checkpoints() -> None:
 
 
 @pytest.mark.parametrize(("asked", "room", "expected"), [(10, 50, 10), (100, 50, 50), (None, 50, 50)])
-def test_the_reply_is_bounded_by_the_room(asked: int | None, room: int, expected: int) -> None:
+def test_the_reply_is_bounded_by_the_context(asked: int | None, room: int, expected: int) -> None:
     assert resolve(Sampling(max_tokens=asked), GenerationConfig(), 1024, room).max_tokens == expected
 
 
@@ -204,6 +204,6 @@ def test_end_tokens_can_be_ignored() -> None:
     assert resolved(Sampling(ignore_eos=True), eos_token_id=2).eos == frozenset()
 
 
-def test_a_seed_is_drawn_where_none_is_given() -> None:
+def test_a_seed_is_chosen_when_none_is_given() -> None:
     assert resolved(Sampling(seed=5)).seed == 5
     assert resolved(Sampling()).seed != resolved(Sampling()).seed

@@ -1,4 +1,4 @@
-"""Keys of token sequences sort and share as the sequences themselves do."""
+"""Keys sort and share prefixes like the token sequences that they stand for."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pytest
 from edgemoe.request.token_key import TOKEN_NBYTES, shared_tokens, token_key
 
 TRICKY = [0, 1, 127, 128, 255, 256, 257, 65535, 65536, 262143, 2**31, 2**32 - 1]
-"""Ids at which a wrong byte order or a sign would show."""
+"""Ids that detect a wrong byte order or a sign."""
 
 
 def random_sequences(seed: int, count: int = 60) -> list[list[int]]:
-    """Sequences that often begin alike, empty ones and beginnings of one another among them."""
+    """Sequences with many common prefixes, some of them empty or a prefix of another."""
     draw = random.Random(seed)
     sequences: list[list[int]] = [[]]
     for _ in range(count):
@@ -37,7 +37,7 @@ def test_keys_sort_as_token_sequences_do(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_shared_tokens_are_those_that_counting_finds(seed: int) -> None:
+def test_shared_tokens_agree_with_counting(seed: int) -> None:
     sequences = random_sequences(seed)
     for one in sequences:
         for other in sequences:
@@ -45,12 +45,12 @@ def test_shared_tokens_are_those_that_counting_finds(seed: int) -> None:
 
 
 def test_a_token_that_differs_in_one_byte_only_is_not_shared() -> None:
-    """Ids have bytes in common; only whole tokens count."""
+    """Only whole tokens count."""
     assert shared_tokens(token_key([7, 0x01020304]), token_key([7, 0x01020305])) == 1
     assert shared_tokens(token_key([0x01020304]), token_key([0x02020304])) == 0
 
 
-def test_a_token_takes_the_same_bytes_wherever_it_stands() -> None:
+def test_a_token_has_the_same_bytes_at_every_position() -> None:
     assert token_key([]) == b""
     assert len(token_key(TRICKY)) == TOKEN_NBYTES * len(TRICKY)
     assert token_key(TRICKY[:5]) + token_key(TRICKY[5:]) == token_key(iter(TRICKY))
