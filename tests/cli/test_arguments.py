@@ -108,7 +108,7 @@ def test_the_choices_are_those_of_what_they_choose_among() -> None:
     ("message", "shown"),
     [
         ("lower context=", "lower --ctx-size"),
-        ("give it as model=, or not", "give it as -m, or not"),
+        ("give it as model=, or not", "give it with -m, or not"),
         ("use device='cpu'", "use --device cpu"),
         ("give expert_cache=12 or less", "give --expert-cache 12 or less"),
         ("budget='much' is no size", "--budget much is no size"),
