@@ -124,7 +124,7 @@ class UtilityController:
         if self._left <= 0:
             self._begin_test()
 
-    def saw(self, drafted: int, tokens: int, plain_steps: float) -> None:
+    def observe(self, drafted: int, tokens: int, plain_steps: float) -> None:
         """A cycle under the setting: `drafted` nodes gave `tokens` in the time of so many plain steps.
 
         A step for which nothing was worth drafting has nothing to tell.
@@ -265,7 +265,7 @@ class Controllers:
             elif plain_steps is not None:
                 more = (plain_steps - 1) * count / nodes * len(drafted) if nodes else 0.0
                 # In a large batch a breath of noise would be many steps.
-                controller.saw(count, made.get(request, 1), 1 + min(max(more, -SHORTER), LONGER * count * len(drafted)))
+                controller.observe(count, made.get(request, 1), 1 + min(max(more, -SHORTER), LONGER * count * len(drafted)))
 
     def forget(self, request: Request) -> None:
         """`request` is over."""

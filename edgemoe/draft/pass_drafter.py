@@ -50,7 +50,7 @@ class RuleChoice:
         """The rule that has made most tokens a second so far; the first before anything was measured."""
         return max(self._rules, key=lambda rule: self._tokens[rule] / self._seconds[rule] if self._seconds[rule] else 0)
 
-    def saw(self, rule: str, tokens: int, seconds: float) -> None:
+    def observe(self, rule: str, tokens: int, seconds: float) -> None:
         """A cycle by `rule` gave `tokens` in `seconds`, draft and verification."""
         self._cycles[rule] += 1
         share = max(NEWEST, 1 / self._cycles[rule])
@@ -89,7 +89,7 @@ class PassDrafter(ABC):
     def forget(self, request: Request) -> None:  # noqa: B027
         """`request` is over, or has lost its place."""
 
-    def saw(self, tokens: int, seconds: float) -> None:  # noqa: B027
+    def observe(self, tokens: int, seconds: float) -> None:  # noqa: B027
         """The last cycle gave `tokens` in `seconds`, draft and verification."""
 
     def begin(self, requests: Sequence[Request]) -> None:
@@ -166,9 +166,9 @@ class SelfDrafter(PassDrafter):
         super().begin(requests)
         self._rule = self._choice.next()
 
-    def saw(self, tokens: int, seconds: float) -> None:
+    def observe(self, tokens: int, seconds: float) -> None:
         """See the base class."""
-        self._choice.saw(self._rule, tokens, seconds)
+        self._choice.observe(self._rule, tokens, seconds)
 
     def run(self, branches: Sequence[Branch]) -> list[torch.Tensor]:
         """See the base class."""

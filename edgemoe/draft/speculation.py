@@ -101,7 +101,7 @@ class Speculation:
         made = {request: verified.tokens for request, verified in report.verified.items()}
         if self._passes is not None and proposal.passed:
             tokens = sum(made.get(request, 1) for request in proposal.passed)
-            self._passes.saw(tokens, proposal.seconds + report.seconds)
+            self._passes.observe(tokens, proposal.seconds + report.seconds)
         # With long prompts in the step its time does not tell what drafts have cost.
         comparable = report.prompt_tokens <= MAX_PROMPT_TOKENS * report.sequences
         if proposal.cost is not None:
