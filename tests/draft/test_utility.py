@@ -32,7 +32,7 @@ def drive(controller: UtilityController, world: World, steps: int) -> list[Setti
         if setting is None:
             controller.passed()
         else:
-            controller.saw(setting.depth, *world(setting))
+            controller.observe(setting.depth, *world(setting))
     return seen
 
 
@@ -145,7 +145,7 @@ def test_a_change_of_the_text_is_noticed_within_sixty_cycles() -> None:
 def test_the_first_cycle_of_a_setting_is_not_counted() -> None:
     """It pays for the change: kernels that run for the first time, experts that are not there yet."""
     controller = UtilityController(MOST, MOST)
-    controller.saw(8, 1, 100.0)
+    controller.observe(8, 1, 100.0)
     assert controller.utility == 1.0
     drive(controller, deep_pays, 2)
     assert controller.utility == pytest.approx(9 / 2.6)
@@ -155,10 +155,10 @@ def test_steps_without_anything_to_draft_tell_nothing_and_are_told_of() -> None:
     controller = UtilityController(MOST, MOST)
     for _ in range(IDLE):
         assert controller.describe() == "trees of depth 8"
-        controller.saw(0, 1, 5.0)
+        controller.observe(0, 1, 5.0)
     assert controller.describe() == "trees of depth 8, of which nothing is worth it now"
     assert (controller.utility, controller.changes) == (1.0, 0)
-    controller.saw(3, 1, 1.0)
+    controller.observe(3, 1, 1.0)
     assert controller.describe() == "trees of depth 8"
 
 
