@@ -9,30 +9,30 @@ from edgemoe.draft.settings import DraftSettings
 from edgemoe.request.request import Request
 
 TEST = 4
-"""Cycles that a setting is tried for, the first one left out, which still pays for the change ..."""
+"""Cycles for which a setting is tested. The first one is not counted: it pays for the change of setting."""
 HOLD = 32
-"""... and those for which the best one holds before others are tried again."""
+"""Cycles for which the best setting holds before others are tested again."""
 MEMORY = 16.0
-"""Cycles that a setting's utility is made of; older ones fade ..."""
+"""Cycles over which a setting's utility is averaged, with decay."""
 REMEMBERED = 0.25
-"""... and count for so much when it is tried again, since the text has gone on."""
+"""Share that a setting's earlier cycles count for when it is tested again: the text has changed meanwhile."""
 MAX_TRIALS = 4
-"""Settings that a test tries."""
+"""Most settings in one test."""
 SHORTEST_REST, LONGEST_REST = 16, 256
-"""Steps without drafts, while they do not pay: twice as many each time, and then always a test again."""
+"""Fewest and most steps of a rest, in which nothing is drafted. A rest doubles each time, and a test follows it."""
 IDLE = 24
-"""Steps in which nothing was worth drafting, after which that is what is told of the setting."""
+"""Steps in a row without a node worth drafting, after which `describe` says so."""
 
 
 class Setting(NamedTuple):
-    """How far one sequence is drafted for."""
+    """Bounds of one sequence's draft."""
 
     depth: int
     """Most drafted tokens that follow one another."""
     width: int
     """Most tokens that may follow a node; 1 is a chain."""
     passes: bool
-    """Whether a drafter that runs passes takes part, where there is one."""
+    """Whether drafting passes are run, where a drafter runs them."""
 
     def __str__(self) -> str:
         shape = "chains" if self.width == 1 else "trees"
@@ -45,7 +45,7 @@ def utility(tokens: float, plain_steps: float) -> float:
 
 
 class Tally:
-    """What cycles of one setting gave and cost, old ones faded."""
+    """Tokens and cost of the cycles under one setting, with decay."""
 
     def __init__(self) -> None:
         self.cycles = 0.0
@@ -61,7 +61,7 @@ class Tally:
         self.cycles += 1
 
     def fade(self, keep: float) -> None:
-        """Lets all cycles so far count for the share `keep` of what they did."""
+        """Scales the weight of all cycles so far by `keep`."""
         self.cycles *= keep
         self._tokens *= keep
         self._plain_steps *= keep
@@ -73,7 +73,7 @@ class Tally:
 
 
 class UtilityController:
-    """Test, hold, rest: decides for one sequence how far it is drafted for, or that it is not.
+    """Chooses the setting of one sequence, or that it gets no draft, in three phases: test, hold, rest.
 
     A test measures the present setting and climbs from it: to a neighbour while that is better, to a smaller one where
     it does not pay. The best holds for a while. Where none pays drafting rests, longer each time, and is tested again.
@@ -82,7 +82,7 @@ class UtilityController:
     def __init__(self, start: Setting, most: Setting, rest: int = SHORTEST_REST) -> None:
         """Begins with a test of `start`; no setting goes beyond `most`. The first rest takes `rest` steps."""
         self.changes = 0
-        """How often the setting has changed."""
+        """Number of changes of the setting."""
         self._most = most
         self._setting: Setting | None = start
         self._last = start
@@ -90,23 +90,23 @@ class UtilityController:
         self._tried: dict[Setting, float] = {}
         self._turn = 0
         self.rest = rest
-        """Steps that the next rest would take."""
+        """Steps of the next rest."""
         self._idle = 0
         self._testing, self._left, self._fresh = True, TEST, True
 
     @property
     def setting(self) -> Setting | None:
-        """What may be drafted now; None while drafting rests."""
+        """The bounds of a draft now; None while drafting rests."""
         return self._setting
 
     @property
     def best(self) -> Setting:
-        """The setting that was last found best, for another sequence to begin with."""
+        """The setting that was best in the last test; the next sequence begins with it."""
         return self._last
 
     @property
     def utility(self) -> float:
-        """The utility of the present setting as measured lately; 1 while drafting rests."""
+        """The recent utility of the present setting; 1 while drafting rests."""
         setting = self._setting
         tally = self._tallies.get(setting) if setting else None
         return tally.utility if tally else 1.0
@@ -119,7 +119,7 @@ class UtilityController:
         return f"{setting}, of which nothing is worth it now" if self._idle >= IDLE else str(setting)
 
     def passed(self) -> None:
-        """A step without drafts since drafting rests."""
+        """Counts a step of a rest."""
         self._left -= 1
         if self._left <= 0:
             self._begin_test()
@@ -157,7 +157,7 @@ class UtilityController:
         self._change(setting, TEST)
 
     def _judge(self) -> None:
-        """The setting on trial has been measured: try another, or settle."""
+        """Ends the trial of a setting: another one is tested, or the best one is kept."""
         assert self._setting is not None
         self._tried[self._setting] = self.utility
         following = self._next_trial(self._setting)
@@ -175,7 +175,7 @@ class UtilityController:
             self._change(self._last, HOLD)
 
     def _next_trial(self, setting: Setting) -> Setting | None:
-        """What to try after `setting`: a smaller one while none pays, a neighbour while that is no worse, else none."""
+        """The setting to test next: a smaller one while none pays, a neighbour while `setting` is best, else None."""
         if len(self._tried) >= MAX_TRIALS:
             return None
         best = max(self._tried.values())
@@ -188,7 +188,7 @@ class UtilityController:
         return near[self._turn % len(near)] if near else None
 
     def _neighbours(self, setting: Setting) -> list[Setting]:
-        """Settings one step away; of those that are smaller the one that saves most comes first."""
+        """Settings that differ in one bound; of the smaller ones the one that saves most comes first."""
         found = [
             setting._replace(passes=self._most.passes and not setting.passes),
             setting._replace(depth=max(1, setting.depth // 2)),
@@ -206,14 +206,14 @@ class UtilityController:
 
 
 SHORTER, LONGER = 0.5, 2.0
-"""Plain steps: one that is shorter than a plain one by more than this, or longer for each node, counts as this."""
+"""Bounds on a step's deviation from a plain step, in plain steps: below it, and above it for each drafted node."""
 
 
 class Controllers:
-    """The settings of all sequences. A new one begins with what was best for the one before it, and tests it."""
+    """The settings of all sequences. A new sequence begins with a test of the setting that was best before."""
 
     def __init__(self, settings: DraftSettings, width: int) -> None:
-        """`width` is how many tokens may follow a node at most; 1 where only chains can be verified."""
+        """`width` is the most children of a node; 1 where only chains can be verified."""
         self._most = Setting(settings.depth, width, bool(settings.drafters - {"ngram"}))
         self._controlled = settings.priced
         self._start, self._rest = self._most, SHORTEST_REST
@@ -223,7 +223,7 @@ class Controllers:
 
     @property
     def changes(self) -> int:
-        """How often a setting has changed, of all sequences."""
+        """Number of changes of settings, over all sequences."""
         return self._changes + sum(controller.changes for controller in list(self._own.values()))
 
     @property
@@ -235,13 +235,13 @@ class Controllers:
         return self._latest.utility if self._latest else float(self._controlled)
 
     def describe(self) -> str:
-        """The setting of the sequence that was drafted for last, in a few words."""
+        """The setting of the sequence that had the latest draft, in a few words."""
         if self._latest is None:
             return str(self._start)
         return self._latest.describe()
 
     def setting(self, request: Request) -> Setting | None:
-        """What may be drafted for `request` now; None while that rests."""
+        """The bounds of a draft for `request` now; None while drafting rests for it."""
         if not self._controlled:
             return self._most
         if request not in self._own:
@@ -265,10 +265,12 @@ class Controllers:
             elif plain_steps is not None:
                 more = (plain_steps - 1) * count / nodes * len(drafted) if nodes else 0.0
                 # In a large batch a breath of noise would be many steps.
-                controller.observe(count, made.get(request, 1), 1 + min(max(more, -SHORTER), LONGER * count * len(drafted)))
+                controller.observe(
+                    count, made.get(request, 1), 1 + min(max(more, -SHORTER), LONGER * count * len(drafted))
+                )
 
     def forget(self, request: Request) -> None:
-        """`request` is over."""
+        """Drops the controller of a finished request; its best setting is the start of the next."""
         controller = self._own.pop(request, None)
         if controller is not None:
             self._start, self._rest = controller.best, controller.rest

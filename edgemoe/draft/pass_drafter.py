@@ -20,15 +20,15 @@ from edgemoe.plan.kv_size import KvSize
 from edgemoe.request.request import Request
 
 TRIES = 6
-"""Cycles of each rule before one is preferred."""
+"""Cycles for which each rule is measured before the best is used."""
 ANOTHER_EVERY = 48
-"""Cycles after which another rule has a turn, since text and resident experts change."""
+"""Cycles after which another rule is measured again: text and resident experts change."""
 NEWEST = 0.1
-"""Weight of the newest cycle in a rule's tokens and seconds."""
+"""Weight of the newest cycle in a rule's averages."""
 
 
 class RuleChoice:
-    """Takes turns between rules until each was measured, then mostly the best."""
+    """Chooses the rule of each cycle: every rule in turn until it is measured, then mostly the best."""
 
     def __init__(self, rules: Sequence[str]) -> None:
         self._rules = list(rules)
@@ -47,7 +47,7 @@ class RuleChoice:
 
     @property
     def best(self) -> str:
-        """The rule that has made most tokens a second so far; the first before anything was measured."""
+        """The rule with the most tokens a second so far; the first rule before any was measured."""
         return max(self._rules, key=lambda rule: self._tokens[rule] / self._seconds[rule] if self._seconds[rule] else 0)
 
     def observe(self, rule: str, tokens: int, seconds: float) -> None:
@@ -59,7 +59,7 @@ class RuleChoice:
 
 
 class Branch(NamedTuple):
-    """Nodes of one sequence's tree that are to be run, in the order of their numbers."""
+    """Nodes of one sequence's tree to run, in ascending order."""
 
     request: Request
     tree: DraftTree
@@ -67,14 +67,14 @@ class Branch(NamedTuple):
 
 
 class PassDrafter(ABC):
-    """Runs nodes of draft trees and gives what may follow them. From `begin` to `end` one cycle; nothing in between.
+    """Runs nodes of draft trees. A cycle is `begin`, runs, `end`, with no other pass in between.
 
     `wanted[layer]`, after a run, are the shares that each of its nodes, in their order, gave the target's
     experts, float32 [nodes, experts]; empty where the drafter cannot tell.
     """
 
     predicts_experts = False
-    """Whether its routing is the target's, so that `wanted` says something."""
+    """Whether the drafter routes as the target does, so that `wanted` predicts its experts."""
 
     def __init__(self, runner: ModelRunner) -> None:
         self.wanted: list[torch.Tensor] = []
@@ -83,17 +83,17 @@ class PassDrafter(ABC):
         self._base: dict[Request, int] = {}
 
     def takes(self, request: Request) -> bool:
-        """Whether it can draft for `request` now."""
+        """Whether the drafter can draft for `request` now."""
         return True
 
     def forget(self, request: Request) -> None:  # noqa: B027
-        """`request` is over, or has lost its place."""
+        """Drops the state of a finished or preempted request."""
 
     def observe(self, tokens: int, seconds: float) -> None:  # noqa: B027
         """The last cycle gave `tokens` in `seconds`, draft and verification."""
 
     def begin(self, requests: Sequence[Request]) -> None:
-        """Starts a cycle: the pasts stand before each one's last token. `end` has to follow, even where this raises."""
+        """Starts a cycle: KV caches hold all but each request's last token. `end` must follow, also after an error."""
         self._run, self._base = {}, {}
         self._catch_up(requests)
         for request in requests:
@@ -102,7 +102,7 @@ class PassDrafter(ABC):
             self._run[request], self._base[request] = [], cache.tokens
 
     def run(self, branches: Sequence[Branch]) -> list[torch.Tensor]:
-        """The logits after each of the nodes, float32 [nodes, vocabulary] a branch. Parents have been run before."""
+        """The logits after each node, float32 [nodes, vocabulary] for each branch. Parents are run before children."""
         work = [
             self._known(
                 tree_input(self._cache_of(branch.request), branch.tree, branch.nodes, self._run[branch.request])
@@ -116,16 +116,16 @@ class PassDrafter(ABC):
         return logits
 
     def end(self) -> None:
-        """Ends the cycle: the pasts are again as they were."""
+        """Ends the cycle and rolls the KV caches back to its beginning."""
         bases, self._run, self._base = self._base, {}, {}
         for request, base in bases.items():
             self._cache_of(request).rollback(base)
 
     def _catch_up(self, requests: Sequence[Request]) -> None:  # noqa: B027
-        """Lets the pasts have all that was committed but the last token of each."""
+        """Appends committed tokens that KV caches lack, except for each request's last one."""
 
     def _known(self, work: PassInput) -> PassInput:
-        """`work` with such tokens only as the model that is run knows."""
+        """`work` with token ids that the drafting model has."""
         return work
 
     def _drafting(self) -> AbstractContextManager[None]:
@@ -133,11 +133,11 @@ class PassDrafter(ABC):
 
     @abstractmethod
     def _cache_of(self, request: Request) -> SequenceCache:
-        """The past that this drafter appends to."""
+        """The KV cache that this drafter appends to."""
 
 
 class SelfDrafter(PassDrafter):
-    """The target model, its weights and its keys and values, routed among resident experts (SpecMoE)."""
+    """Drafts with the target model and its KV caches, routed among resident experts (SpecMoE)."""
 
     predicts_experts = True
 
@@ -149,7 +149,7 @@ class SelfDrafter(PassDrafter):
         rules: Sequence[str],
         most_similar: MostSimilar | None,
     ) -> None:
-        """`experts[layer]` is how many experts a layer has; of several `rules` the best is found by measuring.
+        """`experts[layer]` is the number of a layer's experts. The best of several `rules` is found by measuring.
 
         `most_similar` serves the rule "affinity".
         """
@@ -186,14 +186,14 @@ class SelfDrafter(PassDrafter):
 
 
 class ModelDrafter(PassDrafter):
-    """A second model with the same tokens, which has pasts of its own within a room of their own.
+    """Drafts with a second model of the same vocabulary, which has KV caches of its own within a budget of its own.
 
     How many rows a checkpoint has beyond its tokenizer's tokens is its own affair: logits are given for those of the
     target, and a token that this model has no row for is read as its last one.
     """
 
     def __init__(self, runner: ModelRunner, vocabulary: int, kv: KvSize, room_nbytes: int, chunk: int) -> None:
-        """`vocabulary` is the target's. `chunk` bounds the tokens of a pass that reads what it has not seen yet."""
+        """`vocabulary` is the target's. `chunk` bounds the tokens of a pass that catches up with committed tokens."""
         super().__init__(runner)
         self._vocabulary = vocabulary
         self._own_vocabulary = runner.vocabulary
@@ -203,7 +203,7 @@ class ModelDrafter(PassDrafter):
         self._caches: dict[Request, SequenceCache] = {}
 
     def takes(self, request: Request) -> bool:
-        """See the base class: whether its past, at its longest, fits beside the others."""
+        """See the base class: whether its KV cache, at full length, fits the budget beside the others."""
         if request in self._caches:
             return True
         taken = sum(self._kv.nbytes(cache.capacity) for cache in self._caches.values())

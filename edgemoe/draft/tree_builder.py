@@ -1,4 +1,4 @@
-"""One sequence's draft tree while it grows: what may come next, best first, within bounds."""
+"""Builds one sequence's draft tree: candidates in the order of their probability, within bounds."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from edgemoe.request.request import Request
 
 
 class TreeBuilder:
-    """A tree, its bounds, and the candidates of a drafter that runs passes, best first by path probability."""
+    """A draft tree, its bounds, and proposed candidates, ordered by path probability."""
 
     def __init__(self, request: Request, max_nodes: int, setting: Setting) -> None:
         self.max_depth = setting.depth
         self.width = setting.width
         self.passes = setting.passes
-        """Whether a drafter that runs passes may add to it."""
+        """Whether drafting passes may be run for it."""
         self.request = request
         self.tree = DraftTree(request.tokens[-1])
         self.bins: dict[int, int] = {}
-        """The nodes that were added with a bin."""
+        """Calibration bins of nodes, where they have one."""
         self.loads: dict[int, int] = {}
-        """The experts that nodes add to those that are resident or wanted by others, where a pass has told."""
+        """Number of experts that a node adds to those resident or needed already; for nodes that a pass has run."""
         self.unexpanded = [0]
-        """Nodes that no pass has run yet."""
+        """Nodes that no drafting pass has run yet."""
         self._max_nodes = max_nodes
         self._heap: list[tuple[float, int, Candidate]] = []
         self._pushed = 0
@@ -37,7 +37,7 @@ class TreeBuilder:
 
     @property
     def full(self) -> bool:
-        """Whether no node fits any more."""
+        """Whether the tree has all the nodes that it may have."""
         return self.tree.drafted >= self._max_nodes
 
     def fits(self, parent: int) -> bool:
@@ -47,7 +47,7 @@ class TreeBuilder:
         return not self.chain or parent == len(self.tree) - 1
 
     def add(self, candidate: Candidate) -> None:
-        """Makes the candidate a node; one that is there already keeps the greater probability, and its bin if any."""
+        """Adds the candidate. A node that exists keeps the greater probability, and its bin where it has one."""
         before = len(self.tree)
         node = self.tree.add(candidate.parent, candidate.token, candidate.probability)
         if node == before:
@@ -56,7 +56,7 @@ class TreeBuilder:
             self.bins.setdefault(node, candidate.bin)
 
     def propose(self, candidate: Candidate) -> None:
-        """A candidate for `best_proposals`; what another drafter has made a node already is the surer for it."""
+        """Queues a candidate for `best_proposals`; one that is a node already raises that node's probability."""
         if self.tree.child(candidate.parent, candidate.token) is not None:
             self.add(candidate)
             return
@@ -64,7 +64,7 @@ class TreeBuilder:
         self._pushed += 1
 
     def best_proposals(self) -> Iterator[Candidate]:
-        """Takes out what was offered, best first; what does not fit any more is left out."""
+        """Removes and yields the queued candidates, best first, except those that no longer fit."""
         while self._heap:
             candidate = heapq.heappop(self._heap)[2]
             if self.fits(candidate.parent) and self.tree.child(candidate.parent, candidate.token) is None:

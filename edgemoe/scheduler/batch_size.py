@@ -1,4 +1,4 @@
-"""How many sequences are decoded together: as asked for, or as many as make more tokens a second."""
+"""The number of sequences decoded together: as configured, or as many as give more tokens a second."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ START = 4
 GAIN = 1.05
 """A larger batch must make at least this many times the tokens a second, or the smaller one stays."""
 STEPS = 8
-"""Fewest steps of a measurement; the sequences must also have got two tokens each in it."""
+"""Fewest steps of a measurement, in which each sequence must also get two tokens."""
 STEPS_BETWEEN_TRIALS = 512
 """Steps after which a settled size is put to the test again, since texts and what is cached change."""
 
@@ -41,7 +41,7 @@ class BatchSize:
         self._settled_steps = 0
 
     def observe(self, running: int, tokens: int, seconds: float) -> None:
-        """Takes in one step: sequences that ran, tokens that were generated, and how long it took."""
+        """Records a step: sequences that ran, tokens generated, and its seconds."""
         if not self._automatic:
             return
         if not self._climbing:
@@ -50,7 +50,7 @@ class BatchSize:
             self._measure(tokens, seconds)
 
     def held_back(self, running: int) -> None:
-        """Says that the memory for keys and values had no room for more than the `running` sequences."""
+        """Records that the KV budget held no more than the `running` sequences."""
         if running < self.limit:
             self.reason = f"the memory for keys and values holds {running}"
 
@@ -68,7 +68,7 @@ class BatchSize:
             self._decide(window.tokens / window.seconds)
 
     def _decide(self, rate: float) -> None:
-        """Doubles, or settles on the better of this size and the one before."""
+        """Doubles the size, or settles on the better one of this size and the last."""
         if self._smaller is not None and rate < GAIN * self._smaller[1]:
             size, before = self._smaller
             self._settle(size, f"{size} made {before:.1f} tokens/s, {self.limit} made {rate:.1f}")
@@ -84,7 +84,7 @@ class BatchSize:
         self._climbing, self._smaller, self._settled_steps = False, None, 0
 
     def _rest(self) -> None:
-        """Counts the steps of a settled size; in time it is tried against its half and its double again."""
+        """Counts the steps of a settled size, after which half and double are measured again."""
         self._settled_steps += 1
         if self._settled_steps >= STEPS_BETWEEN_TRIALS:
             self._climbing, self._window = True, None

@@ -1,4 +1,4 @@
-"""Requests that wait for a place in the batch, in an order that puts shared prefixes beside one another."""
+"""Requests that wait to run, in an order that puts common prefixes next to one another."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from edgemoe.request.request import Request
 
 QueuePlace = tuple[bytes, int]
-"""A request's tokens and its number: the order of the line."""
+"""A request's token key and its arrival number: the order of the queue."""
 
 
 class WaitingQueue:
@@ -38,21 +38,21 @@ class WaitingQueue:
         yield from self._waiting.values()
 
     def add(self, request: Request) -> None:
-        """Puts a new request in."""
+        """Adds a new request."""
         insort(self._places, (request.key, self._arrived))
         self._waiting[self._arrived] = request
         self._arrived += 1
 
     def put_back(self, request: Request) -> None:
-        """Puts a request that was running before all others."""
+        """Puts a preempted request first."""
         self._preempted.appendleft(request)
 
     def first(self) -> Request:
-        """The request whose turn it is; it stays in the line. There must be one."""
+        """The next request, which stays in the queue. The queue must not be empty."""
         return self._preempted[0] if self._preempted else self._waiting[self._next()[1]]
 
     def take_first(self) -> Request:
-        """Takes the request whose turn it is out of the line."""
+        """Removes and returns the next request."""
         if self._preempted:
             return self._preempted.popleft()
         self._last = self._next()
@@ -60,7 +60,7 @@ class WaitingQueue:
         return self._remove(self._last)
 
     def remove_if(self, unwanted: set[Request]) -> None:
-        """Takes `unwanted` out of the line, wherever they are."""
+        """Removes the requests in `unwanted`."""
         self._preempted = deque(each for each in self._preempted if each not in unwanted)
         for number in [number for number, each in self._waiting.items() if each in unwanted]:
             self._remove((self._waiting[number].key, number))
