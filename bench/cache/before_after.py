@@ -28,6 +28,11 @@ BAR = ">= 0.98x the other version's speed: decoding and prefill all resident, an
 THREADS = 2
 VARIABLE = "EDGEMOE_BENCH_OTHER"
 
+CELLS: Mapping[str, Mapping[str, Any]] = {
+    "default speculation, 100 %": {"expert_cache": "100%"},
+    "default speculation, 50 %, 4 GB/s": {"expert_cache": "50%", "link_gbps": 4.0},
+}
+
 CHILD = """
 import json, sys, time
 from edgemoe import Engine, Sampling
@@ -46,8 +51,11 @@ with Engine.load(model, **settings) as engine:
 
 @dataclass(frozen=True, kw_only=True)
 class Size(BaseSize):
-    """Rounds of the resident model, questions of each task, and how wide the experts of the shipped model are."""
+    """Orders of loading, cells, rounds of the resident model, questions of each task, and how wide experts are."""
 
+    orders: tuple[bool, ...] = (False, True)
+    cells: tuple[str, ...] = tuple(CELLS)
+    tasks: int = len(TASKS)
     rounds: int = 6
     prompt: int = 512
     tokens: int = 48
@@ -55,7 +63,20 @@ class Size(BaseSize):
     factor: int = FACTOR
 
 
-FULL, SMALL = Size(), Size(small=True, rounds=1, prompt=16, tokens=4, questions=1, factor=SMALL_FACTOR)
+FULL, SMALL = (
+    Size(),
+    Size(
+        small=True,
+        orders=(True,),
+        cells=tuple(CELLS)[:1],
+        tasks=2,
+        rounds=1,
+        prompt=16,
+        tokens=4,
+        questions=1,
+        factor=SMALL_FACTOR,
+    ),
+)
 
 
 @dataclass
@@ -80,16 +101,11 @@ def run(size: Size = FULL) -> Measurement:
     if not other:
         missing = {"reason": f"name the Python of the other version's environment in {VARIABLE}"}
         return Measurement(NAME, None, BAR, None, missing)
-    orders = (False, True)
-    parts = [_resident(other, size, swapped) for swapped in orders]
+    parts = [_resident(other, size, swapped) for swapped in size.orders]
     found = {name: _mean([part[name] for part in parts]) for name in parts[0]}
     detail: dict[str, Any] = {"resident, by order of loading": parts}
-    cells: dict[str, dict[str, Any]] = {
-        "default speculation, 100 %": {"expert_cache": "100%"},
-        "default speculation, 50 %, 4 GB/s": {"expert_cache": "50%", "link_gbps": 4.0},
-    }
-    for cell, settings in cells.items():
-        detail[cell] = [_speculating(other, settings, size, swapped) for swapped in orders]
+    for cell in size.cells:
+        detail[cell] = [_speculating(other, CELLS[cell], size, swapped) for swapped in size.orders]
         found[cell] = _mean(detail[cell])
     return Measurement(NAME, found, BAR, min(found.values()) >= 0.98, detail)
 
@@ -120,7 +136,7 @@ def _speculating(other: str, settings: Mapping[str, Any], size: Size, swapped: b
     totals, logs = [0.0, 0.0], []
     settings = {**settings, "batch": 1, "state_folder": "none"}
     with _sides(other, str(inflated(size.factor)), settings, swapped) as sides:
-        for task in TASKS:
+        for task in TASKS[: size.tasks]:
             items = task.items(HELD_OUT_SEED, held_out=True)
             for number in range(-1, size.questions):
                 asked = {"prompt": next(items).user, "max_tokens": size.tokens, "temperature": 0.0}

@@ -14,7 +14,7 @@ import torch
 from bench.__main__ import NAMES, load, measure
 from bench.measurement import BaseSize, Measurement
 
-SLOW = {"batch-memory", "batch-resume", "before-after", "device", "larger-than-memory", "speedup-model", "start"}
+SLOW = {"batch-memory", "batch-resume", "before-after", "larger-than-memory", "speedup-model", "start"}
 """About ten seconds each: most of them start processes."""
 
 
@@ -44,7 +44,9 @@ def numbers(value: Any) -> Iterator[float]:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in NAMES]
+    "name",
+    # `device` runs small in test_device.py, which looks into every section.
+    [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in NAMES if name != "device"],
 )
 def test_a_measurement_runs_small(name: str) -> None:
     measurement = measure(name, small=True)
