@@ -4,7 +4,8 @@ Arithmetic over experts that lie in slots of one pool: a program finds its exper
 that the host need not know which experts were routed to.
 """
 
-from __future__ import annotations
+# Triton reads the annotations of a kernel as part of it, and knows of none but `constexpr`.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
 import importlib
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -18,9 +19,7 @@ else:
     constexpr = tl.constexpr
 
 
-def _gather(
-    addresses: Any, records: Any, sources: Any, slots: Any, words: constexpr, block: constexpr, programs: constexpr
-) -> None:
+def _gather(addresses, records, sources, slots, words: constexpr, block: constexpr, programs: constexpr):
     """Copies records of `words` int64 from page-locked RAM, by their addresses, into slots of the card."""
     pair = tl.program_id(0)
     source = tl.load(addresses + tl.load(sources + pair)).to(tl.pointer_type(tl.int64))
@@ -32,21 +31,21 @@ def _gather(
 
 
 def _up_gate(
-    hidden: Any,
-    pool: Any,
-    table: Any,
-    experts: Any,
-    inner: Any,
-    first: Any,
-    stride: Any,
-    offset: Any,
+    hidden,
+    pool,
+    table,
+    experts,
+    inner,
+    first,
+    stride,
+    offset,
     top_k: constexpr,
     width: constexpr,
     rows: constexpr,
     row_block: constexpr,
     block: constexpr,
     kind: constexpr,
-) -> None:
+):
     """silu(gate(x)) * up(x) of one expert and token a program; an expert without a slot (-1) is left out."""
     pair = tl.program_id(0)
     slot = tl.load(table + first + tl.load(experts + pair))
@@ -65,20 +64,20 @@ def _up_gate(
 
 
 def _down(
-    inner: Any,
-    pool: Any,
-    table: Any,
-    experts: Any,
-    outputs: Any,
-    first: Any,
-    stride: Any,
-    offset: Any,
+    inner,
+    pool,
+    table,
+    experts,
+    outputs,
+    first,
+    stride,
+    offset,
     width: constexpr,
     rows: constexpr,
     row_block: constexpr,
     block: constexpr,
     kind: constexpr,
-) -> None:
+):
     """The product that brings one expert's inner values of one token back to the model's width."""
     pair = tl.program_id(0)
     slot = tl.load(table + first + tl.load(experts + pair))
