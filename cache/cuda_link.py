@@ -12,12 +12,14 @@ import itertools
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
 
+from edgemoe.cache.host_buffer import HostBuffer
 from edgemoe.cache.host_store import HostStore
 from edgemoe.cache.link import Link, Priority, Throttle, Transfer
 from edgemoe.cache.record import ExpertId
@@ -28,8 +30,8 @@ class Streams(ABC):
     """The device operations of the link: ordered copies, their durations, and events between copies and compute."""
 
     @abstractmethod
-    def staging(self, nbytes: int) -> torch.Tensor:
-        """A page-locked host buffer, uint8 [nbytes]."""
+    def staging(self, nbytes: int) -> HostBuffer:
+        """A host buffer of `nbytes`, page-locked where the system allows. The caller closes it."""
 
     @abstractmethod
     def copy(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> tuple[Any, Any]:
@@ -43,8 +45,11 @@ class Streams(ABC):
         """Records an event on the caller's compute stream, after the work queued so far."""
 
     @abstractmethod
-    def compute_after(self, event: Any) -> None:
-        """Makes later work on the caller's compute stream wait for `event`. Does not block the host."""
+    def compute_after(self, event: Any) -> tuple[Any, Any] | None:
+        """Makes later work on the caller's compute stream wait for `event`. Does not block the host.
+
+        Returns the start and end events of the wait; None where `event` has passed already.
+        """
 
     @abstractmethod
     def passed(self, event: Any) -> bool:
@@ -56,7 +61,7 @@ class Streams(ABC):
 
     @abstractmethod
     def seconds(self, start: Any, end: Any) -> float:
-        """Seconds between the start and end events of a copy. Both must have passed."""
+        """Seconds between the start and end events of a copy or a wait. Both must have passed."""
 
 
 class CudaStreams(Streams):
@@ -65,14 +70,13 @@ class CudaStreams(Streams):
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._copies = torch.cuda.Stream(device)
+        # The slots may lie where work that is still queued on the compute stream reads or writes something else.
+        self._copies.wait_stream(torch.cuda.current_stream(device))
         self._queueing = threading.Lock()
 
-    def staging(self, nbytes: int) -> torch.Tensor:
-        """See the base class. Pageable where the system refuses to lock memory."""
-        try:
-            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-        except RuntimeError:
-            return torch.empty(nbytes, dtype=torch.uint8)
+    def staging(self, nbytes: int) -> HostBuffer:
+        """See the base class."""
+        return HostBuffer(nbytes, pin=True)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> tuple[Any, Any]:
         """See the base class."""
@@ -90,9 +94,16 @@ class CudaStreams(Streams):
         """See the base class."""
         return torch.cuda.current_stream(self._device).record_event()
 
-    def compute_after(self, event: Any) -> None:
+    def compute_after(self, event: Any) -> tuple[Any, Any] | None:
         """See the base class."""
-        torch.cuda.current_stream(self._device).wait_event(event)
+        if event.query():
+            return None
+        compute = torch.cuda.current_stream(self._device)
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        compute.record_event(start)
+        compute.wait_event(event)
+        compute.record_event(end)
+        return start, end
 
     def passed(self, event: Any) -> bool:
         """See the base class."""
@@ -129,7 +140,7 @@ class CudaLink(Link):
     """Copies records of `store` into the slots of a device.
 
     Page-locked records of a `HostStore` are copied directly. All others go through a ring of `staging` buffers, which
-    `readers` threads fill.
+    `readers` threads fill; there must be at least one unless every record is page-locked.
     """
 
     def __init__(
@@ -139,11 +150,11 @@ class CudaLink(Link):
         self._streams = streams
         self._throttle = throttle
         self._readers = ThreadPoolExecutor(readers, "edgemoe-read")
-        self._ring: list[tuple[torch.Tensor, Any]] = [
-            (streams.staging(store.slot_nbytes), None) for _ in range(staging)
-        ]
+        self._ring: list[tuple[HostBuffer, Any]] = [(streams.staging(store.slot_nbytes), None) for _ in range(staging)]
         self._last_use: dict[int, Any] = {}
         self._in_flight: list[_Copy] = []
+        self._waits: deque[tuple[Any, Any]] = deque()
+        """The start and end events of the compute stream's waits that are not counted yet."""
         self._copied = 0.0
         """Total seconds of the copies counted so far."""
         self._overlapped = 0.0
@@ -202,7 +213,9 @@ class CudaLink(Link):
         for transfer in ready:
             assert isinstance(transfer, _Copy)
             if transfer.error is None:
-                self._streams.compute_after(transfer.event)
+                waited = self._streams.compute_after(transfer.event)
+                if waited is not None:
+                    self._waits.append(waited)
         return ready + failed
 
     def released(self, slots: Sequence[int]) -> None:
@@ -226,6 +239,8 @@ class CudaLink(Link):
             self._streams.block(copy.event)
         with self._lock:
             self._count()
+        for buffer, _ in self._ring:
+            buffer.close()
         self._ring.clear()
 
     def _pinned(self, expert: ExpertId) -> torch.Tensor | None:
@@ -243,7 +258,9 @@ class CudaLink(Link):
             self._in_flight.append(copy)
 
     def _count(self) -> None:
-        """Adds the completed copies to the totals. Does not block. The lock is held."""
+        """Adds the completed copies and waits to the totals. Does not block. The lock is held."""
+        while self._waits and self._streams.passed(self._waits[0][1]):
+            self.device_wait_seconds += self._streams.seconds(*self._waits.popleft())
         while self._in_flight and self._streams.passed(self._in_flight[0].event):
             copy = self._in_flight.pop(0)
             seconds = self._streams.seconds(copy.start, copy.event)
@@ -292,7 +309,7 @@ class CudaLink(Link):
         try:
             if last is not None:
                 self._streams.block(last)
-            pieces = self._store.pieces(copy.expert, buffer)
+            pieces = self._store.pieces(copy.expert, buffer.memory)
             reads = [self._readers.submit(move) for _, move in pieces]
             # Wait for all reads even after a failure: the next user of the buffer must be its only writer.
             wait(reads)
@@ -300,7 +317,7 @@ class CudaLink(Link):
                 read.result()
             Throttle.sleep_until(arrival)
             copy.fetched = time.perf_counter() - started
-            self._issue(copy, memory, buffer)
+            self._issue(copy, memory, buffer.memory)
             last = copy.event
         finally:
             self._ring.append((buffer, last))

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from edgemoe.cache.host_buffer import HostBuffer
 from edgemoe.cache.record import ExpertId
 from edgemoe.cache.store import ExpertStore, Piece
 
@@ -26,6 +27,7 @@ class HostStore(ExpertStore):
         self.experts = source.experts
         self._source = source
         self._records: dict[ExpertId, tuple[torch.Tensor, bool]] = {}
+        self._slabs: list[HostBuffer] = []
         self.pinned_nbytes = 0
         """Page-locked bytes."""
         self._allocate(pinned_limit if pin else 0)
@@ -61,8 +63,11 @@ class HostStore(ExpertStore):
         return [(len(record), copy)]
 
     def close(self) -> None:
-        """See the base class. The source stays open."""
+        """See the base class. Frees the memory; the source stays open. No copy of a record may be in flight."""
         self._records.clear()
+        for slab in self._slabs:
+            slab.close()
+        self._slabs.clear()
 
     def _allocate(self, pinned_limit: int) -> None:
         left = [ExpertId(layer, index) for layer, count in enumerate(self.experts) for index in range(count)]
@@ -71,24 +76,14 @@ class HostStore(ExpertStore):
             first = self.record_nbytes(left[0])
             count = max(1, min(len(left), SLAB_NBYTES // first))
             nbytes = sum(self.record_nbytes(expert) for expert in left[:count])
-            locked = not refused and self.pinned_nbytes + nbytes <= pinned_limit
-            slab, locked_now = _slab(nbytes, locked)
-            refused = refused or (locked and not locked_now)
-            self.pinned_nbytes += nbytes if locked_now else 0
+            pin = not refused and self.pinned_nbytes + nbytes <= pinned_limit
+            slab = HostBuffer(nbytes, pin=pin)
+            self._slabs.append(slab)
+            refused = refused or (pin and not slab.locked)
+            self.pinned_nbytes += nbytes if slab.locked else 0
             at = 0
             for expert in left[:count]:
                 size = self.record_nbytes(expert)
-                self._records[expert] = slab[at : at + size], locked_now
+                self._records[expert] = slab.memory[at : at + size], slab.locked
                 at += size
             left = left[count:]
-
-
-def _slab(nbytes: int, locked: bool) -> tuple[torch.Tensor, bool]:
-    """Memory for records, uint8 [nbytes], and whether it is page-locked: if requested, and granted by the system."""
-    if locked:
-        try:
-            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True), True
-        except RuntimeError:
-            # The system limits locked memory; the limit is low on laptops, Windows and WSL.
-            pass
-    return torch.empty(nbytes, dtype=torch.uint8), False

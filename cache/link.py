@@ -43,6 +43,8 @@ class Link(ABC):
     """Time with at least one transfer in flight, up to the last arrival."""
     bytes_moved: int = 0
     """Bytes that arrived. Divided by `busy_seconds` they give the bandwidth."""
+    device_wait_seconds: float = 0.0
+    """Time for which a device waited for transfers without the host: `wait_any` had returned already."""
 
     @abstractmethod
     def start(self, expert: ExpertId, slot: int, memory: torch.Tensor, priority: Priority) -> Transfer:

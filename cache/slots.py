@@ -7,14 +7,15 @@ from types import TracebackType
 
 import torch
 
+from edgemoe.cache.host_buffer import private_map
 from edgemoe.cache.record import ALIGNMENT, RecordLayout, round_up
 
 
 class SlotPool:
     """`count` slots of equal size in one allocation.
 
-    On a CPU the allocation is an anonymous memory map with huge pages where the system supports them, since 4 KiB pages
-    cost TLB misses. Physical memory is committed when a slot is first filled, and freed by `close`.
+    On a CPU the allocation is an anonymous memory map. Physical memory is committed when a slot is first filled, and
+    freed by `close`.
     """
 
     def __init__(self, count: int, slot_nbytes: int, device: torch.device) -> None:
@@ -23,9 +24,7 @@ class SlotPool:
         self.device = device
         self._map: mmap.mmap | None = None
         if device.type == "cpu":
-            self._map = _private_map(max(1, count * self.slot_nbytes))
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                self._map.madvise(mmap.MADV_HUGEPAGE)
+            self._map = private_map(max(1, count * self.slot_nbytes))
             flat = torch.frombuffer(self._map, dtype=torch.uint8)[: count * self.slot_nbytes]
         else:
             flat = torch.empty(count * self.slot_nbytes, dtype=torch.uint8, device=device)
@@ -54,10 +53,3 @@ class SlotPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _private_map(nbytes: int) -> mmap.mmap:
-    """An anonymous private map. The system gives no huge pages to shared maps, which are Python's default."""
-    if hasattr(mmap, "MAP_PRIVATE"):
-        return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return mmap.mmap(-1, nbytes)

@@ -107,8 +107,10 @@ def choose_device(name: str) -> torch.device:
 def _device_free(device: torch.device) -> int:
     if device.type == "cpu":
         return ram_free()
-    # Not by the driver's own numbers: CUDA_VISIBLE_DEVICES gives the devices others.
-    return int(torch.cuda.mem_get_info(device)[0])
+    # Not by the driver's own numbers: CUDA_VISIBLE_DEVICES gives the devices others. What PyTorch has taken and does
+    # not use is there for the taking as well.
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0] + unused)
 
 
 def _context(blueprint: Blueprint, config: EngineConfig) -> int:

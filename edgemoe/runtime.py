@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -98,14 +99,15 @@ class Runtime:
         if not plan.device.startswith("cuda"):
             return ReaderLink(files, config.reader_threads, throttle)
         store: ExpertStore = files
+        staging = config.staging_records
         if plan.host_tier != "file":
-            staging = config.staging_records * plan.slot_nbytes
-            host = HostStore(files, plan.pinned_nbytes - staging, pin=True)
+            host = HostStore(files, plan.pinned_nbytes - staging * plan.slot_nbytes, pin=True)
             self._stack.callback(host.close)
             host.fill(config.reader_threads, lambda done, total: on_progress(Progress("experts", done, total)))
             store = host
-        streams = CudaStreams(torch.device(plan.device))
-        return CudaLink(store, streams, config.staging_records, config.reader_threads, throttle)
+            # Page-locked records are copied from where they lie.
+            staging = 0 if host.pinned_nbytes == host.nbytes else staging
+        return CudaLink(store, CudaStreams(torch.device(plan.device)), staging, config.reader_threads, throttle)
 
     def runner(self) -> SequentialRunner:
         """What runs passes on the loaded model."""
@@ -125,3 +127,7 @@ class Runtime:
             for module in self.model.modules():
                 vars(module).pop("forward", None)
         self.model = None
+        if self._plan.device.startswith("cuda"):
+            # What PyTorch keeps of the device's memory is lost to other programs.
+            gc.collect()
+            torch.cuda.empty_cache()

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from bench.device.section import Found, Target
-from bench.device.timing import MIB, device_memory, device_ms, host_us, synchronize
+from bench.device.timing import MIB, device_ms, host_us, synchronize
+from edgemoe.cache.host_buffer import HostBuffer
 
 SLAB = 252 * MIB
 SLABS = 4
@@ -25,14 +26,23 @@ def measure(target: Target) -> Found:
     device = torch.device(target.device)
     figures: dict[str, Any] = {}
     began = time.perf_counter()
-    slabs = [torch.empty(SLAB, dtype=torch.uint8, pin_memory=True) for _ in range(SLABS)]
+    buffers = [HostBuffer(SLAB, pin=True) for _ in range(SLABS)]
     figures["lock_s_per_GiB"] = round((time.perf_counter() - began) / (SLABS * SLAB / (1 << 30)), 3)
-    odd = torch.empty(336 * MIB, dtype=torch.uint8, pin_memory=True)
-    figures["locked_MiB"] = {"asked": (SLABS * SLAB + 336 * MIB) // MIB, "held": device_memory()["pinned"]}
-    del odd
-    copies = Copies(slabs, torch.empty(8, RECORD, dtype=torch.uint8, device=device))
+    figures["lock_s_per_GiB by torch"] = _torch_lock_s_per_gib()
+    copies = Copies([each.memory for each in buffers], torch.empty(8, RECORD, dtype=torch.uint8, device=device))
     figures["to_card_GBps"] = {f"{size >> 10} KiB": copies.bandwidth(size) for size in SIZES}
-    return Found(figures | _round_trips(copies, device))
+    figures |= _round_trips(copies, device)
+    faults = [] if all(each.locked for each in buffers) else ["the system locks less than a GiB"]
+    synchronize()
+    for buffer in buffers:
+        buffer.close()
+    return Found(figures, faults)
+
+
+def _torch_lock_s_per_gib() -> float:
+    began = time.perf_counter()
+    torch.empty(SLAB, dtype=torch.uint8, pin_memory=True)
+    return round((time.perf_counter() - began) / (SLAB / (1 << 30)), 3)
 
 
 class Copies:

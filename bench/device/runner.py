@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import json
 import time
@@ -12,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from bench.device.section import Found, OnCpu, Section, SkippedError, Target
+from bench.device.timing import give_back
 
 LINE = 1500
 """Characters of a section's figures that are printed; the file has all."""
@@ -61,7 +61,7 @@ def _boxed(section: Section, target: Target) -> Outcome:
         print(traceback.format_exc(limit=-8), flush=True)
         return Outcome(round(time.perf_counter() - began, 1), failed=repr(error)[:300])
     finally:
-        gc.collect()
+        give_back()
 
 
 def _reason_to_skip(section: Section, target: Target) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
 
+import psutil
 import torch
 
 MIB = 1 << 20
-KEPT_MIB = 64
-"""What may stay with torch: the workspaces of its matrix products."""
+KEPT_MIB = {"reserved": 64, "pinned": 64, "ram": 768}
+"""What may stay: the workspaces of torch's matrix products, and on the host the code that was loaded meanwhile."""
 WARM_UP = 5
 """Calls before those that are timed."""
 
@@ -19,6 +21,13 @@ def synchronize() -> None:
     """Waits for the card, where there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def give_back() -> None:
+    """Frees what nothing refers to, also what PyTorch keeps of the card's memory."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def host_us(call: Callable[[], object], times: int = 50) -> float:
@@ -47,17 +56,17 @@ def device_ms(work: Callable[[], object], stream: torch.cuda.Stream | None = Non
 
 
 def device_memory() -> dict[str, int]:
-    """MiB that the driver has free and that torch's allocators hold; nothing without a card."""
+    """MiB that the driver has free, that torch's allocators hold, and of this process; nothing without a card."""
     if not torch.cuda.is_available():
         return {}
     held = {"free": torch.cuda.mem_get_info()[0] // MIB, "reserved": torch.cuda.memory_reserved() // MIB}
-    return held | {"pinned": _pinned_nbytes() // MIB}
+    return held | {"pinned": _pinned_nbytes() // MIB, "ram": psutil.Process().memory_info().rss // MIB}
 
 
 def kept(before: dict[str, int], after: dict[str, int]) -> list[str]:
-    """A sentence for each of torch's allocators that holds more than `KEPT_MIB` more than `before`."""
-    more = {name: after[name] - before[name] for name in ("reserved", "pinned") if after}
-    return [f"{mib} MiB stay {name} after close" for name, mib in more.items() if mib > KEPT_MIB]
+    """A sentence for each kind of memory that has grown by more than `KEPT_MIB` since `before`."""
+    more = {name: after[name] - before[name] for name in KEPT_MIB if after}
+    return [f"{mib} MiB stay after close ({name})" for name, mib in more.items() if mib > KEPT_MIB[name]]
 
 
 def _pinned_nbytes() -> int:

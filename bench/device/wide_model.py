@@ -9,6 +9,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,8 +27,12 @@ from edgemoe.plan.machine import ram_free
 LAYERS = 4
 NBYTES = 6 << 30
 """What their checkpoint takes at most."""
-ROWS = ((1.0, "off"), (0.9, "off"), (0.6, "off"), (0.6, "auto"), (0.3, "off"))
+ROWS = ((1.0, "off"), (0.9, "off"), (0.6, "off"), (0.6, "auto"), (0.3, "off"), (0.3, "auto"))
 """The share of the experts that have a slot, and the prefetching."""
+DRAWN = Sampling(temperature=1.0, top_k=0, top_p=1.0, seed=1, ignore_eos=True)
+"""Greedy tokens of random weights go in circles, and so always need the same experts."""
+PREFILLED = {1.0, 0.3}
+"""Shares at which a prompt is timed as well."""
 COUNTED = {(1.0, "off"), (0.6, "off")}
 """Rows of which the steps are also taken apart."""
 ROW_SECONDS = 30.0
@@ -96,7 +101,7 @@ def _row(target: Target, folder: Path, share: float, prefetch: str) -> dict[str,
         figures |= _decoding(engine, prompt(24), 8 if target.small else 40)
         if target.cuda and (share, prefetch) in COUNTED:
             figures["a step"] = census(engine, prompt(24))
-        if share == 1.0:
+        if share in PREFILLED:
             began = time.perf_counter()
             next(engine.stream(prompt(440), Sampling(max_tokens=1)))
             figures["prefill_440_s"] = round(time.perf_counter() - began, 3)
@@ -136,7 +141,7 @@ def _decoding(engine: Engine, ids: Sequence[int], tokens: int) -> dict[str, Any]
 def _step_seconds(engine: Engine, ids: Sequence[int], tokens: int) -> float:
     """The median time between tokens, without the first third of them."""
     marks = []
-    for _ in engine.stream(list(ids), Sampling(temperature=0.0, max_tokens=tokens, ignore_eos=True)):
+    for _ in engine.stream(list(ids), replace(DRAWN, max_tokens=tokens)):
         marks.append(time.perf_counter())
     steps = [later - sooner for sooner, later in zip(marks, marks[1:], strict=False)]
     return statistics.median(steps[len(marks) // 3 :])

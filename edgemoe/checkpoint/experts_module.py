@@ -36,8 +36,9 @@ class ExpertsModule:
 
 def find_experts_modules(model: nn.Module) -> list[ExpertsModule]:
     """All experts modules of `model` that go through transformers' experts interface, in the order of the layers."""
+    layouts: dict[tuple[Part, ...], RecordLayout] = {}
     return [
-        _experts_module(name, module)
+        _experts_module(name, module, layouts)
         for name, module in model.named_modules()
         if all(hasattr(module, attribute) for attribute in DECLARED_ATTRIBUTES) and "down_proj" in module._parameters
     ]
@@ -71,7 +72,8 @@ def release_weights(moe: ExpertsModule, model: nn.Module) -> None:
     module._is_hf_initialized = True
 
 
-def _experts_module(name: str, module: nn.Module) -> ExpertsModule:
+def _experts_module(name: str, module: nn.Module, layouts: dict[tuple[Part, ...], RecordLayout]) -> ExpertsModule:
+    """`layouts` are those of other layers by their parts, to be shared: views of slots are kept by layout."""
     experts = module._parameters["down_proj"].shape[0]  # type: ignore[union-attr]
     parts: list[Part] = []
     formats: dict[str, WeightFormat] = {}
@@ -84,4 +86,5 @@ def _experts_module(name: str, module: nn.Module) -> ExpertsModule:
         else:
             formats[key] = FloatFormat(value.dtype)
             parts += formats[key].parts(key, shape)
-    return ExpertsModule(name, experts, RecordLayout(parts), formats)
+    layout = layouts.setdefault(tuple(parts), RecordLayout(parts))
+    return ExpertsModule(name, experts, layout, formats)

@@ -7,8 +7,10 @@ for experts with few tokens: they read each weight once, at memory speed. Both f
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -36,17 +38,46 @@ class TokenGroups:
         """
         self.hidden = hidden
         self.top_k = index.shape[-1]
-        rows: dict[int, list[int]] = {}
         # Some families give "no expert" the weight 0: it causes no load.
-        for pair, expert in enumerate(index.masked_fill(weights == 0, -1).reshape(-1).tolist()):
+        chosen = index.masked_fill(weights == 0, -1).reshape(-1)
+        self._sort(chosen)
+        rows: dict[int, list[int]] = {}
+        for pair, expert in enumerate(self._on_host(chosen)):
             if 0 <= expert < experts:
                 rows.setdefault(expert, []).append(pair)
         self.rows: Mapping[int, list[int]] = rows
         """The pairs of each chosen expert, ascending. A choice that names no expert is in none: its output row is 0."""
-        pairs = index.numel()
-        complete = sum(map(len, rows.values())) == pairs
-        make = hidden.new_empty if complete else hidden.new_zeros
-        self.outputs = make(pairs, hidden.shape[-1])
+        self._pairs = index.numel()
+
+    @cached_property
+    def outputs(self) -> torch.Tensor:
+        """What experts write, [pairs, hidden size]."""
+        complete = sum(map(len, self.rows.values())) == self._pairs
+        make = self.hidden.new_empty if complete else self.hidden.new_zeros
+        return make(self._pairs, self.hidden.shape[-1])
+
+    def _sort(self, chosen: torch.Tensor) -> None:
+        """For a device, on which work is queued before the host has read `chosen`, int [pairs]."""
+
+    def _on_host(self, chosen: torch.Tensor) -> list[int]:
+        return chosen.tolist()
+
+    def inputs(self, expert: int, multiple: int = 1) -> torch.Tensor:
+        """The hidden states of an expert's pairs, [pairs, hidden size].
+
+        The last one is repeated until there are a `multiple` of rows.
+        """
+        tokens = self.tokens(self.rows[expert])
+        return self.hidden[tokens + tokens[-1:] * (-len(tokens) % multiple)]
+
+    def write(self, expert: int, outputs: torch.Tensor) -> None:
+        """Writes the outputs of an expert's pairs, [at least pairs, hidden size]; rows of padding come last."""
+        rows = self.rows[expert]
+        self.outputs[rows] = outputs[: len(rows)].to(self.outputs.dtype)
+
+    def complete(self) -> torch.Tensor:
+        """The outputs of all pairs, once every expert has written its own."""
+        return self.outputs
 
     @property
     def wanted(self) -> list[int]:
@@ -60,6 +91,53 @@ class TokenGroups:
     def tokens(self, rows: Sequence[int]) -> list[int]:
         """The token number of each pair in `rows`."""
         return [row // self.top_k for row in rows]
+
+
+class SortedGroups(TokenGroups):
+    """As the base class for a device, with one read of the device by the host: that of the choices.
+
+    The pairs are sorted by expert on the device, so that those of an expert lie together. An index from the host, as in
+    the base class, would wait for all work that is queued on the device, twice an expert.
+    """
+
+    def __init__(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, experts: int) -> None:
+        """As the base class."""
+        super().__init__(hidden, index, weights, experts)
+        counts = {expert: len(self.rows[expert]) for expert in sorted(self.rows)}
+        starts = itertools.accumulate(counts.values(), initial=self._below)
+        self._spans = {expert: (start, counts[expert]) for expert, start in zip(counts, starts, strict=False)}
+        """The first pair of each expert and the number of its pairs, in the sorted order."""
+        self._written: dict[int, torch.Tensor] = {}
+
+    def _sort(self, chosen: torch.Tensor) -> None:
+        """See the base class."""
+        self._order = chosen.argsort(stable=True)
+        self._sorted = self.hidden.index_select(0, self._order // self.top_k)
+
+    def _on_host(self, chosen: torch.Tensor) -> list[int]:
+        """See the base class. The only read of the device."""
+        choices = super()._on_host(chosen)
+        self._below = sum(expert < 0 for expert in choices)
+        return choices
+
+    def inputs(self, expert: int, multiple: int = 1) -> torch.Tensor:
+        """See the base class; `multiple` is 1."""
+        return self._sorted.narrow(0, *self._spans[expert])
+
+    def write(self, expert: int, outputs: torch.Tensor) -> None:
+        """See the base class; there is no padding."""
+        self._written[expert] = outputs.to(self.hidden.dtype)
+
+    def complete(self) -> torch.Tensor:
+        """See the base class."""
+        above = self._pairs - self._below - sum(count for _, count in self._spans.values())
+        parts = [self._written[expert] for expert in self._spans]
+        if self._below:
+            parts.insert(0, self.hidden.new_zeros(self._below, self.hidden.shape[-1]))
+        if above:
+            parts.append(self.hidden.new_zeros(above, self.hidden.shape[-1]))
+        joined = torch.cat(parts)
+        return torch.empty_like(joined).index_copy_(0, self._order, joined)
 
 
 class Experts(ABC):
@@ -81,14 +159,11 @@ class Experts(ABC):
 
     def _one(self, groups: TokenGroups, expert: int, slot: int) -> None:
         """The reference arithmetic of one expert."""
-        module, rows = self.module, groups.rows[expert]
-        views = self.pool.views(slot, self._layout)
-        tokens = groups.tokens(rows)
-        x = groups.hidden[tokens + tokens[-1:] * (-len(tokens) % self.row_multiple)]
+        module, views = self.module, self.pool.views(slot, self._layout)
+        x = groups.inputs(expert, self.row_multiple)
         inner = self._linear(x, views, "gate_up_proj" if module.has_gate else "up_proj")
         inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-        outer = self._linear(inner, views, "down_proj")[: len(rows)]
-        groups.outputs[rows] = outer.to(groups.outputs.dtype)
+        groups.write(expert, self._linear(inner, views, "down_proj"))
 
     def _linear(self, x: torch.Tensor, views: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
         weight = self._formats[name].dequantize(views, name)

@@ -12,7 +12,7 @@ import torch
 
 from edgemoe.cache import ExpertCache
 from edgemoe.checkpoint.experts_module import ExpertsModule
-from edgemoe.experts.expert_ffn import Experts, FastExperts, PlainExperts, TokenGroups
+from edgemoe.experts.expert_ffn import Experts, FastExperts, PlainExperts, SortedGroups, TokenGroups
 from edgemoe.experts.expert_predictor import ExpertPredictor
 from edgemoe.experts.lockstep import LockstepPasses
 from edgemoe.experts.router_hook import CurrentLayer, RouterMode
@@ -61,10 +61,11 @@ class ExpertLayer:
 
     def _groups(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> TokenGroups:
         flat = hidden.reshape(-1, hidden.shape[-1])
-        return TokenGroups(flat, index.reshape(len(flat), -1), weights.reshape(len(flat), -1), self._count)
+        make = TokenGroups if hidden.device.type == "cpu" else SortedGroups
+        return make(flat, index.reshape(len(flat), -1), weights.reshape(len(flat), -1), self._count)
 
     def _combined(self, groups: TokenGroups, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        outputs, module, tokens = groups.outputs, self._experts.module, len(groups.hidden)
+        outputs, module, tokens = groups.complete(), self._experts.module, len(groups.hidden)
         if getattr(module, "has_post_expert_norm", False):
             outputs = module.post_expert_norm(outputs)
         weighted = outputs.view(tokens, groups.top_k, -1) * weights.reshape(tokens, -1, 1)

@@ -149,7 +149,9 @@ class SequentialRunner:
         small = tokens * self._nbytes_per_token < MIN_THREADED_WORK and pairs < MIN_THREADED_PAIRS
         # PyTorch's threads spin after an operation, on the cores that kernel threads would run on next: only one of
         # the two kinds gets the cores of a pass.
-        alone = small or tokens <= self._few_tokens or self._spread_thin(tokens)
+        few = tokens <= self._few_tokens or self._spread_thin(tokens)
+        # A device leaves the CPU so little to do that starting and joining threads costs more than all of it.
+        alone = small or few or self.device.type != "cpu"
         quiet = nullcontext() if kind in self._seen else quiet_transformers()
         self._seen.add(kind)
         with torch.inference_mode(), torch_threads(1 if alone else self._threads), quiet:

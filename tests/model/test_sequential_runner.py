@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from edgemoe.model.sequential_runner import PassInput
 from edgemoe.quiet import quiet_transformers
 from tests.support.checkpoints import PROMPT, Running, Zoo, running, spread
 
@@ -99,3 +100,18 @@ def test_logits_are_float32_on_the_cpu_whatever_the_model(zoo: Zoo) -> None:
         logits = prefilled(own, PROMPT[:4], 1000, following=0)[0]
         assert (logits.dtype, logits.device.type, tuple(logits.shape)) == (torch.float32, "cpu", (256,))
         assert not logits.requires_grad
+
+
+def test_a_device_leaves_nothing_to_several_threads_of_the_cpu(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On 16 cores they cost 10 ms a layer, more than all else."""
+    with running(zoo("mixtral")) as own:
+        runner = own.runner()
+        monkeypatch.setattr(runner, "_threads", 4)
+        item = PassInput(runner.start(1), [1] * 4096)
+        monkeypatch.setattr("edgemoe.model.sequential_runner.MIN_THREADED_WORK", 0)
+        used = {}
+        for kind in ("cpu", "cuda"):
+            monkeypatch.setattr(runner, "device", torch.device(kind))
+            with runner.passing([item], kind="test"):
+                used[kind] = torch.get_num_threads()
+    assert used == {"cpu": 4, "cuda": 1}

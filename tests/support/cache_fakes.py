@@ -12,6 +12,7 @@ import torch
 
 from edgemoe.cache import ExpertId, ExpertStore, Link, Part, RecordLayout, Transfer
 from edgemoe.cache.cuda_link import Streams
+from edgemoe.cache.host_buffer import HostBuffer
 from edgemoe.cache.host_store import HostStore
 from edgemoe.cache.link import Priority
 from edgemoe.cache.store import Piece
@@ -242,8 +243,8 @@ class FakeStreams(Streams):
         """The first byte of each copy's source when the copy was queued, in order."""
         self._copy_seconds = copy_seconds
 
-    def staging(self, nbytes: int) -> torch.Tensor:
-        return torch.zeros(nbytes, dtype=torch.uint8)
+    def staging(self, nbytes: int) -> HostBuffer:
+        return HostBuffer(nbytes, pin=False)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> tuple[Mark, Mark]:
         start, end = Mark(), Mark()
@@ -264,8 +265,18 @@ class FakeStreams(Streams):
         self.compute.put(event.set)
         return event
 
-    def compute_after(self, event: Any) -> None:
-        self.compute.put(lambda: event.wait(PATIENCE))
+    def compute_after(self, event: Any) -> tuple[Mark, Mark] | None:
+        if event.is_set():
+            return None
+        start, end = Mark(), Mark()
+
+        def work() -> None:
+            start.set()
+            assert event.wait(PATIENCE)
+            end.set()
+
+        self.compute.put(work)
+        return start, end
 
     def passed(self, event: Any) -> bool:
         return bool(event.is_set())

@@ -9,14 +9,17 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from edgemoe.cache import ExpertId, Throttle, Transfer
+from edgemoe.cache import ExpertCache, ExpertId, SlotPool, Throttle, Transfer
 from edgemoe.cache.cuda_link import CudaLink, CudaStreams
+from edgemoe.cache.hot_temporal import HotTemporal
 from edgemoe.cache.link import Priority
 from tests.support.cache_fakes import FakeStore, FakeStreams, LockedStore, wait_until
 
 NBYTES = 1024
 COPY = 0.02
 """Seconds per copy."""
+HOLD = 0.05
+"""Seconds for which no copy starts."""
 
 
 @pytest.fixture
@@ -131,6 +134,33 @@ def test_a_copy_while_another_record_is_fetched_is_busy_once(
     assert link.bytes_moved == 8 * NBYTES
     assert 4 * COPY + 10 * COPY <= link.busy_seconds <= took
     link.close()
+
+
+def test_the_devices_wait_for_a_copy_counts_though_the_host_does_not_wait(slow: FakeStreams) -> None:
+    store = LockedStore(FakeStore([8], NBYTES))
+    link = CudaLink(store, slow, 0, 1)
+    with SlotPool(2, NBYTES, torch.device("cpu")) as pool:
+        cache = ExpertCache(store, link, pool, HotTemporal([8]))
+        slow.copies.hold()
+        for _ in cache.borrow(0, [0]):
+            pass
+        host = cache.counters.link_wait_seconds
+        time.sleep(HOLD)
+        slow.copies.go()
+        slow.block(slow.mark())
+        for _ in cache.borrow(0, [0]):
+            pass
+        assert cache.counters.link_wait_seconds - host >= HOLD
+        link.close()
+
+
+def test_for_a_copy_that_has_passed_the_device_does_not_wait(slow: FakeStreams) -> None:
+    link = link_of(slow)
+    transfers = start(link, 0)
+    arrive(link, transfers)
+    link.wait_any(transfers)
+    link.close()
+    assert link.device_wait_seconds == 0
 
 
 def test_closing_counts_what_is_left(slow: FakeStreams) -> None:

@@ -5,6 +5,7 @@ import torch
 
 from edgemoe.cache import ExpertId
 from edgemoe.cache import host_store as module
+from edgemoe.cache.host_buffer import HostBuffer
 from edgemoe.cache.host_store import HostStore
 from tests.support.cache_fakes import FakeStore, holds
 
@@ -65,6 +66,18 @@ def test_nothing_is_locked_without_pin() -> None:
     host.close()
 
 
+class LockedBuffer(HostBuffer):
+    """A host buffer that says that it is locked, or that the system refused."""
+
+    def __init__(self, nbytes: int, *, locked: bool) -> None:
+        super().__init__(nbytes, pin=False)
+        self.locked = locked
+
+    def close(self) -> None:
+        self.locked = False
+        super().close()
+
+
 class Locking:
     """A fake system that locks `max_slabs` slabs and refuses to lock others."""
 
@@ -72,10 +85,9 @@ class Locking:
         self.max_slabs = max_slabs
         self.asked: list[tuple[int, bool]] = []
 
-    def __call__(self, nbytes: int, locked: bool) -> tuple[torch.Tensor, bool]:
-        self.asked.append((nbytes, locked))
-        granted = locked and sum(asked for _, asked in self.asked) <= self.max_slabs
-        return torch.zeros(nbytes, dtype=torch.uint8), granted
+    def __call__(self, nbytes: int, *, pin: bool) -> LockedBuffer:
+        self.asked.append((nbytes, pin))
+        return LockedBuffer(nbytes, locked=pin and sum(asked for _, asked in self.asked) <= self.max_slabs)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +107,7 @@ def test_locking_stays_within_the_limit_and_stops_at_the_first_refusal(
     """`Locking` fakes the system's page locks, which need CUDA. 8 records of 128 bytes, 2 per slab."""
     system = Locking(max_slabs)
     monkeypatch.setattr(module, "SLAB_NBYTES", 256)
-    monkeypatch.setattr(module, "_slab", system)
+    monkeypatch.setattr(module, "HostBuffer", system)
     host = HostStore(FakeStore([3, 5], 128), limit, pin=True)
     assert system.asked == [(256, requested) for requested in asked]
     assert [host.record(expert)[1] for expert in EVERYONE] == [True] * locked + [False] * (8 - locked)

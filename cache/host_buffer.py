@@ -1,0 +1,61 @@
+"""Host memory of an exact size, page-locked where the system allows, and given back when it is closed."""
+
+from __future__ import annotations
+
+import mmap
+from contextlib import suppress
+
+import torch
+
+
+class HostBuffer:
+    """An anonymous memory map, which a CUDA device can copy from asynchronously once it is page-locked.
+
+    PyTorch's own page-locked memory is rounded up to powers of two, and stays with PyTorch until the process ends.
+    """
+
+    def __init__(self, nbytes: int, *, pin: bool) -> None:
+        """With `pin` the pages are locked, unless the system refuses."""
+        self._map: mmap.mmap | None = private_map(max(1, nbytes))
+        self.memory = torch.frombuffer(self._map, dtype=torch.uint8)[:nbytes]
+        """uint8 [nbytes], of zeros at first; valid until `close`."""
+        self.locked = pin and _lock(self.memory)
+        """Whether the pages are locked."""
+
+    def close(self) -> None:
+        """Unlocks the pages and frees them. Idempotent. No copy may be in flight, and no tensor of it may be used."""
+        if self.locked:
+            torch.cuda.cudart().cudaHostUnregister(self.memory.data_ptr())
+            self.locked = False
+        self.memory = torch.empty(0, dtype=torch.uint8)
+        self._map = None
+
+
+def private_map(nbytes: int) -> mmap.mmap:
+    """An anonymous private map with huge pages where the system has them.
+
+    Locking and reading 4 KiB pages costs TLB misses. The system gives no huge pages to shared maps, which are Python's
+    default.
+    """
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, nbytes)
+    made = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        made.madvise(mmap.MADV_HUGEPAGE)
+    return made
+
+
+def _lock(memory: torch.Tensor) -> bool:
+    """Page-locks `memory`; False where there is no CUDA, or where the system limits locked memory and refuses."""
+    if not torch.cuda.is_available():
+        return False
+    refused = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)) != 0
+    if refused:
+        _forget_the_last_error()
+    return not refused
+
+
+def _forget_the_last_error() -> None:
+    """Takes the error of a refused call from the CUDA runtime, which reports it again at the next kernel launch."""
+    with suppress(RuntimeError):
+        torch.zeros(1, device="cuda")

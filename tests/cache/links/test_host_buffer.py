@@ -1,0 +1,80 @@
+"""Host memory of an exact size, on a CUDA runtime that tests stand in for."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from edgemoe.cache.host_buffer import HostBuffer
+
+
+class Runtime:
+    """The two calls of the CUDA runtime, by the addresses that they are given."""
+
+    def __init__(self, answer: int) -> None:
+        self.answer = answer
+        self.locked: dict[int, int] = {}
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802
+        if self.answer == 0:
+            self.locked[address] = nbytes
+        return self.answer
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+        del self.locked[address]
+        return 0
+
+
+def install(monkeypatch: pytest.MonkeyPatch, runtime: Runtime) -> list[str]:
+    """Puts `runtime` in place; the list collects the devices on which tensors are made."""
+    made: list[str] = []
+    monkeypatch.setattr(torch, "cuda", SimpleNamespace(is_available=lambda: True, cudart=lambda: runtime))
+
+    def zeros(count: int, *, device: str) -> None:
+        made.append(device)
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    return made
+
+
+def test_it_has_the_size_that_is_asked_for_and_unlocks_it_when_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime(0)
+    made = install(monkeypatch, runtime)
+    buffer = HostBuffer(5 << 20, pin=True)
+    assert buffer.locked
+    assert runtime.locked == {buffer.memory.data_ptr(): 5 << 20}
+    assert len(buffer.memory) == 5 << 20
+    assert buffer.memory.dtype is torch.uint8
+    buffer.memory.fill_(7)
+    buffer.close()
+    buffer.close()
+    assert runtime.locked == {}
+    assert len(buffer.memory) == 0
+    assert made == []
+
+
+def test_where_the_system_refuses_it_is_pageable_and_the_error_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = install(monkeypatch, Runtime(2))
+    buffer = HostBuffer(1 << 12, pin=True)
+    assert not buffer.locked
+    assert made == ["cuda"], "the next launch would report the refusal"
+    buffer.memory.fill_(1)
+    buffer.close()
+
+
+def test_nothing_is_locked_that_need_not_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime(0)
+    install(monkeypatch, runtime)
+    buffer = HostBuffer(1 << 12, pin=False)
+    assert not buffer.locked
+    assert runtime.locked == {}
+    buffer.close()
+
+
+def test_an_empty_buffer_is_one() -> None:
+    buffer = HostBuffer(0, pin=False)
+    assert len(buffer.memory) == 0
+    buffer.close()
