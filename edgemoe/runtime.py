@@ -123,11 +123,15 @@ class Runtime:
         # What was entered last leaves first: kernels, slots, link, files; the model's weights go with it.
         self._stack.close()
         if self.model is not None:
-            # Our forwards refer to their modules: without this only the garbage collector would free the weights.
-            for module in self.model.modules():
-                vars(module).pop("forward", None)
+            _restore_forwards(self.model)
         self.model = None
         if self._plan.device.startswith("cuda"):
             # What PyTorch keeps of the device's memory is lost to other programs.
             gc.collect()
             torch.cuda.empty_cache()
+
+
+def _restore_forwards(model: Any) -> None:
+    """Takes our forwards away. They refer to their modules: only the garbage collector would free the weights."""
+    for module in model.modules():
+        vars(module).pop("forward", None)

@@ -33,7 +33,6 @@ def measure(target: Target) -> Found:
     device = "cuda" if target.cuda else "cpu"
     commands = {
         "links": [*map(str, links), "tests/cache/links/test_host_store.py"],
-        "families": ["tests/face/test_families.py", "-k", device],
         "prefetching": ["tests/experts/test_prefetching.py", "-k", device],
     }
     options = ["--collect-only"] if target.small else []

@@ -22,10 +22,11 @@ SECTIONS = [
     Section("link-costs", "bench.device.link_costs", 30, OnCpu.NEVER),
     Section("zero-copy", "bench.device.zero_copy", 15),
     Section("link-races", "bench.device.link_races", 30),
-    Section("tests", "bench.device.card_tests", 150),
+    Section("tests", "bench.device.card_tests", 60),
+    Section("every-family", "bench.device.every_family", 120),
     Section("shipped-model", "bench.device.shipped_model", 60),
     Section("grouped-kernel", "bench.device.grouped_kernel", 25),
-    Section("wide-model", "bench.device.wide_model", 140),
+    Section("wide-model", "bench.device.wide_model", 100),
 ]
 """What is right comes before what is fast, and what may be cut short comes last."""
 

@@ -45,22 +45,26 @@ def run(size: Size = FULL) -> Measurement:
     return Measurement(NAME, value, BAR, not wrong, {"tokens": size.tokens})
 
 
-def compare(family: str, folder: Path, tokens: int) -> dict[str, Any]:
-    """Whether both cache sizes give transformers' tokens, and the largest difference of the prefill's logits."""
+def compare(family: str, folder: Path, tokens: int, device: str = "cpu") -> dict[str, Any]:
+    """Whether both cache sizes give transformers' tokens, and the largest difference of the prefill's logits.
+
+    Both sides run on `device`.
+    """
     from transformers import AutoModelForCausalLM
 
     with quiet_transformers():
         make(family, folder)
-        peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        prompt = torch.randint(3, 250, (1, PROMPT), generator=torch.Generator().manual_seed(1))
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        peer = model.to(device).eval()
+        prompt = torch.randint(3, 250, (1, PROMPT), generator=torch.Generator().manual_seed(1)).to(device)
         expected = peer.generate(prompt, max_new_tokens=tokens, do_sample=False)[0, PROMPT:].tolist()
         with torch.inference_mode():
-            logits = peer(prompt).logits[0, -1]
-    plan = Engine.plan_for(folder, device="cpu", expert_cache=1)
+            logits = peer(prompt).logits[0, -1].cpu()
+    plan = Engine.plan_for(folder, device=device, expert_cache=1)
     slots = plan.layers * (plan.top_k + 2)
     same, difference = True, 0.0
     for count in (slots, slots // 2):
-        with Engine.load(folder, device="cpu", expert_cache=count, threads=1) as engine:
+        with Engine.load(folder, device=device, expert_cache=count, threads=1) as engine:
             completion = engine.generate(prompt[0].tolist(), Sampling(max_tokens=tokens))
             same = same and list(completion.token_ids) == expected
             runner = runner_of(engine)

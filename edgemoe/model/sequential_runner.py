@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edgemoe.experts.expert_layer import ExpertLayers
 from edgemoe.kernels.cpu.gemv_kernels import few_tokens
@@ -17,6 +18,8 @@ from edgemoe.model.draft_tree import TreeMask, additive_mask
 from edgemoe.model.kv_cache import SequenceCache, has_recurrent_state
 from edgemoe.quiet import quiet_transformers
 
+ATTENTION_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""What attention runs on, on a CUDA device."""
 AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 3e-2}
 """How far logits may differ, relative to their spread, for two ways of computing the same thing."""
 
@@ -154,7 +157,8 @@ class SequentialRunner:
         alone = small or few or self.device.type != "cpu"
         quiet = nullcontext() if kind in self._seen else quiet_transformers()
         self._seen.add(kind)
-        with torch.inference_mode(), torch_threads(1 if alone else self._threads), quiet:
+        threads = torch_threads(1 if alone else self._threads)
+        with torch.inference_mode(), threads, _attention_kernels(self.device), quiet:
             yield
 
     def batch_invariant(self, inputs: Sequence[PassInput]) -> bool:
@@ -204,6 +208,14 @@ class SequentialRunner:
         """Whether two logits differ by no more than rounding."""
         scale = float(expected.max() - expected.min()) or 1.0
         return float((expected - found).abs().max()) <= AGREEMENT[self.model.dtype] * scale
+
+
+def _attention_kernels(device: torch.device) -> AbstractContextManager[None]:
+    """PyTorch's attention without cuDNN's on a CUDA device.
+
+    cuDNN makes a plan for every new number of keys, 10 ms a layer on an H200, and a sequence grows by every step.
+    """
+    return sdpa_kernel(ATTENTION_KERNELS) if device.type == "cuda" else nullcontext()
 
 
 def _first_state(cache: Any) -> list[torch.Tensor]:

@@ -109,9 +109,11 @@ def test_a_device_leaves_nothing_to_several_threads_of_the_cpu(zoo: Zoo, monkeyp
         monkeypatch.setattr(runner, "_threads", 4)
         item = PassInput(runner.start(1), [1] * 4096)
         monkeypatch.setattr("edgemoe.model.sequential_runner.MIN_THREADED_WORK", 0)
-        used = {}
+        used, plans = {}, {}
         for kind in ("cpu", "cuda"):
             monkeypatch.setattr(runner, "device", torch.device(kind))
             with runner.passing([item], kind="test"):
                 used[kind] = torch.get_num_threads()
+                plans[kind] = torch.backends.cuda.cudnn_sdp_enabled()
     assert used == {"cpu": 4, "cuda": 1}
+    assert not plans["cuda"], "cuDNN plans every length anew"
