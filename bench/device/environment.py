@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from bench.device.layout import ROOT
@@ -32,7 +33,7 @@ def measure(target: Target) -> Found:
         "versions": {name: version for name, version in versions.items() if version},
         "missing": {name: WITHOUT.get(name, "") for name, version in versions.items() if not version},
         "broken": {name: said for name in IMPORTED if versions[name] and (said := _import_error(name))},
-        "edgemoe": _import_error("edgemoe.cache") or str(sys.modules["edgemoe.cache"].__file__),
+        "edgemoe": _import_error("edgemoe.cache") or _origin(),
         "cores": os.cpu_count(),
         **_memory(),
     }
@@ -62,6 +63,11 @@ def _import_error(name: str) -> str:
     except Exception as error:
         return repr(error)[:200]
     return ""
+
+
+def _origin() -> str:
+    found = Path(str(sys.modules["edgemoe.cache"].__file__))
+    return "this checkout" if found.is_relative_to(ROOT) else "an installed one"
 
 
 def _memory() -> dict[str, Any]:

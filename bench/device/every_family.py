@@ -19,12 +19,21 @@ from bench.device.layout import lay_out
 lay_out()
 import torch
 from bench.exactness.exact import compare
+from bench.support.zoo import config
+from edgemoe import CheckpointError
 torch.set_num_threads(1)
 device, tokens, families = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
 with tempfile.TemporaryDirectory() as folder:
     for family in families:
         try:
+            config(family)
+        except Exception:
+            print(json.dumps({"family": family, "unknown": True}), flush=True)
+            continue
+        try:
             found = compare(family, Path(folder) / family, tokens, device)
+        except CheckpointError:
+            found = {"refused": True}
         except Exception as error:
             found = {"error": repr(error)[:200]}
         print(json.dumps({"family": family, **found}), flush=True)
@@ -44,14 +53,17 @@ def measure(target: Target) -> Found:
     with ThreadPoolExecutor(count) as threads:
         parts = threads.map(lambda first: _compared(target, families[first::count], seconds), range(count))
     found = {each["family"]: each for part in parts for each in part}
-    unknown = [family for family, each in found.items() if "KeyError" in each.get("error", "")]
-    compared = {family: each for family, each in found.items() if family not in unknown}
+    # With an older transformers, which has not all of the families, or has one in another form.
+    unknown = [family for family, each in found.items() if "unknown" in each]
+    refused = [family for family, each in found.items() if "refused" in each]
+    compared = {family: each for family, each in found.items() if family not in unknown + refused}
     exact = [family for family, each in compared.items() if each.get("same") and each["logits"] <= LOGITS]
     figures = {
         "families": len(compared),
         "exact": len(exact),
         "largest_logit_difference": max([each.get("logits", 0.0) for each in compared.values()], default=0.0),
         "unknown_to_this_transformers": unknown,
+        "refused_with_this_transformers": refused,
     }
     faults = [f"{family}: {each}" for family, each in compared.items() if family not in exact]
     return Found(figures, faults + [f"{family} was not reached" for family in families if family not in found])
