@@ -7,6 +7,8 @@ that the host need not know which experts were routed to.
 # Triton reads the annotations of a kernel as part of it, and knows of none but `constexpr`.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
+from __future__ import annotations
+
 import importlib
 from typing import TYPE_CHECKING, Any, TypeAlias
 
