@@ -15,6 +15,8 @@ MEASUREMENTS = {
         "exact": "token ids and logits of every tested family against transformers",
         "bad-input": "one clear sentence for every kind of bad input",
         "demo-score": "the shipped model on held-out items of its documented tasks",
+        "generate-parity": "replies under random generation settings against transformers' generate",
+        "text-parity": "streamed text against the text of all ids, for every decoder and tokenizer class",
         "batch-exact": "32 mixed requests together against one by one, every tested family",
         "spec-exact": "greedy replies with every way of drafting against plain decoding, every tested family",
         "spec-sampled": "the distribution of the first tokens with drafts against the exact one",

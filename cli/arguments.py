@@ -247,6 +247,8 @@ def add_sampling_options(parser: Parser) -> None:
     parser.option("--top-p", convert=decimal, metavar="P", help="choose among the likeliest tokens that sum up to P")
     parser.option("--min-p", convert=decimal, metavar="P", help="leave out tokens below P times the likeliest one")
     parser.option("--repeat-penalty", convert=decimal, metavar="X", help="make tokens already there less likely")
+    parser.option("--presence-penalty", convert=decimal, metavar="X", help="lower what the reply has already")
+    parser.option("--frequency-penalty", convert=decimal, metavar="X", help="the same for each time it has it")
     parser.option("--seed", convert=whole, metavar="N", help="start of the random numbers, for the same text again")
     parser.option("--stop", convert=text, metavar="TEXT", help="end the reply before TEXT; repeatable", repeated=True)
     parser.switch("--ignore-eos", help="go on after the model's end of text, up to --max-tokens")
@@ -270,6 +272,8 @@ _SAMPLING_FIELDS = {
     "top_p": "top_p",
     "min_p": "min_p",
     "repeat_penalty": "repetition_penalty",
+    "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
     "seed": "seed",
     "stop": "stop",
     "ignore_eos": "ignore_eos",

@@ -14,18 +14,15 @@ class FieldError(ValueError):
 MAX_CHOICES = 128
 _MAX_SHOWN = 60
 
-_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
+_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 _WHOLE_NUMBERS = ("top_k", "seed", "max_tokens", "max_completion_tokens")
-_SHARED = ("n", "stop", "ignore_eos", "logprobs", *_NUMBERS, *_WHOLE_NUMBERS)
+_SHARED = ("n", "stop", "ignore_eos", "logprobs", "logit_bias", *_NUMBERS, *_WHOLE_NUMBERS)
 _LABELS = ("model", "user", "metadata", "safety_identifier", "prompt_cache_key")
 """Fields that do not bear on the reply, whatever they hold."""
 
 _PLAIN_SHARED: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
     "stream_options": (),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
 }
 _PLAIN_COMPLETION: dict[str, tuple[Any, ...]] = {**_PLAIN_SHARED, "echo": (False,), "suffix": ("",)}
 _PLAIN_CHAT: dict[str, tuple[Any, ...]] = {
@@ -107,6 +104,8 @@ def sampling_changes(body: Mapping[str, Any], *, chat: bool) -> dict[str, Any]:
         changes["max_tokens"] = changes.pop("max_completion_tokens")
     if "stop" in given:
         changes["stop"] = _stop(given["stop"])
+    if "logit_bias" in given:
+        changes["logit_bias"] = given["logit_bias"]
     if "ignore_eos" in given:
         changes["ignore_eos"] = switch("ignore_eos", given["ignore_eos"])
     return changes | (_chat_logprobs(given) if chat else _completion_logprobs(given))

@@ -48,6 +48,12 @@ def say_simulation(plan: Plan) -> None:
         say(in_options(plan.simulation))
 
 
+def say_not_served(plan: Plan) -> None:
+    """Say what the checkpoint asks for and does not get."""
+    if plan.not_served:
+        say(f"not served, of the checkpoint's generation_config.json: {', '.join(plan.not_served)}")
+
+
 def say_lossy(plan: Plan) -> None:
     """Say what makes replies differ from the model's own, and how to see how much."""
     if plan.lossy:
@@ -75,6 +81,7 @@ def _open(arguments: argparse.Namespace, loader: Callable[[], Callable[..., Load
     with progress_bar() as on_progress:
         loaded = loader()(**model_settings(arguments), on_progress=on_progress)
     say_simulation(loaded.plan)
+    say_not_served(loaded.plan)
     if arguments.verbose:
         sys.stderr.write(columns(loaded.plan.lines()) + "\n")
     return loaded

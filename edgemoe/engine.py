@@ -10,7 +10,8 @@ from types import TracebackType
 from typing import Any
 
 from edgemoe.checkpoint.blueprint import Blueprint, open_blueprint
-from edgemoe.checkpoint.tokenizer import Prompt, load_generation_config, load_tokenizer, prompt_tokens, render_chat
+from edgemoe.checkpoint.generation_defaults import generation_source, load_generation_defaults
+from edgemoe.checkpoint.tokenizer import Prompt, load_tokenizer, prompt_tokens, render_chat
 from edgemoe.config import EngineConfig
 from edgemoe.draft.draft_model import DraftModel
 from edgemoe.draft.expert_budget import expert_budget_for
@@ -22,6 +23,8 @@ from edgemoe.model.model_runner import ModelRunner
 from edgemoe.plan.plan import Plan
 from edgemoe.planner import make_plan
 from edgemoe.request.request import Cancels, Request
+from edgemoe.request.sampler import check_defaults
+from edgemoe.request.token_texts import TokenTexts
 from edgemoe.results import Chunk, Completion, Progress, Stats, chat_completion
 from edgemoe.runtime import Runtime
 from edgemoe.sampling import ResolvedSampling, Sampling, resolve
@@ -50,8 +53,10 @@ class Engine:
         self._config = config
         self._checkpoint = blueprint.checkpoint
         self._tokenizer = load_tokenizer(blueprint.checkpoint)
-        self._defaults = load_generation_config(blueprint)
+        self._texts = TokenTexts(self._tokenizer) if self._tokenizer is not None else None
+        self._defaults = load_generation_defaults(blueprint)
         self._vocabulary = blueprint.config.get_text_config().vocab_size
+        check_defaults(self._defaults, generation_source(blueprint), self._vocabulary)
         self._runtime: Runtime | None = Runtime(blueprint, self.plan, config, on_progress)
         try:
             self._loop = self._new_loop(self._runtime, draft_model)
@@ -253,7 +258,7 @@ class Engine:
         self._loaded()
         tokens = self._tokens(prompt)
         settings = self._settings(sampling, len(tokens))
-        request = Request(self._requests, tokens, settings, self._tokenizer, self._cancels)
+        request = Request(self._requests, tokens, settings, self._texts, self._cancels, self._vocabulary)
         self._requests += 1
         self._loop.add(request)
         return request
@@ -305,7 +310,7 @@ class Engine:
                 f"the prompt has {length} tokens and the context {self.plan.context}, reply included: "
                 "shorten the prompt, or raise context="
             )
-        return resolve(sampling, self._defaults, self._config.default_max_tokens, left)
+        return resolve(sampling, self._defaults, self._config.default_max_tokens, left, length)
 
 
 def _draft_model(blueprint: Blueprint, config: EngineConfig) -> DraftModel | None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from edgemoe.checkpoint.blueprint import Blueprint
+from edgemoe.checkpoint.generation_defaults import load_generation_defaults, not_served
 from edgemoe.checkpoint.state_folder import StateFolder
 from edgemoe.config import EngineConfig
 from edgemoe.draft.draft_model import DraftModel
@@ -86,6 +87,7 @@ def _without_slots(
         speculation=drafts.describe(),
         # Where nothing drafts, no verification runs under a budget.
         lossy=budget.describe() if budget and drafts.drafters else "",
+        not_served=tuple(not_served(load_generation_defaults(blueprint))),
     )
 
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from edgemoe.errors import RequestError
 
+MIN_TEMPERATURE = 1e-6
+"""Lower temperatures are greedy: logits divided by them exceed float32's range."""
+GENERATES_TOP_K = 50
+"""What `generate` takes where neither the checkpoint nor the caller says anything."""
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """The settings of one request. None is the value of the checkpoint's `generation_config`, else the neutral one.
+    """The settings of one request. None is what the checkpoint's `generation_config` says, else what `generate` does.
 
     Raises RequestError, with the name of the setting and its range, for a value out of its range.
     """
@@ -26,6 +33,12 @@ class Sampling:
     """Keep tokens with at least this share of the highest probability, in [0, 1]."""
     repetition_penalty: float | None = None
     """Above 1 makes tokens that have occurred less likely; must be above 0."""
+    presence_penalty: float | None = None
+    """Lowers the score of every token that the reply has already, from -2 to 2 (OpenAI)."""
+    frequency_penalty: float | None = None
+    """Lowers the score of a token for each time that the reply has it already, from -2 to 2 (OpenAI)."""
+    logit_bias: Mapping[int, float] | None = None
+    """What is added to the scores of tokens by their ids, from -100 to 100 (OpenAI)."""
     seed: int | None = None
     """The same seed gives the same reply; None draws a random one."""
     stop: tuple[str, ...] = ()
@@ -48,11 +61,15 @@ class Sampling:
         self._check("top_p", "above 0 and at most 1", lambda value: 0 < value <= 1)
         self._check("min_p", "from 0 to 1", lambda value: 0 <= value <= 1)
         self._check("repetition_penalty", "above 0", lambda value: value > 0)
+        self._check("presence_penalty", "from -2 to 2", lambda value: -2 <= value <= 2)
+        self._check("frequency_penalty", "from -2 to 2", lambda value: -2 <= value <= 2)
         self._check("seed", "an integer from 0 to 2^63 - 1", lambda value: 0 <= value < 1 << 63, whole=True)
         self._check("max_tokens", "an integer of at least 1", lambda value: value >= 1, whole=True)
         self._check("logprobs", "an integer from 0 to 20", lambda value: 0 <= value <= 20, whole=True)
         if not all(isinstance(text, str) and text for text in stop):
             raise RequestError(f"stop must be non-empty strings, not {self.stop!r}")
+        if self.logit_bias is not None:
+            object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
 
     def _check(self, name: str, range_: str, holds: Any, *, whole: bool = False) -> None:
         value = getattr(self, name)
@@ -65,15 +82,26 @@ class Sampling:
             object.__setattr__(self, name, int(value))
 
 
+def _checked_bias(bias: Any) -> dict[int, float]:
+    """`bias` with whole numbers for keys, which JSON has as texts."""
+    try:
+        found = {int(token): float(value) for token, value in bias.items()}
+    except (AttributeError, TypeError, ValueError):
+        found = {-1: 0.0}
+    if not all(token >= 0 and -100 <= value <= 100 for token, value in found.items()):
+        raise RequestError(f"logit_bias must be numbers from -100 to 100 by token id, not {bias!r}")
+    return found
+
+
 @dataclass(frozen=True)
 class ResolvedSampling:
     """A request's settings, all with values."""
 
     temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
+    generation: Any
+    """transformers' GenerationConfig for this request: all that bears on the logits."""
+    presence_penalty: float
+    frequency_penalty: float
     seed: int
     stop: tuple[str, ...]
     max_tokens: int
@@ -82,36 +110,65 @@ class ResolvedSampling:
     """Ids of the tokens that end the reply; empty if they are ignored."""
 
 
-def resolve(sampling: Sampling, defaults: Any, default_max_tokens: int, room: int) -> ResolvedSampling:
+def resolve(
+    sampling: Sampling, defaults: Any, default_max_tokens: int, room: int, prompt_length: int = 1
+) -> ResolvedSampling:
     """`sampling` with its open settings taken from `defaults`, a transformers GenerationConfig.
 
     `room` is the maximum number of tokens of the reply by the context. As in transformers' `generate`, the defaults'
     temperature counts only if they set `do_sample`.
     """
-    drawn = bool(getattr(defaults, "do_sample", False))
-
-    def first(name: str, neutral: Any) -> Any:
-        own = getattr(sampling, name)
-        if own is not None:
-            return own
-        kept = getattr(defaults, name, None)
-        return neutral if kept is None else kept
-
+    generation = copy.deepcopy(defaults)
     temperature = sampling.temperature
     if temperature is None:
-        temperature = (getattr(defaults, "temperature", None) or 1.0) if drawn else 0.0
-    eos = getattr(defaults, "eos_token_id", None)
-    ends = frozenset([eos] if isinstance(eos, int) else eos or ())
-    limit = sampling.max_tokens or getattr(defaults, "max_new_tokens", None) or default_max_tokens
+        temperature = (1.0 if defaults.temperature is None else defaults.temperature) if defaults.do_sample else 0.0
+    max_tokens = min(_max_tokens(sampling, defaults, default_max_tokens, prompt_length), room)
+    for name in ("top_k", "top_p", "min_p", "repetition_penalty"):
+        own = getattr(sampling, name)
+        if own is not None:
+            setattr(generation, name, own)
+    if generation.top_k is None:
+        generation.top_k = GENERATES_TOP_K
+    generation.do_sample = temperature >= MIN_TEMPERATURE
+    generation.temperature = float(temperature)
+    generation.max_length = prompt_length + max_tokens
+    ends = _end_tokens(defaults)
+    if sampling.ignore_eos or not ends:
+        generation.eos_token_id = generation.exponential_decay_length_penalty = None
+    if sampling.logit_bias:
+        bias = {(token,): value for token, value in sampling.logit_bias.items()}
+        generation.sequence_bias = {**_by_sequence(generation.sequence_bias), **bias}
     return ResolvedSampling(
         temperature=float(temperature),
-        top_k=int(first("top_k", 0)),
-        top_p=float(first("top_p", 1.0)),
-        min_p=float(first("min_p", 0.0)),
-        repetition_penalty=float(first("repetition_penalty", 1.0)),
+        generation=generation,
+        presence_penalty=sampling.presence_penalty or 0.0,
+        frequency_penalty=sampling.frequency_penalty or 0.0,
         seed=sampling.seed if sampling.seed is not None else int.from_bytes(os.urandom(6), "little"),
-        stop=sampling.stop,
-        max_tokens=min(int(limit), room),
+        stop=(*sampling.stop, *_stop_strings(defaults)),
+        max_tokens=max_tokens,
         logprobs=sampling.logprobs,
         eos=frozenset() if sampling.ignore_eos else ends,
     )
+
+
+def _max_tokens(sampling: Sampling, defaults: Any, otherwise: int, prompt_length: int) -> int:
+    """The longest reply, where a checkpoint may limit the reply, or prompt and reply together."""
+    if sampling.max_tokens or defaults.max_new_tokens:
+        return int(sampling.max_tokens or defaults.max_new_tokens)
+    return max(1, defaults.max_length - prompt_length) if defaults.max_length else otherwise
+
+
+def _end_tokens(defaults: Any) -> frozenset[int]:
+    ends = defaults.eos_token_id
+    return frozenset([ends] if isinstance(ends, int) else ends or ())
+
+
+def _stop_strings(defaults: Any) -> tuple[str, ...]:
+    stops = defaults.stop_strings
+    return (stops,) if isinstance(stops, str) else tuple(stops or ())
+
+
+def _by_sequence(bias: Any) -> dict[tuple[int, ...], float]:
+    """transformers' `sequence_bias`, which JSON has as a list of pairs, by the token ids of its sequences."""
+    pairs = bias.items() if isinstance(bias, Mapping) else bias or ()
+    return {tuple(sequence): float(value) for sequence, value in pairs}

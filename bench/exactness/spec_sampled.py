@@ -133,7 +133,8 @@ def exact(folder: Path, settings: dict[str, Any]) -> torch.Tensor:
 
     with quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    processors: Any = Sampler(resolve(Sampling(**settings), GenerationConfig(), 1, 1))._processors
+    settled = resolve(Sampling(**settings), GenerationConfig(), 1, 1)
+    processors: Any = Sampler(settled, len(PROMPT), VOCABULARY).processors
     joint = torch.ones(1, dtype=torch.float64)
     prefixes = torch.tensor([PROMPT])
     for _ in range(LOOKED_AT):

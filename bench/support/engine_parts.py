@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from transformers import GenerationConfig
 
 from edgemoe import Engine
 from edgemoe.cache import ExpertCache, Link
@@ -28,6 +31,16 @@ def link_of(engine: Engine) -> Link:
 def speculation_of(engine: Engine) -> Speculation:
     """What proposes the drafts of `engine` and learns from them."""
     return engine._loop.speculation
+
+
+@contextmanager
+def generation_defaults(engine: Engine, defaults: GenerationConfig) -> Iterator[None]:
+    """In the block requests are submitted as if the checkpoint of `engine` had `defaults`."""
+    before, engine._defaults = engine._defaults, defaults
+    try:
+        yield
+    finally:
+        engine._defaults = before
 
 
 def token_texts(engine: Engine, tokens: Sequence[int]) -> list[str]:

@@ -183,8 +183,8 @@ COMMANDS = (
 
 # --- settings ------------------------------------------------------------------------------------
 
-_SETTINGS = tuple(entry.name for entry in fields(Sampling) if entry.name != "logprobs")
-"""What /set changes. Log-probabilities are left out, for a chat has no place to show them."""
+_SETTINGS = tuple(entry.name for entry in fields(Sampling) if entry.name not in ("logprobs", "logit_bias"))
+"""What /set changes. Log-probabilities are left out, for a chat has no place to show them, and ids of tokens."""
 
 _KEYS = {name: name for name in _SETTINGS} | {"temp": "temperature", "repeat_penalty": "repetition_penalty"}
 _WHOLE = ("top_k", "seed", "max_tokens")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -79,9 +80,17 @@ def _completion_logprobs(entries: Iterable[TokenLogprob]) -> Record:
     shape: Record = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     offset = 0
     for entry in entries:
-        shape["tokens"].append(entry.token)
+        names = _names(entry)
+        shape["tokens"].append(names[entry.token_id])
         shape["token_logprobs"].append(entry.logprob)
-        shape["top_logprobs"].append({token: logprob for _, token, logprob in entry.top})
+        shape["top_logprobs"].append({names[token_id]: logprob for token_id, _, logprob in entry.top})
         shape["text_offset"].append(offset)
         offset += len(entry.token)
     return shape
+
+
+def _names(entry: TokenLogprob) -> dict[int, str]:
+    """What each token is called: its text, or its id where another one has the same text, as parts of characters do."""
+    texts = {token_id: text for token_id, text, _ in entry.top} | {entry.token_id: entry.token}
+    count = Counter(texts.values())
+    return {token_id: text if count[text] == 1 else f"token_id:{token_id}" for token_id, text in texts.items()}

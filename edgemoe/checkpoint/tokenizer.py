@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from edgemoe.checkpoint.blueprint import Blueprint
 from edgemoe.checkpoint.checkpoint import Checkpoint
 from edgemoe.errors import CheckpointError, RequestError, is_device_or_memory_error, reason
 from edgemoe.quiet import quiet_transformers
@@ -60,27 +59,6 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
                 f"the tokenizer in {checkpoint.folder} cannot be loaded ({reason(error)}): fetch it again, or remove "
                 "its files to work with token ids"
             ) from error
-
-
-def load_generation_config(blueprint: Blueprint) -> Any:
-    """The checkpoint's `generation_config.json`; without one, what its configuration implies.
-
-    Raises CheckpointError if the file cannot be read.
-    """
-    from transformers import GenerationConfig
-
-    folder = blueprint.checkpoint.folder
-    with quiet_transformers():
-        if (folder / "generation_config.json").exists():
-            try:
-                return GenerationConfig.from_pretrained(folder, local_files_only=True)
-            except Exception as error:
-                if is_device_or_memory_error(error) and not isinstance(error, OSError):
-                    raise
-                raise CheckpointError(
-                    f"{folder / 'generation_config.json'} cannot be read: fetch it again, or remove it"
-                ) from error
-        return GenerationConfig.from_model_config(blueprint.config)
 
 
 def prompt_tokens(tokenizer: Any, prompt: Prompt, vocabulary: int, name: str) -> list[int]:

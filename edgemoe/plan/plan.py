@@ -63,6 +63,8 @@ class Plan:
     """The drafter and when it runs, as "ngram, while it pays, ...", or "off: ..." with the reason."""
     lossy: str
     """The settings that make replies differ from the model's own; empty for none."""
+    not_served: tuple[str, ...] = ()
+    """What the checkpoint says about generation and edgemoe does not do, as "name=value"."""
     predicted: PredictedSpeed | None = None
     """Predicted tokens per second; None without a profile of the model on this machine (see `edgemoe profile`)."""
 
@@ -131,6 +133,8 @@ class Plan:
         rows.append(("speculation", what, why))
         if self.lossy:
             rows.append(("lossy", "yes", self.lossy))
+        if self.not_served:
+            rows.append(("not served", ", ".join(self.not_served), "of the checkpoint's generation_config.json"))
         if self.predicted:
             rows.append(self.predicted.line())
         if self.simulation:

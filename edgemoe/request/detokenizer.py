@@ -2,52 +2,84 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from typing import Any
+
+from edgemoe.request.token_texts import TokenTexts
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """The decoder's text for bytes that are not a whole character."""
-MAX_HELD_TOKENS = 8
-"""Cap on the tokens held back for an unfinished character, which has at most 4 bytes."""
+CONTEXT = 8
+"""Tokens with text that are decoded again before new ones: decoders treat the first token of a text differently."""
 
 
 class Detokenizer:
-    """Decodes a reply token by token. The pieces concatenated equal the decoding of all tokens at once."""
+    """Decodes a reply token by token.
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._context = 0
-        self._given = 0
+    The text of the prompt and the pieces concatenated equal the decoding of the prompt's and the reply's tokens. Where
+    the prompt ends inside of a character, the first piece has the whole character.
+    """
+
+    def __init__(self, texts: TokenTexts, prompt: Sequence[int] = (), *, special: bool = False) -> None:
+        """`special` keeps the texts of special tokens."""
+        self._texts = texts
+        self._special = special
+        self._ids = self._end_of(prompt)
         self._sent = 0
+        self._before: str | None = self._decode(self._ids)
+        """The text of the prompt, until there is other text after it."""
 
     def push(self, token: int) -> str:
         """Appends `token` and returns the new text; empty while a character is unfinished."""
         self._ids.append(token)
-        # Decoding starts before the new tokens, since decoders treat the first token differently.
-        text = self._decode(self._ids[self._context :])
-        if text.endswith(UNFINISHED):
-            if len(self._ids) - self._given <= MAX_HELD_TOKENS:
-                return ""
-            # Too many bytes for one character, but the next token may still complete the last one.
-            return self._release(text, max(self._sent, len(text) - 1))
-        piece = self._release(text, len(text))
-        self._context, self._given = self._given, len(self._ids)
-        self._sent = len(self._decode(self._ids[self._context :]))
+        if not self._has_text(token):
+            return ""
+        if token in self._texts.bytes:
+            # One more byte may make the whole run invalid.
+            return ""
+        text = self._decode(self._ids)
+        piece = self._release(text, len(text) - text.endswith(UNFINISHED))
+        if len(self._ids) > 2 * CONTEXT and self._before is None:
+            self._shorten(len(text))
         return piece
 
     def finish(self) -> str:
         """The rest of the text at the end of the reply, with the decoder's text for unfinished characters."""
-        text = self._decode(self._ids[self._context :])
+        text = self._decode(self._ids)
         return self._release(text, len(text))
 
     def _release(self, text: str, end: int) -> str:
-        piece, self._sent = text[self._sent : end], end
+        if self._before is not None:
+            same = os.path.commonprefix([self._before, text[:end]])
+            if len(same) == end:
+                return ""
+            self._before, self._sent = None, len(same)
+        piece, self._sent = text[self._sent : end], max(self._sent, end)
         return piece
 
+    def _end_of(self, prompt: Sequence[int]) -> list[int]:
+        """The last tokens of the prompt that have text, from one that is no byte in the middle of a run."""
+        kept: list[int] = []
+        shown = 0
+        for token in reversed(prompt):
+            kept.append(token)
+            shown += self._has_text(token)
+            if shown >= CONTEXT and token not in self._texts.bytes and self._decode(kept[::-1]).strip():
+                break
+        return kept[::-1]
+
+    def _shorten(self, length: int) -> None:
+        """Forgets all but the last tokens, of a text of `length` characters."""
+        ids = self._end_of(self._ids)
+        if len(ids) < len(self._ids):
+            self._ids = ids
+            self._sent += len(self._decode(ids)) - length
+
+    def _has_text(self, token: int) -> bool:
+        return self._texts.has_text(token, special=self._special)
+
     def _decode(self, ids: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
+        return self._texts.decode(ids, special=self._special)
 
 
 class NoText:

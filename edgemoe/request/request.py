@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -14,6 +13,7 @@ from edgemoe.model.kv_cache import SequenceCache
 from edgemoe.request.detokenizer import Detokenizer, NoText, StopTexts
 from edgemoe.request.sampler import Sampler
 from edgemoe.request.token_key import token_key
+from edgemoe.request.token_texts import TokenTexts
 from edgemoe.results import Chunk, Timings, TokenLogprob
 from edgemoe.sampling import ResolvedSampling
 
@@ -35,9 +35,18 @@ class Request:
     """The state of one request, from its submission to its last chunk."""
 
     def __init__(
-        self, number: int, prompt: Sequence[int], settings: ResolvedSampling, tokenizer: Any, cancels: Cancels
+        self,
+        number: int,
+        prompt: Sequence[int],
+        settings: ResolvedSampling,
+        texts: TokenTexts | None,
+        cancels: Cancels,
+        vocabulary: int,
     ) -> None:
-        """`number` identifies the request; `tokenizer` is transformers', None for replies without text."""
+        """`number` identifies the request; `texts` are the tokenizer's, None for replies without text.
+
+        `vocabulary` is the number of tokens that logits are given for.
+        """
         self.number = number
         self.tokens = list(prompt)
         """Prompt and reply. The KV cache holds the first of them, the others are not computed yet."""
@@ -58,12 +67,15 @@ class Request:
         self.abandoned = False
         """Whether its consumer has gone."""
         self._settings = settings
-        self._tokenizer = tokenizer
+        self._texts = texts
         self._cancels = cancels
         self._cancelled_before = cancels.all, cancels.waiting
-        self._sampler = Sampler(settings)
-        self._detokenizer = Detokenizer(tokenizer) if tokenizer is not None else NoText()
+        self._sampler = Sampler(settings, len(prompt), vocabulary)
+        self._detokenizer = Detokenizer(texts, prompt) if texts is not None else NoText()
         self._stops = StopTexts(settings.stop)
+        ends = {texts.id_of(stop) for stop in settings.stop} if texts is not None else set()
+        self.ends = settings.eos | frozenset(end for end in ends if end is not None)
+        """The token ids that end the reply: those of the checkpoint, and special tokens among the stop texts."""
         self._reason: str | None = None
         self._submitted = time.perf_counter()
         self._begun_at = 0.0
@@ -92,11 +104,6 @@ class Request:
     def generated(self) -> int:
         """The number of tokens of the reply so far."""
         return len(self.tokens) - self.prompt_length
-
-    @property
-    def ends(self) -> frozenset[int]:
-        """The token ids that end the reply."""
-        return self._settings.eos
 
     @property
     def cancelled(self) -> bool:
@@ -179,7 +186,7 @@ class Request:
 
     def _follow(self, token: int) -> tuple[str | None, str]:
         """The finish reason if the reply ends after `token`, and the text that can be released."""
-        if token in self._settings.eos:
+        if token in self.ends:
             return "stop", self._rest()
         text = self._stops.push(self._detokenizer.push(token))
         if self._stops.found:
@@ -197,12 +204,12 @@ class Request:
         if count is None:
             return None
         values = logits.log_softmax(-1)
-        best = values.topk(count)
+        best = values.topk(min(count, len(values)))
         top = tuple((int(index), self._name(int(index)), float(value)) for value, index in zip(*best, strict=True))
         return (TokenLogprob(token, self._name(token), float(values[token]), top),)
 
     def _name(self, token: int) -> str:
-        return str(self._tokenizer.decode([token])) if self._tokenizer is not None else str(token)
+        return self._texts.name(token) if self._texts is not None else str(token)
 
     def _add(self, text: str, tokens: tuple[int, ...], logprobs: tuple[TokenLogprob, ...] | None) -> None:
         now = time.perf_counter()

@@ -7,19 +7,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import LogitsProcessorList
 
-from edgemoe.sampling import ResolvedSampling
+from edgemoe.errors import CheckpointError, RequestError, is_device_or_memory_error, reason
+from edgemoe.request.logits_processors import OccurrencePenalty, make_processors, without_state
+from edgemoe.sampling import ResolvedSampling, Sampling, resolve
 
-MIN_TEMPERATURE = 1e-6
-"""Lower temperatures are greedy: logits divided by them exceed float32's range."""
+CHECKED = {name: name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")} | {
+    "max_new_tokens": "max_tokens"
+}
+"""Fields of a checkpoint that have the range of a request's setting, and that setting."""
 
 
 class Sampler:
@@ -31,45 +28,60 @@ class Sampler:
     "Coupling without communication and drafter-invariant speculative decoding").
     """
 
-    def __init__(self, settings: ResolvedSampling) -> None:
-        self.greedy = settings.temperature < MIN_TEMPERATURE
+    def __init__(self, settings: ResolvedSampling, prompt_length: int, vocabulary: int) -> None:
+        """For a reply to `prompt_length` tokens, of a model with logits for `vocabulary` tokens."""
+        self.greedy = not settings.generation.do_sample
         self._generator = torch.Generator().manual_seed(settings.seed)
         self._noise: deque[torch.Tensor] = deque()
-        steps: list[Any] = []
-        if settings.repetition_penalty != 1:
-            steps.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
-        if not self.greedy:
-            if settings.temperature != 1:
-                steps.append(TemperatureLogitsWarper(settings.temperature))
-            if settings.top_k:
-                steps.append(TopKLogitsWarper(settings.top_k))
-            if settings.top_p < 1:
-                steps.append(TopPLogitsWarper(settings.top_p))
-            if settings.min_p:
-                steps.append(MinPLogitsWarper(settings.min_p))
-        self._processors = LogitsProcessorList(steps)
+        own = []
+        if settings.presence_penalty or settings.frequency_penalty:
+            own.append(OccurrencePenalty(prompt_length, settings.presence_penalty, settings.frequency_penalty))
+        self.processors = make_processors(settings.generation, prompt_length, vocabulary, own)
+        """What the logits go through, transformers' LogitsProcessorList."""
+        self._for_drafts = without_state(self.processors)
 
     def draw(self, tokens: Sequence[int], logits: torch.Tensor) -> int:
         """Samples the token after `tokens` (prompt and reply) from its `logits`, float32 [vocabulary] on the CPU.
 
         Uses up the noise of one sample, unless greedy.
         """
-        token = int(self.scores(tokens, logits).argmax())
+        token = int(self._with_noise(self._processed(self.processors, tokens, logits)).argmax())
         if not self.greedy:
             self._noise.popleft()
         return token
 
     def scores(self, tokens: Sequence[int], logits: torch.Tensor, ahead: int = 0) -> torch.Tensor:
-        """The scores, float32 [vocabulary], whose argmax is the sample after `tokens`.
+        """The scores, float32 [vocabulary], whose argmax is likely to be the sample after `tokens`.
 
         The last `ahead` of `tokens` are drafted: the scores have the noise of the sample after the next `ahead` ones.
         """
-        scores = logits[None]
-        if self._processors:
-            scores = self._processors(torch.tensor([tokens]), scores)  # type: ignore[arg-type]
+        return self._with_noise(self._processed(self._for_drafts, tokens, logits), ahead)
+
+    def _processed(self, processors: LogitsProcessorList, tokens: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
+        return processors(torch.tensor([tokens]), logits[None])[0] if processors else logits  # type: ignore[arg-type]
+
+    def _with_noise(self, scores: torch.Tensor, ahead: int = 0) -> torch.Tensor:
         if self.greedy:
-            return scores[0]
+            return scores
         while len(self._noise) <= ahead:
-            exponential = torch.empty(len(logits)).exponential_(generator=self._generator)
+            exponential = torch.empty(len(scores)).exponential_(generator=self._generator)
             self._noise.append(-exponential.log())
-        return scores[0] + self._noise[ahead]
+        return scores + self._noise[ahead]
+
+
+def check_defaults(defaults: Any, source: str, vocabulary: int) -> None:
+    """Raises CheckpointError, with the field, unless replies can be sampled with `defaults`, a GenerationConfig.
+
+    `source` names where they come from.
+    """
+    try:
+        Sampling(**{CHECKED[name]: getattr(defaults, name) for name in CHECKED})
+        for sampling in (Sampling(), Sampling(temperature=1.0), Sampling(temperature=0.0)):
+            settings = resolve(sampling, defaults, default_max_tokens=1, room=1)
+            Sampler(settings, 1, vocabulary).draw([0], torch.zeros(vocabulary))
+    except (RequestError, TypeError, ValueError, OverflowError, IndexError, AttributeError, RuntimeError) as error:
+        if is_device_or_memory_error(error):
+            raise
+        raise CheckpointError(
+            f"{source} does not say how to sample ({reason(error)}): mend it, or remove it"
+        ) from error

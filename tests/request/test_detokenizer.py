@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from bench.support.byte_tokenizer import byte_tokenizer
 from edgemoe.request.detokenizer import UNFINISHED, Detokenizer, NoText, StopTexts
+from edgemoe.request.token_texts import TokenTexts
 
 TEXTS = [
     "plain words, one after the other",
@@ -42,7 +43,7 @@ TOKENIZERS = {"bytes": wrapped(byte_tokenizer()), "merged": wrapped(merged_token
 
 
 def streamed(tokenizer: Any, ids: list[int]) -> list[str]:
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = Detokenizer(TokenTexts(tokenizer))
     return [*(detokenizer.push(token) for token in ids), detokenizer.finish()]
 
 
@@ -62,7 +63,7 @@ def test_the_pieces_make_up_the_text_and_no_character_is_split(name: str, text: 
 
 def test_a_character_comes_with_its_last_byte() -> None:
     tokenizer = TOKENIZERS["bytes"]
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = Detokenizer(TokenTexts(tokenizer))
     ids = tokenizer.encode("x€y", add_special_tokens=False)
     assert [detokenizer.push(token) for token in ids] == ["x", "", "", "€", "y"]
     assert detokenizer.finish() == ""
@@ -101,7 +102,7 @@ def test_a_long_run_of_unfinished_bytes_loses_nothing() -> None:
 
 
 def test_a_long_run_of_unfinished_bytes_is_not_held_back() -> None:
-    detokenizer = Detokenizer(TOKENIZERS["bytes"])
+    detokenizer = Detokenizer(TokenTexts(TOKENIZERS["bytes"]))
     assert any(detokenizer.push(3 + 0x80) for _ in range(20))
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from edgemoe import RequestError, Sampling
-from edgemoe.request.sampler import Sampler
+from edgemoe import CheckpointError, RequestError, Sampling
+from edgemoe.request.sampler import Sampler, check_defaults
 from edgemoe.sampling import ResolvedSampling, resolve
 from tests.support.samplers import sampler
 
@@ -135,16 +135,16 @@ def test_a_value_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
 )
 def test_the_ends_of_every_range_are_valid(name: str, value: Any) -> None:
     settings = resolve(Sampling(**{"temperature": 1.0, name: value}), GenerationConfig(), 10, 100)
-    assert 0 <= Sampler(settings).draw([0], PROBABILITIES.log()) < 5
+    assert 0 <= Sampler(settings, 1, 5).draw([0], PROBABILITIES.log()) < 5
 
 
 @pytest.mark.parametrize("name", ["seed", "max_tokens", "logprobs", "top_k"])
 def test_whole_floats_become_integers(name: str) -> None:
     """As in JSON from languages with one type of number."""
     given: dict[str, Any] = {name: 3.0}
-    settings = resolve(Sampling(**given), GenerationConfig(), 10, 100)
-    assert getattr(settings, name) == 3
-    assert isinstance(getattr(settings, name), int)
+    sampling = Sampling(**given)
+    assert getattr(sampling, name) == 3
+    assert isinstance(getattr(sampling, name), int)
 
 
 @pytest.mark.parametrize("temperature", [1e-45, 1e-30, 1e-6])
@@ -168,17 +168,23 @@ def resolved(sampling: Sampling, **defaults: Any) -> ResolvedSampling:
     return resolve(sampling, GenerationConfig(**defaults), default_max_tokens=1024, room=2000)
 
 
-def test_the_defaults_are_greedy_and_neutral() -> None:
+def of(settings: ResolvedSampling) -> tuple[Any, ...]:
+    chosen = settings.generation
+    return chosen.temperature, chosen.top_k, chosen.top_p, chosen.min_p, chosen.repetition_penalty
+
+
+def test_the_defaults_are_those_of_generate() -> None:
     settings = resolved(Sampling())
-    assert (settings.temperature, settings.top_k, settings.top_p, settings.min_p) == (0.0, 0, 1.0, 0.0)
-    assert (settings.repetition_penalty, settings.max_tokens, settings.eos) == (1.0, 1024, frozenset())
+    assert not settings.generation.do_sample
+    assert of(settings) == (0.0, 50, None, None, None)
+    assert (settings.max_tokens, settings.eos, settings.stop) == (1024, frozenset(), ())
 
 
 def test_the_checkpoints_settings_fill_the_gaps() -> None:
     defaults = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.05}
     settings = resolved(Sampling(top_k=5), **defaults, repetition_penalty=1.1, max_new_tokens=77, eos_token_id=[2, 9])
-    assert (settings.temperature, settings.top_k, settings.top_p, settings.min_p) == (0.6, 5, 0.95, 0.05)
-    assert (settings.repetition_penalty, settings.max_tokens, settings.eos) == (1.1, 77, frozenset({2, 9}))
+    assert of(settings) == (0.6, 5, 0.95, 0.05, 1.1)
+    assert (settings.max_tokens, settings.eos) == (77, frozenset({2, 9}))
 
 
 def test_a_temperature_counts_only_where_the_checkpoint_samples() -> None:
@@ -191,7 +197,78 @@ def test_a_temperature_counts_only_where_the_checkpoint_samples() -> None:
 def test_neutral_values_override_the_checkpoints() -> None:
     defaults = {"do_sample": True, "top_k": 20, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.3}
     settings = resolved(Sampling(top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0), **defaults)
-    assert (settings.top_k, settings.top_p, settings.min_p, settings.repetition_penalty) == (0, 1.0, 0.0, 1.0)
+    assert of(settings) == (1.0, 0, 1.0, 0.0, 1.0)
+
+
+def test_the_checkpoint_is_not_changed() -> None:
+    defaults = GenerationConfig(sequence_bias=[[[1, 2], 3.0]])
+    resolve(Sampling(logit_bias={4: 5.0}, top_k=3), defaults, 10, 10)
+    assert defaults.sequence_bias == [[[1, 2], 3.0]]
+    assert defaults.top_k is None
+
+
+def test_a_checkpoint_may_limit_prompt_and_reply_together() -> None:
+    assert resolve(Sampling(), GenerationConfig(max_length=30), 1024, 2000, 10).max_tokens == 20
+    assert resolve(Sampling(), GenerationConfig(max_length=5), 1024, 2000, 10).max_tokens == 1
+    assert resolve(Sampling(max_tokens=7), GenerationConfig(max_length=30), 1024, 2000, 10).max_tokens == 7
+
+
+def test_the_checkpoints_stop_strings_are_stops() -> None:
+    assert resolved(Sampling(stop=("a",)), stop_strings=["b", "c"]).stop == ("a", "b", "c")
+    assert resolved(Sampling(), stop_strings="b").stop == ("b",)
+
+
+def test_openais_penalties_count_the_reply_and_not_the_prompt() -> None:
+    logits = torch.tensor([2.0, 1.9, 1.0])
+    once = sampler(3, 2, temperature=0, presence_penalty=0.2)
+    assert once.draw([0, 0], logits) == 0, "the prompt"
+    assert once.draw([0, 0, 0], logits) == 1
+    assert once.draw([0, 0, 0, 0, 1], logits) == 0, "however often"
+    each = sampler(3, 2, temperature=0, frequency_penalty=0.2)
+    assert each.draw([0, 0, 0, 1], logits) == 0
+    assert each.draw([0, 0, 0, 0, 1], logits) == 1
+
+
+def test_a_bias_makes_tokens_likelier_or_not() -> None:
+    logits = torch.tensor([2.0, 1.9, 1.0])
+    assert sampler(3, temperature=0, logit_bias={1: 0.2}).draw([0], logits) == 1
+    assert sampler(3, temperature=0, logit_bias={"0": -100, "1": -100.0}).draw([0], logits) == 2
+
+
+@pytest.mark.parametrize("bias", [{"a": 1}, {1: 101}, {-1: 1}, {1: "x"}, [1], {1: math.nan}], ids=str)
+def test_another_bias_is_refused(bias: Any) -> None:
+    with pytest.raises(RequestError, match="^logit_bias must be "):
+        Sampling(logit_bias=bias)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", "abc"),
+        ("temperature", [1]),
+        ("temperature", math.nan),
+        ("top_k", -1),
+        ("top_k", []),
+        ("top_p", "x"),
+        ("top_p", -1),
+        ("min_p", "x"),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", math.nan),
+        ("eos_token_id", [[1]]),
+        ("eos_token_id", 1.5),
+        ("suppress_tokens", ["a"]),
+        ("bad_words_ids", [1]),
+        ("no_repeat_ngram_size", "x"),
+        ("sequence_bias", 5),
+        ("max_new_tokens", -3),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_that_says_nonsense_is_refused_at_load(field: str, value: Any) -> None:
+    defaults = GenerationConfig()
+    setattr(defaults, field, value)
+    with pytest.raises(CheckpointError, match="^the file does not say how to sample"):
+        check_defaults(defaults, "the file", 5)
 
 
 @pytest.mark.parametrize(("asked", "room", "expected"), [(10, 50, 10), (100, 50, 50), (None, 50, 50)])

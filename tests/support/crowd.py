@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from bench.support.byte_tokenizer import byte_tokenizer
 from edgemoe.config import EngineConfig
@@ -22,6 +23,7 @@ from edgemoe.plan.kv_size import KvSize, measure_kv
 from edgemoe.prefetch.link_gauge import LinkGauge
 from edgemoe.prefetch.prefetcher import Prefetcher
 from edgemoe.request.request import Cancels, Request
+from edgemoe.request.token_texts import TokenTexts
 from edgemoe.results import Completion
 from edgemoe.sampling import Sampling, resolve
 from edgemoe.scheduler.batch_size import BatchSize
@@ -42,13 +44,15 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer(), pad_token="<pad>", eos_token="<eos>")
 
 
-TOKENIZER = tokenizer()
+TEXTS = TokenTexts(tokenizer())
+VOCABULARY = 256
+"""Of the tiny models."""
 
 
 def new_request(number: int, prompt: Sequence[int], cancels: Cancels, **settings: Any) -> Request:
     """A request for 8 tokens, unless `settings` say otherwise."""
     asked = Sampling(**{"ignore_eos": True, "max_tokens": 8, **settings})
-    return Request(number, prompt, resolve(asked, None, 1024, 10_000), TOKENIZER, cancels)
+    return Request(number, prompt, resolve(asked, GenerationConfig(), 1024, 10_000), TEXTS, cancels, VOCABULARY)
 
 
 def completion(done: Request) -> Completion:

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import GenerationConfig
+
+from edgemoe import Sampling
 from edgemoe.request.sampler import Sampler
-from edgemoe.sampling import ResolvedSampling
+from edgemoe.sampling import resolve
 
-NEUTRAL: dict[str, Any] = {
-    "temperature": 1.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "seed": 1,
-    "stop": (),
-    "max_tokens": 1,
-    "logprobs": None,
-    "eos": frozenset[int](),
-}
+NEUTRAL: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "seed": 1}
 
 
-def sampler(**changed: Any) -> Sampler:
-    return Sampler(ResolvedSampling(**{**NEUTRAL, **changed}))
+def sampler(vocabulary: int = 5, prompt_length: int = 1, **changed: Any) -> Sampler:
+    """A sampler of a request with `changed` settings: by default every token may be drawn."""
+    settings = resolve(Sampling(**{**NEUTRAL, **changed}), GenerationConfig(), 10, 10, prompt_length)
+    return Sampler(settings, prompt_length, vocabulary)

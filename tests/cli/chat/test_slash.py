@@ -142,6 +142,8 @@ def test_show(session: Session) -> None:
         "top_p               default",
         "min_p               default",
         "repetition_penalty  default",
+        "presence_penalty    default",
+        "frequency_penalty   default",
         "seed                default",
         "stop                none",
         "max_tokens          default",

@@ -130,3 +130,18 @@ def test_the_body_has_openai_s_shape(
     read = shape.model_validate(json.loads(line_of(made)), strict=True)
     assert foreign(read) == []
     assert read.model_dump(exclude_unset=True) == made
+
+
+def test_tokens_with_one_text_keep_their_own_probabilities() -> None:
+    """As several bytes that are each a part of a character."""
+    part = "\N{REPLACEMENT CHARACTER}"
+    top = ((5, part, -0.5), (6, part, -1.5), (7, "a", -2.5))
+    shape = body(COMPLETION, answer((TokenLogprob(6, part, -1.5, top),)))["choices"][0]["logprobs"]
+    assert shape["tokens"] == ["token_id:6"]
+    assert shape["top_logprobs"] == [{"token_id:5": -0.5, "token_id:6": -1.5, "a": -2.5}]
+
+
+def test_a_token_that_is_not_among_the_likeliest_is_no_other_one() -> None:
+    shape = body(COMPLETION, answer((TokenLogprob(9, "a", -4.5, ((7, "a", -2.5),)),)))["choices"][0]["logprobs"]
+    assert shape["tokens"] == ["token_id:9"]
+    assert shape["top_logprobs"] == [{"token_id:7": -2.5}]

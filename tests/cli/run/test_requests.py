@@ -109,9 +109,14 @@ def test_several_choices_count_up_from_the_seed() -> None:
     assert one({"prompt": "p", "n": None, "best_of": 1}).choices == 1
 
 
+def test_openais_penalties_and_bias_are_taken() -> None:
+    entry = {"prompt": "p", "presence_penalty": 0.5, "frequency_penalty": -1, "logit_bias": {"50": -100}}
+    assert one(entry).sampling == Sampling(presence_penalty=0.5, frequency_penalty=-1.0, logit_bias={50: -100.0})
+
+
 def test_fields_that_ask_for_nothing_are_taken() -> None:
     shared: dict[str, Any] = {
-        "stream": False, "stream_options": None, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {},
+        "stream": False, "stream_options": None,
         "user": "someone", "metadata": {"a": "b"}, "safety_identifier": "s", "prompt_cache_key": "k", "model": "m",
     }  # fmt: skip
     chats: dict[str, Any] = {
@@ -193,8 +198,9 @@ def test_lines_that_are_no_json_object(entry: str, said: str) -> None:
         ({"prompt": "p", "stream": True}, "stream is true, but only false or null is served; leave it out"),
         ({"prompt": "p", "stream": 0}, "stream is 0, but"),
         ({"prompt": "p", "echo": True}, "echo is true, but only false or null is served"),
-        ({"prompt": "p", "presence_penalty": 0.5}, "presence_penalty is 0.5, but only 0 or null is served"),
-        ({"prompt": "p", "presence_penalty": False}, "presence_penalty is false"),
+        ({"prompt": "p", "presence_penalty": 2.5}, "presence_penalty must be from -2 to 2, not 2.5"),
+        ({"prompt": "p", "logit_bias": {"a": 1}}, "logit_bias must be numbers from -100 to 100 by token id"),
+        ({"prompt": "p", "presence_penalty": False}, "presence_penalty must be a number"),
         ({"prompt": "p", "user": "u", "usr": "u"}, "unknown field usr"),
         (
             {"messages": [USER], "response_format": {"type": "json_object"}},

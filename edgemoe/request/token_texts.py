@@ -1,0 +1,76 @@
+"""The texts of a tokenizer's tokens, and which tokens have none of their own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+
+class TokenTexts:
+    """A tokenizer of transformers, as far as the text of a reply needs it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        special = set(tokenizer.all_special_ids)
+        if backend is not None:
+            special |= {int(token) for token, each in tokenizer.added_tokens_decoder.items() if each.special}
+        self.special = frozenset(special)
+        """Ids that are left out of texts, unless they are asked for."""
+        self.bytes = frozenset(_byte_tokens(tokenizer, backend)) - self.special
+        """Ids of single bytes, which become characters only where a run of them is valid UTF-8 as a whole."""
+        self._anchor = self._some_token_with_text()
+
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """The text of `ids`, with or without that of special tokens."""
+        if not any(self.has_text(token, special=special) for token in ids):
+            # Some decoders of `tokenizers` panic where nothing is left.
+            return ""
+        text: str = self._tokenizer.decode(
+            list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def has_text(self, token: int, *, special: bool = False) -> bool:
+        """Whether a text shows the token: models often give logits for more ids than the tokenizer has."""
+        return (special or token not in self.special) and self._tokenizer.convert_ids_to_tokens(token) is not None
+
+    def name(self, token: int) -> str:
+        """The text of one token as it is in the middle of a text: many decoders strip the space of the first one."""
+        before = self.decode(self._anchor)
+        both = self.decode([*self._anchor, token], special=True)
+        return both[len(before) :] if both.startswith(before) else self.decode([token], special=True)
+
+    def id_of(self, text: str) -> int | None:
+        """The id of the special token that `text` is; None for all other texts."""
+        token = self._tokenizer.get_vocab().get(text)
+        return token if token in self.special else None
+
+    def _some_token_with_text(self) -> list[int]:
+        for token in range(len(self._tokenizer)):
+            if token not in self.special and token not in self.bytes and self.decode([token]).strip().isalnum():
+                return [token]
+        return []
+
+
+def _byte_tokens(tokenizer: Any, backend: Any) -> Iterator[int]:
+    """The ids of tokens such as <0xE2>, where the tokenizer's decoder takes them for bytes."""
+    if backend is not None and not _has(backend.decoder, "ByteFallback"):
+        return
+    vocabulary = tokenizer.get_vocab()
+    for byte in range(256):
+        token = vocabulary.get(f"<0x{byte:02X}>")
+        if token is not None:
+            yield token
+
+
+def _has(decoder: Any, kind: str) -> bool:
+    """Whether a decoder of `tokenizers`, or one of those that it consists of, is of `kind`."""
+    left = [] if decoder is None else [json.loads(decoder.__getstate__())]
+    while left:
+        each = left.pop()
+        if each.get("type") == kind:
+            return True
+        left += each.get("decoders", [])
+    return False
