@@ -20,6 +20,8 @@ from edgemoe.cache.safetensors_store import RecordSource
 from edgemoe.checkpoint.checkpoint import WEIGHT_DTYPES, Checkpoint, open_checkpoint
 from edgemoe.checkpoint.expert_sources import ExpertSources
 from edgemoe.checkpoint.experts_module import ExpertsModule, require_experts_modules
+from edgemoe.checkpoint.extra_layers import without_heads_that_draft
+from edgemoe.checkpoint.rope_context import context_limit
 from edgemoe.demo import DEMO_NAME, demo_folder
 from edgemoe.errors import CheckpointError, is_device_or_memory_error, reason
 from edgemoe.quiet import quiet_transformers
@@ -49,8 +51,7 @@ class Blueprint:
     @property
     def context_limit(self) -> int | None:
         """The longest sequence that the configuration allows, in tokens; None without a limit."""
-        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        return limit if isinstance(limit, int) and limit > 0 else None
+        return context_limit(self.config.get_text_config())
 
 
 def open_blueprint(
@@ -72,6 +73,7 @@ def read_blueprint(checkpoint: Checkpoint, dtype: str = "auto") -> Blueprint:
     CheckpointError with the reason why the checkpoint cannot be run.
     """
     config, model_class = _family(checkpoint)
+    checkpoint = without_heads_that_draft(checkpoint, config.get_text_config())
     chosen = _dtype(checkpoint, dtype)
     with quiet_transformers():
         model = build_skeleton(model_class, config, chosen)

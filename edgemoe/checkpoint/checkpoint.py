@@ -74,13 +74,18 @@ def open_checkpoint(
     folder = _find_folder(os.fspath(model), offline, setting)
     name = name or os.fspath(model)
     config = _read_config(folder, name, setting)
-    files = _weight_files(folder, name)
+    files, owners = _weight_files(folder, name)
     tensors: dict[str, TensorEntry] = {}
     for number, file in enumerate(files):
         for key, entry in read_table(file, number):
-            if key in tensors:
-                raise CheckpointError(f"{name}: tensor {key} is in {file.name} and in another file: remove one of them")
-            tensors[key] = entry
+            first = tensors.get(key)
+            # Of two copies the one that the index names counts; the other one was left behind.
+            if first is not None and owners.get(key) not in (files[first.file].name, file.name):
+                raise CheckpointError(
+                    f"{name}: tensor {key} is in {file.name} and in {files[first.file].name}: remove one of them"
+                )
+            if first is None or owners[key] == file.name:
+                tensors[key] = entry
     return Checkpoint(folder, name, config, tuple(files), tensors)
 
 
@@ -128,31 +133,46 @@ def _read_config(folder: Path, name: str, setting: str) -> dict[str, Any]:
     return config
 
 
-def _weight_files(folder: Path, name: str) -> list[Path]:
+def _weight_files(folder: Path, name: str) -> tuple[list[Path], dict[str, str]]:
+    """The weight files, and for each tensor that an index names the name of its file.
+
+    As in transformers, one file of all weights counts before an index, which may be left from another checkpoint.
+    """
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
+    if single.exists():
+        return [single], {}
     if index.exists():
-        try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index} cannot be read ({error}): fetch the checkpoint again") from error
-        files = [folder / shard for shard in shards]
+        owners = _owners(index)
+        files = [folder / shard for shard in sorted(set(owners.values()))]
         missing = [file.name for file in files if not file.exists()]
         if missing:
             raise CheckpointError(
                 f"{name} lacks {len(missing)} of {len(files)} shards, {missing[0]} first: fetch it again"
             )
-        return files
-    if single.exists():
-        return [single]
-    others = sorted(folder.glob("*.safetensors"))
+        return files, owners
+    # Mistral's own format of the same weights, beside transformers' or alone.
+    others = sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("consolidated"))
     if others:
-        return others
+        return others, {}
+    if any(folder.glob("consolidated*.safetensors")):
+        raise CheckpointError(f"{name} has consolidated weights only: fetch those in transformers' format")
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
         raise CheckpointError(
             f"{name} has pickle weights only, which can run code: convert it with save_pretrained to safetensors"
         )
     raise CheckpointError(f"{name} has no *.safetensors file: fetch the weights as well as the configuration")
+
+
+def _owners(index: Path) -> dict[str, str]:
+    """The file's name for each tensor's, of an index."""
+    try:
+        owners = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if all(isinstance(file, str) and file == Path(file).name and file for file in owners.values()):
+            return dict(owners)
+        raise ValueError("a shard that is no file's name")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index} cannot be read ({error}): fetch the checkpoint again") from error
 
 
 def read_table(file: Path, number: int) -> Iterator[tuple[str, TensorEntry]]:

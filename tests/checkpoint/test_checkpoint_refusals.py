@@ -186,14 +186,6 @@ def test_metadata_is_no_tensor(tmp_path: Path) -> None:
     assert [key for key, _ in read_table(file, 0)] == ["w"]
 
 
-def test_a_tensor_in_two_files(sharded: Path) -> None:
-    one, two = sorted(sharded.glob("*.safetensors"))[:2]
-    tensors, others = load_file(one), load_file(two)
-    key = sorted(tensors)[0]
-    save_file({**others, key: tensors[key]}, two)
-    refusal(sharded, f"tensor {key} is in {two.name}", "remove one of them")
-
-
 @pytest.mark.parametrize("name", ["F8_E4M3", "F8_E5M2", "U16", "F4"])
 def test_a_dtype_that_is_not_supported(folder: Path, name: str) -> None:
     file = folder / "model.safetensors"
