@@ -11,7 +11,7 @@ from edgemoe.cli.surface import EngineView
 
 if TYPE_CHECKING:
     from edgemoe import Chunk, Completion, Sampling
-    from edgemoe.checkpoint.tokenizer import Messages
+    from edgemoe.checkpoint.chat_template import ChatPrompt
 
 CANCELLED = "cancelled"
 """The finish reason of an answer that was broken off on request."""
@@ -19,7 +19,7 @@ CANCELLED = "cancelled"
 
 def ask(
     engine: EngineView,
-    messages: Messages,
+    chat: ChatPrompt,
     sampling: Sampling,
     interruption: Interruption,
     on_chunk: Callable[[Chunk], None],
@@ -29,7 +29,7 @@ def ask(
 
     chunks: list[Chunk] = []
     # Closed whatever happens: a generation that is left half-way keeps its place on the engine.
-    with closing(engine.stream(messages, sampling)) as stream:
+    with closing(engine.stream(chat, sampling)) as stream:
         for chunk in stream:
             chunks.append(chunk)
             on_chunk(chunk)

@@ -6,6 +6,7 @@ An option that is not given stays None, so that its default has one home: the li
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -111,6 +112,17 @@ def decimal(value: str) -> float:
         return float(value)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{value!r} is not a number") from None
+
+
+def json_object(value: str) -> dict[str, Any]:
+    """An object in JSON."""
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f'{value!r} is no JSON object such as {{"enable_thinking": false}}')
+    return found
 
 
 def speed(value: str) -> float:
@@ -257,6 +269,12 @@ def add_sampling_options(parser: Parser) -> None:
 def add_generation_options(parser: Parser) -> None:
     """Everything that generating takes: the model, the sampling, the system prompt, and what is said of it."""
     parser.option("-sys", "--system-prompt", convert=text, metavar="TEXT", help="system prompt of conversations")
+    parser.option(
+        "--chat-template-kwargs",
+        convert=json_object,
+        metavar="JSON",
+        help='variables of the chat template, such as {"enable_thinking": false}',
+    )
     add_model_options(parser)
     add_settings(parser, "state")
     add_sampling_options(parser)

@@ -16,7 +16,7 @@ _MAX_SHOWN = 60
 
 _NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 _WHOLE_NUMBERS = ("top_k", "seed", "max_tokens", "max_completion_tokens")
-_SHARED = ("n", "stop", "ignore_eos", "logprobs", "logit_bias", *_NUMBERS, *_WHOLE_NUMBERS)
+_SHARED = ("n", "stop", "ignore_eos", "skip_special_tokens", "logprobs", "logit_bias", *_NUMBERS, *_WHOLE_NUMBERS)
 _LABELS = ("model", "user", "metadata", "safety_identifier", "prompt_cache_key")
 """Fields that do not bear on the reply, whatever they hold."""
 
@@ -37,11 +37,11 @@ _PLAIN_CHAT: dict[str, tuple[Any, ...]] = {
 }
 """Fields of OpenAI's that are served only where their value asks for nothing; null always does."""
 
-_CHAT = ("messages", "top_logprobs", *_SHARED)
+_CHAT = ("messages", "top_logprobs", "chat_template_kwargs", "reasoning_effort", *_SHARED)
 _COMPLETION = ("prompt", "best_of", *_SHARED)
 CHAT_FIELDS = (*_CHAT, *_LABELS, *_PLAIN_CHAT)
 COMPLETION_FIELDS = (*_COMPLETION, *_LABELS, *_PLAIN_COMPLETION)
-_MESSAGE_FIELDS = ("role", "content")
+_MESSAGE_FIELDS = ("role", "content", "reasoning_content")
 _PLAIN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "name": (), "refusal": (), "audio": (), "function_call": (), "tool_calls": ([],), "annotations": ([],),
 }  # fmt: skip
@@ -106,8 +106,7 @@ def sampling_changes(body: Mapping[str, Any], *, chat: bool) -> dict[str, Any]:
         changes["stop"] = _stop(given["stop"])
     if "logit_bias" in given:
         changes["logit_bias"] = given["logit_bias"]
-    if "ignore_eos" in given:
-        changes["ignore_eos"] = switch("ignore_eos", given["ignore_eos"])
+    changes |= {name: switch(name, given[name]) for name in ("ignore_eos", "skip_special_tokens") if name in given}
     return changes | (_chat_logprobs(given) if chat else _completion_logprobs(given))
 
 
@@ -122,6 +121,15 @@ def _chat_logprobs(given: Mapping[str, Any]) -> dict[str, int | None]:
 
 def _completion_logprobs(given: Mapping[str, Any]) -> dict[str, int | None]:
     return {"logprobs": whole("logprobs", given["logprobs"])} if "logprobs" in given else {}
+
+
+def template_kwargs(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables of the chat template that the body sets."""
+    given = body.get("chat_template_kwargs")
+    if given is not None and not isinstance(given, dict):
+        raise FieldError("chat_template_kwargs must be an object")
+    effort = body.get("reasoning_effort")
+    return dict(given or {}) | ({} if effort is None else {"reasoning_effort": words("reasoning_effort", effort)})
 
 
 def _stop(value: Any) -> tuple[str, ...]:
@@ -155,7 +163,9 @@ def _message(value: Any) -> dict[str, str]:
     if not isinstance(value, dict):
         raise FieldError("each of messages must be an object with role and content")
     _check(value, _MESSAGE_FIELDS, _PLAIN_MESSAGE)
-    return {"role": words("role", value.get("role")), "content": _content(value.get("content"))}
+    message = {"role": words("role", value.get("role")), "content": _content(value.get("content"))}
+    reasoning = value.get("reasoning_content")
+    return message if reasoning is None else message | {"reasoning_content": words("reasoning_content", reasoning)}
 
 
 def _content(value: Any) -> str:

@@ -13,11 +13,13 @@ from edgemoe.sampling import Sampling
 from edgemoe.version import __version__
 
 if TYPE_CHECKING:
+    from edgemoe.checkpoint.chat_template import ChatPrompt
     from edgemoe.engine import Engine
     from edgemoe.plan.plan import Plan
     from edgemoe.results import Chunk, Completion, Stats, Timings
 
 __all__ = [
+    "ChatPrompt",
     "CheckpointError",
     "Chunk",
     "Completion",
@@ -33,6 +35,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "ChatPrompt": "checkpoint.chat_template",
     "Engine": "engine",
     "Plan": "plan.plan",
     "Chunk": "results",

@@ -7,11 +7,12 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from edgemoe.checkpoint.blueprint import Blueprint, open_blueprint
+from edgemoe.checkpoint.chat_template import ChatPrompt, ChatTemplate, Messages
 from edgemoe.checkpoint.generation_defaults import generation_source, load_generation_defaults
-from edgemoe.checkpoint.tokenizer import Prompt, load_tokenizer, prompt_tokens, render_chat
+from edgemoe.checkpoint.tokenizer import Prompt, as_chat, check_tokens, load_tokenizer, prompt_tokens
 from edgemoe.config import EngineConfig
 from edgemoe.draft.draft_model import DraftModel
 from edgemoe.draft.expert_budget import expert_budget_for
@@ -22,9 +23,9 @@ from edgemoe.experts.budget_routing import BudgetTotals
 from edgemoe.model.model_runner import ModelRunner
 from edgemoe.plan.plan import Plan
 from edgemoe.planner import make_plan
+from edgemoe.request.reply_text import ReplyTexts
 from edgemoe.request.request import Cancels, Request
 from edgemoe.request.sampler import check_defaults
-from edgemoe.request.token_texts import TokenTexts
 from edgemoe.results import Chunk, Completion, Progress, Stats, chat_completion
 from edgemoe.runtime import Runtime
 from edgemoe.sampling import ResolvedSampling, Sampling, resolve
@@ -53,7 +54,8 @@ class Engine:
         self._config = config
         self._checkpoint = blueprint.checkpoint
         self._tokenizer = load_tokenizer(blueprint.checkpoint)
-        self._texts = TokenTexts(self._tokenizer) if self._tokenizer is not None else None
+        self._template = ChatTemplate(self._tokenizer, blueprint.checkpoint.name)
+        self._replies = ReplyTexts(self._tokenizer, self._template)
         self._defaults = load_generation_defaults(blueprint)
         self._vocabulary = blueprint.config.get_text_config().vocab_size
         check_defaults(self._defaults, generation_source(blueprint), self._vocabulary)
@@ -119,7 +121,7 @@ class Engine:
     @property
     def has_chat_template(self) -> bool:
         """Whether the checkpoint has a template for conversations."""
-        return self._tokenizer is not None and bool(self._tokenizer.chat_template)
+        return bool(self._template.source)
 
     @property
     def stats(self) -> Stats:
@@ -145,12 +147,14 @@ class Engine:
             **runtime.predictor.lookahead_totals.telemetry("lookahead"),
         )
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def chat_prompt(self, messages: Messages, template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
         """The token ids of a conversation up to the assistant's turn; RequestError without a chat template."""
-        return render_chat(self._tokenizer, messages, self._checkpoint.name)
+        return self._template.render(ChatPrompt(messages, template_kwargs or {})).ids
 
     def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Generator[Chunk, None, None]:
-        """The reply to `prompt` (text, token ids or a chat's messages) as it is generated, a chunk a token.
+        """The reply to `prompt` (text, token ids, a chat's messages or a `ChatPrompt`) as it is generated.
+
+        There is a chunk for every token. A reply to messages has its reasoning apart where the model marks it.
 
         The last chunk has `finish_reason`. Closing the generator ends the request. Several streams may be open,
         in one thread or in many: each step serves all. Raises RequestError, at the first step, for a prompt
@@ -158,6 +162,9 @@ class Engine:
         """
         with self._device:
             request = self._submit(prompt, sampling or Sampling())
+        yield from self._stream(request)
+
+    def _stream(self, request: Request) -> Generator[Chunk, None, None]:
         try:
             while True:
                 for chunk in self._next_chunks(request):
@@ -169,8 +176,9 @@ class Engine:
 
     def generate(self, prompt: Prompt, sampling: Sampling | None = None) -> Completion:
         """The whole reply to `prompt`; see `stream`."""
-        ids = self._tokens(prompt)
-        return Completion.from_chunks(list(self.stream(ids, sampling)), ids)
+        with self._device:
+            request = self._submit(prompt, sampling or Sampling())
+        return Completion.from_chunks(list(self._stream(request)), request.tokens[: request.prompt_length])
 
     def generate_batch(
         self, requests: Iterable[tuple[Prompt, Sampling]]
@@ -204,9 +212,15 @@ class Engine:
         finally:
             self._abandon(in_flight)
 
-    def chat(self, messages: Sequence[Mapping[str, str]], sampling: Sampling | None = None) -> dict[str, Any]:
-        """The assistant's next message, in the shape of OpenAI's chat.completion object."""
-        return chat_completion(self.generate(self.chat_prompt(messages), sampling), self._checkpoint.name)
+    def chat(
+        self, messages: Messages, sampling: Sampling | None = None, template_kwargs: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The assistant's next message, in the shape of OpenAI's chat.completion object.
+
+        `template_kwargs` are variables of the chat template, such as `enable_thinking` or `reasoning_effort`.
+        """
+        prompt = ChatPrompt(messages, template_kwargs or {})
+        return chat_completion(self.generate(prompt, sampling), self._checkpoint.name)
 
     def cancel(self, *, running: bool = True) -> None:
         """Ends all requests in flight after their current token, with `finish_reason` "cancelled". Thread-safe.
@@ -256,9 +270,12 @@ class Engine:
     def _submit(self, prompt: Prompt, sampling: Sampling) -> Request:
         """Puts a new request in the waiting queue. The device is held."""
         self._loaded()
-        tokens = self._tokens(prompt)
+        asked = as_chat(prompt)
+        chat = self._template.render(asked) if asked is not None else None
+        tokens = self._tokens(chat.ids if chat else cast("str | Sequence[int]", prompt))
         settings = self._settings(sampling, len(tokens))
-        request = Request(self._requests, tokens, settings, self._texts, self._cancels, self._vocabulary)
+        text = self._replies.new(tokens, settings, chat.opening if chat else None)
+        request = Request(self._requests, tokens, settings, text, self._cancels, self._vocabulary)
         self._requests += 1
         self._loop.add(request)
         return request
@@ -300,8 +317,10 @@ class Engine:
             raise self._failure(request.error) from request.error
         return Completion.from_chunks(list(request.chunks), request.tokens[: request.prompt_length])
 
-    def _tokens(self, prompt: Prompt) -> list[int]:
-        return prompt_tokens(self._tokenizer, prompt, self._vocabulary, self._checkpoint.name)
+    def _tokens(self, prompt: str | Sequence[int]) -> list[int]:
+        tokens = prompt_tokens(self._tokenizer, prompt, self._checkpoint.name)
+        check_tokens(tokens, self._vocabulary)
+        return tokens
 
     def _settings(self, sampling: Sampling, length: int) -> ResolvedSampling:
         left = self.plan.context - length

@@ -94,6 +94,8 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] | None
     timings: Timings
     prompt_token_ids: tuple[int, ...]
+    reasoning: str = ""
+    """The reasoning before the text, of a reply to messages by a model that marks it; no part of `text`."""
 
     @classmethod
     def from_chunks(cls, chunks: Sequence[Chunk], prompt_token_ids: Sequence[int]) -> Completion:
@@ -106,6 +108,7 @@ class Completion:
             logprobs=tuple(item for items in reported for item in items) if reported else None,
             timings=chunks[-1].timings,
             prompt_token_ids=tuple(prompt_token_ids),
+            reasoning="".join(chunk.reasoning for chunk in chunks),
         )
 
 
@@ -118,6 +121,8 @@ class Chunk:
     finish_reason: str | None
     logprobs: tuple[TokenLogprob, ...] | None
     timings: Timings
+    reasoning: str = ""
+    """A piece of the reasoning; `text` is what the user is told."""
 
 
 @dataclass(frozen=True)
@@ -234,13 +239,18 @@ def chat_completion(completion: Completion, model: str) -> dict[str, Any]:
         "choices": [
             {
                 "index": 0,
-                "message": {"role": "assistant", "content": completion.text},
+                "message": _message(completion),
                 "finish_reason": completion.finish_reason,
                 "logprobs": chat_logprobs(completion.logprobs),
             }
         ],
         "usage": {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated},
     }
+
+
+def _message(completion: Completion) -> dict[str, str]:
+    message = {"role": "assistant", "content": completion.text}
+    return message | ({"reasoning_content": completion.reasoning} if completion.reasoning else {})
 
 
 def chat_logprobs(logprobs: tuple[TokenLogprob, ...] | None) -> dict[str, Any] | None:

@@ -49,6 +49,8 @@ class Sampling:
     """Number of alternatives to report with each token's log-probability, 0 to 20; None reports neither."""
     ignore_eos: bool = False
     """Continue after the end-of-sequence token."""
+    skip_special_tokens: bool = True
+    """Leave the texts of special tokens out; else the whole reply is one text, with the marks of its parts."""
 
     def __post_init__(self) -> None:
         try:
@@ -108,6 +110,8 @@ class ResolvedSampling:
     logprobs: int | None
     eos: frozenset[int]
     """Ids of the tokens that end the reply; empty if they are ignored."""
+    ignore_eos: bool
+    skip_special_tokens: bool
 
 
 def resolve(
@@ -148,6 +152,8 @@ def resolve(
         max_tokens=max_tokens,
         logprobs=sampling.logprobs,
         eos=frozenset() if sampling.ignore_eos else ends,
+        ignore_eos=sampling.ignore_eos,
+        skip_special_tokens=sampling.skip_special_tokens,
     )
 
 

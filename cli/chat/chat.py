@@ -35,7 +35,8 @@ def chat(arguments: argparse.Namespace, engine: EngineFactory | None = None) -> 
         if not loaded.has_chat_template:
             raise CheckpointError(f"{loaded.plan.model} has no chat template; complete raw prompts with 'edgemoe run'")
         say_lossy(loaded.plan)
-        session = Session(loaded, Conversation(arguments.system_prompt), sampling)
+        variables = arguments.chat_template_kwargs or {}
+        session = Session(loaded, Conversation(arguments.system_prompt), sampling, variables)
         if interactive:
             return _converse(session, opening, verbose=bool(arguments.verbose))
         assert opening is not None
@@ -66,10 +67,9 @@ def piped_text() -> str:
 def _answer_once(session: Session, message: str, *, verbose: bool) -> int:
     """One answer on standard output, and nothing else there."""
     session.conversation.say(message)
-    messages = session.conversation.messages
     before = Counts.of(session.engine.stats)
     with Interruption(session.engine.cancel) as interruption:
-        answer = ask(session.engine, messages, session.sampling, interruption, lambda chunk: put(chunk.text))
+        answer = ask(session.engine, session.prompt, session.sampling, interruption, lambda chunk: put(chunk.text))
         put("" if answer.text.endswith("\n") else "\n")
     if verbose:
         for line in measured(answer.timings, session.engine.stats, before):

@@ -37,9 +37,10 @@ class Conversation:
         """Add what the user says."""
         self._turns.append({"role": "user", "content": text})
 
-    def reply(self, text: str) -> None:
-        """Add what the model replies."""
-        self._turns.append({"role": "assistant", "content": text})
+    def reply(self, text: str, reasoning: str = "") -> None:
+        """Add what the model replies. Its chat template decides whether it reads its reasoning again."""
+        kept = {"reasoning_content": reasoning} if reasoning else {}
+        self._turns.append({"role": "assistant", "content": text} | kept)
 
     def clear(self) -> None:
         """Forget every message but the system prompt."""
@@ -54,13 +55,13 @@ class Conversation:
                 return text
         raise ConversationError("there is no message to take back yet")
 
-    def take_reply(self) -> str | None:
+    def take_reply(self) -> Message | None:
         """Take back the last reply, so that another can be given; None when the user spoke last."""
         if not any(turn["role"] == "user" for turn in self._turns):
             raise ConversationError("there is no message to reply to yet")
         if self._turns[-1]["role"] == "user":
             return None
-        return self._turns.pop()["content"]
+        return self._turns.pop()
 
     def save(self, path: str) -> None:
         """Write as JSON, whole or not at all. Raises FileTrouble, also for a file that is no saved conversation."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 PROMPT = ">>> "
 MORE = "... "
+DIM, NORMAL = "\x1b[2m", "\x1b[0m"
 _QUOTES = '"""'
 
 
@@ -36,6 +37,8 @@ class Repl:
         self._out = out
         self._err = err
         self._verbose = verbose
+        self._reasoning = False
+        """Whether reasoning is being shown."""
 
     def run(self, opening: str | None = None) -> None:
         """Chat until the person leaves, beginning with the opening message where there is one."""
@@ -66,16 +69,17 @@ class Repl:
                 self._note("(no reply came, so the message is not kept)")
             return
         session.attached.clear()
-        session.conversation.reply(answer.text)
+        session.conversation.reply(answer.text, answer.reasoning)
 
     def reply_again(self) -> None:
         """Give another reply to the last message. Without one, the old reply stays."""
         conversation = self._session.conversation
         old = conversation.take_reply()
         answer = self._reply()
-        text = answer.text if answer is not None and answer.text else old
-        if text is not None:
-            conversation.reply(text)
+        if answer is not None and answer.text:
+            conversation.reply(answer.text, answer.reasoning)
+        elif old is not None:
+            conversation.reply(old["content"], old.get("reasoning_content", ""))
 
     def _read_message(self) -> tuple[str, bool]:
         """A message or a command, and whether it was quoted: what is quoted is never a command."""
@@ -110,9 +114,8 @@ class Repl:
         session = self._session
         before = Counts.of(session.engine.stats)
         try:
-            messages = session.conversation.messages
             with Interruption(session.engine.cancel) as interruption:
-                answer = ask(session.engine, messages, session.sampling, interruption, self._show)
+                answer = ask(session.engine, session.prompt, session.sampling, interruption, self._show)
         except (EdgeMoEError, RuntimeError, MemoryError) as error:
             # Whatever goes wrong in a generation (an accelerator's error is a RuntimeError), the conversation goes on.
             self._fail(error)
@@ -129,7 +132,17 @@ class Repl:
         return answer
 
     def _show(self, chunk: Chunk) -> None:
-        self._out.write(chunk.text)
+        """The reasoning is dim on a terminal, and left out elsewhere."""
+        if chunk.reasoning and self._out.isatty():
+            if not self._reasoning:
+                self._out.write(DIM)
+            self._reasoning = True
+            self._out.write(chunk.reasoning)
+        if chunk.text or chunk.finish_reason:
+            if self._reasoning:
+                self._out.write(NORMAL + ("\n\n" if chunk.text else ""))
+            self._reasoning = False
+            self._out.write(chunk.text)
         self._out.flush()
 
     def _fail(self, error: Exception) -> None:

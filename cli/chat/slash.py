@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from edgemoe.checkpoint.chat_template import ChatPrompt
 from edgemoe.cli.chat.conversation import Conversation
 from edgemoe.cli.exits import FileTrouble, why
 from edgemoe.cli.render import columns, counted, speeds, totals
@@ -46,8 +47,15 @@ class Session:
     engine: EngineView
     conversation: Conversation
     sampling: Sampling
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Variables of the chat template."""
     attached: list[str] = field(default_factory=list)
     timings: Timings | None = None
+
+    @property
+    def prompt(self) -> ChatPrompt:
+        """The conversation as it stands, to be replied to."""
+        return ChatPrompt(self.conversation.messages, self.template_kwargs)
 
 
 class Command(NamedTuple):
@@ -183,8 +191,10 @@ COMMANDS = (
 
 # --- settings ------------------------------------------------------------------------------------
 
-_SETTINGS = tuple(entry.name for entry in fields(Sampling) if entry.name not in ("logprobs", "logit_bias"))
-"""What /set changes. Log-probabilities are left out, for a chat has no place to show them, and ids of tokens."""
+_NOT_SET = ("logprobs", "logit_bias", "skip_special_tokens")
+"""What a chat has no place to show, ids of tokens, and what would mix the reply with its marks."""
+_SETTINGS = tuple(entry.name for entry in fields(Sampling) if entry.name not in _NOT_SET)
+"""What /set changes."""
 
 _KEYS = {name: name for name in _SETTINGS} | {"temp": "temperature", "repeat_penalty": "repetition_penalty"}
 _WHOLE = ("top_k", "seed", "max_tokens")

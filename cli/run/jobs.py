@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from edgemoe.cli.exits import FileTrouble
 from edgemoe.cli.run.ledger import Ledger
@@ -22,14 +22,23 @@ class Job(NamedTuple):
     request: RequestLine | BadLine
 
 
-def settings_key(*, model: str | None, dtype: str | None, system: str | None, raw: bool, sampling: Sampling) -> str:
+def settings_key(
+    *,
+    model: str | None,
+    dtype: str | None,
+    system: str | None,
+    raw: bool,
+    sampling: Sampling,
+    template: Mapping[str, Any] | None = None,
+) -> str:
     """A digest of the settings that decide a reply besides the request itself.
 
-    Sampling that nobody set is left out, so that a setting which a later version adds changes no key.
+    What nobody set is left out, so that a setting which a later version adds changes no key.
     """
     neutral = asdict(Sampling())
     given = {name: value for name, value in asdict(sampling).items() if value != neutral[name]}
-    return _digest({"model": model, "dtype": dtype, "system": system, "raw": raw, "sampling": given})
+    key = {"model": model, "dtype": dtype, "system": system, "raw": raw, "sampling": given}
+    return _digest(key | ({"template": dict(template)} if template else {}))
 
 
 class Jobs:

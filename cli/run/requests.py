@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
+from edgemoe.checkpoint.chat_template import ChatPrompt
 from edgemoe.cli import fields
 from edgemoe.cli.fields import FieldError
 from edgemoe.cli.run.source import Line
 from edgemoe.errors import RequestError
 from edgemoe.sampling import Sampling
+
+if TYPE_CHECKING:
+    from edgemoe.checkpoint.tokenizer import Prompt
 
 CHAT_URL = "/v1/chat/completions"
 COMPLETION_URL = "/v1/completions"
@@ -30,6 +34,15 @@ class RequestLine:
     is_chat: bool = False
     sampling: Sampling
     choices: int = 1
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Variables of the chat template."""
+
+    @property
+    def asked(self) -> Prompt:
+        """What the engine is asked."""
+        if not self.is_chat:
+            return cast("Prompt", self.prompt)
+        return ChatPrompt(cast("tuple[Message, ...]", self.prompt), self.template_kwargs)
 
     def samplings(self) -> list[Sampling]:
         """The sampling of each choice. Where a seed is given, each has one of its own, counted up from it."""
@@ -63,6 +76,7 @@ class RequestReader:
     defaults: Sampling
     system: str | None = None
     chat_lines: bool = True
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def read(self, lines: Iterable[Line], *, jsonl: bool) -> Iterator[Entry]:
         """An entry for each line, in order. Without `jsonl`, the first line decides by its `{`."""
@@ -76,7 +90,13 @@ class RequestReader:
         if not self.chat_lines:
             return RequestLine(custom_id=custom_id, prompt=line.text, sampling=self.defaults)
         messages = self._with_system(({"role": "user", "content": line.text},))
-        return RequestLine(custom_id=custom_id, prompt=messages, is_chat=True, sampling=self.defaults)
+        return RequestLine(
+            custom_id=custom_id,
+            prompt=messages,
+            is_chat=True,
+            sampling=self.defaults,
+            template_kwargs=self.template_kwargs,
+        )
 
     def _from_json(self, line: Line) -> RequestLine | BadLine:
         custom_id = default_id(line)
@@ -107,7 +127,12 @@ class RequestReader:
         sampling = replace(self.defaults, **fields.sampling_changes(body, chat=chat))
         made = self._with_system(fields.messages(body[source])) if chat else fields.prompt(body[source])
         return RequestLine(
-            custom_id=custom_id, prompt=made, is_chat=chat, sampling=sampling, choices=fields.choices(body)
+            custom_id=custom_id,
+            prompt=made,
+            is_chat=chat,
+            sampling=sampling,
+            choices=fields.choices(body),
+            template_kwargs={**self.template_kwargs, **fields.template_kwargs(body)} if chat else {},
         )
 
     def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:

@@ -37,8 +37,12 @@ def run(arguments: argparse.Namespace, engine: EngineFactory | None = None) -> i
             system=arguments.system_prompt,
             raw=bool(arguments.raw),
             sampling=defaults,
+            template=arguments.chat_template_kwargs,
         )
-        jobs = Jobs(source, RequestReader(defaults, system=arguments.system_prompt), key, ledger, results.name)
+        reader = RequestReader(
+            defaults, system=arguments.system_prompt, template_kwargs=arguments.chat_template_kwargs or {}
+        )
+        jobs = Jobs(source, reader, key, ledger, results.name)
         finished = read_finished(arguments.output, ledger) if arguments.resume else Finished()
         # What there is for the results to belong to is checked before a model is loaded, where the input allows it.
         left = jobs.count() if finished.count else source.total

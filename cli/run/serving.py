@@ -95,7 +95,7 @@ class Serving:
                     return
                 self._flying[index] = (ticket, choice)
                 index += 1
-                yield job.request.prompt, sampling
+                yield job.request.asked, sampling
 
     def _next_job(self) -> Job | None:
         """The next job; None at the end and after a Ctrl-C."""

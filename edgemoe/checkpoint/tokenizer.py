@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer, vocabulary, chat template and generation defaults, through transformers."""
+"""A checkpoint's tokenizer and vocabulary, through transformers, and the token ids of prompts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from edgemoe.checkpoint.chat_template import ChatPrompt, Messages
 from edgemoe.checkpoint.checkpoint import Checkpoint
 from edgemoe.errors import CheckpointError, RequestError, is_device_or_memory_error, reason
 from edgemoe.quiet import quiet_transformers
@@ -34,9 +35,7 @@ class Vocabulary:
         return None if self.tokenizer is None else self.tokenizer.get_vocab()
 
 
-Messages = Sequence[Mapping[str, str]]
-"""A conversation: each message has a role and a content."""
-Prompt = str | Sequence[int] | Messages
+Prompt = str | Sequence[int] | Messages | ChatPrompt
 """A text or token ids to continue, or a conversation to reply to."""
 
 
@@ -61,48 +60,32 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
             ) from error
 
 
-def prompt_tokens(tokenizer: Any, prompt: Prompt, vocabulary: int, name: str) -> list[int]:
-    """The token ids of `prompt` for the model called `name`, which has `vocabulary` ids.
+def as_chat(prompt: Prompt) -> ChatPrompt | None:
+    """`prompt` where it is a conversation; None for a text and for token ids."""
+    if isinstance(prompt, ChatPrompt):
+        return prompt
+    if not isinstance(prompt, str) and any(isinstance(part, Mapping) for part in prompt):
+        return ChatPrompt(cast(Messages, prompt))
+    return None
 
-    Raises RequestError for an empty prompt, an unknown id, a text without a tokenizer, and a conversation that
-    `render_chat` refuses.
+
+def prompt_tokens(tokenizer: Any, prompt: str | Sequence[int], name: str) -> list[int]:
+    """The token ids of a text, or those that are given, for the model called `name`.
+
+    Raises RequestError for a text without a tokenizer.
     """
-    if isinstance(prompt, str):
-        if tokenizer is None:
-            raise RequestError(f"{name} has no tokenizer files: give the prompt as token ids")
-        with quiet_transformers():
-            tokens = [int(token) for token in tokenizer.encode(prompt)] if prompt else []
-    elif any(isinstance(part, Mapping) for part in prompt):
-        tokens = render_chat(tokenizer, cast(Messages, prompt), name)
-    else:
-        tokens = [int(token) for token in cast(Sequence[int], prompt)]
+    if not isinstance(prompt, str):
+        return [int(token) for token in prompt]
+    if tokenizer is None:
+        raise RequestError(f"{name} has no tokenizer files: give the prompt as token ids")
+    with quiet_transformers():
+        return [int(token) for token in tokenizer.encode(prompt)] if prompt else []
+
+
+def check_tokens(tokens: Sequence[int], vocabulary: int) -> None:
+    """Raises RequestError for an empty prompt, and for an id that is none of `vocabulary` ids."""
     if not tokens:
         raise RequestError("the prompt is empty: give at least one token")
     outside = [token for token in tokens if not 0 <= token < vocabulary]
     if outside:
         raise RequestError(f"token id {outside[0]} is outside the vocabulary of {vocabulary}: check the ids")
-    return tokens
-
-
-def render_chat(tokenizer: Any, messages: Messages, name: str) -> list[int]:
-    """The token ids of `messages` in the checkpoint's chat template, up to where the assistant's reply begins.
-
-    Raises RequestError without a chat template, and for messages that are malformed or refused by the template.
-    """
-    if tokenizer is None or not tokenizer.chat_template:
-        raise RequestError(f"{name} has no chat template: give plain prompts, as with edgemoe run")
-    for message in messages:
-        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-            raise RequestError(f"a message must have a text role and a text content, not {dict(message)!r}")
-    if not messages:
-        raise RequestError("the conversation is empty: give at least one message")
-    try:
-        with quiet_transformers():
-            rendered = tokenizer.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=True, return_dict=True
-            )
-    except Exception as error:
-        if is_device_or_memory_error(error):
-            raise
-        raise RequestError(f"the chat template of {name} refuses this conversation: {reason(error)}") from error
-    return [int(token) for token in rendered["input_ids"]]

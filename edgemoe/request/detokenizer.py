@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from edgemoe.request.token_texts import TokenTexts
 
@@ -20,10 +20,10 @@ class Detokenizer:
     the prompt ends inside of a character, the first piece has the whole character.
     """
 
-    def __init__(self, texts: TokenTexts, prompt: Sequence[int] = (), *, special: bool = False) -> None:
-        """`special` keeps the texts of special tokens."""
+    def __init__(self, texts: TokenTexts, prompt: Sequence[int] = (), *, shown: Set[int] = frozenset()) -> None:
+        """Special tokens have no text, except for those in `shown`."""
         self._texts = texts
-        self._special = special
+        self._shown = shown
         self._ids = self._end_of(prompt)
         self._sent = 0
         self._before: str | None = self._decode(self._ids)
@@ -76,22 +76,10 @@ class Detokenizer:
             self._sent += len(self._decode(ids)) - length
 
     def _has_text(self, token: int) -> bool:
-        return self._texts.has_text(token, special=self._special)
+        return self._texts.has_text(token, shown=self._shown)
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return self._texts.decode(ids, special=self._special)
-
-
-class NoText:
-    """The detokenizer of a checkpoint without a tokenizer: every token's text is empty."""
-
-    def push(self, token: int) -> str:
-        """Always empty."""
-        return ""
-
-    def finish(self) -> str:
-        """Always empty."""
-        return ""
+        return self._texts.decode(ids, shown=self._shown)
 
 
 class StopTexts:

@@ -10,10 +10,10 @@ import torch
 
 from edgemoe.model.draft_tree import DraftTree
 from edgemoe.model.kv_cache import SequenceCache
-from edgemoe.request.detokenizer import Detokenizer, NoText, StopTexts
+from edgemoe.request.reply_parts import Piece
+from edgemoe.request.reply_text import ReplyText
 from edgemoe.request.sampler import Sampler
 from edgemoe.request.token_key import token_key
-from edgemoe.request.token_texts import TokenTexts
 from edgemoe.results import Chunk, Timings, TokenLogprob
 from edgemoe.sampling import ResolvedSampling
 
@@ -39,11 +39,11 @@ class Request:
         number: int,
         prompt: Sequence[int],
         settings: ResolvedSampling,
-        texts: TokenTexts | None,
+        text: ReplyText,
         cancels: Cancels,
         vocabulary: int,
     ) -> None:
-        """`number` identifies the request; `texts` are the tokenizer's, None for replies without text.
+        """`number` identifies the request; `text` is that of its reply.
 
         `vocabulary` is the number of tokens that logits are given for.
         """
@@ -67,15 +67,12 @@ class Request:
         self.abandoned = False
         """Whether its consumer has gone."""
         self._settings = settings
-        self._texts = texts
+        self._text = text
         self._cancels = cancels
         self._cancelled_before = cancels.all, cancels.waiting
         self._sampler = Sampler(settings, len(prompt), vocabulary)
-        self._detokenizer = Detokenizer(texts, prompt) if texts is not None else NoText()
-        self._stops = StopTexts(settings.stop)
-        ends = {texts.id_of(stop) for stop in settings.stop} if texts is not None else set()
-        self.ends = settings.eos | frozenset(end for end in ends if end is not None)
-        """The token ids that end the reply: those of the checkpoint, and special tokens among the stop texts."""
+        self.ends = settings.eos | text.ends
+        """The token ids that end the reply."""
         self._reason: str | None = None
         self._submitted = time.perf_counter()
         self._begun_at = 0.0
@@ -169,7 +166,7 @@ class Request:
     def cancel(self) -> None:
         """Ends it with the reply so far."""
         self._reason = "cancelled"
-        self._add(self._rest(), (), None)
+        self._add(self._text.finish(), (), None)
 
     def fail(self, error: BaseException) -> None:
         """Ends it with `error`."""
@@ -181,23 +178,20 @@ class Request:
     def _append(self, token: int, logits: torch.Tensor) -> None:
         self._first_at = self._first_at or time.perf_counter()
         self.tokens.append(token)
-        self._reason, text = self._follow(token)
-        self._add(text, (token,), self._logprobs(token, logits))
+        self._reason, piece = self._follow(token)
+        self._add(piece, (token,), self._logprobs(token, logits))
 
-    def _follow(self, token: int) -> tuple[str | None, str]:
+    def _follow(self, token: int) -> tuple[str | None, Piece]:
         """The finish reason if the reply ends after `token`, and the text that can be released."""
         if token in self.ends:
-            return "stop", self._rest()
-        text = self._stops.push(self._detokenizer.push(token))
-        if self._stops.found:
-            return "stop", text
+            return "stop", self._text.finish()
+        piece = self._text.push(token)
+        if self._text.stopped:
+            return "stop", piece
         if len(self.tokens) >= self.max_length:
-            text += self._rest()
-            return ("stop" if self._stops.found else "length"), text
-        return None, text
-
-    def _rest(self) -> str:
-        return self._stops.push(self._detokenizer.finish()) + self._stops.finish()
+            piece = piece.joined(self._text.finish())
+            return ("stop" if self._text.stopped else "length"), piece
+        return None, piece
 
     def _logprobs(self, token: int, logits: torch.Tensor) -> tuple[TokenLogprob, ...] | None:
         count = self._settings.logprobs
@@ -205,13 +199,11 @@ class Request:
             return None
         values = logits.log_softmax(-1)
         best = values.topk(min(count, len(values)))
-        top = tuple((int(index), self._name(int(index)), float(value)) for value, index in zip(*best, strict=True))
-        return (TokenLogprob(token, self._name(token), float(values[token]), top),)
+        name = self._text.name
+        top = tuple((int(index), name(int(index)), float(value)) for value, index in zip(*best, strict=True))
+        return (TokenLogprob(token, name(token), float(values[token]), top),)
 
-    def _name(self, token: int) -> str:
-        return self._texts.name(token) if self._texts is not None else str(token)
-
-    def _add(self, text: str, tokens: tuple[int, ...], logprobs: tuple[TokenLogprob, ...] | None) -> None:
+    def _add(self, piece: Piece, tokens: tuple[int, ...], logprobs: tuple[TokenLogprob, ...] | None) -> None:
         now = time.perf_counter()
         begun = self._begun_at or now
         first = self._first_at or now
@@ -230,4 +222,4 @@ class Request:
             drafted=self._drafted,
             accepted=self._accepted,
         )
-        self.chunks.append(Chunk(text, tokens, self._reason, logprobs, timings))
+        self.chunks.append(Chunk(piece.content, tokens, self._reason, logprobs, timings, piece.reasoning))

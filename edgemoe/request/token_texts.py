@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
 
@@ -20,27 +20,31 @@ class TokenTexts:
         """Ids that are left out of texts, unless they are asked for."""
         self.bytes = frozenset(_byte_tokens(tokenizer, backend)) - self.special
         """Ids of single bytes, which become characters only where a run of them is valid UTF-8 as a whole."""
+        self.added = tuple(tokenizer.get_added_vocab())
+        """The tokens that were added to the vocabulary, special or not."""
         self._anchor = self._some_token_with_text()
 
-    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
-        """The text of `ids`, with or without that of special tokens."""
-        if not any(self.has_text(token, special=special) for token in ids):
+    def decode(self, ids: Sequence[int], *, shown: Set[int] = frozenset()) -> str:
+        """The text of `ids`, without that of special tokens except for those in `shown`."""
+        if shown:
+            ids = [token for token in ids if token not in self.special or token in shown]
+        if not any(self.has_text(token, shown=shown) for token in ids):
             # Some decoders of `tokenizers` panic where nothing is left.
             return ""
-        text: str = self._tokenizer.decode(
-            list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False
-        )
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=not shown, clean_up_tokenization_spaces=False)
         return text
 
-    def has_text(self, token: int, *, special: bool = False) -> bool:
+    def has_text(self, token: int, *, shown: Set[int] = frozenset()) -> bool:
         """Whether a text shows the token: models often give logits for more ids than the tokenizer has."""
-        return (special or token not in self.special) and self._tokenizer.convert_ids_to_tokens(token) is not None
+        if token in self.special and token not in shown:
+            return False
+        return self._tokenizer.convert_ids_to_tokens(token) is not None
 
     def name(self, token: int) -> str:
         """The text of one token as it is in the middle of a text: many decoders strip the space of the first one."""
         before = self.decode(self._anchor)
-        both = self.decode([*self._anchor, token], special=True)
-        return both[len(before) :] if both.startswith(before) else self.decode([token], special=True)
+        both = self.decode([*self._anchor, token], shown=self.special)
+        return both[len(before) :] if both.startswith(before) else self.decode([token], shown=self.special)
 
     def id_of(self, text: str) -> int | None:
         """The id of the special token that `text` is; None for all other texts."""

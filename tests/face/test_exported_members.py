@@ -9,6 +9,7 @@ import pytest
 import edgemoe
 
 EXPORTED = [
+    "ChatPrompt",
     "CheckpointError",
     "Chunk",
     "Completion",
@@ -26,7 +27,7 @@ EXPORTED = [
 
 def test_the_public_names_are_these_and_no_more() -> None:
     assert edgemoe.__all__ == EXPORTED
-    assert len(edgemoe.__all__) <= 12
+    assert len(edgemoe.__all__) <= 13
 
 
 @pytest.mark.parametrize("name", EXPORTED)

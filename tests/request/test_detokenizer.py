@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from bench.support.byte_tokenizer import byte_tokenizer
-from edgemoe.request.detokenizer import UNFINISHED, Detokenizer, NoText, StopTexts
+from edgemoe.request.detokenizer import UNFINISHED, Detokenizer, StopTexts
 from edgemoe.request.token_texts import TokenTexts
 
 TEXTS = [
@@ -112,11 +112,6 @@ def test_special_tokens_have_no_text() -> None:
     ids = [3 + ord("a"), 2, 3 + ord("b")]
     assert "".join(streamed(special, ids)) == "ab"
     assert "".join(streamed(tokenizer, ids)) == "a<eos>b"
-
-
-def test_without_a_tokenizer_every_text_is_empty() -> None:
-    none = NoText()
-    assert (none.push(5), none.finish()) == ("", "")
 
 
 def stopped(stops: list[str], pieces: list[str]) -> tuple[list[str], bool]:

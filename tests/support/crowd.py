@@ -22,6 +22,8 @@ from edgemoe.model.sequential_runner import PassInput
 from edgemoe.plan.kv_size import KvSize, measure_kv
 from edgemoe.prefetch.link_gauge import LinkGauge
 from edgemoe.prefetch.prefetcher import Prefetcher
+from edgemoe.request.reply_parts import OnePart
+from edgemoe.request.reply_text import ReplyText
 from edgemoe.request.request import Cancels, Request
 from edgemoe.request.token_texts import TokenTexts
 from edgemoe.results import Completion
@@ -52,7 +54,8 @@ VOCABULARY = 256
 def new_request(number: int, prompt: Sequence[int], cancels: Cancels, **settings: Any) -> Request:
     """A request for 8 tokens, unless `settings` say otherwise."""
     asked = Sampling(**{"ignore_eos": True, "max_tokens": 8, **settings})
-    return Request(number, prompt, resolve(asked, GenerationConfig(), 1024, 10_000), TEXTS, cancels, VOCABULARY)
+    text = ReplyText(TEXTS, OnePart(TEXTS, prompt), asked.stop)
+    return Request(number, prompt, resolve(asked, GenerationConfig(), 1024, 10_000), text, cancels, VOCABULARY)
 
 
 def completion(done: Request) -> Completion:

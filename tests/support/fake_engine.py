@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgemoe import Chunk, Completion, Sampling, Timings
+from edgemoe import ChatPrompt, Chunk, Completion, Sampling, Timings
 from edgemoe.errors import RequestError
 from edgemoe.plan.plan import Plan
 from edgemoe.results import Progress, Stats, TokenLogprob
@@ -128,6 +128,8 @@ class FakeEngine:
                 yield index, Completion.from_chunks(chunks, ())
 
     def _text(self, prompt: Prompt) -> str:
+        if isinstance(prompt, ChatPrompt):
+            prompt = prompt.messages
         """The prompt as text; the roles stand for the chat template."""
         text = ""
         for part in [prompt] if isinstance(prompt, str) else prompt:

@@ -53,7 +53,7 @@ def test_undo_takes_back_a_message_with_its_reply() -> None:
 
 def test_a_reply_can_be_taken_back_alone() -> None:
     conversation = exchange("a", "b")
-    assert conversation.take_reply() == "b"
+    assert conversation.take_reply() == {"role": "assistant", "content": "b"}
     assert conversation.take_reply() is None
     assert contents(conversation) == ["a"]
     with pytest.raises(ConversationError, match="no message to reply to"):

@@ -229,7 +229,7 @@ def test_lines_that_are_no_json_object(entry: str, said: str) -> None:
         ({"messages": ["Hi"]}, "an object with role and content"),
         ({"messages": [{"role": "user"}]}, "content must be a text"),
         ({"messages": [{**USER, "name": "Al"}]}, 'name is "Al", but only null is served'),
-        ({"messages": [{**USER, "user": "Al"}]}, "unknown field user; known are content, role"),
+        ({"messages": [{**USER, "user": "Al"}]}, "unknown field user; known are content, reasoning_content, role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "text parts only"),
         ({"prompt": "p", "custom_id": 7}, "custom_id must be a text"),
         ({"prompt": "p", "custom_id": "a", "id": "b"}, "the same thing"),

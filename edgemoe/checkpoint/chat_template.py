@@ -1,0 +1,124 @@
+"""A checkpoint's chat template: the prompt of a conversation, and what begins and ends the assistant's turn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from edgemoe.errors import RequestError, is_device_or_memory_error, reason
+from edgemoe.quiet import quiet_transformers
+
+Messages = Sequence[Mapping[str, str]]
+"""A conversation: each message has a role and a content, an assistant's may have a reasoning_content."""
+RESERVED = frozenset(
+    (
+        "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
+        "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+        "return_assistant_tokens_mask", "tokenizer_kwargs",
+    )
+)  # fmt: skip
+"""Arguments of transformers that are no variables of a template."""
+PROBE = "zqxj"
+"""A reply of which the end can be found in a rendered conversation."""
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """A conversation to reply to, with variables of the checkpoint's chat template, such as `enable_thinking`."""
+
+    messages: Messages
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RenderedChat:
+    """The token ids of a conversation up to the reply, and those at their end with which the reply begins."""
+
+    ids: list[int]
+    opening: list[int]
+
+
+class ChatTemplate:
+    """The template of one tokenizer."""
+
+    def __init__(self, tokenizer: Any, name: str) -> None:
+        """`tokenizer` is transformers', or None; `name` is the checkpoint's, for messages."""
+        self._tokenizer = tokenizer
+        self._name = name
+
+    @property
+    def source(self) -> str:
+        """The template itself, or all of several; empty without one."""
+        template = getattr(self._tokenizer, "chat_template", None) or ""
+        return "\n".join(template.values()) if isinstance(template, dict) else str(template)
+
+    def render(self, chat: ChatPrompt) -> RenderedChat:
+        """The prompt. Raises RequestError without a template, and for what is malformed or refused by the template."""
+        self._check(chat)
+        messages = [self._as_wanted(message) for message in chat.messages]
+        try:
+            with quiet_transformers():
+                rendered = self._apply(messages, chat.template_kwargs, tokenize=True, return_dict=True)
+                texts = [self._apply(messages, chat.template_kwargs, tokenize=False)]
+        except Exception as error:
+            if is_device_or_memory_error(error):
+                raise
+            raise RequestError(
+                f"the chat template of {self._name} refuses this conversation: {reason(error)}"
+            ) from error
+        opening = self._opening(texts[0], messages, chat.template_kwargs)
+        return RenderedChat([int(token) for token in rendered["input_ids"]], opening)
+
+    def turn_end(self) -> int | None:
+        """The first token that the template puts after a reply; None where there is none."""
+        if not self.source:
+            return None
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
+        try:
+            with quiet_transformers():
+                text = self._apply(messages, {}, tokenize=False, add_generation_prompt=False)
+        except Exception as error:
+            if is_device_or_memory_error(error):
+                raise
+            # A template that wants other messages; the checkpoint's own end tokens are known anyway.
+            return None
+        after = self._encode(text.rpartition(PROBE)[2].lstrip())
+        return after[0] if after else None
+
+    def _opening(self, text: str, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]) -> list[int]:
+        """What the template adds where a reply is to follow."""
+        try:
+            with quiet_transformers():
+                before = self._apply(messages, variables, tokenize=False, add_generation_prompt=False)
+        except Exception as error:
+            if is_device_or_memory_error(error):
+                raise
+            return []
+        return self._encode(text[len(before) :]) if text.startswith(before) else []
+
+    def _apply(self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any], **how: Any) -> Any:
+        return self._tokenizer.apply_chat_template(messages, **{"add_generation_prompt": True, **how}, **variables)
+
+    def _encode(self, text: str) -> list[int]:
+        return [int(token) for token in self._tokenizer.encode(text, add_special_tokens=False)] if text else []
+
+    def _as_wanted(self, message: Mapping[str, str]) -> dict[str, str]:
+        """The message with its reasoning under the name that the template reads."""
+        wanted = dict(message)
+        if "reasoning_content" in wanted and ".thinking" in self.source:
+            wanted["thinking"] = wanted["reasoning_content"]
+        return wanted
+
+    def _check(self, chat: ChatPrompt) -> None:
+        if not self.source:
+            raise RequestError(f"{self._name} has no chat template: give plain prompts, as with edgemoe run")
+        for message in chat.messages:
+            parts = [message.get("role"), message.get("content"), message.get("reasoning_content", "")]
+            if not all(isinstance(part, str) for part in parts):
+                raise RequestError(f"a message must have a text role and a text content, not {dict(message)!r}")
+        if not chat.messages:
+            raise RequestError("the conversation is empty: give at least one message")
+        reserved = sorted(RESERVED & set(chat.template_kwargs))
+        if reserved:
+            raise RequestError(f"{reserved[0]} is no variable of a chat template: leave it out of template_kwargs")

@@ -1,0 +1,225 @@
+"""The parts of a reply to a conversation: what the user is told, and the reasoning before it.
+
+Families mark them by special tokens or by texts. A span of reasoning stands between two markers, as in
+`<think>...</think>`. In harmony, gpt-oss' format, a reply is several messages, each with a channel of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from edgemoe.request.detokenizer import Detokenizer
+from edgemoe.request.token_texts import TokenTexts
+
+SPANS = (
+    (r"<((?:[a-z]+:)?(?:think|thinking|thought|thoughts|reason|reasoning))>", "</{}>"),
+    (r"\[(THINK)\]", "[/{}]"),
+    (r"<\|START_(THINKING)\|>", "<|END_{}|>"),
+    (r"<\|begin_of_(thought|thinking)\|>", "<|end_of_{}|>"),
+    (r"<\|(think|thinking)\|>", "<|/{}|>"),
+)
+"""What opens a span of reasoning, as a regular expression, and what closes it."""
+HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
+FINAL = "final"
+"""The channel of harmony that the user is told."""
+CHANNELS = (FINAL, "analysis", "commentary")
+
+
+class Piece(NamedTuple):
+    """New text of a reply, by its part."""
+
+    content: str = ""
+    reasoning: str = ""
+
+    def joined(self, more: Piece) -> Piece:
+        """This text and `more` after it."""
+        return Piece(self.content + more.content, self.reasoning + more.reasoning)
+
+
+@dataclass(frozen=True)
+class ReplyFormat:
+    """How the replies of one model mark their parts."""
+
+    harmony: bool = False
+    span: tuple[str, str] | None = None
+    """What opens and closes a span of reasoning."""
+
+    @classmethod
+    def of(cls, texts: TokenTexts, template: str) -> ReplyFormat:
+        """The format by the tokens of a tokenizer and its chat template."""
+        if all(texts.id_of(marker) is not None for marker in HARMONY):
+            return cls(harmony=True)
+        known = "\n".join([*texts.added, template])
+        for opening, closing in SPANS:
+            for match in re.finditer(opening, known):
+                end = closing.format(match[1])
+                if end in known:
+                    return cls(span=(match[0], end))
+        return cls()
+
+    def parts(self, texts: TokenTexts, prompt: Sequence[int], opening: Sequence[int]) -> ReplyParts:
+        """The parts of a reply to `prompt`, which ends with `opening`: what the template begins the reply with."""
+        if self.harmony:
+            return HarmonyParts(texts, opening)
+        if self.span is not None:
+            return SpanParts(texts, prompt, self.span, opening)
+        return OnePart(texts, prompt)
+
+
+class ReplyParts(ABC):
+    """Takes the tokens of a reply and gives the text of its parts. No partial character is ever given."""
+
+    @abstractmethod
+    def push(self, token: int) -> Piece:
+        """Appends `token`; returns the new text."""
+
+    @abstractmethod
+    def finish(self) -> Piece:
+        """The rest of the text at the end of the reply."""
+
+
+class OnePart(ReplyParts):
+    """A reply that is all content."""
+
+    def __init__(self, texts: TokenTexts, prompt: Sequence[int], *, special: bool = False) -> None:
+        """`special` keeps the texts of special tokens."""
+        self._detokenizer = Detokenizer(texts, prompt, shown=texts.special if special else frozenset())
+
+    def push(self, token: int) -> Piece:
+        """See the base class."""
+        return Piece(self._detokenizer.push(token))
+
+    def finish(self) -> Piece:
+        """See the base class."""
+        return Piece(self._detokenizer.finish())
+
+
+class NoParts(ReplyParts):
+    """The reply of a checkpoint without a tokenizer: it has no text."""
+
+    def push(self, token: int) -> Piece:
+        """See the base class."""
+        return Piece()
+
+    def finish(self) -> Piece:
+        """See the base class."""
+        return Piece()
+
+
+class SpanParts(ReplyParts):
+    """A reply with spans of reasoning. White space around the text of a span belongs to neither part."""
+
+    def __init__(self, texts: TokenTexts, prompt: Sequence[int], span: tuple[str, str], opening: Sequence[int]) -> None:
+        """`opening` is the end of the prompt, in which a span may have been opened."""
+        # Markers are looked for in the text, since they are tokens in some families and texts in others.
+        shown = frozenset(token for token in map(texts.id_of, span) if token is not None)
+        self._detokenizer = Detokenizer(texts, prompt, shown=shown)
+        self._span = span
+        begun = texts.decode(opening, shown=texts.special)
+        self._reasons = begun.rfind(span[0]) > begun.rfind(span[1])
+        self._trims = self._reasons
+        """Whether white space that comes next is left out."""
+        self._held = ""
+
+    def push(self, token: int) -> Piece:
+        """See the base class."""
+        return self._taken(self._detokenizer.push(token), last=False)
+
+    def finish(self) -> Piece:
+        """See the base class."""
+        return self._taken(self._detokenizer.finish(), last=True)
+
+    def _taken(self, text: str, *, last: bool) -> Piece:
+        self._held += text
+        content = reasoning = ""
+        while True:
+            before, found, after = self._held.partition(self._span[self._reasons])
+            ends = bool(found) or last
+            ready = before if ends else self._ready()
+            given = self._trimmed(ready, ends=ends)
+            content, reasoning = (content, reasoning + given) if self._reasons else (content + given, reasoning)
+            if not found:
+                self._held = self._held[len(ready) :]
+                return Piece(content, reasoning)
+            self._held, self._reasons, self._trims = after, not self._reasons, True
+
+    def _trimmed(self, text: str, *, ends: bool) -> str:
+        if self._trims:
+            text = text.lstrip()
+            self._trims = not text
+        return text.rstrip() if ends and self._reasons else text
+
+    def _ready(self) -> str:
+        """The held text without the beginning of a marker at its end, and in reasoning without white space there."""
+        marker, held = self._span[self._reasons], self._held
+        for count in range(min(len(marker) - 1, len(held)), 0, -1):
+            if marker.startswith(held[-count:]):
+                held = held[:-count]
+                break
+        return held.rstrip() if self._reasons else held
+
+
+class HarmonyParts(ReplyParts):
+    """A reply in harmony: messages of a header, which names a channel, and a body."""
+
+    def __init__(self, texts: TokenTexts, opening: Sequence[int]) -> None:
+        """`opening` is the end of the prompt: the beginning of the first header."""
+        self._texts = texts
+        self._start, self._channel, self._message, self._end = (texts.id_of(marker) for marker in HARMONY)
+        self._header: list[int] | None = []
+        """The tokens of the header that is being written; None in a body."""
+        self._marked = False
+        """Whether the header has a mark before the channel's name."""
+        self._body = Detokenizer(texts)
+        self._is_content = True
+        for token in opening:
+            self.push(token)
+        if not self._marked and self._header is not None:
+            # The role.
+            self._header = []
+        self._told = False
+        """Whether the reply has a body already."""
+
+    def push(self, token: int) -> Piece:
+        """See the base class."""
+        if token in (self._start, self._end):
+            piece = self._rest()
+            self._header, self._marked = [], False
+            return piece
+        if token == self._message:
+            self._open()
+        elif self._header is None:
+            return self._piece(self._body.push(token))
+        elif token == self._channel:
+            self._header, self._marked = [], True
+        else:
+            self._header.append(token)
+            # Some models leave the marks out: a channel's name, and its text right after it.
+            if not self._marked and self._texts.decode(self._header).strip() in CHANNELS:
+                self._marked = True
+                self._open()
+        return Piece()
+
+    def finish(self) -> Piece:
+        """See the base class. A header without a body is given where there is nothing else."""
+        if self._header is None or self._told:
+            return self._rest()
+        return Piece(self._texts.decode(self._header).strip())
+
+    def _open(self) -> None:
+        """Begins the body of the header."""
+        if self._header is not None:
+            words = self._texts.decode(self._header).split()
+            # What is addressed to a tool is not for the user, whatever its channel.
+            self._is_content = not self._marked or words[:1] in ([], [FINAL])
+            self._header, self._body, self._told = None, Detokenizer(self._texts), True
+
+    def _rest(self) -> Piece:
+        return self._piece(self._body.finish()) if self._header is None else Piece()
+
+    def _piece(self, text: str) -> Piece:
+        return Piece(text) if self._is_content else Piece(reasoning=text)
