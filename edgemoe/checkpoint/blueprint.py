@@ -63,7 +63,7 @@ def open_blueprint(
     """
     if model is None:
         return read_blueprint(open_checkpoint(demo_folder(), name=DEMO_NAME), dtype)
-    return read_blueprint(open_checkpoint(model, offline=offline, setting=setting), dtype)
+    return read_blueprint(open_checkpoint(model, offline=offline, setting=setting, check=_check_family), dtype)
 
 
 def read_blueprint(checkpoint: Checkpoint, dtype: str = "auto") -> Blueprint:
@@ -95,6 +95,13 @@ def read_blueprint(checkpoint: Checkpoint, dtype: str = "auto") -> Blueprint:
         sum(sizes),
         max(sizes),
     )
+
+
+def _check_family(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError unless the configuration of `checkpoint`, whose weights are not there yet, can be run."""
+    config, model_class = _family(checkpoint)
+    with quiet_transformers():
+        require_experts_modules(build_skeleton(model_class, config, torch.bfloat16), config, checkpoint.name)
 
 
 def build_skeleton(model_class: Any, config: Any, dtype: torch.dtype) -> Any:

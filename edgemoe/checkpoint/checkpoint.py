@@ -6,13 +6,14 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from edgemoe.checkpoint import hub
 from edgemoe.errors import CheckpointError, reason
 
 DTYPES = {
@@ -23,7 +24,8 @@ DTYPES = {
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEADER_LIMIT = 100 << 20
 """The safetensors format's limit of a header, in bytes; a larger one means a damaged file or another format."""
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""The file of all weights, and the one that says which shard has which tensor."""
 
 
 @dataclass(frozen=True)
@@ -61,18 +63,30 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    model: str | os.PathLike[str], *, offline: bool = False, name: str | None = None, setting: str = "model"
+    model: str | os.PathLike[str],
+    *,
+    offline: bool = False,
+    name: str | None = None,
+    setting: str = "model",
+    check: Callable[[Checkpoint], object] | None = None,
 ) -> Checkpoint:
     """Finds `model`, a folder or a Hugging Face id, and reads its configuration and tensor tables.
 
     `name` is what messages and results call it; None takes `model` itself. `setting` is the argument that messages
-    tell a user to correct.
+    tell a user to correct. `check` is given the checkpoint without its weights, before these are fetched, and raises
+    what speaks against it.
 
     Downloads a Hugging Face id that is not in the local cache, unless `offline`. Raises CheckpointError if the
     checkpoint cannot be found or read, is quantised, has only pickle weights, or has a damaged or truncated file.
     """
-    folder = _find_folder(os.fspath(model), offline, setting)
     name = name or os.fspath(model)
+
+    def check_folder(folder: Path) -> None:
+        config = _read_config(folder, name, setting)
+        if check is not None:
+            check(Checkpoint(folder, name, config, (), {}))
+
+    folder = _find_folder(os.fspath(model), offline, setting, check_folder)
     config = _read_config(folder, name, setting)
     files, owners = _weight_files(folder, name)
     tensors: dict[str, TensorEntry] = {}
@@ -89,8 +103,11 @@ def open_checkpoint(
     return Checkpoint(folder, name, config, tuple(files), tensors)
 
 
-def _find_folder(name: str, offline: bool, setting: str) -> Path:
-    folder = Path(name).expanduser()
+def _find_folder(name: str, offline: bool, setting: str, check: Callable[[Path], None]) -> Path:
+    try:
+        folder = Path(name).expanduser()
+    except RuntimeError as error:
+        raise CheckpointError(f"{name} is no folder ({reason(error)}): give the whole path as {setting}=") from error
     if folder.is_dir():
         return folder
     looks_like_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
@@ -99,18 +116,21 @@ def _find_folder(name: str, offline: bool, setting: str) -> Path:
         raise CheckpointError(
             f"{name} {kind}: give a checkpoint's folder or a Hugging Face id such as org/name as {setting}="
         )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    return hub.fetch(name, offline, setting, check, _chosen_weights)
 
-    try:
-        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS, local_files_only=offline))
-    except LocalEntryNotFoundError as error:
-        mend = "run once without offline=" if offline else f"check the connection, or give a local folder as {setting}="
-        raise CheckpointError(f"{name} is not a folder and not in the local Hugging Face cache: {mend}") from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise CheckpointError(
-            f"{name} could not be fetched ({reason(error)}): check the id, or give a local folder as {setting}="
-        ) from error
+
+def _chosen_weights(folder: Path, names: list[str]) -> list[str]:
+    """Of a repository's files `names` those of the weights; `folder` has its index, if there is one."""
+    if SINGLE in names:
+        return [SINGLE]
+    if INDEX in names:
+        return sorted(set(_owners(folder / INDEX).values()))
+    return [name for name in names if "/" not in name and name.endswith(".safetensors") and not _is_other_format(name)]
+
+
+def _is_other_format(name: str) -> bool:
+    """Whether a file has the same weights in Mistral's own format, beside transformers' or alone."""
+    return name.startswith("consolidated")
 
 
 def _read_config(folder: Path, name: str, setting: str) -> dict[str, Any]:
@@ -138,8 +158,7 @@ def _weight_files(folder: Path, name: str) -> tuple[list[Path], dict[str, str]]:
 
     As in transformers, one file of all weights counts before an index, which may be left from another checkpoint.
     """
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
+    index, single = folder / INDEX, folder / SINGLE
     if single.exists():
         return [single], {}
     if index.exists():
@@ -151,8 +170,7 @@ def _weight_files(folder: Path, name: str) -> tuple[list[Path], dict[str, str]]:
                 f"{name} lacks {len(missing)} of {len(files)} shards, {missing[0]} first: fetch it again"
             )
         return files, owners
-    # Mistral's own format of the same weights, beside transformers' or alone.
-    others = sorted(file for file in folder.glob("*.safetensors") if not file.name.startswith("consolidated"))
+    others = sorted(file for file in folder.glob("*.safetensors") if not _is_other_format(file.name))
     if others:
         return others, {}
     if any(folder.glob("consolidated*.safetensors")):

@@ -1,0 +1,82 @@
+"""Fetches a checkpoint from the Hugging Face hub: its configuration first, and of the weights one copy."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from edgemoe.errors import CheckpointError, EdgeMoEError, is_device_or_memory_error, reason
+
+CONFIG = "config.json"
+SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+"""What is fetched beside the weights, from the top folder: tokenizers, templates, generation settings."""
+
+
+def fetch(
+    name: str,
+    offline: bool,
+    setting: str,
+    check: Callable[[Path], None],
+    weights: Callable[[Path, list[str]], list[str]],
+) -> Path:
+    """The folder in the local cache of the repository `name`.
+
+    `check` is given the folder with the configuration alone, before anything large is fetched, and raises what speaks
+    against it. `weights`, given the folder with all small files and the names of the repository's files, chooses those
+    of the weights. `setting` is the argument that messages tell a user to correct. Raises CheckpointError where the
+    repository cannot be reached, or is not in the cache with `offline`.
+    """
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = _snapshot(name, [CONFIG], None, offline)
+        check(folder)
+        names = [] if offline else _names(name, folder.name)
+        if not names:
+            return folder
+        small = [file for file in names if "/" not in file and any(fnmatch(file, each) for each in SMALL_FILES)]
+        folder = _snapshot(name, small, folder.name, offline)
+        return _snapshot(name, [*small, *weights(folder, names)], folder.name, offline, shown=True)
+    except EdgeMoEError:
+        raise
+    except LocalEntryNotFoundError as error:
+        mend = "run once without offline=" if offline else f"check the connection, or give a local folder as {setting}="
+        raise CheckpointError(f"{name} is not a folder and not in the local Hugging Face cache: {mend}") from error
+    except Exception as error:
+        if is_device_or_memory_error(error) and not isinstance(error, OSError):
+            raise
+        # The errors of a connection are of another type in each version of the hub's library.
+        raise CheckpointError(
+            f"{name} could not be fetched ({reason(error)}): check the id, or give a local folder as {setting}="
+        ) from error
+
+
+def _snapshot(name: str, files: list[str], revision: str | None, offline: bool, *, shown: bool = False) -> Path:
+    """The folder of a repository with `files` in it. With `shown`, a terminal shows how far it is."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import tqdm
+
+    class Bar(tqdm):  # type: ignore[misc]
+        def __init__(self, *given: Any, **settings: Any) -> None:
+            # None is for tqdm: wherever there is no terminal.
+            super().__init__(*given, **{**settings, "disable": None if shown else True})
+
+    patterns = [glob.escape(file) for file in files]
+    return Path(
+        snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=offline, tqdm_class=Bar)
+    )
+
+
+def _names(name: str, revision: str) -> list[str]:
+    """The names of the repository's files; none where there is no connection: what is in the cache must do."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().list_repo_files(name, revision=revision)
+    except Exception as error:
+        if is_device_or_memory_error(error) and not isinstance(error, OSError):
+            raise
+        return []
