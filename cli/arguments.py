@@ -90,6 +90,15 @@ def text(value: str) -> str:
     return value
 
 
+def words(value: str) -> str:
+    """A text for the model. A path may have any bytes, a text may not."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("it is not UTF-8 text") from None
+    return value
+
+
 def whole(value: str) -> int:
     """A whole number; the limits are the library's."""
     try:
@@ -262,13 +271,13 @@ def add_sampling_options(parser: Parser) -> None:
     parser.option("--presence-penalty", convert=decimal, metavar="X", help="lower what the reply has already")
     parser.option("--frequency-penalty", convert=decimal, metavar="X", help="the same for each time it has it")
     parser.option("--seed", convert=whole, metavar="N", help="start of the random numbers, for the same text again")
-    parser.option("--stop", convert=text, metavar="TEXT", help="end the reply before TEXT; repeatable", repeated=True)
+    parser.option("--stop", convert=words, metavar="TEXT", help="end the reply before TEXT; repeatable", repeated=True)
     parser.switch("--ignore-eos", help="go on after the model's end of text, up to --max-tokens")
 
 
 def add_generation_options(parser: Parser) -> None:
     """Everything that generating takes: the model, the sampling, the system prompt, and what is said of it."""
-    parser.option("-sys", "--system-prompt", convert=text, metavar="TEXT", help="system prompt of conversations")
+    parser.option("-sys", "--system-prompt", convert=words, metavar="TEXT", help="system prompt of conversations")
     parser.option(
         "--chat-template-kwargs",
         convert=json_object,

@@ -19,6 +19,7 @@ from edgemoe import __version__
 from edgemoe.cli import arguments as options
 from edgemoe.cli.exits import DESCRIPTION, Exit, UsageError, exit_for
 from edgemoe.cli.output import settle
+from edgemoe.cli.streams import standard_streams
 from edgemoe.cli.surface import EngineFactory
 from edgemoe.cli.wording import in_options
 from edgemoe.errors import EdgeMoEError
@@ -33,6 +34,11 @@ Answers go to standard output, everything else to standard error. EDGEMOE_TRACEB
 
 def main(argv: Sequence[str] | None = None, *, engine: EngineFactory | None = None) -> int:
     """Run one command and return its exit code. `engine` stands in for the class `edgemoe.Engine`."""
+    with standard_streams():
+        return _run(argv, engine)
+
+
+def _run(argv: Sequence[str] | None, engine: EngineFactory | None) -> int:
     try:
         return int(_dispatch(argv, engine))
     except SystemExit as leaving:
@@ -116,7 +122,7 @@ def _add_chat(commands: _Commands) -> None:
     )
     # A conversation is one sequence.
     parser.set_defaults(batch=1)
-    parser.option("-p", "--prompt", convert=options.text, metavar="TEXT", help="start with this message")
+    parser.option("-p", "--prompt", convert=options.words, metavar="TEXT", help="start with this message")
     parser.option("-f", "--file", convert=options.text, metavar="FILE", help="start with the text of a file")
     options.add_generation_options(parser)
 

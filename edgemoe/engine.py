@@ -66,6 +66,7 @@ class Engine:
             self._runtime.close()
             raise
         self._device = threading.Lock()
+        self._process = os.getpid()
         self._cancels = Cancels()
         self._requests = 0
 
@@ -160,7 +161,7 @@ class Engine:
         in one thread or in many: each step serves all. Raises RequestError, at the first step, for a prompt
         that is empty, has unknown token ids or does not fit the context.
         """
-        with self._device:
+        with self._held():
             request = self._submit(prompt, sampling or Sampling())
         yield from self._stream(request)
 
@@ -176,7 +177,7 @@ class Engine:
 
     def generate(self, prompt: Prompt, sampling: Sampling | None = None) -> Completion:
         """The whole reply to `prompt`; see `stream`."""
-        with self._device:
+        with self._held():
             request = self._submit(prompt, sampling or Sampling())
         return Completion.from_chunks(list(self._stream(request)), request.tokens[: request.prompt_length])
 
@@ -200,7 +201,7 @@ class Engine:
                         more = False
                         break
                     try:
-                        with self._device:
+                        with self._held():
                             in_flight[self._submit(*asked)] = number
                     except RequestError as error:
                         yield number, error
@@ -236,6 +237,10 @@ class Engine:
 
         A stream that is still open ends with EdgeMoEError at its next step.
         """
+        if os.getpid() != self._process:
+            # The threads and the memory are the other process's.
+            self._runtime = None
+            return
         self.cancel()
         with self._device:
             runtime, self._runtime = self._runtime, None
@@ -262,10 +267,21 @@ class Engine:
 
         Raises EdgeMoEError after `close`, and CheckpointError in place of an OSError of the block.
         """
-        with self._device:
+        with self._held():
             self._loaded()
             with reading(self._checkpoint.name):
                 yield self._loop
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """Holds the device. Raises EdgeMoEError in a process forked from the one that loaded the engine.
+
+        A fork has none of its threads, and may have a lock that nobody gives back.
+        """
+        if os.getpid() != self._process:
+            raise EdgeMoEError("the engine was loaded by another process: load it in this one, after the fork")
+        with self._device:
+            yield
 
     def _submit(self, prompt: Prompt, sampling: Sampling) -> Request:
         """Puts a new request in the waiting queue. The device is held."""
@@ -281,7 +297,7 @@ class Engine:
         return request
 
     def _max_in_flight(self) -> int:
-        with self._device:
+        with self._held():
             self._loaded()
             limit = self._loop.scheduler.size.limit
             return max(2 * limit, min(READ_AHEAD_BATCHES * limit, MAX_READ_AHEAD))

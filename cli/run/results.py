@@ -10,6 +10,7 @@ from io import FileIO
 
 from edgemoe.cli.exits import FileTrouble, why
 from edgemoe.cli.render import counted
+from edgemoe.cli.streams import NoStream
 
 STANDARD_OUTPUT = "-"
 
@@ -31,6 +32,8 @@ class Results:
         replaced nor resumed; for resuming, also when it is no regular file.
         """
         if path is None or path == STANDARD_OUTPUT:
+            if isinstance(sys.stdout, NoStream):
+                raise FileTrouble("standard output is closed, so nobody would get the results; give a file with -o")
             return cls("standard output", None)
         try:
             file = FileIO(path, "ab")

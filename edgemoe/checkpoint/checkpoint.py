@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -138,10 +139,12 @@ def _read_config(folder: Path, name: str, setting: str) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if path.is_symlink():
+            raise CheckpointError(f"{path} is a link to nowhere: fetch the checkpoint again") from None
         raise CheckpointError(
             f"{name} has no config.json: {setting}= must name the folder of a transformers checkpoint"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}): fetch the checkpoint again") from error
     if not isinstance(config, dict) or "model_type" not in config:
         raise CheckpointError(
@@ -198,18 +201,13 @@ def read_table(file: Path, number: int) -> Iterator[tuple[str, TensorEntry]]:
 
     Raises CheckpointError for a damaged or truncated file, and for a tensor of an unsupported dtype.
     """
-    size = file.stat().st_size
     again = "fetch it again"
-    with file.open("rb") as stream:
-        head = stream.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else HEADER_LIMIT + 1
-        if length > min(HEADER_LIMIT, max(0, size - 8)):
-            raise CheckpointError(f"{file} is truncated or no safetensors file ({size} bytes): {again}")
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise CheckpointError(f"{file} has a damaged header ({error}): {again}") from error
-    data = 8 + length
+    size, text = _header(file)
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} has a damaged header ({error}): {again}") from error
+    data = 8 + len(text)
     if not isinstance(header, dict):
         raise CheckpointError(f"{file} has a damaged header (no table): {again}")
     for key, record in header.items():
@@ -235,3 +233,19 @@ def read_table(file: Path, number: int) -> Iterator[tuple[str, TensorEntry]]:
             )
         dtype = DTYPES[record["dtype"]]
         yield key, TensorEntry(number, data + start, stop - start, tuple(record["shape"]), dtype)
+
+
+def _header(file: Path) -> tuple[int, bytes]:
+    """The size of a safetensors file, and the text of its header."""
+    try:
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{file} is no file: fetch it again")
+        with file.open("rb") as stream:
+            head = stream.read(8)
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else HEADER_LIMIT + 1
+            if length <= min(HEADER_LIMIT, max(0, status.st_size - 8)):
+                return status.st_size, stream.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror or error}): give it to this user") from error
+    raise CheckpointError(f"{file} is truncated or no safetensors file ({status.st_size} bytes): fetch it again")

@@ -57,12 +57,12 @@ def fetch(
 def _snapshot(name: str, files: list[str], revision: str | None, offline: bool, *, shown: bool = False) -> Path:
     """The folder of a repository with `files` in it. With `shown`, a terminal shows how far it is."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import tqdm
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
-    class Bar(tqdm):  # type: ignore[misc]
+    class Bar(tqdm):
         def __init__(self, *given: Any, **settings: Any) -> None:
             # None is for tqdm: wherever there is no terminal.
-            super().__init__(*given, **{**settings, "disable": None if shown else True})
+            super().__init__(*given, **{**settings, "disable": None if shown else True})  # type: ignore[no-untyped-call]
 
     patterns = [glob.escape(file) for file in files]
     return Path(

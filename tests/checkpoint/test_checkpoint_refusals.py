@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from pathlib import Path
@@ -191,3 +192,30 @@ def test_a_dtype_that_is_not_supported(folder: Path, name: str) -> None:
     file = folder / "model.safetensors"
     header(file, {"model.embed_tokens.weight": {"dtype": name, "shape": [8], "data_offsets": [0, 8]}})
     refusal(folder, "model.embed_tokens.weight", f"dtype {name}", "bf16, fp16 and fp32")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_link_that_leads_nowhere(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    (folder / name).symlink_to(folder / "gone")
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_no_file(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+    refusal(folder, "model.safetensors is no file")
+
+
+def test_weights_of_another_user(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Path.open
+
+    def refuse(self: Path, *how: Any, **more: Any) -> Any:
+        if self.suffix == ".safetensors":
+            raise PermissionError(13, "Permission denied", str(self))
+        return plain(self, *how, **more)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    refusal(folder, "model.safetensors cannot be read (Permission denied)", "give it to this user")
