@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from numba import njit
 
+from edgemoe.cache.compiled import compiled
 from edgemoe.cache.policy import Evictable, EvictionPolicy
 from edgemoe.cache.record import ExpertId
 from edgemoe.cache.routing_history import RoutingHistory
@@ -149,7 +149,7 @@ class HotTemporal(EvictionPolicy):
         return float(total / passes * (1 - trust) / trust)
 
 
-@njit(cache=True, boundscheck=False, error_model="numpy")
+@compiled(boundscheck=False, error_model="numpy")
 def _update_trust(numbers, heat, sums):  # type: ignore[no-untyped-def]
     """Adds a request for experts `numbers` of a layer with `heat`, [experts], to the sums of the regression."""
     mean = heat.mean()
@@ -165,7 +165,7 @@ def _update_trust(numbers, heat, sums):  # type: ignore[no-untyped-def]
     sums[3] = sums[3] * keep + 1
 
 
-@njit(cache=True, boundscheck=False, error_model="numpy")
+@compiled(boundscheck=False, error_model="numpy")
 def _update_heat(numbers, rate, weight, recalled, recent, average, heat):  # type: ignore[no-untyped-def]
     """Updates `recent`, `average` and `heat` of a layer, [experts], after a request for experts `numbers`.
 
@@ -182,7 +182,7 @@ def _update_heat(numbers, rate, weight, recalled, recent, average, heat):  # typ
         heat[number] = (recalled[number] + past) / np.float32(weight + RECENT_WEIGHT)
 
 
-@njit(cache=True, boundscheck=False, error_model="numpy")
+@compiled(boundscheck=False, error_model="numpy")
 def _clear_prefetched(state):  # type: ignore[no-untyped-def]
     """Turns the prefetched experts of a layer, whose states are [experts], into plain residents."""
     for number in range(state.shape[0]):
@@ -190,7 +190,7 @@ def _clear_prefetched(state):  # type: ignore[no-untyped-def]
             state[number] = RESIDENT
 
 
-@njit(cache=True, boundscheck=False, error_model="numpy")
+@compiled(boundscheck=False, error_model="numpy")
 def _coldest(heat, state, current, step, offset):  # type: ignore[no-untyped-def]
     """The flat index of the coldest expert with a slot, or -1. Ties go to the first in the order after `current`.
 

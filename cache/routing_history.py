@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from edgemoe.cache.compiled import compiled
 
 CAPACITY = 1024
 """Passes stored. Twice as many add little; half as many lose some phrases of a mixed text."""
@@ -68,10 +69,10 @@ class RoutingHistory:
         return float(_recall(known, self._next_use[layer], self._similarity, self._discounts, recalled))
 
 
-_options: dict[str, Any] = {"cache": True, "boundscheck": False, "error_model": "numpy"}
+_options: dict[str, Any] = {"boundscheck": False, "error_model": "numpy"}
 
 
-@njit(**_options)
+@compiled(**_options)
 def _store(current, numbers, layer, used, next_use, scales, last_use, last_pass):  # type: ignore[no-untyped-def]
     """Stores the experts of pass `current`, and updates the next uses of the passes before it."""
     experts, capacity = used.shape[1:]
@@ -90,7 +91,7 @@ def _store(current, numbers, layer, used, next_use, scales, last_use, last_pass)
         last_use[layer, number] = current
 
 
-@njit(**_options)
+@compiled(**_options)
 def _update_similarity(current, numbers, used, scales, similarity):  # type: ignore[no-untyped-def]
     """Updates `similarity`, [capacity]: the cosine between each pass's experts and `numbers`, decayed over layers."""
     capacity = similarity.shape[0]
@@ -105,7 +106,7 @@ def _update_similarity(current, numbers, used, scales, similarity):  # type: ign
     similarity[here] = 0
 
 
-@njit(**_options)
+@compiled(**_options)
 def _recall(known, next_use, similarity, discounts, recalled):  # type: ignore[no-untyped-def]
     """Overwrites `recalled` with the weighted discounts of the nearest of `known` passes; returns the total weight."""
     count = min(NEIGHBOURS, known)

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 
+from edgemoe.cache.compiled import compiled
 from edgemoe.kernels.cpu import dot_bf16
 
 CACHE_LINE = 16
@@ -31,17 +31,7 @@ _options: dict[str, Any] = {
 }
 
 
-def compiled(kernel: Callable[..., None]) -> Callable[..., None]:
-    """The kernel as machine code, kept on disk where any folder can be written: else every process compiles it anew."""
-    try:
-        made: Callable[..., None] = njit(cache=True, **_options)(kernel)
-    except RuntimeError:
-        # numba found no folder, as with a read-only installation and no home.
-        made = njit(**_options)(kernel)
-    return made
-
-
-@compiled
+@compiled(**_options)
 def grouped_gemv_bf16(slots, offset, columns, pool, starts, x, out, first, last):  # type: ignore[no-untyped-def]
     """out[p, r] = W(slot of p)[r] · x[p] for the rows first ≤ r < last; bf16 weights, two in a word.
 
@@ -64,7 +54,7 @@ def grouped_gemv_bf16(slots, offset, columns, pool, starts, x, out, first, last)
                 out[p, r] = low + high
 
 
-@compiled
+@compiled(**_options)
 def grouped_gemv_bf16_transposed(slots, offset, rows, pool, starts, x, out, first, last):  # type: ignore[no-untyped-def]
     """As `grouped_gemv_bf16` for matrices stored [columns, rows]; `pool` is uint16, `offset` is in values."""
     columns = x.shape[1]
@@ -81,7 +71,7 @@ def grouped_gemv_bf16_transposed(slots, offset, rows, pool, starts, x, out, firs
                     result[r] += np.uint32(np.uint32(row[r]) << np.uint32(16)).view(np.float32) * scale
 
 
-@compiled
+@compiled(**_options)
 def grouped_gemv_f16(slots, offset, columns, pool, starts, x, out, first, last):  # type: ignore[no-untyped-def]
     """As `grouped_gemv_bf16` for finite fp16 weights; `pool` is uint16, `offset` is in values.
 
@@ -103,7 +93,7 @@ def grouped_gemv_f16(slots, offset, columns, pool, starts, x, out, first, last):
                 out[p, r] = total * rebase
 
 
-@compiled
+@compiled(**_options)
 def grouped_gemv_f32(slots, offset, columns, pool, starts, x, out, first, last):  # type: ignore[no-untyped-def]
     """As `grouped_gemv_bf16` for float32 weights; `pool` is float32, `offset` is in values."""
     for i in range(slots.shape[0]):
@@ -122,7 +112,7 @@ if dot_bf16.available():
     _dot_1x1 = dot_bf16.dot_block(1, 1)
 
 
-@compiled
+@compiled(**_options)
 def grouped_gemv_bf16_dot(slots, offset, columns, pool, starts, x, out, first, last):  # type: ignore[no-untyped-def]
     """As `grouped_gemv_bf16` with the instruction of `dot_bf16`; `pool` and `x` are uint16, `offset` is in values.
 
