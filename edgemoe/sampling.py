@@ -136,6 +136,9 @@ def resolve(
     generation.do_sample = temperature >= MIN_TEMPERATURE
     generation.temperature = float(temperature)
     generation.max_length = prompt_length + max_tokens
+    if generation.min_new_tokens is not None:
+        # As in `generate`, where the two of them disagree.
+        generation.min_length = prompt_length + generation.min_new_tokens
     ends = _end_tokens(defaults)
     if sampling.ignore_eos or not ends:
         generation.eos_token_id = generation.exponential_decay_length_penalty = None

@@ -213,6 +213,12 @@ def test_a_checkpoint_may_limit_prompt_and_reply_together() -> None:
     assert resolve(Sampling(max_tokens=7), GenerationConfig(max_length=30), 1024, 2000, 10).max_tokens == 7
 
 
+def test_the_shortest_reply_counts_before_the_shortest_sequence() -> None:
+    generation = resolve(Sampling(), GenerationConfig(min_length=14, min_new_tokens=5), 1024, 2000, 4).generation
+    assert generation.min_length == 9
+    assert resolve(Sampling(), GenerationConfig(min_length=14), 1024, 2000, 4).generation.min_length == 14
+
+
 def test_the_checkpoints_stop_strings_are_stops() -> None:
     assert resolved(Sampling(stop=("a",)), stop_strings=["b", "c"]).stop == ("a", "b", "c")
     assert resolved(Sampling(), stop_strings="b").stop == ("b",)
