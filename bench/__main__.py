@@ -17,6 +17,7 @@ MEASUREMENTS = {
         "demo-score": "the shipped model on held-out items of its documented tasks",
         "generate-parity": "replies under random generation settings against transformers' generate",
         "text-parity": "streamed text against the text of all ids, for every decoder and tokenizer class",
+        "logprobs": "log-probabilities against the log-softmax of transformers' logits",
         "batch-exact": "32 mixed requests together against one by one, every tested family",
         "spec-exact": "greedy replies with every way of drafting against plain decoding, every tested family",
         "spec-sampled": "the distribution of the first tokens with drafts against the exact one",
