@@ -199,7 +199,7 @@ def generated(model: Any, draw: Draw) -> list[int] | None:
         warnings.simplefilter("ignore")
         try:
             ids = model.generate(torch.tensor([draw.prompt]))
-        except ArithmeticError:
+        except (ArithmeticError, ValueError):
             return None
     return [int(token) for token in ids[0, len(draw.prompt) :]]
 
