@@ -76,9 +76,9 @@ class ExpertCache:
         self._prefetches: list[Transfer] = []
         self._numbers: list[set[int]] = [set() for _ in store.experts]
         self._free = list(range(pool.count - 1, -1, -1))
-        # A request for more experts than a layer's share of the slots keeps these many; the others stream through.
         self._device_waited = 0.0
         """The link's `device_wait_seconds` that are counted."""
+        # A request for more experts than a layer's share of the slots keeps these many; the others stream through.
         self._max_kept = max(0, pool.count // len(store.experts) - TRANSIT_SLOTS)
         self._kept: set[ExpertId] = set()
         self.recording: list[list[ExpertId]] | None = None
@@ -274,7 +274,7 @@ class ExpertCache:
         """Waits for a transfer and removes those that are done from the list. Raises the error of a failed one."""
         started = time.perf_counter()
         arrived = self._link.wait_any(in_flight)
-        self.counters.link_wait_seconds += time.perf_counter() - started + self._device_wait()
+        self.counters.link_wait_seconds += time.perf_counter() - started
         in_flight[:] = [transfer for transfer in in_flight if transfer not in arrived]
         for transfer in arrived:
             if transfer.error is not None:
@@ -364,13 +364,10 @@ class ExpertCache:
             pinned.remove(expert)
             self._held[expert].pins -= 1
         self._link.released([self._held[expert].slot for expert in experts])
-        self.counters.link_wait_seconds += self._device_wait()
-
-    def _device_wait(self) -> float:
-        """Seconds for which the device waited for the link, as far as known and not yet counted."""
-        total = self._link.device_wait_seconds
-        more, self._device_waited = total - self._device_waited, total
-        return more
+        # What the device has waited for the link is known once it has.
+        waited = self._link.device_wait_seconds
+        self.counters.link_wait_seconds += waited - self._device_waited
+        self._device_waited = waited
 
     def _loan(self, experts: Sequence[ExpertId]) -> Loan:
         return Loan(

@@ -21,7 +21,6 @@ from edgemoe.cli.exits import DESCRIPTION, Exit, UsageError, exit_for
 from edgemoe.cli.output import settle
 from edgemoe.cli.streams import standard_streams
 from edgemoe.cli.surface import EngineFactory
-from edgemoe.cli.temporary import ensure_temporary_folder
 from edgemoe.cli.wording import in_options
 from edgemoe.errors import EdgeMoEError
 
@@ -232,6 +231,8 @@ def _dispatch(argv: Sequence[str] | None, engine: EngineFactory | None) -> int:
     arguments = options.read_command_line(parser, argv)
     if arguments.command is None:
         raise UsageError("no command given; try 'edgemoe chat', or see 'edgemoe --help'")
+    from edgemoe.cli.temporary import ensure_temporary_folder
+
     ensure_temporary_folder()
     if arguments.command == "run":
         from edgemoe.cli.run.run import run as command

@@ -150,7 +150,7 @@ class Engine:
 
     def chat_prompt(self, messages: Messages, template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
         """The token ids of a conversation up to the assistant's turn; RequestError without a chat template."""
-        return self._template.render(ChatPrompt(messages, template_kwargs or {})).ids
+        return self._template.render(ChatPrompt(messages, template_kwargs or {}))
 
     def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Generator[Chunk, None, None]:
         """The reply to `prompt` (text, token ids, a chat's messages or a `ChatPrompt`) as it is generated.
@@ -286,11 +286,10 @@ class Engine:
     def _submit(self, prompt: Prompt, sampling: Sampling) -> Request:
         """Puts a new request in the waiting queue. The device is held."""
         self._loaded()
-        asked = as_chat(prompt)
-        chat = self._template.render(asked) if asked is not None else None
-        tokens = self._tokens(chat.ids if chat else cast("str | Sequence[int]", prompt))
+        chat = as_chat(prompt)
+        tokens = self._tokens(self._template.render(chat) if chat else cast("str | Sequence[int]", prompt))
         settings = self._settings(sampling, len(tokens))
-        text = self._replies.new(tokens, settings, chat.opening if chat else None)
+        text = self._replies.new(tokens, settings, chat)
         request = Request(self._requests, tokens, settings, text, self._cancels, self._vocabulary)
         self._requests += 1
         self._loop.add(request)

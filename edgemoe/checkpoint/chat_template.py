@@ -31,14 +31,6 @@ class ChatPrompt:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class RenderedChat:
-    """The token ids of a conversation up to the reply, and those at their end with which the reply begins."""
-
-    ids: list[int]
-    opening: list[int]
-
-
 class ChatTemplate:
     """The template of one tokenizer."""
 
@@ -53,31 +45,43 @@ class ChatTemplate:
         template = getattr(self._tokenizer, "chat_template", None) or ""
         return "\n".join(template.values()) if isinstance(template, dict) else str(template)
 
-    def render(self, chat: ChatPrompt) -> RenderedChat:
-        """The prompt. Raises RequestError without a template, and for what is malformed or refused by the template."""
+    def render(self, chat: ChatPrompt) -> list[int]:
+        """The token ids of the prompt, up to the reply.
+
+        Raises RequestError without a template, and for what is malformed or refused by the template.
+        """
         self._check(chat)
-        messages = [self._as_wanted(message) for message in chat.messages]
         try:
             with quiet_transformers():
-                rendered = self._apply(messages, chat.template_kwargs, tokenize=True, return_dict=True)
-                texts = [self._apply(messages, chat.template_kwargs, tokenize=False)]
+                rendered = self._apply(chat, tokenize=True, return_dict=True)
         except Exception as error:
             if is_device_or_memory_error(error):
                 raise
             raise RequestError(
                 f"the chat template of {self._name} refuses this conversation: {reason(error)}"
             ) from error
-        opening = self._opening(texts[0], messages, chat.template_kwargs)
-        return RenderedChat([int(token) for token in rendered["input_ids"]], opening)
+        return [int(token) for token in rendered["input_ids"]]
+
+    def opening(self, chat: ChatPrompt) -> list[int]:
+        """The token ids that the template begins a reply with, at the end of the prompt of a conversation."""
+        try:
+            with quiet_transformers():
+                text = self._apply(chat, tokenize=False)
+                before = self._apply(chat, tokenize=False, add_generation_prompt=False)
+        except Exception as error:
+            if is_device_or_memory_error(error):
+                raise
+            return []
+        return self._encode(text[len(before) :]) if text.startswith(before) else []
 
     def turn_end(self) -> int | None:
         """The first token that the template puts after a reply; None where there is none."""
         if not self.source:
             return None
-        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
+        probe = ChatPrompt([{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}])
         try:
             with quiet_transformers():
-                text = self._apply(messages, {}, tokenize=False, add_generation_prompt=False)
+                text = self._apply(probe, tokenize=False, add_generation_prompt=False)
         except Exception as error:
             if is_device_or_memory_error(error):
                 raise
@@ -86,19 +90,10 @@ class ChatTemplate:
         after = self._encode(text.rpartition(PROBE)[2].lstrip())
         return after[0] if after else None
 
-    def _opening(self, text: str, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]) -> list[int]:
-        """What the template adds where a reply is to follow."""
-        try:
-            with quiet_transformers():
-                before = self._apply(messages, variables, tokenize=False, add_generation_prompt=False)
-        except Exception as error:
-            if is_device_or_memory_error(error):
-                raise
-            return []
-        return self._encode(text[len(before) :]) if text.startswith(before) else []
-
-    def _apply(self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any], **how: Any) -> Any:
-        return self._tokenizer.apply_chat_template(messages, **{"add_generation_prompt": True, **how}, **variables)
+    def _apply(self, chat: ChatPrompt, **how: Any) -> Any:
+        messages = [self._as_wanted(message) for message in chat.messages]
+        how = {"add_generation_prompt": True, **how, **chat.template_kwargs}
+        return self._tokenizer.apply_chat_template(messages, **how)
 
     def _encode(self, text: str) -> list[int]:
         return [int(token) for token in self._tokenizer.encode(text, add_special_tokens=False)] if text else []

@@ -33,13 +33,13 @@ def fetch(
 
     try:
         folder = _snapshot(name, [CONFIG], None, offline)
-        check(folder)
         names = [] if offline else _names(name, folder.name)
-        if not names:
-            return folder
         small = [file for file in names if "/" not in file and any(fnmatch(file, each) for each in SMALL_FILES)]
-        folder = _snapshot(name, small, folder.name, offline)
-        return _snapshot(name, [*small, *weights(folder, names)], folder.name, offline, shown=True)
+        if not _has(folder, small) or not _has(folder, weights(folder, names)):
+            check(folder)
+            _snapshot(name, small, folder.name, offline)
+            _snapshot(name, [*small, *weights(folder, names)], folder.name, offline, shown=True)
+        return folder
     except EdgeMoEError:
         raise
     except LocalEntryNotFoundError as error:
@@ -52,6 +52,10 @@ def fetch(
         raise CheckpointError(
             f"{name} could not be fetched ({reason(error)}): check the id, or give a local folder as {setting}="
         ) from error
+
+
+def _has(folder: Path, files: list[str]) -> bool:
+    return all((folder / file).exists() for file in files)
 
 
 def _snapshot(name: str, files: list[str], revision: str | None, offline: bool, *, shown: bool = False) -> Path:

@@ -82,6 +82,15 @@ class Detokenizer:
         return self._texts.decode(ids, shown=self._shown)
 
 
+def begun(text: str, marks: Sequence[str]) -> int:
+    """The length of the longest end of `text` that is the beginning of one of `marks`, and not the whole of it."""
+    longest = max(map(len, marks), default=1) - 1
+    for count in range(min(longest, len(text)), 0, -1):
+        if any(mark.startswith(text[-count:]) for mark in marks):
+            return count
+    return 0
+
+
 class StopTexts:
     """Cuts a streamed text at the first stop text, and holds back a possible beginning of one."""
 
@@ -100,19 +109,11 @@ class StopTexts:
         if starts:
             self.found = True
             return self._release(min(starts))
-        return self._release(len(self._held) - self._possible_start())
+        return self._release(len(self._held) - begun(self._held, self._stops))
 
     def finish(self) -> str:
         """The text held back, at the end of the reply."""
         return "" if self.found else self._release(len(self._held))
-
-    def _possible_start(self) -> int:
-        """The length of the longest end of the held text that begins a stop text."""
-        longest = max(map(len, self._stops), default=1) - 1
-        for count in range(min(longest, len(self._held)), 0, -1):
-            if any(stop.startswith(self._held[-count:]) for stop in self._stops):
-                return count
-        return 0
 
     def _release(self, count: int) -> str:
         text, self._held = self._held[:count], self._held[count:]

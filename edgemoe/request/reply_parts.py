@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from edgemoe.request.detokenizer import Detokenizer
+from edgemoe.request.detokenizer import Detokenizer, begun
 from edgemoe.request.token_texts import TokenTexts
 
 SPANS = (
@@ -60,6 +60,11 @@ class ReplyFormat:
                 if end in known:
                     return cls(span=(match[0], end))
         return cls()
+
+    @property
+    def has_marks(self) -> bool:
+        """Whether replies may have more than one part."""
+        return self.harmony or self.span is not None
 
     def parts(self, texts: TokenTexts, prompt: Sequence[int], opening: Sequence[int]) -> ReplyParts:
         """The parts of a reply to `prompt`, which ends with `opening`: what the template begins the reply with."""
@@ -119,8 +124,8 @@ class SpanParts(ReplyParts):
         shown = frozenset(token for token in map(texts.id_of, span) if token is not None)
         self._detokenizer = Detokenizer(texts, prompt, shown=shown)
         self._span = span
-        begun = texts.decode(opening, shown=texts.special)
-        self._reasons = begun.rfind(span[0]) > begun.rfind(span[1])
+        before = texts.decode(opening, shown=texts.special)
+        self._reasons = before.rfind(span[0]) > before.rfind(span[1])
         self._trims = self._reasons
         """Whether white space that comes next is left out."""
         self._held = ""
@@ -155,11 +160,7 @@ class SpanParts(ReplyParts):
 
     def _ready(self) -> str:
         """The held text without the beginning of a marker at its end, and in reasoning without white space there."""
-        marker, held = self._span[self._reasons], self._held
-        for count in range(min(len(marker) - 1, len(held)), 0, -1):
-            if marker.startswith(held[-count:]):
-                held = held[:-count]
-                break
+        held = self._held[: len(self._held) - begun(self._held, [self._span[self._reasons]])]
         return held.rstrip() if self._reasons else held
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence, Set
 from functools import cached_property
 from typing import Any
 
-from edgemoe.checkpoint.chat_template import ChatTemplate
+from edgemoe.checkpoint.chat_template import ChatPrompt, ChatTemplate
 from edgemoe.request.detokenizer import StopTexts
 from edgemoe.request.reply_parts import NoParts, OnePart, Piece, ReplyFormat, ReplyParts
 from edgemoe.request.token_texts import TokenTexts
@@ -59,19 +59,16 @@ class ReplyTexts:
         self._template = template
         self._texts = TokenTexts(tokenizer) if tokenizer is not None else None
 
-    def new(self, prompt: Sequence[int], settings: ResolvedSampling, opening: Sequence[int] | None) -> ReplyText:
-        """The text of a reply to `prompt`.
-
-        `opening` is the end of a conversation's prompt with which the reply begins, None for any other prompt.
-        """
+    def new(self, prompt: Sequence[int], settings: ResolvedSampling, chat: ChatPrompt | None) -> ReplyText:
+        """The text of a reply to `prompt`, which is that of the conversation `chat` where there is one."""
         texts = self._texts
         if texts is None:
             return ReplyText(None, None, settings.stop)
-        is_chat = opening is not None
-        parts: ReplyParts = OnePart(texts, prompt, special=not settings.skip_special_tokens)
-        if is_chat and settings.skip_special_tokens:
-            parts = self._format.parts(texts, prompt, opening or ())
-        ends = self._turn_ends if is_chat and not settings.ignore_eos else frozenset[int]()
+        if chat is not None and settings.skip_special_tokens and self._format.has_marks:
+            parts = self._format.parts(texts, prompt, self._template.opening(chat))
+        else:
+            parts = OnePart(texts, prompt, special=not settings.skip_special_tokens)
+        ends = self._turn_ends if chat is not None and not settings.ignore_eos else frozenset[int]()
         return ReplyText(texts, parts, settings.stop, ends)
 
     @cached_property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence, Set
+from functools import cached_property
 from typing import Any
 
 
@@ -22,7 +23,8 @@ class TokenTexts:
         """Ids of single bytes, which become characters only where a run of them is valid UTF-8 as a whole."""
         self.added = tuple(tokenizer.get_added_vocab())
         """The tokens that were added to the vocabulary, special or not."""
-        self._anchor = self._some_token_with_text()
+        # Not by the vocabulary, of which every call makes a new dictionary.
+        self._ids = {str(tokenizer.convert_ids_to_tokens(token)): token for token in self.special}
 
     def decode(self, ids: Sequence[int], *, shown: Set[int] = frozenset()) -> str:
         """The text of `ids`, without that of special tokens except for those in `shown`."""
@@ -48,10 +50,11 @@ class TokenTexts:
 
     def id_of(self, text: str) -> int | None:
         """The id of the special token that `text` is; None for all other texts."""
-        token = self._tokenizer.get_vocab().get(text)
-        return token if token in self.special else None
+        return self._ids.get(text)
 
-    def _some_token_with_text(self) -> list[int]:
+    @cached_property
+    def _anchor(self) -> list[int]:
+        """Some token with a text; none where there is no such token."""
         for token in range(len(self._tokenizer)):
             if token not in self.special and token not in self.bytes and self.decode([token]).strip().isalnum():
                 return [token]

@@ -117,10 +117,10 @@ def test_no_text_is_lost_or_doubled(seed: int) -> None:
 def test_the_template_may_begin_the_reasoning() -> None:
     """DeepSeek-R1 and QwQ: the reply begins inside of a span."""
     made = tokenizer(["<|im_start|>", "<|im_end|>", "<think>", "</think>"], template=THINKING)
-    rendered = ChatTemplate(made, "it").render(ChatPrompt([{"role": "user", "content": "Hello"}]))
-    assert made.decode(rendered.opening).strip().endswith("<think>")
+    opening = ChatTemplate(made, "it").opening(ChatPrompt([{"role": "user", "content": "Hello"}]))
+    assert made.decode(opening).strip().endswith("<think>")
     said = Said(made)
-    said.opening = rendered.opening
+    said.opening = opening
     assert said("hmm", "</think>", "\n", "Hello") == ("Hello", "hmm")
 
 
@@ -128,17 +128,15 @@ def test_the_template_may_begin_the_reasoning() -> None:
 def test_a_variable_of_the_template_may_switch_it_off(thinks: bool, expected: tuple[str, str]) -> None:
     made = tokenizer(["<|im_start|>", "<|im_end|>", "<think>", "</think>"], template=SWITCHED)
     chat = ChatPrompt([{"role": "user", "content": "Hello"}], {"enable_thinking": thinks})
-    rendered = ChatTemplate(made, "it").render(chat)
     said = Said(made)
-    said.opening = rendered.opening
+    said.opening = ChatTemplate(made, "it").opening(chat)
     assert said(*(["<think>"] if thinks else []), "hmm") == expected
 
 
 def test_what_a_user_says_opens_no_span() -> None:
     made = tokenizer(["<|im_start|>", "<|im_end|>", "<think>", "</think>"])
-    rendered = ChatTemplate(made, "it").render(ChatPrompt([{"role": "user", "content": "<think>"}]))
     said = Said(made)
-    said.opening = rendered.opening
+    said.opening = ChatTemplate(made, "it").opening(ChatPrompt([{"role": "user", "content": "<think>"}]))
     assert said("Hello") == ("Hello", "")
 
 
@@ -226,16 +224,17 @@ def test_what_closes_a_turn(template: str, ends: list[str]) -> None:
     made = tokenizer(["<|im_start|>", "<|im_end|>"], template=template)
     texts = ReplyTexts(made, ChatTemplate(made, "it"))
     settings = resolve(Sampling(), GenerationConfig(), 10, 10)
-    assert texts.new([5], settings, []).ends == {made.get_vocab()[end] for end in ends}
+    chat = ChatPrompt([{"role": "user", "content": "a"}])
+    assert texts.new([5], settings, chat).ends == {made.get_vocab()[end] for end in ends}
     assert texts.new([5], settings, None).ends == frozenset(), "no conversation"
     unending = resolve(Sampling(ignore_eos=True), GenerationConfig(), 10, 10)
-    assert texts.new([5], unending, []).ends == frozenset()
+    assert texts.new([5], unending, chat).ends == frozenset()
 
 
 def test_a_conversation_goes_back_as_the_template_wants_it() -> None:
     made = tokenizer(["<|im_end|>"], template="{% for m in messages %}{{ m.thinking }}|{{ m.content }}{% endfor %}")
     message = {"role": "assistant", "content": "Hello", "reasoning_content": "hmm"}
-    rendered = ChatTemplate(made, "it")._apply([ChatTemplate(made, "it")._as_wanted(message)], {}, tokenize=False)
+    rendered = ChatTemplate(made, "it")._apply(ChatPrompt([message]), tokenize=False)
     assert rendered == "hmm|Hello"
 
 
