@@ -11,7 +11,7 @@ Each message is one sentence for the user: the value, the limit, and the option 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -68,3 +68,20 @@ def is_device_or_memory_error(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, OSError, *(kind for kind in kinds if kind is not None))):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _DEVICE_TEXTS)
+
+
+@contextmanager
+def told_as(told: Callable[[str], EdgeMoEError], *, of_files: bool = False) -> Iterator[None]:
+    """Raises what another library raises in the block as `told(reason)`.
+
+    Errors of edgemoe pass, and so do those that say that the machine failed; with `of_files`, an OSError speaks of the
+    files that the block reads.
+    """
+    try:
+        yield
+    except EdgeMoEError:
+        raise
+    except Exception as error:
+        if is_device_or_memory_error(error) and not (of_files and isinstance(error, OSError)):
+            raise
+        raise told(reason(error)) from error

@@ -23,7 +23,7 @@ from edgemoe.checkpoint.experts_module import ExpertsModule, require_experts_mod
 from edgemoe.checkpoint.extra_layers import without_heads_that_draft
 from edgemoe.checkpoint.rope_context import context_limit
 from edgemoe.demo import DEMO_NAME, demo_folder
-from edgemoe.errors import CheckpointError, is_device_or_memory_error, reason
+from edgemoe.errors import CheckpointError, told_as
 from edgemoe.quiet import quiet_transformers
 
 QUANTISED_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32)
@@ -141,15 +141,9 @@ def _family(checkpoint: Checkpoint) -> tuple[Any, Any]:
                 "use a family that transformers itself has"
             )
         raise CheckpointError(f"{checkpoint.name} is of the family {family}, unknown to this transformers: upgrade it")
-    with quiet_transformers():
-        try:
-            config = CONFIG_MAPPING[family].from_pretrained(checkpoint.folder)
-        except Exception as error:
-            if is_device_or_memory_error(error) and not isinstance(error, OSError):
-                raise
-            raise CheckpointError(
-                f"{checkpoint.folder / 'config.json'} is not a valid {family} configuration: {reason(error)}"
-            ) from error
+    invalid = f"{checkpoint.folder / 'config.json'} is not a valid {family} configuration"
+    with quiet_transformers(), told_as(lambda why: CheckpointError(f"{invalid}: {why}"), of_files=True):
+        config = CONFIG_MAPPING[family].from_pretrained(checkpoint.folder)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise CheckpointError(
             f"{checkpoint.name} is of the family {family}, which is no causal language model: edgemoe cannot run it"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgemoe.errors import RequestError, is_device_or_memory_error, reason
+from edgemoe.errors import RequestError, is_device_or_memory_error, told_as
 from edgemoe.quiet import quiet_transformers
 
 Messages = Sequence[Mapping[str, str]]
@@ -51,15 +51,9 @@ class ChatTemplate:
         Raises RequestError without a template, and for what is malformed or refused by the template.
         """
         self._check(chat)
-        try:
-            with quiet_transformers():
-                rendered = self._apply(chat, tokenize=True, return_dict=True)
-        except Exception as error:
-            if is_device_or_memory_error(error):
-                raise
-            raise RequestError(
-                f"the chat template of {self._name} refuses this conversation: {reason(error)}"
-            ) from error
+        refused = f"the chat template of {self._name} refuses this conversation"
+        with quiet_transformers(), told_as(lambda why: RequestError(f"{refused}: {why}")):
+            rendered = self._apply(chat, tokenize=True, return_dict=True)
         return [int(token) for token in rendered["input_ids"]]
 
     def opening(self, chat: ChatPrompt) -> list[int]:

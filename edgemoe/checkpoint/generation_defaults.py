@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from edgemoe.checkpoint.blueprint import Blueprint
-from edgemoe.errors import CheckpointError, is_device_or_memory_error, reason
+from edgemoe.errors import CheckpointError, told_as
 from edgemoe.quiet import quiet_transformers
 
 _ANYTHING: Callable[[Any], bool] = bool
@@ -42,14 +42,11 @@ def load_generation_defaults(blueprint: Blueprint) -> Any:
     file = _file(blueprint)
     with quiet_transformers():
         if file.exists():
-            try:
+            with told_as(
+                lambda why: CheckpointError(f"{file} cannot be read ({why}): fetch it again, or remove it"),
+                of_files=True,
+            ):
                 return GenerationConfig.from_pretrained(file.parent, local_files_only=True)
-            except Exception as error:
-                if is_device_or_memory_error(error) and not isinstance(error, OSError):
-                    raise
-                raise CheckpointError(
-                    f"{file} cannot be read ({reason(error)}): fetch it again, or remove it"
-                ) from error
         return GenerationConfig.from_model_config(blueprint.config)
 
 

@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from edgemoe.errors import CheckpointError, EdgeMoEError, is_device_or_memory_error, reason
+from edgemoe.errors import CheckpointError, is_device_or_memory_error, told_as
 
 CONFIG = "config.json"
 SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
@@ -31,27 +31,29 @@ def fetch(
     """
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    try:
-        folder = _snapshot(name, [CONFIG], None, offline)
-        names = [] if offline else _names(name, folder.name)
-        small = [file for file in names if "/" not in file and any(fnmatch(file, each) for each in SMALL_FILES)]
-        if not _has(folder, small) or not _has(folder, weights(folder, names)):
-            check(folder)
-            _snapshot(name, small, folder.name, offline)
-            _snapshot(name, [*small, *weights(folder, names)], folder.name, offline, shown=True)
-        return folder
-    except EdgeMoEError:
-        raise
-    except LocalEntryNotFoundError as error:
-        mend = "run once without offline=" if offline else f"check the connection, or give a local folder as {setting}="
-        raise CheckpointError(f"{name} is not a folder and not in the local Hugging Face cache: {mend}") from error
-    except Exception as error:
-        if is_device_or_memory_error(error) and not isinstance(error, OSError):
-            raise
-        # The errors of a connection are of another type in each version of the hub's library.
-        raise CheckpointError(
-            f"{name} could not be fetched ({reason(error)}): check the id, or give a local folder as {setting}="
-        ) from error
+    def unreachable(why: str) -> CheckpointError:
+        return CheckpointError(
+            f"{name} could not be fetched ({why}): check the id, or give a local folder as {setting}="
+        )
+
+    # The errors of a connection are of another type in each version of the hub's library.
+    with told_as(unreachable, of_files=True):
+        try:
+            folder = _snapshot(name, [CONFIG], None, offline)
+            names = [] if offline else _names(name, folder.name)
+            small = [file for file in names if "/" not in file and any(fnmatch(file, each) for each in SMALL_FILES)]
+            if not _has(folder, small) or not _has(folder, weights(folder, names)):
+                check(folder)
+                _snapshot(name, small, folder.name, offline)
+                _snapshot(name, [*small, *weights(folder, names)], folder.name, offline, shown=True)
+            return folder
+        except LocalEntryNotFoundError as error:
+            here = (
+                "run once without offline="
+                if offline
+                else f"check the connection, or give a local folder as {setting}="
+            )
+            raise CheckpointError(f"{name} is not a folder and not in the local Hugging Face cache: {here}") from error
 
 
 def _has(folder: Path, files: list[str]) -> bool:

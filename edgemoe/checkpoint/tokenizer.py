@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from edgemoe.checkpoint.chat_template import ChatPrompt, Messages
 from edgemoe.checkpoint.checkpoint import Checkpoint
-from edgemoe.errors import CheckpointError, RequestError, is_device_or_memory_error, reason
+from edgemoe.errors import CheckpointError, RequestError, told_as
 from edgemoe.quiet import quiet_transformers
 
 
@@ -48,16 +48,14 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         return None
     from transformers import AutoTokenizer
 
-    with quiet_transformers():
-        try:
-            return AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:
-            if is_device_or_memory_error(error) and not isinstance(error, OSError):
-                raise
-            raise CheckpointError(
-                f"the tokenizer in {checkpoint.folder} cannot be loaded ({reason(error)}): fetch it again, or remove "
-                "its files to work with token ids"
-            ) from error
+    def unusable(why: str) -> CheckpointError:
+        return CheckpointError(
+            f"the tokenizer in {checkpoint.folder} cannot be loaded ({why}): fetch it again, or remove its files to "
+            "work with token ids"
+        )
+
+    with quiet_transformers(), told_as(unusable, of_files=True):
+        return AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
 
 
 def as_chat(prompt: Prompt) -> ChatPrompt | None:
