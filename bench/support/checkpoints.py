@@ -50,12 +50,16 @@ FACTOR, SMALL_FACTOR = 128, 2
 """How many times as wide the experts of the inflated demo are as the shipped ones."""
 
 
-def wide(*, small: bool = False) -> Path:
+def wide(*, small: bool = False, embedding_scale: float = 1.0) -> Path:
     """The 8 GB bf16 checkpoint: 6 layers of 128 experts of 2048 x 768, top-8. Made once, a shard a layer.
 
-    The small one has 2 layers of 16 experts of 128 x 64.
+    The small one has 2 layers of 16 experts of 128 x 64. With usual embeddings the first layer's attention outweighs
+    the token, so that most tokens choose the same experts. At an `embedding_scale` of the square root of the hidden
+    size the token outweighs it, and the choice is nearly uniform.
     """
-    folder = work_folder() / ("narrow" if small else "wide")
+    folder = work_folder() / (
+        ("narrow" if small else "wide") + (f"-{embedding_scale:g}" if embedding_scale != 1 else "")
+    )
     if (folder / "model.safetensors.index.json").exists():
         return folder
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -72,7 +76,8 @@ def wide(*, small: bool = False) -> Path:
     for name, shape in shapes.items():
         layer = name.split(".")[2] if ".layers." in name else "rest"
         for key, piece in _pieces(name, shape):
-            shards.setdefault(layer, {})[key] = _random(key, piece, noise, generator)
+            tensor = _random(key, piece, noise, generator)
+            shards.setdefault(layer, {})[key] = tensor * embedding_scale if "embed_tokens" in key else tensor
     weight_map = {}
     for layer, tensors in shards.items():
         file = f"model-{layer}.safetensors"
