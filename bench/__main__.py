@@ -9,6 +9,7 @@ from dataclasses import replace
 from types import ModuleType
 
 from bench.measurement import Measurement
+from bench.support.isa import CAPS, run_again_capped
 
 MEASUREMENTS = {
     "exactness": {
@@ -83,7 +84,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("name", nargs="?", choices=list(NAMES))
     parser.add_argument("--small", action="store_true", help="the same in seconds on a tiny model, without a verdict")
+    parser.add_argument("--isa", choices=list(CAPS), help="with these instructions and no newer ones")
     arguments = parser.parse_args()
+    if arguments.isa:
+        run_again_capped(arguments.isa)
     if arguments.name is None:
         for each, description in NAMES.items():
             print(f"{each:20} {description}")

@@ -14,7 +14,7 @@ from bench.support.link_cells import Cell
 from edgemoe import Engine, Sampling
 
 NAME = "never-slower"
-BAR = "--speculate auto >= 0.95x off in every task, cache, link and temperature"
+BAR = "--speculate auto >= 0.95x off in every task, cache, link and temperature, and >= 1.0x in the mean"
 CELLS = (Cell("25%", None), Cell("25%", 4.0), Cell("50%", None), Cell("50%", 4.0), Cell("100%", None))
 """With every expert resident no link is used, so that one cell stands for both."""
 TEMPERATURES = {"greedy": 0.0, "temperature 1": 1.0}
@@ -49,7 +49,7 @@ def run(size: Size = FULL) -> Measurement:
     worst = min(ratios, key=lambda name: ratios[name])
     mean = sum(ratios.values()) / len(ratios)
     value = {"worst": round(ratios[worst], 3), "where": worst, "mean": round(mean, 3)}
-    return Measurement(NAME, value, BAR, ratios[worst] >= 0.95, {"cells": cells})
+    return Measurement(NAME, value, BAR, ratios[worst] >= 0.95 and mean >= 1.0, {"cells": cells})
 
 
 def measure(cell: Cell, size: Size) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""With the AVX512-BF16 kernels a pass over drafts gives each token the bits of a step of its own.
+"""With the kernels a pass over drafts gives each token the bits of a step of its own.
 
 So a reply does not depend on its drafts, in bf16 as in float32.
 """
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from edgemoe.kernels.cpu import dot_bf16, gemv_kernels
+from edgemoe.kernels.cpu import gemv_kernels
 from edgemoe.model.draft_tree import DraftTree
 from edgemoe.model.kv_cache import SequenceCache
 from edgemoe.model.model_runner import ModelRunner, tree_input
@@ -21,8 +21,6 @@ PACKED = ["mixtral", "qwen3_moe", "gemma4", "exaone_moe", "cohere2_moe", "phimoe
 
 Transposed experts (gpt_oss) have no kernel for more than two tokens, and are not batch-invariant.
 """
-
-pytestmark = pytest.mark.skipif(not dot_bf16.available(), reason="this CPU has no AVX512-BF16")
 
 
 class Drafted:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from edgemoe.kernels.cpu import dot_bf16, gemv_kernels
+from edgemoe.kernels.cpu import gemv_kernels
+from edgemoe.kernels.cpu.dot_block import PairsOfBf16
 from edgemoe.kernels.cpu.gemv_kernels import Kernel
 
 SLOTS, ROWS, COLUMNS, TOKENS, PADDING = 5, 7, 160, 4, 32
@@ -17,14 +18,14 @@ STARTS = np.array([0, 2, 2, 5, 6, 16])
 """Slot 3 has two pairs, slot 0 none, slot 4 three, slot 1 one and slot 2 ten: blocks of every size."""
 OF_TOKENS = np.array([1, 3, 0, 0, 2, 3, 0, 1, 2, 3, 3, 2, 1, 0, 2, 1])
 ROW_KERNELS = {
-    "bf16": (torch.bfloat16, Kernel(gemv_kernels.grouped_gemv_bf16, np.uint32, 2)),
-    "fp16": (torch.float16, Kernel(gemv_kernels.grouped_gemv_f16, np.uint16, 2)),
+    "bf16": (torch.bfloat16, Kernel(gemv_kernels.grouped_gemv_bf16, np.uint16, 64)),
+    "fp16": (torch.float16, Kernel(gemv_kernels.grouped_gemv_f16, np.uint16, 64)),
     "fp32": (torch.float32, Kernel(gemv_kernels.grouped_gemv_f32, np.float32, 2)),
 }
-if dot_bf16.available():
-    ROW_KERNELS["bf16-dot"] = (
+if PairsOfBf16.available():
+    ROW_KERNELS["bf16-pairs"] = (
         torch.bfloat16,
-        Kernel(gemv_kernels.grouped_gemv_bf16_dot, np.uint16, 64, takes_bf16=True),
+        Kernel(gemv_kernels.grouped_gemv_bf16_pairs, np.uint16, 64, takes_bf16=True),
     )
 Array = np.ndarray[Any, Any]
 
@@ -75,7 +76,7 @@ def test_rows(name: str, columns: int, spans: list[tuple[int, int]]) -> None:
     np.testing.assert_allclose(run(kernel, matrices, x, columns, spans), expected(matrices, x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("columns", [2, 6, 14])
+@pytest.mark.parametrize("columns", [1, 2, 7, 14, 31, 33])
 @pytest.mark.parametrize("name", ["bf16", "fp16", "fp32"])
 def test_short_rows(name: str, columns: int) -> None:
     dtype, kernel = ROW_KERNELS[name]
@@ -131,8 +132,3 @@ def test_every_weight_dtype_has_a_kernel_that_takes_any_input_dtype(dtype: torch
 def test_other_dtypes_have_no_kernel(dtype: torch.dtype) -> None:
     assert gemv_kernels.row_kernel(dtype, 8) is None
     assert gemv_kernels.column_kernel(dtype) is None
-
-
-def test_an_odd_bf16_row_has_no_kernel() -> None:
-    assert gemv_kernels.row_kernel(torch.bfloat16, 7) is None
-    assert gemv_kernels.row_kernel(torch.bfloat16, 8) is not None

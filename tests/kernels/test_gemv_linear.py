@@ -54,10 +54,10 @@ def test_only_large_plain_linears_are_replaced(threads: KernelThreads) -> None:
     class Own(nn.Linear):
         """A family's own linear layer."""
 
-    small, own, odd = nn.Linear(8, 8), Own(COLUMNS, ROWS), nn.Linear(COLUMNS + 1, ROWS).bfloat16()
+    small, own, double = nn.Linear(8, 8), Own(COLUMNS, ROWS), nn.Linear(COLUMNS, ROWS).double()
     large = nn.Linear(COLUMNS, ROWS)
-    batch_invariant_linear.install_gemv(nn.ModuleList([small, own, odd, large]), threads)
-    assert ["forward" in vars(module) for module in (small, own, odd, large)] == [False, False, False, True]
+    batch_invariant_linear.install_gemv(nn.ModuleList([small, own, double, large]), threads)
+    assert ["forward" in vars(module) for module in (small, own, double, large)] == [False, False, False, True]
 
 
 def test_rows_split_over_threads_are_the_same_bits() -> None:

@@ -1,0 +1,362 @@
+"""Dot products of weight rows with tokens, as LLVM vector code: blocks of rows and tokens that share their loads.
+
+Several tokens take little longer than one: the weights from memory are the bottleneck. Every output is one sum in one
+order, whatever block it is computed in: batch-invariant. Sums are float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from edgemoe.kernels.cpu.cpu_features import float_lanes, has, is_x86
+
+UNROLLED = 2
+"""Partial sums per dot product, to hide the latency of the instructions. The same for every block."""
+ROWS_OF_ONE_TOKEN = 4
+"""Rows of a block for one token: enough independent sums to keep the multipliers busy."""
+ROWS = 2
+"""Rows of a block for several tokens."""
+
+WORD = ir.IntType(64)
+SINGLE = ir.FloatType()
+
+
+class Dot(Protocol):
+    """How weights and inputs are loaded and multiplied."""
+
+    values: int
+    """Values that one step multiplies."""
+    lanes: int
+    """Float32 partial sums of a step."""
+    weight_nbytes: int
+    input_nbytes: int
+    """Bytes of a value."""
+    tokens: int
+    """Most tokens of a block: as many as there are registers for."""
+    tails: bool
+    """Whether a row may be longer than a multiple of `values`, so that the rest is multiplied one by one."""
+
+    def weights(self, builder: Any, address: Any) -> Any:
+        """The `values` weights at `address`, as `add` takes them."""
+
+    def inputs(self, builder: Any, address: Any) -> Any:
+        """The `values` inputs at `address`."""
+
+    def add(self, builder: Any, total: Any, weights: Any, inputs: Any) -> Any:
+        """`total`, a vector of `lanes`, with the products added."""
+
+    def single(self, builder: Any, address: Any) -> Any:
+        """The weight at `address` as a float32."""
+
+
+class PairsOfBf16:
+    """VDPBF16PS, the instruction of AVX512-BF16: pairs of bf16, half of the work of widening them to float32.
+
+    Products are exact, and subnormals count as zero (Intel's definition of the instruction).
+    """
+
+    values, lanes, weight_nbytes, input_nbytes, tokens, tails = 32, 16, 2, 2, 4, False
+
+    def __init__(self) -> None:
+        self._pairs = ir.VectorType(ir.IntType(32), 16)
+        lanes = ir.VectorType(SINGLE, 16)
+        kind = ir.FunctionType(lanes, [lanes, self._pairs, self._pairs])
+        self._instruction = ir.InlineAsm(kind, "vdpbf16ps $3, $2, $0", "=v,0,v,v", False)
+
+    @staticmethod
+    def available() -> bool:
+        """Whether the CPU has the instruction."""
+        return has("avx512bf16")
+
+    def weights(self, builder: Any, address: Any) -> Any:
+        """See `Dot`."""
+        return _load(builder, address, self._pairs)
+
+    inputs = weights
+
+    def add(self, builder: Any, total: Any, weights: Any, inputs: Any) -> Any:
+        """See `Dot`."""
+        return builder.call(self._instruction, [total, weights, inputs])
+
+    def single(self, builder: Any, address: Any) -> Any:
+        """See `Dot`: there are no tails."""
+        raise NotImplementedError
+
+
+class Widened:
+    """Weights of any float type, widened to float32 and multiplied by float32 inputs: AVX2, AVX512, NEON."""
+
+    input_nbytes, tails = 4, True
+
+    def __init__(self, kind: str) -> None:
+        """`kind` is `bf16`, `f16` or `f32`."""
+        self._kind = kind
+        self.weight_nbytes = 4 if kind == "f32" else 2
+        self.lanes = self.values = float_lanes()
+        self.tokens = 4 if self.lanes == 16 else 3
+        self._vector = ir.VectorType(SINGLE, self.lanes)
+        self._fused = has("fma") or not is_x86()
+
+    @staticmethod
+    def available(kind: str) -> bool:
+        """Whether the CPU can widen weights of that kind."""
+        return kind != "f16" or has("f16c") or not is_x86()
+
+    def weights(self, builder: Any, address: Any) -> Any:
+        """See `Dot`."""
+        return self._widened(builder, address, self.lanes)
+
+    def single(self, builder: Any, address: Any) -> Any:
+        """See `Dot`."""
+        return builder.extract_element(self._widened(builder, address, 1), ir.IntType(32)(0))
+
+    def inputs(self, builder: Any, address: Any) -> Any:
+        """See `Dot`."""
+        return _load(builder, address, self._vector)
+
+    def add(self, builder: Any, total: Any, weights: Any, inputs: Any) -> Any:
+        """See `Dot`."""
+        if not self._fused:
+            return builder.fadd(total, builder.fmul(weights, inputs))
+        name = f"llvm.fma.v{self.lanes}f32"
+        fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(self._vector, [self._vector] * 3), name)
+        return builder.call(fma, [weights, inputs, total])
+
+    def _widened(self, builder: Any, address: Any, lanes: int) -> Any:
+        singles = ir.VectorType(SINGLE, lanes)
+        if self._kind == "f32":
+            return _load(builder, address, singles)
+        if self._kind == "f16":
+            return builder.fpext(_load(builder, address, ir.VectorType(ir.HalfType(), lanes)), singles)
+        words = ir.VectorType(ir.IntType(32), lanes)
+        halves = builder.zext(_load(builder, address, ir.VectorType(ir.IntType(16), lanes)), words)
+        return builder.bitcast(builder.shl(halves, ir.Constant(words, [16] * lanes)), singles)
+
+
+if PairsOfBf16.available():
+    llvm.initialize_native_asmparser()
+
+
+def grouped_dots(dot: Dot) -> Callable[..., None]:
+    """A numba intrinsic that multiplies groups of tokens by the matrices in their slots.
+
+    Its arguments are int64: the addresses of the slots' numbers, of the groups' first tokens (int64, one more than there
+    are groups), and the number of groups; the address of the matrix in slot 0, the bytes from one slot to the next;
+    the addresses of the tokens' values and of the results (float32, written) with the bytes from one token to the
+    next; the number of values in a row; the first row and the one after the last. A row's values, a token's values and
+    its results are contiguous.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _Grouped(builder, dot).emit(*arguments)
+        return context.get_dummy_value()
+
+    @intrinsic
+    def grouped(
+        typing_context: Any,
+        slots: Any,
+        starts: Any,
+        groups: Any,
+        pool: Any,
+        slot_step: Any,
+        x: Any,
+        x_step: Any,
+        out: Any,
+        out_step: Any,
+        columns: Any,
+        first: Any,
+        last: Any,
+    ) -> Any:
+        return types.void(*[types.int64] * 12), generate
+
+    return grouped
+
+
+class _Grouped:
+    """Emits the loops over groups, rows and tokens."""
+
+    def __init__(self, builder: Any, dot: Dot) -> None:
+        self._builder = builder
+        self._dot = dot
+
+    def emit(
+        self,
+        slots: Any,
+        starts: Any,
+        groups: Any,
+        pool: Any,
+        slot_step: Any,
+        x: Any,
+        x_step: Any,
+        out: Any,
+        out_step: Any,
+        columns: Any,
+        first: Any,
+        last: Any,
+    ) -> None:
+        """Arguments as in `grouped_dots`."""
+        builder = self._builder
+        row_step = builder.mul(columns, WORD(self._dot.weight_nbytes))
+        with self._loop(WORD(0), groups, 1) as group:
+            place = builder.mul(group, WORD(8))
+            slot = _load(builder, builder.add(slots, place), WORD, align=8)
+            start = _load(builder, builder.add(starts, place), WORD, align=8)
+            stop = _load(builder, builder.add(starts, builder.add(place, WORD(8))), WORD, align=8)
+            tokens = builder.sub(stop, start)
+            matrix = builder.add(pool, builder.mul(slot, slot_step))
+            block = _Block(
+                builder,
+                self._dot,
+                row_step,
+                x_step,
+                out_step,
+                columns,
+            )
+            values = builder.add(x, builder.mul(start, x_step))
+            results = builder.add(out, builder.mul(start, out_step))
+            with builder.if_else(builder.icmp_signed("==", tokens, WORD(1))) as (one, several):
+                with one:
+                    self._rows(block, ROWS_OF_ONE_TOKEN, 1, matrix, values, results, tokens, first, last)
+                with several:
+                    self._rows(block, ROWS, self._dot.tokens, matrix, values, results, tokens, first, last)
+
+    def _rows(
+        self,
+        block: _Block,
+        rows: int,
+        most: int,
+        matrix: Any,
+        values: Any,
+        results: Any,
+        tokens: Any,
+        first: Any,
+        last: Any,
+    ) -> None:
+        """Blocks of `rows` rows and at most `most` tokens, then the rows that are left one by one."""
+        builder = self._builder
+        whole = builder.sub(last, builder.srem(builder.sub(last, first), WORD(rows)))
+        for start, stop, count in ((first, whole, rows), (whole, last, 1)):
+            with self._loop(start, stop, count) as row:
+                weights = builder.add(matrix, builder.mul(row, block.row_step))
+                self._tokens(block, count, most, weights, values, builder.add(results, builder.mul(row, WORD(4))), tokens)
+
+    def _tokens(self, block: _Block, rows: int, most: int, weights: Any, values: Any, results: Any, tokens: Any) -> None:
+        builder = self._builder
+        whole = builder.sub(tokens, builder.srem(tokens, WORD(most)))
+
+        def run(token: Any, count: int) -> None:
+            x = builder.add(values, builder.mul(token, block.x_step))
+            block.emit(rows, count, weights, x, builder.add(results, builder.mul(token, block.out_step)))
+
+        with self._loop(WORD(0), whole, most) as token:
+            run(token, most)
+        for count in range(1, most):
+            with builder.if_then(builder.icmp_signed("==", builder.sub(tokens, whole), WORD(count))):
+                run(whole, count)
+
+    def _loop(self, first: Any, stop: Any, step: int) -> Any:
+        return _counting(self._builder, first, stop, step)
+
+
+class _Block:
+    """Emits the products of a few rows with a few tokens."""
+
+    def __init__(self, builder: Any, dot: Dot, row_step: Any, x_step: Any, out_step: Any, columns: Any) -> None:
+        """The steps are bytes from one row, or one token, to the next."""
+        self._builder = builder
+        self._dot = dot
+        self.row_step, self.x_step, self.out_step = row_step, x_step, out_step
+        self._columns = columns
+
+    def emit(self, rows: int, tokens: int, weights: Any, values: Any, results: Any) -> None:
+        """`weights`, `values` and `results` are the addresses of the first row's, token's and result's."""
+        builder, dot = self._builder, self._dot
+        row_bases = self._steps(weights, self.row_step, rows)
+        token_bases = self._steps(values, self.x_step, tokens)
+        zero = ir.Constant(ir.VectorType(SINGLE, dot.lanes), [0.0] * dot.lanes)
+        sums = [
+            [[cgutils.alloca_once_value(builder, zero) for _ in range(tokens)] for _ in range(rows)]
+            for _ in range(UNROLLED)
+        ]
+        for each in (place for part in sums for row in part for place in row):
+            builder.store(zero, each)
+        wide = builder.sub(self._columns, builder.srem(self._columns, WORD(dot.values * UNROLLED)))
+        whole = builder.sub(self._columns, builder.srem(self._columns, WORD(dot.values)))
+        self._multiply(WORD(0), wide, sums, row_bases, token_bases)
+        self._multiply(wide, whole, sums[:1], row_bases, token_bases)
+        totals = [[self._total(sums, row, token) for token in range(tokens)] for row in range(rows)]
+        if dot.tails:
+            self._multiply_singly(whole, totals, row_bases, token_bases)
+        for token, base in enumerate(self._steps(results, self.out_step, tokens)):
+            for row in range(rows):
+                address = builder.inttoptr(builder.add(base, WORD(4 * row)), SINGLE.as_pointer())
+                builder.store(builder.load(totals[row][token]), address, align=4)
+
+    def _steps(self, base: Any, step: Any, count: int) -> list[Any]:
+        builder = self._builder
+        return [builder.add(base, builder.mul(step, WORD(number))) for number in range(count)]
+
+    def _multiply(self, first: Any, stop: Any, sums: list[Any], rows: list[Any], tokens: list[Any]) -> None:
+        builder, dot = self._builder, self._dot
+        with _counting(builder, first, stop, dot.values * len(sums)) as at:
+            for part, own in enumerate(sums):
+                place = builder.add(at, WORD(dot.values * part))
+                weight_place = builder.mul(place, WORD(dot.weight_nbytes))
+                input_place = builder.mul(place, WORD(dot.input_nbytes))
+                weights = [dot.weights(builder, builder.add(base, weight_place)) for base in rows]
+                inputs = [dot.inputs(builder, builder.add(base, input_place)) for base in tokens]
+                for weight, row_sums in zip(weights, own, strict=True):
+                    for value, into in zip(inputs, row_sums, strict=True):
+                        builder.store(dot.add(builder, builder.load(into), weight, value), into)
+
+    def _multiply_singly(self, first: Any, totals: list[list[Any]], rows: list[Any], tokens: list[Any]) -> None:
+        builder, dot = self._builder, self._dot
+        with _counting(builder, first, self._columns, 1) as at:
+            weight_place = builder.mul(at, WORD(dot.weight_nbytes))
+            input_place = builder.mul(at, WORD(dot.input_nbytes))
+            for base, row_totals in zip(rows, totals, strict=True):
+                weight = dot.single(builder, builder.add(base, weight_place))
+                for token, total in zip(tokens, row_totals, strict=True):
+                    value = _load(builder, builder.add(token, input_place), SINGLE, align=4)
+                    builder.store(builder.fadd(builder.load(total), builder.fmul(weight, value)), total)
+
+    def _total(self, sums: list[Any], row: int, token: int) -> Any:
+        """Where the sum over the partial sums and lanes of one result is kept."""
+        builder, lanes = self._builder, self._dot.lanes
+        vector = builder.load(sums[0][row][token])
+        for part in range(1, UNROLLED):
+            vector = builder.fadd(vector, builder.load(sums[part][row][token]))
+        kind = ir.FunctionType(SINGLE, [SINGLE, ir.VectorType(SINGLE, lanes)])
+        reduce = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fadd.v{lanes}f32")
+        total = cgutils.alloca_once(builder, SINGLE)
+        builder.store(builder.call(reduce, [SINGLE(-0.0), vector], fastmath=("reassoc",)), total)
+        return total
+
+
+def _counting(builder: Any, first: Any, stop: Any, step: int) -> Any:
+    """A loop from `first` to `stop`; the block gets the number."""
+    return _Counting(cgutils.for_range_slice(builder, first, stop, WORD(step), intp=WORD))
+
+
+class _Counting:
+    """The context of numba's loop, without its second value."""
+
+    def __init__(self, loop: Any) -> None:
+        self._loop = loop
+
+    def __enter__(self) -> Any:
+        return self._loop.__enter__()[0]
+
+    def __exit__(self, *error: Any) -> Any:
+        return self._loop.__exit__(*error)
+
+
+def _load(builder: Any, address: Any, kind: Any, align: int = 2) -> Any:
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align)
