@@ -17,7 +17,7 @@ from edgemoe.draft.settings import DraftSettings
 from edgemoe.draft.step_cost import CycleCost, StepCost
 from edgemoe.draft.tree_builder import TreeBuilder
 from edgemoe.experts.expert_predictor import ExpertPredictor
-from edgemoe.model.draft_tree import Candidate
+from edgemoe.model.draft_tree import Candidate, DraftTree
 from edgemoe.prefetch.calibration import CalibratedRates
 from edgemoe.request.request import Request
 
@@ -27,6 +27,8 @@ MIN_CHAIN_PROBABILITY = 0.5
 """Path probability below which n-grams leave a chain's next node to a drafter that runs passes."""
 MARGIN = 1.4
 """Worth over cost from which a priced node is drafted: both are estimates."""
+TOLERANCE = 1e-6
+"""Rounding of sums, by which a tree may miss its cost."""
 SHARE_BINS = 10
 """Bins of a drafted token's share of the softmax, each with its own acceptance rate."""
 
@@ -42,8 +44,8 @@ class DraftPrice(NamedTuple):
     load_seconds: float
     """Seconds that a pass waits for one missing expert."""
 
-    def pays(self, probability: float, loads: int | None = None) -> bool:
-        """Whether a node with this path probability is worth its cost.
+    def pays(self, probability: float, drafted: int, loads: int | None = None) -> bool:
+        """Whether a node with this path probability is worth its cost in a tree of `drafted` nodes.
 
         `loads` is the number of experts that the node is likely to add to those resident or needed already; None
         where it is not known, and the average cost of a token is taken.
@@ -52,8 +54,16 @@ class DraftPrice(NamedTuple):
             return False
         if not self.priced:
             return True
-        cost = self.step.token if loads is None else self.step.computing + loads * self.load_seconds
+        if loads is None:
+            cost = self.step.next_token(drafted)
+        else:
+            cost = self.step.computing + loads * self.load_seconds
         return 0 < MARGIN * cost <= probability * self.worth
+
+    def pays_whole(self, tree: DraftTree) -> bool:
+        """Whether the tree is worth its cost: its first nodes may have been taken for more of them to come."""
+        gain = sum(tree.probabilities[1:]) * self.worth
+        return not self.priced or MARGIN * self.step.extra(tree.drafted) <= gain * (1 + TOLERANCE)
 
 
 class DraftProposer:
@@ -93,6 +103,7 @@ class DraftProposer:
             for builder in builders:
                 self._add_ngrams(builder, price)
         passed = self._add_by_passes(builders, price)
+        builders = [each for each in builders if each.request in passed or price.pays_whole(each.tree)]
         nodes = dict.fromkeys(limits, 0)
         # A pass takes its time also where it finds nothing that is worth drafting.
         nodes |= {each.request: max(each.tree.drafted, each.request in passed) for each in builders}
@@ -124,7 +135,9 @@ class DraftProposer:
             max_depth=builder.max_depth,
             min_probability=MIN_CHAIN_PROBABILITY if shared else MIN_PROBABILITY,
         )
-        while not builder.full and (best := frontier.best()) is not None and price.pays(best.probability):
+        while not builder.full and (best := frontier.best()) is not None:
+            if not price.pays(best.probability, builder.tree.drafted):
+                break
             builder.add(best)
 
     # --- drafting passes ---------------------------------------------------------------------------
@@ -161,7 +174,7 @@ class DraftProposer:
             builder.unexpanded = []
             # Exactly the width: a candidate that is taken out is not proposed again.
             for candidate in islice(builder.best_proposals(), builder.width):
-                if not price.pays(candidate.probability, builder.loads.get(candidate.parent)):
+                if not price.pays(candidate.probability, builder.tree.drafted, builder.loads.get(candidate.parent)):
                     break
                 builder.add(candidate)
         return [builder for builder in builders if any(map(builder.fits, builder.unexpanded))]

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from edgemoe.draft.token_curve import TokenCurve
+
 PRIOR_TOKEN_COST = 0.35
 """Cost of one extra token for one sequence before it is measured, as a fraction of a plain step's time."""
 PRIOR_SHARING = 0.25
@@ -46,6 +48,7 @@ class StepCost:
         self._extra_seconds = 0.0
         self._extra_waited = 0.0
         self._extra_tokens = 0.0
+        self._curve = TokenCurve()
 
     @property
     def measured(self) -> bool:
@@ -57,6 +60,7 @@ class StepCost:
         self.seconds, self._waited, self._steps_since = other.seconds, other._waited, REMEASURE_AFTER
         self._extra_seconds, self._extra_waited = other._extra_seconds, other._extra_waited
         self._extra_tokens = other._extra_tokens
+        self._curve.take_over(other._curve)
 
     def observe(self, seconds: float, waited: float = 0.0) -> None:
         """A plain step took `seconds`, `waited` of them for the link. Without a known cost the first is a warm-up."""
@@ -71,7 +75,7 @@ class StepCost:
         self._waited += (min(waited, seconds) - self._waited) / min(self._measured, AVERAGED_STEPS)
         self._fade(1 / (4 * AVERAGED_STEPS))
 
-    def observe_extra(self, tokens: int, seconds: float, waited: float = 0.0) -> None:
+    def observe_extra(self, tokens: int, seconds: float, waited: float = 0.0, *, sequences: int = 1) -> None:
         """A step with `tokens` extra tokens took `seconds`, `waited` of them for the link."""
         self._steps_since += 1
         self._fade(tokens / (4 * AVERAGED_STEPS + tokens))
@@ -84,6 +88,7 @@ class StepCost:
         self._extra_tokens += tokens
         self._extra_seconds += extra
         self._extra_waited += min(max(0.0, waited - self._waited), extra)
+        self._curve.observe(tokens / sequences, tokens, extra)
 
     def skip(self) -> None:
         """A plain step was possible and was not run."""
@@ -98,7 +103,7 @@ class StepCost:
 
     @property
     def token(self) -> float:
-        """Seconds that one extra token costs."""
+        """Seconds that one extra token costs on average."""
         prior = PRIOR_WEIGHT * self._prior * self.seconds
         return (self._extra_seconds + prior) / (self._extra_tokens + PRIOR_WEIGHT)
 
@@ -108,10 +113,19 @@ class StepCost:
         prior = PRIOR_WEIGHT * self._prior * (self.seconds - self._waited)
         return (self._extra_seconds - self._extra_waited + prior) / (self._extra_tokens + PRIOR_WEIGHT)
 
+    def extra(self, tokens: int) -> float:
+        """Seconds that `tokens` extra tokens of a sequence cost."""
+        return self._curve.cost(tokens, self.token)
+
+    def next_token(self, drafted: int) -> float:
+        """Seconds that one more extra token costs a sequence that has `drafted` already."""
+        return self._curve.next_token(drafted, self.token)
+
     def _fade(self, share: float) -> None:
         self._extra_seconds *= 1 - share
         self._extra_waited *= 1 - share
         self._extra_tokens *= 1 - share
+        self._curve.fade(share)
 
 
 class CycleCost:
@@ -138,7 +152,7 @@ class CycleCost:
         if tokens == sequences:
             cost.observe(seconds, waited)
         elif cost.seconds:
-            cost.observe_extra(tokens - sequences, seconds, waited)
+            cost.observe_extra(tokens - sequences, seconds, waited, sequences=sequences)
 
     def observe_draft(self, sequences: int, seconds: float) -> None:
         """A drafting pass for `sequences` took `seconds`."""
