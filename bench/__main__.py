@@ -24,6 +24,10 @@ MEASUREMENTS = {
         "spec-sampled": "the distribution of the first tokens with drafts against the exact one",
         "inflated-demo": "the widened shipped model says what the shipped one says",
     },
+    "field": {
+        "field": "situations from public reports about other engines, each with its right result",
+        "newcomer": "the README's commands in a fresh environment, and where something is missing",
+    },
     "cache": {
         "memory": "peak memory with an 8 GB checkpoint and a 1 GiB expert cache",
         "larger-than-memory": "decoding an 8 GB checkpoint in 4 GB of memory against transformers + accelerate",

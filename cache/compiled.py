@@ -22,3 +22,12 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
             return njit(**options)(function)
 
     return compile_it
+
+
+def is_kept() -> bool:
+    """Whether numba finds a folder that it can keep compiled code in."""
+    try:
+        njit(cache=True)(is_kept)
+    except RuntimeError:
+        return False
+    return True

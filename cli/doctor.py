@@ -157,6 +157,16 @@ def _from_torch() -> Iterator[Check]:
     elif not gpus:
         yield Check("gpu", OK, "none; the CPU computes, with the experts on disk and the cache in memory")
     yield _pinning() if usable else Check("pinned memory", OK, "not needed without a GPU")
+    yield _compiled_code()
+
+
+def _compiled_code() -> Check:
+    from edgemoe.cache.compiled import is_kept
+
+    if is_kept():
+        return Check("compiled code", OK, "kept on disk for the next start")
+    advice = "set NUMBA_CACHE_DIR to a folder that can be written"
+    return Check("compiled code", WARNING, "cannot be kept, so that every start compiles for some seconds", advice)
 
 
 def _pinning() -> Check:

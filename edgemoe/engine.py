@@ -12,7 +12,7 @@ from typing import Any, cast
 from edgemoe.checkpoint.blueprint import Blueprint, open_blueprint
 from edgemoe.checkpoint.chat_template import ChatPrompt, ChatTemplate, Messages
 from edgemoe.checkpoint.generation_defaults import generation_source, load_generation_defaults
-from edgemoe.checkpoint.tokenizer import Prompt, as_chat, check_tokens, load_tokenizer, prompt_tokens
+from edgemoe.checkpoint.tokenizer import Prompt, as_chat, check_prompt, check_token_ids, load_tokenizer, prompt_tokens
 from edgemoe.config import EngineConfig
 from edgemoe.draft.draft_model import DraftModel
 from edgemoe.draft.expert_budget import expert_budget_for
@@ -334,10 +334,11 @@ class Engine:
 
     def _tokens(self, prompt: str | Sequence[int]) -> list[int]:
         tokens = prompt_tokens(self._tokenizer, prompt, self._checkpoint.name)
-        check_tokens(tokens, self._vocabulary)
+        check_prompt(tokens, self._vocabulary)
         return tokens
 
     def _settings(self, sampling: Sampling, length: int) -> ResolvedSampling:
+        check_token_ids(sampling.logit_bias or (), self._vocabulary, "logit_bias has the")
         left = self.plan.context - length
         if left < 1:
             raise RequestError(

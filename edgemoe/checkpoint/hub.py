@@ -39,7 +39,7 @@ def fetch(
     # The errors of a connection are of another type in each version of the hub's library.
     with told_as(unreachable, of_files=True):
         try:
-            folder = _snapshot(name, [CONFIG], None, offline)
+            folder = _only_snapshot(name, offline) or _snapshot(name, [CONFIG], None, offline)
             names = [] if offline else _names(name, folder.name)
             small = [file for file in names if "/" not in file and any(fnmatch(file, each) for each in SMALL_FILES)]
             if not _has(folder, small) or not _has(folder, weights(folder, names)):
@@ -54,6 +54,25 @@ def fetch(
                 else f"check the connection, or give a local folder as {setting}="
             )
             raise CheckpointError(f"{name} is not a folder and not in the local Hugging Face cache: {here}") from error
+
+
+def _only_snapshot(name: str, offline: bool) -> Path | None:
+    """The one snapshot in the cache, where the hub may not be asked and nothing says which commit the branch is at.
+
+    So it is with a cache that was filled by commit, or whose `refs/main` an editor has ended with a line break.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if not (offline or constants.HF_HUB_OFFLINE) or isinstance(try_to_load_from_cache(name, CONFIG), str):
+        return None
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+    snapshots = list(folder.glob(f"snapshots/*/{CONFIG}"))
+    try:
+        commit = (folder / "refs" / "main").read_text().strip()
+    except OSError:
+        commit = ""
+    found = [each.parent for each in snapshots if not commit or each.parent.name == commit]
+    return found[0] if len(found) == 1 else None
 
 
 def _has(folder: Path, files: list[str]) -> bool:

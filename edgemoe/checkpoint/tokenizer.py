@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -80,10 +80,15 @@ def prompt_tokens(tokenizer: Any, prompt: str | Sequence[int], name: str) -> lis
         return [int(token) for token in tokenizer.encode(prompt)] if prompt else []
 
 
-def check_tokens(tokens: Sequence[int], vocabulary: int) -> None:
+def check_prompt(tokens: Sequence[int], vocabulary: int) -> None:
     """Raises RequestError for an empty prompt, and for an id that is none of `vocabulary` ids."""
     if not tokens:
         raise RequestError("the prompt is empty: give at least one token")
-    outside = [token for token in tokens if not 0 <= token < vocabulary]
-    if outside:
-        raise RequestError(f"token id {outside[0]} is outside the vocabulary of {vocabulary}: check the ids")
+    check_token_ids(tokens, vocabulary, "the prompt has the")
+
+
+def check_token_ids(tokens: Iterable[int], vocabulary: int, where: str) -> None:
+    """Raises RequestError, which begins with `where`, for an id that is none of `vocabulary` ids."""
+    outside = next((token for token in tokens if not 0 <= token < vocabulary), None)
+    if outside is not None:
+        raise RequestError(f"{where} token id {outside}, outside the vocabulary of {vocabulary}: check the ids")

@@ -54,10 +54,8 @@ class DraftPrice(NamedTuple):
             return False
         if not self.priced:
             return True
-        if loads is None:
-            cost = self.step.next_token(drafted)
-        else:
-            cost = self.step.computing + loads * self.load_seconds
+        step = self.step
+        cost = step.next_token(drafted) if loads is None else step.computing + loads * self.load_seconds
         return 0 < MARGIN * cost <= probability * self.worth
 
     def pays_whole(self, tree: DraftTree) -> bool:

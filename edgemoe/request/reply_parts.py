@@ -57,7 +57,8 @@ class ReplyFormat:
         for opening, closing in SPANS:
             for match in re.finditer(opening, known):
                 end = closing.format(match[1])
-                if end in known:
+                # A template that opens a span leaves it to the model to close it, maybe in several tokens.
+                if end in known or match[0] in template:
                     return cls(span=(match[0], end))
         return cls()
 

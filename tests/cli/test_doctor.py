@@ -35,6 +35,17 @@ def test_a_sound_machine(tmp_path: Path, factory: FakeFactory, capsys: pytest.Ca
     assert factory.asked == [{"model": None}, {"model": str(tmp_path)}]
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_whether_compiled_code_is_kept(
+    kept: bool, monkeypatch: pytest.MonkeyPatch, factory: FakeFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("edgemoe.cache.compiled.is_kept", lambda: kept)
+    assert main(["doctor", "--json"], engine=factory) == 0
+    found = checks(capsys)["compiled code"]
+    assert found["status"] == ("ok" if kept else "warning")
+    assert ("NUMBA_CACHE_DIR" in found["advice"]) != kept
+
+
 def test_a_problem_is_exit_code_1_and_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     missing = FakeFactory(error=CheckpointError("the demo model is missing; install edgemoe again"))
     assert main(["doctor"], engine=missing) == 1

@@ -204,8 +204,15 @@ def test_an_empty_prompt_is_refused(prompt: str, engine: Engine) -> None:
 
 @pytest.mark.parametrize("token", [-1, 264, 10**9])
 def test_unknown_token_ids_are_refused(token: int, engine: Engine) -> None:
-    with pytest.raises(RequestError, match=f"token id {token} is outside the vocabulary of 264"):
+    with pytest.raises(RequestError, match=f"token id {token}, outside the vocabulary of 264"):
         engine.generate([5, token])
+
+
+def test_a_bias_beyond_the_vocabulary_is_refused(engine: Engine) -> None:
+    """vllm-project/vllm#16529: one such request must not end the others."""
+    with pytest.raises(RequestError, match="logit_bias has the token id 264, outside the vocabulary of 264"):
+        engine.generate([5], Sampling(logit_bias={264: 1.0}))
+    assert engine.generate([5], Sampling(logit_bias={263: -1.0}, max_tokens=2)).token_ids
 
 
 def test_without_a_tokenizer_prompts_are_ids_and_replies_have_no_text(zoo: Zoo) -> None:

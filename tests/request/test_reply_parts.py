@@ -90,6 +90,12 @@ def test_a_span_may_be_marked_by_plain_text() -> None:
     assert said("Hello", "<", "th") == ("Hello<th", ""), "the reply ends with half of a mark"
 
 
+def test_a_template_that_opens_a_span_need_not_name_its_end() -> None:
+    """InternLM/lmdeploy#4754: the tokenizer has neither mark as a token."""
+    said = Said(tokenizer(["<|im_end|>"], template=THINKING), ["<", "th", "ink", ">"])
+    assert said("hmm", "</", "th", "ink", ">", "\n", "Hello") == ("Hello", "hmm")
+
+
 def test_white_space_inside_of_parts_stays() -> None:
     said = Said(tokenizer(["<think>", "</think>"]))
     assert said("<think>", "hmm", "\n\n", " so", "</think>", "Hello", "\n", " ") == ("Hello\n ", "hmm\n\n so")

@@ -245,9 +245,13 @@ class _Grouped:
         for start, stop, count in ((first, whole, rows), (whole, last, 1)):
             with self._loop(start, stop, count) as row:
                 weights = builder.add(matrix, builder.mul(row, block.row_step))
-                self._tokens(block, count, most, weights, values, builder.add(results, builder.mul(row, WORD(4))), tokens)
+                self._tokens(
+                    block, count, most, weights, values, builder.add(results, builder.mul(row, WORD(4))), tokens
+                )
 
-    def _tokens(self, block: _Block, rows: int, most: int, weights: Any, values: Any, results: Any, tokens: Any) -> None:
+    def _tokens(
+        self, block: _Block, rows: int, most: int, weights: Any, values: Any, results: Any, tokens: Any
+    ) -> None:
         builder = self._builder
         whole = builder.sub(tokens, builder.srem(tokens, WORD(most)))
 

@@ -1,0 +1,1 @@
+"""What public reports about other engines describe, tried here."""
