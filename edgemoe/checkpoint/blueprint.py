@@ -79,7 +79,8 @@ def read_blueprint(checkpoint: Checkpoint, dtype: str = "auto") -> Blueprint:
         model = build_skeleton(model_class, config, chosen)
         experts_modules = require_experts_modules(model, config, checkpoint.name)
         sources = ExpertSources(checkpoint, model, experts_modules, _mapping(model))
-        dense = tuple(key for key in checkpoint.tensors if key not in sources.keys)
+        experts_modules = sources.modules
+        dense = tuple(key for key in checkpoint.weights if key not in sources.keys)
         _dry_run(checkpoint, model, chosen)
         records = sources.records()
         # A new skeleton, since the dry run uses the first one up.
@@ -141,9 +142,15 @@ def _family(checkpoint: Checkpoint) -> tuple[Any, Any]:
                 "use a family that transformers itself has"
             )
         raise CheckpointError(f"{checkpoint.name} is of the family {family}, unknown to this transformers: upgrade it")
-    invalid = f"{checkpoint.folder / 'config.json'} is not a valid {family} configuration"
+    source = checkpoint.folder / "config.json" if checkpoint.gguf is None else checkpoint.name
+    invalid = f"{source} is not a valid {family} configuration"
     with quiet_transformers(), told_as(lambda why: CheckpointError(f"{invalid}: {why}"), of_files=True):
-        config = CONFIG_MAPPING[family].from_pretrained(checkpoint.folder)
+        if checkpoint.gguf is not None:
+            config = CONFIG_MAPPING[family].from_dict(dict(checkpoint.config))
+        else:
+            config = CONFIG_MAPPING[family].from_pretrained(checkpoint.folder)
+    # What it says of the weights in the files concerns the checkpoint alone: the model is built of float tensors.
+    vars(config).pop("quantization_config", None)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise CheckpointError(
             f"{checkpoint.name} is of the family {family}, which is no causal language model: edgemoe cannot run it"
@@ -166,9 +173,12 @@ def _dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
         raise CheckpointError(
             f"{checkpoint.name}: {key} is stored as {stored_as}: only bf16, fp16 and fp32 weights are supported"
         )
-    if not weights:
+    if not weights and not checkpoint.packed:
         raise CheckpointError(f"{checkpoint.name} has no floating-point weights: fetch it again")
     names = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    said = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype"))
+    if dtype == "auto" and checkpoint.packed and said in names:
+        return names[said]
     if dtype != "auto":
         if dtype not in names:
             raise CheckpointError(f"dtype {dtype!r} is not one of auto, {', '.join(names)}: choose one as dtype=")
@@ -176,7 +186,7 @@ def _dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
     stored: Counter[torch.dtype] = Counter()
     for entry in weights.values():
         stored[entry.dtype] += entry.nbytes
-    return stored.most_common(1)[0][0]
+    return stored.most_common(1)[0][0] if stored else torch.bfloat16
 
 
 def _dry_run(checkpoint: Checkpoint, model: Any, dtype: torch.dtype) -> None:
@@ -185,7 +195,7 @@ def _dry_run(checkpoint: Checkpoint, model: Any, dtype: torch.dtype) -> None:
 
     shapes = {
         key: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for key, entry in checkpoint.tensors.items()
-    }
+    } | {key: torch.empty(weight.shape, dtype=dtype, device="meta") for key, weight in checkpoint.packed.items()}
     info, _ = convert_and_load_state_dict_in_model(model, shapes, load_config(model, dtype, "meta"), None)
     info.missing_keys -= set(model.all_tied_weights_keys)
     model._adjust_missing_and_unexpected_keys(info)
@@ -210,7 +220,7 @@ def _dry_run(checkpoint: Checkpoint, model: Any, dtype: torch.dtype) -> None:
 
 def _dense_sizes(skeleton: Any, experts_modules: Sequence[ExpertsModule]) -> list[int]:
     """Bytes of each weight and buffer but the experts'; tied weights count once."""
-    experts = {f"{moe.name}.{part.name}" for moe in experts_modules for part in moe.layout.parts}
+    experts = {f"{moe.name}.{name}" for moe in experts_modules for name in moe.shapes}
     tied = set(skeleton.all_tied_weights_keys)
     tensors = [*skeleton.named_parameters(), *skeleton.named_buffers()]
     kept = [value for name, value in tensors if name not in experts and name not in tied]

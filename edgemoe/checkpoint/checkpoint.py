@@ -7,18 +7,24 @@ import math
 import os
 import stat
 import struct
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from edgemoe.checkpoint import hub
+from edgemoe.checkpoint import hub, quantization
+from edgemoe.checkpoint.gguf_checkpoint import gguf_config, gguf_weights
+from edgemoe.checkpoint.gguf_file import GgufFile, read_gguf
+from edgemoe.checkpoint.gguf_tokenizer import has_vocabulary
+from edgemoe.checkpoint.packed_tensor import MergedTensor, PackedTensor
+from edgemoe.checkpoint.tensor_entry import TensorEntry
 from edgemoe.errors import CheckpointError, reason
 
 DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 """The supported dtypes of safetensors files; those of weights are `WEIGHT_DTYPES`."""
@@ -29,20 +35,16 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """The file of all weights, and the one that says which shard has which tensor."""
 
 
-@dataclass(frozen=True)
-class TensorEntry:
-    """One tensor of a checkpoint: the index of its file, its byte offset there, size, shape and dtype."""
-
-    file: int
-    offset: int
-    nbytes: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+Weight = TensorEntry | PackedTensor | MergedTensor
+"""A tensor as it lies in a file, or what several of them make up."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint's folder: its weight files, its tensors by name, and its `config.json` as a dictionary."""
+    """A checkpoint's folder: its weight files, its tensors by name, and its `config.json` as a dictionary.
+
+    `packed` are weights that tensors of the files make up, which are not among `tensors` then.
+    """
 
     folder: Path
     name: str
@@ -50,15 +52,25 @@ class Checkpoint:
     config: Mapping[str, Any]
     files: tuple[Path, ...]
     tensors: Mapping[str, TensorEntry]
+    packed: Mapping[str, PackedTensor | MergedTensor] = field(default_factory=dict)
+    gguf: GgufFile | None = None
+    """The file that the configuration and the tokenizer come from; None where the folder has them."""
+
+    @property
+    def weights(self) -> dict[str, Weight]:
+        """All tensors and packed weights, by the names that transformers knows."""
+        return {**self.tensors, **self.packed}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(entry.nbytes for entry in self.tensors.values())
+        """Bytes of all tensors and packed weights."""
+        return sum(entry.nbytes for entry in self.weights.values())
 
     @property
     def has_tokenizer(self) -> bool:
         """Whether the folder has tokenizer files; without them prompts must be token ids."""
+        if self.gguf is not None and has_vocabulary(self.gguf):
+            return True
         names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
         return any((self.folder / name).exists() for name in names)
 
@@ -81,6 +93,8 @@ def open_checkpoint(
     checkpoint cannot be found or read, is quantised, has only pickle weights, or has a damaged or truncated file.
     """
     name = name or os.fspath(model)
+    if os.fspath(model).endswith(".gguf"):
+        return _open_gguf(Path(model).expanduser(), name, setting)
 
     def check_folder(folder: Path) -> None:
         config = _read_config(folder, name, setting)
@@ -101,7 +115,32 @@ def open_checkpoint(
                 )
             if first is None or owners[key] == file.name:
                 tensors[key] = entry
-    return Checkpoint(folder, name, config, tuple(files), tensors)
+    quantised = config.get("quantization_config")
+    if not quantised:
+        return Checkpoint(folder, name, config, tuple(files), tensors)
+    found = quantization.unpack(tensors, quantised, name, _reader(files))
+    return Checkpoint(folder, name, config, tuple(files), found.tensors, found.packed)
+
+
+def _open_gguf(path: Path, name: str, setting: str) -> Checkpoint:
+    """The checkpoint in a GGUF file, or in a split one whose first file is `path`."""
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist: give a GGUF file, or the first one of a split model, as {setting}=")
+    file = read_gguf(path)
+    config = gguf_config(file, name)
+    weights = gguf_weights(file, config["num_hidden_layers"], name)
+    tensors = {key: weight for key, weight in weights.items() if isinstance(weight, TensorEntry)}
+    packed = {key: weight for key, weight in weights.items() if not isinstance(weight, TensorEntry)}
+    return Checkpoint(path.parent, name, config, file.files, tensors, packed, file)
+
+
+def _reader(files: Sequence[Path]) -> Callable[[int, int, int], bytes]:
+    def read(file: int, offset: int, count: int) -> bytes:
+        with files[file].open("rb") as stream:
+            stream.seek(offset)
+            return stream.read(count)
+
+    return read
 
 
 def _find_folder(name: str, offline: bool, setting: str, check: Callable[[Path], None]) -> Path:
@@ -150,9 +189,11 @@ def _read_config(folder: Path, name: str, setting: str) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} names no model_type: {setting}= must name the folder of a transformers checkpoint"
         )
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise CheckpointError(f"{name} is quantised ({method}): use its bf16, fp16 or fp32 version")
+    quantised = config.get("quantization_config")
+    if quantised is not None and not isinstance(quantised, dict):
+        raise CheckpointError(f"{path}: quantization_config is {quantised!r}, not an object: fetch it again")
+    if quantised:
+        quantization.check_method(quantised, name)
     return config
 
 
@@ -229,7 +270,7 @@ def read_table(file: Path, number: int) -> Iterator[tuple[str, TensorEntry]]:
             )
         if record["dtype"] not in DTYPES:
             raise CheckpointError(
-                f"{file}: {key} has dtype {record['dtype']}: only bf16, fp16 and fp32 weights are supported"
+                f"{file}: {key} has dtype {record['dtype']}: only bf16, fp16 and fp32 weights and packed ones are read"
             )
         dtype = DTYPES[record["dtype"]]
         yield key, TensorEntry(number, data + start, stop - start, tuple(record["shape"]), dtype)

@@ -11,8 +11,10 @@ import torch
 
 from edgemoe.cache.record import host_bytes
 from edgemoe.checkpoint.blueprint import Blueprint, build_skeleton, load_config
-from edgemoe.checkpoint.checkpoint import TensorEntry
 from edgemoe.checkpoint.experts_module import release_weights
+from edgemoe.checkpoint.checkpoint import Weight
+from edgemoe.checkpoint.packed_tensor import MergedTensor, PackedTensor
+from edgemoe.checkpoint.tensor_entry import TensorEntry
 from edgemoe.errors import CheckpointError, reading
 from edgemoe.quiet import quiet_transformers
 
@@ -48,6 +50,23 @@ class LazyTensor:
         return list(self._entry.shape)
 
 
+class LazyPacked:
+    """A packed weight that is read, and widened to the dtype of the computation, when it is indexed."""
+
+    def __init__(self, weight: PackedTensor | MergedTensor, stored: list[LazyTensor], dtype: torch.dtype) -> None:
+        self._weight = weight
+        self._stored = stored
+        self._dtype = dtype
+
+    def __getitem__(self, everything: Any) -> torch.Tensor:
+        tensor = self._weight.float([each[...] for each in self._stored], self._dtype)
+        return tensor if everything is Ellipsis else tensor[everything]
+
+    def get_shape(self) -> list[int]:
+        """See `LazyTensor`."""
+        return list(self._weight.shape)
+
+
 def load_dense(blueprint: Blueprint, device: torch.device, on_read: Callable[[int, int], None]) -> Any:
     """The model on `device` with all weights but the experts'; its experts modules have none.
 
@@ -55,7 +74,8 @@ def load_dense(blueprint: Blueprint, device: torch.device, on_read: Callable[[in
     be read, or if transformers' loader fails after the blueprint's checks passed.
     """
     checkpoint = blueprint.checkpoint
-    total = sum(checkpoint.tensors[key].nbytes for key in blueprint.dense_keys)
+    weights = checkpoint.weights
+    total = sum(weights[key].nbytes for key in blueprint.dense_keys)
     lock, done = threading.Lock(), [0]
 
     def count(nbytes: int) -> None:
@@ -63,10 +83,15 @@ def load_dense(blueprint: Blueprint, device: torch.device, on_read: Callable[[in
             done[0] += nbytes
             on_read(done[0], total)
 
-    lazy = {
-        key: LazyTensor(checkpoint.files[entry.file], entry, count)
-        for key, entry in ((key, checkpoint.tensors[key]) for key in blueprint.dense_keys)
-    }
+    def lazy_tensor(entry: TensorEntry) -> LazyTensor:
+        return LazyTensor(checkpoint.files[entry.file], entry, count)
+
+    def lazy_weight(weight: Weight) -> LazyTensor | LazyPacked:
+        if isinstance(weight, TensorEntry):
+            return lazy_tensor(weight)
+        return LazyPacked(weight, [lazy_tensor(each) for each in weight.stored.values()], blueprint.dtype)
+
+    lazy = {key: lazy_weight(weights[key]) for key in blueprint.dense_keys}
     model = build_skeleton(blueprint.model_class, blueprint.config, blueprint.dtype)
     for moe in blueprint.experts_modules:
         release_weights(moe, model)

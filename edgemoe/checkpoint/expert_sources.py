@@ -9,16 +9,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from edgemoe.cache.record import ExpertId
+from edgemoe.cache.record import ExpertId, Part, RecordLayout
 from edgemoe.cache.safetensors_store import Extent, RecordSource
-from edgemoe.checkpoint.checkpoint import Checkpoint, TensorEntry
+from edgemoe.checkpoint.checkpoint import Checkpoint
 from edgemoe.checkpoint.experts_module import ExpertsModule
+from edgemoe.checkpoint.packed_tensor import PackedTensor
+from edgemoe.checkpoint.tensor_entry import TensorEntry
 from edgemoe.errors import CheckpointError
+from edgemoe.formats.float_format import FloatFormat
+from edgemoe.formats.stacked_format import StackedFormat
+from edgemoe.formats.weight_format import WeightFormat
+
+Source = TensorEntry | PackedTensor
+FLOAT = FloatFormat(torch.bfloat16)
+"""Stands for parameters that are no matrices, such as biases."""
 
 
 @dataclass
@@ -36,23 +45,26 @@ class ExpertSources:
         self, checkpoint: Checkpoint, model: Any, experts_modules: Sequence[ExpertsModule], mapping: Sequence[Any]
     ) -> None:
         self._checkpoint = checkpoint
+        self._weights = checkpoint.weights
         self._model = model
-        self._modules = experts_modules
-        self._recipes = self._collect(mapping)
+        self._recipes = self._collect(mapping, experts_modules)
         self.keys = frozenset(
             key for recipe in self._recipes.values() for keys in recipe.sources.values() for key in keys
         )
-        """The names of the checkpoint's tensors that belong to experts."""
+        """The names of the checkpoint's tensors and packed weights that belong to experts."""
+        layouts: dict[tuple[Part, ...], RecordLayout] = {}
+        self.modules = [self._as_stored(moe, layouts) for moe in experts_modules]
+        """The experts modules with the formats in which the checkpoint has their weights."""
 
     def records(self) -> dict[ExpertId, RecordSource]:
-        """The source of every expert's record."""
+        """The source of every expert's record, in the layouts of `modules`."""
         return {
             ExpertId(layer, index): self._record(moe, index)
-            for layer, moe in enumerate(self._modules)
+            for layer, moe in enumerate(self.modules)
             for index in range(moe.experts)
         }
 
-    def _collect(self, mapping: Sequence[Any]) -> dict[str, _Recipe]:
+    def _collect(self, mapping: Sequence[Any], experts_modules: Sequence[ExpertsModule]) -> dict[str, _Recipe]:
         """Groups the checkpoint's keys by the stacked expert parameter that they become part of."""
         from transformers.core_model_loading import (
             WeightConverter,
@@ -61,13 +73,13 @@ class ExpertSources:
             rename_source_key,
         )
 
-        targets = {f"{moe.name}.{part.name}" for moe in self._modules for part in moe.layout.parts}
+        targets = {f"{moe.name}.{name}" for moe in experts_modules for name in moe.shapes}
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         state = self._model.state_dict()
         recipes: dict[str, _Recipe] = {}
-        for key in sorted(self._checkpoint.tensors, key=dot_natural_key):
+        for key in sorted(self._weights, key=dot_natural_key):
             prefix = self._model.base_model_prefix
             target, pattern = rename_source_key(key, renamings, converters, prefix, state)
             if target not in state and key in state:
@@ -82,18 +94,87 @@ class ExpertSources:
                 recipe.sources.setdefault(pattern or key, []).append(key)
         return recipes
 
+    def _as_stored(self, moe: ExpertsModule, layouts: dict[tuple[Part, ...], RecordLayout]) -> ExpertsModule:
+        """`moe` with the packed formats of its matrices, where their bytes can be taken as they are.
+
+        Layouts are shared between layers, since views of slots are kept by layout.
+        """
+        formats, parts = dict(moe.formats), []
+        for name in moe.shapes:
+            own = [part for part in moe.layout.parts if part.name == name]
+            recipe = self._recipes.get(f"{moe.name}.{name}")
+            if recipe is not None and name in formats:
+                packed = self._packed_format(recipe, moe)
+                if packed is not None:
+                    formats[name], rows, columns = packed
+                    own = list(formats[name].parts(name, (rows, columns)))
+            parts += own
+        transposed = frozenset(name for name in moe.transposed if formats[name] is moe.formats[name])
+        layout = layouts.setdefault(tuple(parts), RecordLayout(parts))
+        return replace(moe, layout=layout, formats=formats, transposed=transposed)
+
+    def _packed_format(self, recipe: _Recipe, moe: ExpertsModule) -> tuple[WeightFormat, int, int] | None:
+        """The format, rows and columns of a matrix in a record; None where it is widened as it is read."""
+        entries = self._entries(recipe, moe, 0)
+        packed = [entry for entry in entries if isinstance(entry, PackedTensor)]
+        if len(packed) < len(entries) or not packed or not self._keeps_order(recipe, entries):
+            return None
+        first = packed[0]
+        if any(entry.reshape for entry in packed):
+            return None
+        if len(packed) == 1:
+            return first.format, first.rows, first.columns
+        if any((entry.rows, entry.columns, entry.transposed) != (first.rows, first.columns, False) for entry in packed):
+            return None
+        stacked = StackedFormat(tuple(entry.format for entry in packed), first.rows)
+        return stacked, first.rows * len(packed), first.columns
+
     def _record(self, moe: ExpertsModule, index: int) -> RecordSource:
-        layout = moe.layout
-        plain: list[Extent] = []
-        for part, start in zip(layout.parts, layout.offsets, strict=True):
-            recipe = self._recipe(moe, part.name)
+        """The extents of one expert: those of packed weights and plain ones in the order of the layout's parts."""
+        plain = list[Extent]()
+        for name in moe.shapes:
+            recipe = self._recipe(moe, name)
             entries = self._entries(recipe, moe, index)
-            if not self._is_plain(recipe, entries, part.dtype):
+            extents = self._extents(moe, name, recipe, entries)
+            if extents is None:
                 return self._assembled(moe, index)
-            for entry in entries:
-                plain.append(_extent(entry, start))
-                start += entry.nbytes
+            plain += extents
         return RecordSource(tuple(plain), None)
+
+    def _extents(
+        self, moe: ExpertsModule, name: str, recipe: _Recipe, entries: Sequence[Source]
+    ) -> list[Extent] | None:
+        """Where the bytes of one parameter go in a record; None where they must be converted first."""
+        if not isinstance(moe.formats.get(name, FLOAT), FloatFormat):
+            packed = self._same_formats(moe, name, entries)
+            if any(entry.convert for entry in packed):
+                return None
+            return [
+                _extent(entry, moe.layout.part_offset(part))
+                for part, entry in _stored_parts(name, packed)
+                if part in moe.layout.names
+            ]
+        part = next(part for part in moe.layout.parts if part.name == name)
+        start, found = moe.layout.part_offset(name), []
+        if not self._is_plain(recipe, entries, part.dtype):
+            return None
+        for entry in entries:
+            assert isinstance(entry, TensorEntry)
+            found.append(_extent(entry, start))
+            start += entry.nbytes
+        return found
+
+    def _same_formats(self, moe: ExpertsModule, name: str, entries: Sequence[Source]) -> list[PackedTensor]:
+        """`entries` of one expert, which must be packed as those of the layer's first one are."""
+        kind = moe.formats[name]
+        wanted = kind.formats if isinstance(kind, StackedFormat) and len(entries) > 1 else (kind,)
+        packed = [entry for entry in entries if isinstance(entry, PackedTensor)]
+        if [entry.format for entry in packed] != list(wanted) or len(packed) < len(entries):
+            raise CheckpointError(
+                f"{self._checkpoint.name} packs the experts of {moe.name} in several formats, which is not read: "
+                "use another version of it"
+            )
+        return packed
 
     def _recipe(self, moe: ExpertsModule, part: str) -> _Recipe:
         recipe = self._recipes.get(f"{moe.name}.{part}")
@@ -101,16 +182,16 @@ class ExpertSources:
             raise CheckpointError(f"{self._checkpoint.name} lacks the tensors of {moe.name}.{part}: fetch it again")
         return recipe
 
-    def _entries(self, recipe: _Recipe, moe: ExpertsModule, index: int) -> list[TensorEntry]:
+    def _entries(self, recipe: _Recipe, moe: ExpertsModule, index: int) -> list[Source]:
         """One expert's tensors in the order of the converter's patterns: its own ones, or its slices of stacks."""
         patterns = recipe.converter.source_patterns if recipe.converter else list(recipe.sources)
-        found = []
+        found = list[Source]()
         for pattern in patterns:
             keys = recipe.sources.get(pattern, [])
             if len(keys) == moe.experts:
-                found.append(self._checkpoint.tensors[keys[index]])
+                found.append(self._weights[keys[index]])
             elif len(keys) == 1:
-                found.append(_slice(self._checkpoint.tensors[keys[0]], index, moe.experts))
+                found.append(_of_stack(self._weights[keys[0]], index, moe.experts))
             elif keys:
                 raise CheckpointError(
                     f"{self._checkpoint.name} has {len(keys)} tensors {pattern} in {moe.name}, not one for each of "
@@ -118,10 +199,15 @@ class ExpertSources:
                 )
         return found
 
-    def _is_plain(self, recipe: _Recipe, entries: Sequence[TensorEntry], dtype: torch.dtype) -> bool:
+    def _is_plain(self, recipe: _Recipe, entries: Sequence[Source], dtype: torch.dtype) -> bool:
         """Whether the record is the bytes of `entries` in their order: a plain stack, or a concatenation of rows."""
-        if any(entry.dtype != dtype for entry in entries):
+        if any(not isinstance(entry, TensorEntry) or entry.dtype != dtype for entry in entries):
             return False
+        return self._keeps_order(recipe, entries)
+
+    @staticmethod
+    def _keeps_order(recipe: _Recipe, entries: Sequence[Source]) -> bool:
+        """Whether the conversion only stacks experts and concatenates their rows."""
         if recipe.converter is None:
             return True
         from transformers.core_model_loading import Concatenate, MergeModulelist
@@ -134,17 +220,27 @@ class ExpertSources:
         return False
 
     def _assembled(self, moe: ExpertsModule, index: int) -> RecordSource:
-        recipes = {part.name: self._recipe(moe, part.name) for part in moe.layout.parts}
+        recipes = {name: self._recipe(moe, name) for name in moe.shapes}
         entries = {name: self._entries(recipe, moe, index) for name, recipe in recipes.items()}
+        dtypes = {part.name: part.dtype for part in moe.layout.parts}
 
         def assemble(raw: Sequence[torch.Tensor]) -> Mapping[str, torch.Tensor]:
-            remaining, parts = list(raw), {}
+            remaining, parts = list(raw), dict[str, torch.Tensor]()
             for name, recipe in recipes.items():
-                mine = [remaining.pop(0) for _ in entries[name]]
-                parts[name] = self._convert(recipe, moe, name, mine)
+                mine = [[remaining.pop(0) for _ in _stored(entry)] for entry in entries[name]]
+                if isinstance(moe.formats.get(name, FLOAT), FloatFormat):
+                    floats = [_float(entry, own, dtypes[name]) for entry, own in zip(entries[name], mine, strict=True)]
+                    parts[name] = self._convert(recipe, moe, name, floats)
+                    continue
+                packed = self._same_formats(moe, name, entries[name])
+                prefixes = _prefixes(name, packed)
+                for prefix, entry, own in zip(prefixes, packed, mine, strict=True):
+                    parts |= entry.made(own, prefix)
             return parts
 
-        extents = tuple(_extent(entry, None) for found in entries.values() for entry in found)
+        extents = tuple(
+            _extent(stored, None) for found in entries.values() for entry in found for stored in _stored(entry)
+        )
         return RecordSource(extents, assemble)
 
     def _convert(self, recipe: _Recipe, moe: ExpertsModule, part: str, raw: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -181,7 +277,30 @@ def _extent(entry: TensorEntry, slot_offset: int | None) -> Extent:
     return Extent(entry.file, entry.offset, entry.shape, entry.dtype, entry.nbytes, slot_offset)
 
 
-def _slice(entry: TensorEntry, index: int, experts: int) -> TensorEntry:
-    """The slice of a stacked tensor that belongs to expert `index`."""
-    nbytes = entry.nbytes // experts
-    return TensorEntry(entry.file, entry.offset + index * nbytes, nbytes, entry.shape[1:], entry.dtype)
+def _of_stack(source: Source, index: int, experts: int) -> Source:
+    """What belongs to expert `index` of a stack."""
+    return source.slice(index, experts) if isinstance(source, TensorEntry) else source.expert(index)
+
+
+def _stored(source: Source) -> list[TensorEntry]:
+    """The tensors in the files that make `source` up."""
+    return [source] if isinstance(source, TensorEntry) else list(source.stored.values())
+
+
+def _float(source: Source, raw: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """transformers' tensor of `source`, from its tensors in the files."""
+    return raw[0] if isinstance(source, TensorEntry) else source.float(raw, dtype)
+
+
+def _prefixes(name: str, packed: Sequence[PackedTensor]) -> list[str]:
+    """What the names of each one's parts in a record begin with: as in `StackedFormat` where there are several."""
+    return [name] if len(packed) == 1 else [f"{name}.{at}" for at in range(len(packed))]
+
+
+def _stored_parts(name: str, packed: Sequence[PackedTensor]) -> list[tuple[str, TensorEntry]]:
+    """The parts of one matrix in a record, with their tensors in the files."""
+    return [
+        (prefix + suffix, stored)
+        for prefix, entry in zip(_prefixes(name, packed), packed, strict=True)
+        for suffix, stored in entry.stored.items()
+    ]

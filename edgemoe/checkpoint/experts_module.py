@@ -28,6 +28,10 @@ class ExpertsModule:
     layout: RecordLayout
     formats: Mapping[str, WeightFormat]
     """How each weight matrix is stored, by its name in the module. Biases, a part each, have no format."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """The shape of one expert's share of each stacked parameter, in transformers' order."""
+    transposed: frozenset[str] = frozenset()
+    """The matrices that a record has as [inputs, outputs]: as the family declares, but not where they are packed."""
 
     def module(self, model: nn.Module) -> Any:
         """This experts module in `model`."""
@@ -66,8 +70,8 @@ def require_experts_modules(model: nn.Module, config: Any, name: str) -> list[Ex
 def release_weights(moe: ExpertsModule, model: nn.Module) -> None:
     """Removes the stacked expert weights from the module in `model`: the store has them."""
     module = moe.module(model)
-    for part in moe.layout.parts:
-        module._parameters[part.name] = None
+    for name in moe.shapes:
+        module._parameters[name] = None
     # Keeps transformers from initialising the module, which has no weights left.
     module._is_hf_initialized = True
 
@@ -77,14 +81,16 @@ def _experts_module(name: str, module: nn.Module, layouts: dict[tuple[Part, ...]
     experts = module._parameters["down_proj"].shape[0]  # type: ignore[union-attr]
     parts: list[Part] = []
     formats: dict[str, WeightFormat] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for key, value in module._parameters.items():
         if value is None or value.dim() < 2 or value.shape[0] != experts:
             continue
-        shape = tuple(value.shape[1:])
+        shape = shapes[key] = tuple(value.shape[1:])
         if len(shape) == 1:
             parts.append(Part(key, shape, value.dtype))
         else:
             formats[key] = FloatFormat(value.dtype)
             parts += formats[key].parts(key, shape)
     layout = layouts.setdefault(tuple(parts), RecordLayout(parts))
-    return ExpertsModule(name, experts, layout, formats)
+    transposed = frozenset(formats if module.is_transposed else ())
+    return ExpertsModule(name, experts, layout, formats, shapes, transposed)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from edgemoe.checkpoint.checkpoint import Checkpoint, TensorEntry
+from edgemoe.checkpoint.checkpoint import Checkpoint
 
 LAYER = re.compile(r"^(.*\blayers\.)(\d+)\.(.+)$")
 DECLARED = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "mtp_num_layers")
@@ -25,7 +25,7 @@ def without_heads_that_draft(checkpoint: Checkpoint, config: Any) -> Checkpoint:
         return checkpoint
     declared = max(int(getattr(config, name, None) or 0) for name in DECLARED)
     heads = set()
-    for stack, layers in _stacks(checkpoint.tensors).items():
+    for stack, layers in _stacks(checkpoint.weights).items():
         # Towers of other kinds have other numbers of layers.
         if set(range(count)) <= set(layers):
             ordinary = {name for layer in range(count) for name in layers[layer]}
@@ -34,10 +34,11 @@ def without_heads_that_draft(checkpoint: Checkpoint, config: Any) -> Checkpoint:
     if not heads:
         return checkpoint
     kept = {key: entry for key, entry in checkpoint.tensors.items() if _place(key) not in heads}
-    return replace(checkpoint, tensors=kept)
+    packed = {key: weight for key, weight in checkpoint.packed.items() if _place(key) not in heads}
+    return replace(checkpoint, tensors=kept, packed=packed)
 
 
-def _stacks(tensors: Mapping[str, TensorEntry]) -> dict[str, dict[int, set[str]]]:
+def _stacks(tensors: Mapping[str, object]) -> dict[str, dict[int, set[str]]]:
     """For each stack of layers, by its prefix, the names of each layer's tensors; experts' numbers are left out."""
     found: dict[str, dict[int, set[str]]] = {}
     for key in tensors:

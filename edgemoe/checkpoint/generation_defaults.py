@@ -41,7 +41,7 @@ def load_generation_defaults(blueprint: Blueprint) -> Any:
 
     file = _file(blueprint)
     with quiet_transformers():
-        if file.exists():
+        if file.exists() and blueprint.checkpoint.gguf is None:
             with told_as(
                 lambda why: CheckpointError(f"{file} cannot be read ({why}): fetch it again, or remove it"),
                 of_files=True,

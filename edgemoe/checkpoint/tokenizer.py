@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from edgemoe.checkpoint.chat_template import ChatPrompt, Messages
 from edgemoe.checkpoint.checkpoint import Checkpoint
+from edgemoe.checkpoint.gguf_tokenizer import tokenizer_of
 from edgemoe.errors import CheckpointError, RequestError, told_as
 from edgemoe.quiet import quiet_transformers
 
@@ -47,6 +48,14 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     if not checkpoint.has_tokenizer:
         return None
     from transformers import AutoTokenizer
+
+    if checkpoint.gguf is not None:
+        file = checkpoint.gguf
+        with (
+            quiet_transformers(),
+            told_as(lambda why: CheckpointError(f"the tokenizer in {checkpoint.name} cannot be built ({why})")),
+        ):
+            return tokenizer_of(file)
 
     def unusable(why: str) -> CheckpointError:
         return CheckpointError(

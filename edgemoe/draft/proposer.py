@@ -28,7 +28,7 @@ MIN_CHAIN_PROBABILITY = 0.5
 MARGIN = 1.4
 """Worth over cost from which a priced node is drafted: both are estimates."""
 TOLERANCE = 1e-6
-"""Rounding of sums, by which a tree may miss its cost."""
+"""Rounding of sums, in plain steps."""
 SHARE_BINS = 10
 """Bins of a drafted token's share of the softmax, each with its own acceptance rate."""
 
@@ -58,10 +58,20 @@ class DraftPrice(NamedTuple):
         cost = step.next_token(drafted) if loads is None else step.computing + loads * self.load_seconds
         return 0 < MARGIN * cost <= probability * self.worth
 
-    def pays_whole(self, tree: DraftTree) -> bool:
-        """Whether the tree is worth its cost: its first nodes may have been taken for more of them to come."""
-        gain = sum(tree.probabilities[1:]) * self.worth
-        return not self.priced or MARGIN * self.step.extra(tree.drafted) <= gain * (1 + TOLERANCE)
+    def best_size(self, tree: DraftTree) -> int:
+        """The number of nodes, the first ones of the tree, that gain most: nodes may be taken for more to come.
+
+        0 where no number of them is worth its cost.
+        """
+        if not self.priced:
+            return tree.drafted
+        gains, gain = [0.0], 0.0
+        for nodes, probability in enumerate(tree.probabilities[1:], start=1):
+            gain += probability * self.worth
+            gains.append(gain - MARGIN * self.step.extra(nodes))
+        # Rounding must not cut a tree off whose nodes all cost the same.
+        best = max(gains)
+        return max(nodes for nodes, each in enumerate(gains) if each >= best - TOLERANCE * self.worth)
 
 
 class DraftProposer:
@@ -101,7 +111,9 @@ class DraftProposer:
             for builder in builders:
                 self._add_ngrams(builder, price)
         passed = self._add_by_passes(builders, price)
-        builders = [each for each in builders if each.request in passed or price.pays_whole(each.tree)]
+        for builder in builders:
+            if builder.request not in passed:
+                builder.tree.truncate(price.best_size(builder.tree))
         nodes = dict.fromkeys(limits, 0)
         # A pass takes its time also where it finds nothing that is worth drafting.
         nodes |= {each.request: max(each.tree.drafted, each.request in passed) for each in builders}

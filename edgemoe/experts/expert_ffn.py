@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from edgemoe.cache.record import RecordLayout
 from edgemoe.cache.slots import SlotPool
 from edgemoe.checkpoint.experts_module import ExpertsModule
+from edgemoe.formats.float_format import FloatFormat
 from edgemoe.kernels.cpu.slot_matrix import SlotMatrix
 from edgemoe.kernels.cpu.threads import KernelThreads, kernels_have_the_cores
+from edgemoe.kernels.packed_linear import packed_linear
 
 
 class TokenGroups:
@@ -152,6 +153,9 @@ class Experts(ABC):
         self.pool = pool
         self._layout = moe.layout
         self._formats = moe.formats
+        self._transposed = moe.transposed
+        outputs = 1 if module.is_transposed else 0
+        self._heights = {name: moe.shapes[name][outputs] for name in moe.formats}
 
     @abstractmethod
     def compute(self, groups: TokenGroups, experts: Sequence[int], slots: Sequence[int]) -> None:
@@ -166,9 +170,13 @@ class Experts(ABC):
         groups.write(expert, self._linear(inner, views, "down_proj"))
 
     def _linear(self, x: torch.Tensor, views: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-        weight = self._formats[name].dequantize(views, name)
-        weight = weight.t() if self.module.is_transposed else weight
-        product = F.linear(x.to(weight.dtype), weight)
+        kind = self._formats[name]
+        if isinstance(kind, FloatFormat):
+            weight = kind.dequantize(views, name)
+            weight = weight.t() if name in self._transposed else weight
+            product = F.linear(x.to(weight.dtype), weight)
+        else:
+            product = packed_linear(x, kind, views, name, self._heights[name]).to(x.dtype)
         # Added separately, as in transformers: a fused bias rounds differently in bf16.
         return product + views[f"{name}_bias"] if self.module.has_bias else product
 
@@ -198,10 +206,12 @@ class FastExperts(Experts):
         self._max_tokens = min(self._up.max_tokens, self._down.max_tokens)
 
     @staticmethod
-    def fits(module: Any, layout: RecordLayout) -> bool:
-        """Whether the kernels support the dtypes and the orientation that this family stores its experts in."""
-        up = "gate_up_proj" if module.has_gate else "up_proj"
-        return all(SlotMatrix.fits(layout, name, module.is_transposed) for name in (up, "down_proj"))
+    def fits(module: Any, moe: ExpertsModule) -> bool:
+        """Whether the kernels support the formats and the orientation that these experts are stored in."""
+        names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+        if not all(isinstance(moe.formats[name], FloatFormat) for name in names):
+            return False
+        return all(SlotMatrix.fits(moe.layout, name, module.is_transposed) for name in names)
 
     def compute(self, groups: TokenGroups, experts: Sequence[int], slots: Sequence[int]) -> None:
         """See the base class."""

@@ -158,7 +158,7 @@ def install(
     layers = ExpertLayers(CurrentLayer(model, experts_modules))
     for number, moe in enumerate(experts_modules):
         module = moe.module(model)
-        if not plain and cache.pool.device.type == "cpu" and FastExperts.fits(module, moe.layout):
+        if not plain and cache.pool.device.type == "cpu" and FastExperts.fits(module, moe):
             experts: Experts = FastExperts(module, moe, cache.pool, threads)
         else:
             experts = PlainExperts(module, moe, cache.pool)

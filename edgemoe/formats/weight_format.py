@@ -13,6 +13,9 @@ from edgemoe.cache.record import Part
 class WeightFormat(ABC):
     """How the weights of a matrix are stored. Immutable; knows no files and no devices."""
 
+    lossless = True
+    """Whether the values are those of the checkpoint. False where edgemoe has quantised them."""
+
     @property
     @abstractmethod
     def name(self) -> str:
@@ -25,12 +28,26 @@ class WeightFormat(ABC):
 
     @abstractmethod
     def parts(self, name: str, shape: tuple[int, ...]) -> tuple[Part, ...]:
-        """The parts of a record that hold one expert's matrix `name` of `shape`."""
+        """The parts of a record that hold one expert's matrix `name` of `shape`.
+
+        The first one is called `name`, the others `name` with a suffix. Raises ValueError for a shape that the format
+        cannot hold.
+        """
 
     @abstractmethod
     def dequantize(self, views: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
         """The matrix `name` in a float dtype, on the device of `views` (see `RecordLayout.views`).
 
-        The plain form that kernels are compared with. The result may share the record's memory: it is valid as long
-        as the record stays in its slot, and must not be written to.
+        The plain form that kernels are compared with. Packed formats give float32. The result may share the record's
+        memory: it is valid as long as the record stays in its slot, and must not be written to.
         """
+
+    def rows(self, views: Mapping[str, torch.Tensor], name: str, first: int, last: int) -> torch.Tensor:
+        """The rows `first` ≤ r < `last` of `dequantize`, so that no whole matrix is widened at a time.
+
+        `first` is a multiple of `row_multiple`.
+        """
+        return self.dequantize(views, name)[first:last]
+
+    row_multiple = 1
+    """Rows that are packed together: `rows` begins at a multiple of it."""

@@ -48,6 +48,13 @@ class DraftTree:
         """Whether no node has two children."""
         return all(parent == node - 1 for node, parent in enumerate(self.parents))
 
+    def truncate(self, drafted: int) -> None:
+        """Keeps the root and the first `drafted` nodes. A parent comes before its children, so a tree is left."""
+        for node in range(len(self.tokens) - 1, drafted, -1):
+            del self._children[self.parents[node]][self.tokens[node]]
+        for values in (self.tokens, self.parents, self.depths, self.probabilities, self._children):
+            del values[drafted + 1 :]
+
     def add(self, parent: int, token: int, probability: float) -> int:
         """The child of `parent` with `token`, made where there is none; it keeps the greater path probability.
 

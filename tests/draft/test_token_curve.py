@@ -77,9 +77,19 @@ def tree(nodes: int) -> DraftTree:
 def test_a_short_draft_behind_a_jump_is_given_up_and_a_long_one_is_not() -> None:
     price = DraftPrice(True, jumping(), 1.0, 0.0)
     assert price.pays(0.9, 0), "more may follow"
-    assert not price.pays_whole(tree(1))
-    assert price.pays_whole(tree(7))
-    assert DraftPrice(False, jumping(), 1.0, 0.0).pays_whole(tree(1)), "nothing is priced"
+    assert price.best_size(tree(1)) == 0
+    assert price.best_size(tree(7)) == 7
+    assert DraftPrice(False, jumping(), 1.0, 0.0).best_size(tree(1)) == 1, "nothing is priced"
+
+
+def test_a_draft_is_cut_where_it_gains_most() -> None:
+    price = DraftPrice(True, jumping(), 1.0, 0.0)
+    made = tree(5)
+    for probability in (0.011, 0.01, 0.01):
+        made.add(made.drafted, 9, probability)
+    assert price.best_size(made) == 5, "the rest is worth less than it costs"
+    made.truncate(5)
+    assert (made.drafted, made.add(5, 9, 0.5)) == (5, 6)
 
 
 def test_on_a_line_a_tree_of_nodes_that_pay_pays() -> None:
@@ -92,4 +102,4 @@ def test_on_a_line_a_tree_of_nodes_that_pay_pays() -> None:
     for number in range(9):
         assert price.pays(least * 1.0000001, made.drafted)
         parent = made.add(parent, number, least)
-    assert price.pays_whole(made)
+    assert price.best_size(made) == made.drafted

@@ -74,7 +74,7 @@ class Model(nn.Module):
             self.layers.append(Block(count, width, generator))
         self.experts_modules = [
             ExpertsModule(
-                f"layers.{number}.experts", count, RecordLayout([Part("down_proj", (width, 4), torch.float32)]), {}
+                f"layers.{number}.experts", count, RecordLayout([Part("down_proj", (width, 4), torch.float32)]), {}, {}
             )
             for number, (count, width) in enumerate(zip(experts, widths or [HIDDEN] * len(experts), strict=True))
         ]

@@ -20,7 +20,7 @@ LAYOUT = RecordLayout(
     [Part("up_proj", (INNER, WIDTH), torch.float32), Part("down_proj", (WIDTH, INNER), torch.float32)]
 )
 FORMATS = {name: FloatFormat(torch.float32) for name in ("up_proj", "down_proj")}
-MOE = ExpertsModule("experts", EXPERTS, LAYOUT, FORMATS)
+MOE = ExpertsModule("experts", EXPERTS, LAYOUT, FORMATS, {part.name: part.shape for part in LAYOUT.parts})
 MODULE: Any = SimpleNamespace(has_gate=False, has_bias=False, is_transposed=False, act_fn=F.relu)
 
 

@@ -1,0 +1,82 @@
+"""bitsandbytes' formats: 4-bit codes of a table in blocks of the flattened matrix, and 8-bit rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from edgemoe.cache.record import Part
+from edgemoe.formats.codes import nibbles, spread
+from edgemoe.formats.weight_format import WeightFormat
+
+
+@dataclass(frozen=True)
+class BnbFourBitFormat(WeightFormat):
+    """nf4 and fp4: codes uint8 [values / 2, 1] with the higher one first, a table of 16, and a maximum for each block.
+
+    The maxima are float32: those that a checkpoint has packed in their turn are read back first.
+    """
+
+    kind: str
+    """`nf4` or `fp4`."""
+    columns: int
+    block: int = 64
+
+    @property
+    def name(self) -> str:
+        """See the base class."""
+        return self.kind
+
+    @property
+    def bits_per_weight(self) -> float:
+        """See the base class."""
+        return 4.0 + 32.0 / self.block
+
+    def parts(self, name: str, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        """See the base class."""
+        rows, columns = shape
+        values = rows * columns
+        if columns != self.columns or values % 2:
+            raise ValueError(f"the checkpoint says {self.columns} columns, and its family {columns}")
+        return (
+            Part(name, (values // 2, 1), torch.uint8),
+            Part(f"{name}.absmax", (-(-values // self.block),), torch.float32),
+            Part(f"{name}.quant_map", (16,), torch.float32),
+        )
+
+    def dequantize(self, views: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+        """See the base class."""
+        codes = nibbles(views[name].flatten(), low_first=False)
+        maxima = spread(views[f"{name}.absmax"], self.block, len(codes), 0)
+        values = views[f"{name}.quant_map"][codes.long()] * maxima
+        return values.view(-1, self.columns)
+
+
+@dataclass(frozen=True)
+class BnbInt8Format(WeightFormat):
+    """Values int8 [rows, columns], and the largest magnitude of each row, float32 [rows], which stands for 127."""
+
+    @property
+    def name(self) -> str:
+        """See the base class."""
+        return "int8"
+
+    @property
+    def bits_per_weight(self) -> float:
+        """See the base class."""
+        return 8.0
+
+    def parts(self, name: str, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        """See the base class."""
+        return Part(name, shape, torch.int8), Part(f"{name}.scb", shape[:1], torch.float32)
+
+    def dequantize(self, views: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+        """See the base class."""
+        return self.rows(views, name, 0, views[name].shape[0])
+
+    def rows(self, views: Mapping[str, torch.Tensor], name: str, first: int, last: int) -> torch.Tensor:
+        """See the base class."""
+        # bitsandbytes multiplies by the rounded reciprocal of 127.
+        return views[name][first:last] * views[f"{name}.scb"][first:last, None] * 7.874015718698502e-3
