@@ -195,7 +195,7 @@ def expert_cache(value: str) -> str | int:
     return size
 
 
-_FLAGS = {"context": ("-c", "--ctx-size"), "threads": ("-t", "--threads")}
+_FLAGS = {"context": ("-c", "--ctx-size"), "threads": ("-t", "--threads"), "model_config": ("--config",)}
 """Options with another name than their setting, or a short one."""
 
 
@@ -251,7 +251,7 @@ def add_model_option(parser: Parser) -> None:
         "--model",
         convert=text,
         metavar="MODEL",
-        help="folder or hub name of a checkpoint; without it, the small demo model that ships with edgemoe",
+        help="folder, GGUF file or hub name of a checkpoint; without it, the small demo model that ships with edgemoe",
     )
 
 

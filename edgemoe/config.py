@@ -54,6 +54,13 @@ class EngineConfig:
         metavar="SIZE",
     )
     """"auto" (all the memory that is left), bytes ("6GiB"), a share of the experts ("40%"), or slots (an int)."""
+    model_config: str | os.PathLike[str] | None = _setting(
+        None,
+        "folder or hub name with the config.json and the tokenizer of a GGUF file, where the file's own do not do",
+        "machine",
+        metavar="MODEL",
+    )
+    """Folder or Hugging Face id with the config.json, maybe the tokenizer, of a GGUF file; None takes the file's."""
     offline: bool = _setting(False, "use only what is on this machine", "machine")
     """Never use the network."""
     link_gbps: float | None = _setting(

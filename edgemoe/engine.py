@@ -102,7 +102,7 @@ class Engine:
         threads. Raises CheckpointError or PlanError before any weight is read, TypeError for an unknown setting.
         """
         chosen = (config or EngineConfig()).changed(**settings)
-        blueprint = open_blueprint(model, chosen.dtype, offline=chosen.offline)
+        blueprint = open_blueprint(model, chosen.dtype, offline=chosen.offline, model_config=chosen.model_config)
         return cls(blueprint, chosen, on_progress or _ignore)
 
     @staticmethod
@@ -111,7 +111,7 @@ class Engine:
     ) -> Plan:
         """The plan that `load` would use now, without loading anything. Raises as `load` does."""
         chosen = (config or EngineConfig()).changed(**settings)
-        blueprint = open_blueprint(model, chosen.dtype, offline=chosen.offline)
+        blueprint = open_blueprint(model, chosen.dtype, offline=chosen.offline, model_config=chosen.model_config)
         return make_plan(blueprint, chosen, _draft_model(blueprint, chosen))
 
     @property

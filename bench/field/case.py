@@ -119,7 +119,7 @@ def reply(folder: Path, prompt: Any = PROMPT, tokens: int = 8, *, sampling: Any 
 
 def reference(folder: Path, prompt: Sequence[int] = PROMPT, tokens: int = 8, **settings: Any) -> list[int]:
     """The ids of transformers' greedy reply."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     settings = {"max_new_tokens": tokens, "do_sample": False} | settings
     return list(model.generate(torch.tensor([list(prompt)]), **settings)[0, len(prompt) :].tolist())
 
@@ -140,7 +140,6 @@ def edgemoe(
     stdin: str = "",
     shell: str = "",
     before: str = "",
-    timeout: float = 180.0,
     **environment: str,
 ) -> subprocess.CompletedProcess[str]:
     """The command with `arguments`; `shell` is what follows it on a shell's command line, such as `2>&-`.
@@ -158,7 +157,7 @@ def edgemoe(
         input=stdin,
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=180.0,
         env=os.environ | {"EDGEMOE_STATE_FOLDER": "none"} | environment,
     )
 

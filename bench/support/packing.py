@@ -158,7 +158,9 @@ def bnb_four_bit(matrix: torch.Tensor, kind: str = "nf4", *, nested: bool = Fals
         state |= {"nested_dtype": "float32"}
     else:
         stored["weight.absmax"] = maxima
-    stored[f"weight.quant_state.bitsandbytes__{kind}"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    stored[f"weight.quant_state.bitsandbytes__{kind}"] = torch.tensor(
+        list(json.dumps(state).encode()), dtype=torch.uint8
+    )
     return stored
 
 
@@ -170,7 +172,11 @@ def bnb_int8(matrix: torch.Tensor) -> Stored:
 
 def _integers(**more: Any) -> dict[str, Any]:
     weights = {"num_bits": 4, "type": "int", "group_size": 32, "strategy": "group", "symmetric": True, **more}
-    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"a": {"weights": weights}}}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"a": {"weights": weights}},
+    }
 
 
 PACKINGS: dict[str, Packing] = {
@@ -187,7 +193,9 @@ PACKINGS: dict[str, Packing] = {
         lambda m: nvfp4(m, divides=True),
         16,
     ),
-    "modelopt nvfp4": Packing({"quant_method": "modelopt", "quant_algo": "NVFP4"}, lambda m: nvfp4(m, divides=False), 16),
+    "modelopt nvfp4": Packing(
+        {"quant_method": "modelopt", "quant_algo": "NVFP4"}, lambda m: nvfp4(m, divides=False), 16
+    ),
     "gptq": Packing({"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}, gptq, 32),
     "gptq desc_act": Packing(
         {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True}, lambda m: gptq(m, order=True), 32
@@ -209,7 +217,9 @@ PACKINGS: dict[str, Packing] = {
     "bitsandbytes nf4 nested": Packing(
         {"quant_method": "bitsandbytes", "load_in_4bit": True}, lambda m: bnb_four_bit(m, nested=True), 8
     ),
-    "bitsandbytes fp4": Packing({"quant_method": "bitsandbytes", "load_in_4bit": True}, lambda m: bnb_four_bit(m, "fp4"), 8),
+    "bitsandbytes fp4": Packing(
+        {"quant_method": "bitsandbytes", "load_in_4bit": True}, lambda m: bnb_four_bit(m, "fp4"), 8
+    ),
     "bitsandbytes int8": Packing({"quant_method": "bitsandbytes", "load_in_8bit": True}, bnb_int8, 8),
 }
 """By name; `mxfp4`, which stacks experts, is `mxfp4_checkpoint`'s."""
@@ -244,8 +254,12 @@ def mxfp4_checkpoint(folder: Path) -> Path:
 
 
 def _is_packed(name: str, value: torch.Tensor, widths: int) -> bool:
-    kept = any(part in name for part in ("embed", "lm_head", "norm", "router", ".gate.weight", "shared_expert_gate", "conv"))
-    return name.endswith(".weight") and value.dim() == 2 and not kept and all(side % widths == 0 for side in value.shape)
+    kept = any(
+        part in name for part in ("embed", "lm_head", "norm", "router", ".gate.weight", "shared_expert_gate", "conv")
+    )
+    return (
+        name.endswith(".weight") and value.dim() == 2 and not kept and all(side % widths == 0 for side in value.shape)
+    )
 
 
 def _written(folder: Path, tensors: Stored, config: dict[str, Any]) -> Path:

@@ -55,15 +55,24 @@ class Blueprint:
 
 
 def open_blueprint(
-    model: str | os.PathLike[str] | None = None, dtype: str = "auto", *, offline: bool = False, setting: str = "model"
+    model: str | os.PathLike[str] | None = None,
+    dtype: str = "auto",
+    *,
+    offline: bool = False,
+    setting: str = "model",
+    model_config: str | os.PathLike[str] | None = None,
 ) -> Blueprint:
-    """The blueprint of `model`: a checkpoint's folder, a Hugging Face id, or None for the model shipped with edgemoe.
+    """The blueprint of `model`: a checkpoint's folder, a GGUF file, a Hugging Face id, or None for the shipped model.
 
+    `model_config` is where a GGUF file's configuration comes from, if not from the file.
     Raises CheckpointError as `open_checkpoint` and `read_blueprint` do.
     """
     if model is None:
         return read_blueprint(open_checkpoint(demo_folder(), name=DEMO_NAME), dtype)
-    return read_blueprint(open_checkpoint(model, offline=offline, setting=setting, check=_check_family), dtype)
+    checkpoint = open_checkpoint(
+        model, offline=offline, setting=setting, check=_check_family, model_config=model_config
+    )
+    return read_blueprint(checkpoint, dtype)
 
 
 def read_blueprint(checkpoint: Checkpoint, dtype: str = "auto") -> Blueprint:

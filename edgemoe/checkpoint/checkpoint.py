@@ -8,7 +8,7 @@ import os
 import stat
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,19 +82,21 @@ def open_checkpoint(
     name: str | None = None,
     setting: str = "model",
     check: Callable[[Checkpoint], object] | None = None,
+    model_config: str | os.PathLike[str] | None = None,
 ) -> Checkpoint:
-    """Finds `model`, a folder or a Hugging Face id, and reads its configuration and tensor tables.
+    """Finds `model`, a folder, a GGUF file or a Hugging Face id, and reads its configuration and tensor tables.
 
     `name` is what messages and results call it; None takes `model` itself. `setting` is the argument that messages
     tell a user to correct. `check` is given the checkpoint without its weights, before these are fetched, and raises
-    what speaks against it.
+    what speaks against it. `model_config` is a folder or an id with the configuration of a GGUF file.
 
     Downloads a Hugging Face id that is not in the local cache, unless `offline`. Raises CheckpointError if the
     checkpoint cannot be found or read, is quantised, has only pickle weights, or has a damaged or truncated file.
     """
     name = name or os.fspath(model)
     if os.fspath(model).endswith(".gguf"):
-        return _open_gguf(Path(model).expanduser(), name, setting)
+        folder = None if model_config is None else _config_folder(os.fspath(model_config), offline)
+        return _open_gguf(Path(model).expanduser(), name, setting, folder)
 
     def check_folder(folder: Path) -> None:
         config = _read_config(folder, name, setting)
@@ -122,16 +124,26 @@ def open_checkpoint(
     return Checkpoint(folder, name, config, tuple(files), found.tensors, found.packed)
 
 
-def _open_gguf(path: Path, name: str, setting: str) -> Checkpoint:
-    """The checkpoint in a GGUF file, or in a split one whose first file is `path`."""
+def _config_folder(name: str, offline: bool) -> Path:
+    """The folder with a configuration and a tokenizer: without weights, where it comes from a hub."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    return hub.fetch(name, offline, "model_config", lambda folder: None, lambda folder, names: [])
+
+
+def _open_gguf(path: Path, name: str, setting: str, folder: Path | None) -> Checkpoint:
+    """The checkpoint in a GGUF file, or in a split one whose first file is `path`; `folder` has its configuration."""
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist: give a GGUF file, or the first one of a split model, as {setting}=")
+        raise CheckpointError(f"{path} does not exist: give a GGUF file, the first one of a split model, as {setting}=")
     file = read_gguf(path)
-    config = gguf_config(file, name)
-    weights = gguf_weights(file, config["num_hidden_layers"], name)
+    config = gguf_config(file, name) if folder is None else _read_config(folder, str(folder), "model_config")
+    weights = gguf_weights(file, config.get("text_config", config)["num_hidden_layers"], name)
     tensors = {key: weight for key, weight in weights.items() if isinstance(weight, TensorEntry)}
     packed = {key: weight for key, weight in weights.items() if not isinstance(weight, TensorEntry)}
-    return Checkpoint(path.parent, name, config, file.files, tensors, packed, file)
+    found = Checkpoint(folder or path.parent, name, config, file.files, tensors, packed)
+    # A tokenizer beside the configuration counts before that of the file.
+    return found if folder is not None and found.has_tokenizer else replace(found, gguf=file)
 
 
 def _reader(files: Sequence[Path]) -> Callable[[int, int, int], bytes]:

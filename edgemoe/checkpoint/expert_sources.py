@@ -18,7 +18,7 @@ from edgemoe.cache.record import ExpertId, Part, RecordLayout
 from edgemoe.cache.safetensors_store import Extent, RecordSource
 from edgemoe.checkpoint.checkpoint import Checkpoint
 from edgemoe.checkpoint.experts_module import ExpertsModule
-from edgemoe.checkpoint.packed_tensor import PackedTensor
+from edgemoe.checkpoint.packed_tensor import MergedTensor, PackedTensor
 from edgemoe.checkpoint.tensor_entry import TensorEntry
 from edgemoe.errors import CheckpointError
 from edgemoe.formats.float_format import FloatFormat
@@ -120,7 +120,7 @@ class ExpertSources:
         if len(packed) < len(entries) or not packed or not self._keeps_order(recipe, entries):
             return None
         first = packed[0]
-        if any(entry.reshape for entry in packed):
+        if any(entry.reshape or isinstance(entry.format, FloatFormat) for entry in packed):
             return None
         if len(packed) == 1:
             return first.format, first.rows, first.columns
@@ -189,15 +189,20 @@ class ExpertSources:
         for pattern in patterns:
             keys = recipe.sources.get(pattern, [])
             if len(keys) == moe.experts:
-                found.append(self._weights[keys[index]])
+                found.append(self._source(keys[index]))
             elif len(keys) == 1:
-                found.append(_of_stack(self._weights[keys[0]], index, moe.experts))
+                found.append(_of_stack(self._source(keys[0]), index, moe.experts))
             elif keys:
                 raise CheckpointError(
                     f"{self._checkpoint.name} has {len(keys)} tensors {pattern} in {moe.name}, not one for each of "
                     f"{moe.experts} experts: fetch it again"
                 )
         return found
+
+    def _source(self, key: str) -> Source:
+        weight = self._weights[key]
+        assert not isinstance(weight, MergedTensor), f"{key} is no expert's"
+        return weight
 
     def _is_plain(self, recipe: _Recipe, entries: Sequence[Source], dtype: torch.dtype) -> bool:
         """Whether the record is the bytes of `entries` in their order: a plain stack, or a concatenation of rows."""

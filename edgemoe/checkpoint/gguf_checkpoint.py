@@ -35,11 +35,15 @@ def gguf_config(file: GgufFile, name: str) -> dict[str, Any]:
     except (KeyError, ValueError, TypeError, StopIteration, ZeroDivisionError, OverflowError) as error:
         raise CheckpointError(f"{name} ({file.architecture}) does not say its configuration: {error}") from error
     if found is None:
-        known = ", ".join(ARCHITECTURES)
-        raise CheckpointError(
-            f"{name} is of the architecture {file.architecture}, and edgemoe reads {known}: use its safetensors"
-        )
+        raise _unknown(file, name)
     return found
+
+
+def _unknown(file: GgufFile, name: str) -> CheckpointError:
+    known = ", ".join(ARCHITECTURES)
+    return CheckpointError(
+        f"{name} is of the architecture {file.architecture}, and edgemoe reads {known}: use its safetensors"
+    )
 
 
 def gguf_weights(file: GgufFile, layers: int, name: str) -> dict[str, Weight]:
@@ -48,7 +52,9 @@ def gguf_weights(file: GgufFile, layers: int, name: str) -> dict[str, Weight]:
     Layers after the last one are heads that draft, and left out. Raises CheckpointError for a tensor without a name
     there.
     """
-    names = ARCHITECTURES[file.architecture]
+    names = ARCHITECTURES.get(file.architecture)
+    if names is None:
+        raise _unknown(file, name)
     by_layer: dict[int, dict[str, GgufTensor]] = {}
     found: dict[str, Weight] = {}
     for key, tensor in file.tensors.items():
@@ -58,7 +64,9 @@ def gguf_weights(file: GgufFile, layers: int, name: str) -> dict[str, Weight]:
         elif key.partition(".")[0] not in IGNORED:
             base, _, end = key.partition(".")
             if base not in TOP:
-                raise CheckpointError(f"{name} has the tensor {key}, which {file.architecture} does not: use another file")
+                raise CheckpointError(
+                    f"{name} has the tensor {key}, which {file.architecture} does not: use another file"
+                )
             found[f"{TOP[base]}.{end}"] = _weight(file, names, base, tensor)
     for layer, tensors in by_layer.items():
         if layer < layers:

@@ -57,7 +57,9 @@ def _rope(file: GgufFile) -> Config:
     if kind == "none":
         return found
     if kind not in ("linear", "yarn"):
-        raise ValueError(f"the rotation is scaled by {kind}, whose factors it does not say: give config=")
+        raise ValueError(
+            f"the rotation is scaled by {kind}, whose factors it does not say: give another one as model_config="
+        )
     found |= {"rope_type": kind, "factor": _float(_need(file, "rope.scaling.factor"))}
     if kind == "yarn":
         original = file.get("rope.scaling.original_context_length")
@@ -148,7 +150,7 @@ def _mixtral(file: GgufFile) -> Config:
     if "expert_count" not in {key.partition(".")[2] for key in file.metadata} or not _experts(file):
         raise ValueError("it has no experts")
     if "rope_freqs.weight" in file.tensors:
-        raise ValueError("the rotation is scaled by a table of frequencies: give config=")
+        raise ValueError("the rotation is scaled by a table of frequencies: give another one as model_config=")
     head = file.get("rope.dimension_count")
     return {
         "model_type": "mixtral",
@@ -160,10 +162,12 @@ def _mixtral(file: GgufFile) -> Config:
 
 
 def _glm4moe(file: GgufFile) -> Config:
-    head = int(_need(file, "attention.key_length"))
+    width, heads = int(_need(file, "embedding_length")), int(_need(file, "attention.head_count"))
+    head = int(file.get("attention.key_length", width // heads))
     rope = _rope(file) | {"partial_rotary_factor": int(file.get("rope.dimension_count", head // 2)) / head}
     return {
         "model_type": "glm4_moe",
+        "head_dim": head,
         "architectures": ["Glm4MoeForCausalLM"],
         "rope_parameters": rope,
         "attention_bias": _has(file, "attn_q.bias"),
@@ -179,7 +183,7 @@ def _shared_and_grouped(file: GgufFile) -> Config:
         "moe_intermediate_size": _expert_width(file),
         "n_routed_experts": _experts(file),
         "n_shared_experts": int(file.get("expert_shared_count", 0)),
-        "first_k_dense_replace": int(file.get("leading_dense_block_count", 0)),
+        "first_k_dense_replace": _dense_layers(file),
         "routed_scaling_factor": _float(file.get("expert_weights_scale", 1.0)),
         "norm_topk_prob": bool(file.get("expert_weights_norm", False)),
         "n_group": int(file.get("expert_group_count", 1)),
@@ -193,7 +197,8 @@ def _deepseek2(file: GgufFile) -> Config:
     key = int(newer if newer is not None else _need(file, "attention.key_length"))
     value = file.get("attention.value_length_mla") if newer is not None else file.get("attention.value_length")
     lite = file.tensors["token_embd.weight"].shape[0] == GLM_LITE_VOCABULARY
-    gating = int(file.get("expert_gating_func", SIGMOID if lite else SOFTMAX))
+    sigmoid = lite or _has(file, "exp_probs_b.bias") or _has(file, "exp_probs_b")
+    gating = int(file.get("expert_gating_func", SIGMOID if sigmoid else SOFTMAX))
     found = _shared_and_grouped(file)
     if file.get("expert_group_count") is None:
         found["n_group"], found["topk_group"] = DEEPSEEK_GROUPS.get((layers, _experts(file)), (1, 1))
@@ -311,6 +316,14 @@ def _expert_width(file: GgufFile) -> int:
         if name.endswith(".ffn_down_exps.weight"):
             return tensor.shape[2]
     return int(_need(file, "expert_feed_forward_length"))
+
+
+def _dense_layers(file: GgufFile) -> int:
+    """The number of layers before the first one with experts."""
+    layer = 0
+    while f"blk.{layer}.ffn_gate_inp.weight" not in file.tensors and f"blk.{layer}.attn_norm.weight" in file.tensors:
+        layer += 1
+    return layer
 
 
 def _rows(file: GgufFile, end: str) -> int:

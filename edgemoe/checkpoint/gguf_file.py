@@ -213,7 +213,7 @@ class _Header:
     def _take(self, count: int) -> bytes:
         if count > self._limit - self._at:
             raise CheckpointError(
-                f"{self._path} has a header that goes beyond byte {self._limit}: it is truncated or damaged, fetch it again"
+                f"{self._path} has a header beyond byte {self._limit}: it is truncated or damaged, fetch it again"
             )
         self._at += count
         return self._stream.read(count)

@@ -200,8 +200,7 @@ ARCHITECTURES: dict[str, Names] = {
     "qwen3next": Names(
         LAYER | SHARED | DELTA | {"ssm_in": "linear_attn.in_proj_qkvz", "ssm_ba": "linear_attn.in_proj_ba"},
         DELTA_WHOLE,
-        changes=OFFSET_NORMS
-        | {"ffn_gate_inp_shexp": _row, "ssm_a": _log_of_negative, "ssm_conv1d": _convolution},
+        changes=OFFSET_NORMS | {"ffn_gate_inp_shexp": _row, "ssm_a": _log_of_negative, "ssm_conv1d": _convolution},
         merges={("attn_qkv", "attn_gate"): ("linear_attn.in_proj_qkvz.weight", _by_key_head)},
     ),
     "qwen35moe": Names(

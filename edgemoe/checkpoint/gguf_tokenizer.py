@@ -16,7 +16,8 @@ DEEPSEEK = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
 GLM4 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+",
 )
 MORE_SPLITS: dict[str, tuple[str, ...]] = {
     "deepseek-v3": DEEPSEEK,
@@ -47,16 +48,23 @@ def tokenizer_of(file: GgufFile) -> Any:
     from transformers import PreTrainedTokenizerFast
     from transformers.integrations.gguf import gguf_tokenizer_mapping as mapping
 
+    if not hasattr(mapping, "GGUF_TOKENIZER_MAPPING"):
+        raise ValueError("this transformers does not read it: upgrade it to 5.23, or give a folder as model_config=")
     metadata = file.metadata
     described = {
         name: metadata[f"tokenizer.{key}"]
         for key, name in mapping.GGUF_TOKENIZER_MAPPING["tokenizer"].items()
         if f"tokenizer.{key}" in metadata
     }
+    if described.get("tokenizer_type") == "gpt2":
+        # A vocabulary of single bytes has none, and a writer leaves empty lists out.
+        described.setdefault("merges", [])
     split = str(described.get("pre_tokenizer_type", ""))
     byte_level = described.get("tokenizer_type") == "gpt2"
     if byte_level and split not in {*mapping.GGUF_PRE_TOKENIZER_SPLITS, *DEFAULT_SPLITS} and not MORE_SPLITS.get(split):
-        raise ValueError(f"it splits texts by {split}, which is not read: give a folder with its tokenizer as config=")
+        raise ValueError(
+            f"it splits texts by {split}, which is not read: give a folder with its tokenizer as model_config="
+        )
     backend, _ = mapping.convert_gguf_tokenizer(file.architecture, described)
     if byte_level and split in MORE_SPLITS:
         backend.pre_tokenizer = _splitting(MORE_SPLITS[split])

@@ -262,7 +262,7 @@ def _bitsandbytes(tensors: Tensors, config: Mapping[str, Any], read: Read) -> It
         elif key.endswith(".weight") and entry.dtype is torch.int8 and f"{base}SCB" in tensors:
             stored = {"": entry, ".scb": tensors[f"{base}SCB"]}
             used = _used(tensors, key, f"{base}SCB", f"{base}weight_format")
-            yield Found(key, PackedTensor(BnbInt8Format(), stored, *entry.shape), used)
+            yield Found(key, PackedTensor(BnbInt8Format(), stored, entry.shape[0], entry.shape[1]), used)
 
 
 def _four_bit(key: str, entry: TensorEntry, state: str, tensors: Tensors, read: Read) -> Found:

@@ -46,7 +46,8 @@ def _words(blocks: Blocks, first: int, last: int, nbytes: int) -> torch.Tensor:
     """Unsigned words of `nbytes` bytes, int64 [blocks, words]."""
     found = blocks[:, first:last].unflatten(1, (-1, nbytes)).long()
     shifts = torch.arange(0, 8 * nbytes, 8, device=blocks.device)
-    return (found << shifts).sum(-1)
+    words: torch.Tensor = (found << shifts).sum(-1)
+    return words
 
 
 def _halves(blocks: Blocks, at: int) -> torch.Tensor:

@@ -79,7 +79,7 @@ class GptqFormat(WeightFormat):
         else:
             values = fields(views[name][:, first:last].t().contiguous(), self.bits).t()
         inputs = values.shape[0]
-        zeros = self._neighbours(views[f"{name}.zero"][:, words]) + self.zero_offset
+        zeros: torch.Tensor = self._neighbours(views[f"{name}.zero"][:, words]) + self.zero_offset
         if self.zero_offset:
             # In GPTQ's first layout the largest zero point is kept as the smallest field.
             zeros = zeros & ((1 << self.bits) - 1)
@@ -90,7 +90,7 @@ class GptqFormat(WeightFormat):
 
     def _neighbours(self, words: torch.Tensor) -> torch.Tensor:
         """The fields of words along the outputs, in the order of these."""
-        found = fields(words, self.bits)
+        found: torch.Tensor = fields(words, self.bits)
         if not self.awq:
             return found
         order = torch.tensor(AWQ_ORDER, device=words.device)

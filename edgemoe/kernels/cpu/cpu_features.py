@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import llvmlite.binding as llvm
 import numba
@@ -15,7 +16,7 @@ def has(feature: str) -> bool:
     numba takes the features from `NUMBA_CPU_FEATURES`, or else from the host. A `NUMBA_CPU_NAME` without features names
     a CPU of which LLVM tells nothing here, so only what `BASELINE` lists counts.
     """
-    config = numba.config
+    config: Any = numba.config
     if config.CPU_FEATURES is not None:
         return f"+{feature}" in str(config.CPU_FEATURES).split(",")
     if config.CPU_NAME is not None and feature not in BASELINE:

@@ -147,9 +147,9 @@ if PairsOfBf16.available():
 def grouped_dots(dot: Dot) -> Callable[..., None]:
     """A numba intrinsic that multiplies groups of tokens by the matrices in their slots.
 
-    Its arguments are int64: the addresses of the slots' numbers, of the groups' first tokens (int64, one more than there
-    are groups), and the number of groups; the address of the matrix in slot 0, the bytes from one slot to the next;
-    the addresses of the tokens' values and of the results (float32, written) with the bytes from one token to the
+    Its arguments are int64: the addresses of the slots' numbers, of the groups' first tokens (int64, one more than
+    there are groups), and the number of groups; the address of the matrix in slot 0, the bytes from one slot to the
+    next; the addresses of the tokens' values and of the results (float32, written) with the bytes from one token to the
     next; the number of values in a row; the first row and the one after the last. A row's values, a token's values and
     its results are contiguous.
     """
