@@ -64,6 +64,7 @@ def _without_slots(
         layers=len(blueprint.experts_modules),
         experts=sum(moe.experts for moe in blueprint.experts_modules),
         top_k=_top_k(blueprint.config.get_text_config()),
+        formats=blueprint.expert_formats,
         slot_nbytes=max(moe.layout.nbytes for moe in blueprint.experts_modules),
         slots=0,
         device_free=free,

@@ -24,6 +24,7 @@ from edgemoe.checkpoint.extra_layers import without_heads_that_draft
 from edgemoe.checkpoint.rope_context import context_limit
 from edgemoe.demo import DEMO_NAME, demo_folder
 from edgemoe.errors import CheckpointError, told_as
+from edgemoe.formats.stacked_format import StackedFormat
 from edgemoe.quiet import quiet_transformers
 
 QUANTISED_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32)
@@ -47,6 +48,15 @@ class Blueprint:
     """Bytes of all weights and buffers but the experts', in the dtypes that the model keeps them in."""
     largest_dense_nbytes: int
     """Bytes of the largest of them; loading may hold it twice."""
+
+    @property
+    def expert_formats(self) -> tuple[str, ...]:
+        """The names of the formats that the experts' matrices are stored in, most of them first."""
+        counts: Counter[str] = Counter()
+        for moe in self.experts_modules:
+            for kind in moe.formats.values():
+                counts.update(each.name for each in (kind.formats if isinstance(kind, StackedFormat) else (kind,)))
+        return tuple(name for name, _ in counts.most_common())
 
     @property
     def context_limit(self) -> int | None:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from edgemoe.checkpoint import hub, quantization
-from edgemoe.checkpoint.gguf_checkpoint import gguf_config, gguf_weights
-from edgemoe.checkpoint.gguf_file import GgufFile, read_gguf
-from edgemoe.checkpoint.gguf_tokenizer import has_vocabulary
+from edgemoe.checkpoint.gguf.gguf_checkpoint import gguf_config, gguf_weights
+from edgemoe.checkpoint.gguf.gguf_file import GgufFile, read_gguf
+from edgemoe.checkpoint.gguf.gguf_tokenizer import has_vocabulary
 from edgemoe.checkpoint.packed_tensor import MergedTensor, PackedTensor
 from edgemoe.checkpoint.tensor_entry import TensorEntry
 from edgemoe.errors import CheckpointError, reason

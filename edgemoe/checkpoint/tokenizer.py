@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from edgemoe.checkpoint.chat_template import ChatPrompt, Messages
 from edgemoe.checkpoint.checkpoint import Checkpoint
-from edgemoe.checkpoint.gguf_tokenizer import tokenizer_of
+from edgemoe.checkpoint.gguf.gguf_tokenizer import tokenizer_of
 from edgemoe.errors import CheckpointError, RequestError, told_as
 from edgemoe.quiet import quiet_transformers
 

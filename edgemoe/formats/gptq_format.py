@@ -94,7 +94,8 @@ class GptqFormat(WeightFormat):
         if not self.awq:
             return found
         order = torch.tensor(AWQ_ORDER, device=words.device)
-        return found.unflatten(-1, (-1, len(AWQ_ORDER))).index_select(-1, order).flatten(-2)
+        ordered: torch.Tensor = found.unflatten(-1, (-1, len(AWQ_ORDER))).index_select(-1, order)
+        return ordered.flatten(-2)
 
     def _of_inputs(
         self, views: Mapping[str, torch.Tensor], name: str, groups: torch.Tensor, inputs: int

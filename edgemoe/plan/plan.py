@@ -10,6 +10,9 @@ from edgemoe.plan.kv_size import KvSize
 from edgemoe.plan.predicted_speed import PredictedSpeed
 from edgemoe.sizes import format_bytes
 
+FLOATS = frozenset({"bf16", "fp16", "fp32"})
+"""Formats that a plan does not tell of: the dtype says it."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -26,6 +29,8 @@ class Plan:
     experts: int
     """Experts of all MoE layers together."""
     top_k: int
+    formats: tuple[str, ...]
+    """How the checkpoint stores the experts' matrices, by names such as "bf16" and "Q4_K"; most of them first."""
     slot_nbytes: int
     slots: int
     device_free: int
@@ -110,8 +115,11 @@ class Plan:
         size = format_bytes
         slots = f"{self.slots} slots of {size(self.slot_nbytes)}, {self.slots / self.experts:.0%} of the experts"
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        experts = f"{self.layers} MoE layers, {self.experts} experts, top-{self.top_k}"
+        if not set(self.formats) <= FLOATS:
+            experts += f", in {' and '.join(self.formats)}"
         rows = [
-            ("model", self.model, f"{self.family}, {self.layers} MoE layers, {self.experts} experts, top-{self.top_k}"),
+            ("model", self.model, f"{self.family}, {experts}"),
             ("device", self.device, f"{size(self.device_free)} {memory} free, {threads}, {self.dtype}"),
             ("non-expert weights", size(self.dense_nbytes), memory),
             ("KV cache", size(self.kv_nbytes), f"{memory}, {self._sequences()}"),

@@ -14,8 +14,8 @@ from bench.field.case import reference, reply
 from edgemoe import CheckpointError
 from edgemoe.checkpoint.blueprint import open_blueprint
 from edgemoe.checkpoint.checkpoint import open_checkpoint
-from edgemoe.checkpoint.gguf_file import read_gguf
-from edgemoe.checkpoint.gguf_tokenizer import tokenizer_of
+from edgemoe.checkpoint.gguf.gguf_file import read_gguf
+from edgemoe.checkpoint.gguf.gguf_tokenizer import tokenizer_of
 from edgemoe.quiet import quiet_transformers
 from tests.support.gguf_files import ARCHITECTURES, GgufMaker
 

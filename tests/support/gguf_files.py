@@ -34,7 +34,9 @@ ARCHITECTURES = {
     "qwen3_moe": "qwen3moe", "mixtral": "llama", "deepseek_v3": "deepseek2", "gpt_oss": "gpt-oss",
     "qwen3_next": "qwen3next", "glm4_moe": "glm4moe",
 }  # fmt: skip
-SETTINGS = {"qwen3_moe": {"mlp_only_layers": [], "decoder_sparse_step": 1, "norm_topk_prob": True}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"mlp_only_layers": [], "decoder_sparse_step": 1, "norm_topk_prob": True}
+}
 Kind = GGMLQuantizationType
 
 

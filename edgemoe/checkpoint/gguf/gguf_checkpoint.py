@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from edgemoe.checkpoint.gguf_config import config_of
-from edgemoe.checkpoint.gguf_file import GgufFile, GgufTensor
-from edgemoe.checkpoint.gguf_names import ARCHITECTURES, IGNORED, TOP, Names
+from edgemoe.checkpoint.gguf.gguf_config import config_of
+from edgemoe.checkpoint.gguf.gguf_file import GgufFile, GgufTensor
+from edgemoe.checkpoint.gguf.gguf_names import ARCHITECTURES, IGNORED, TOP, Names
 from edgemoe.checkpoint.packed_tensor import MergedTensor, PackedTensor
 from edgemoe.checkpoint.tensor_entry import TensorEntry
 from edgemoe.errors import CheckpointError

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from edgemoe.checkpoint.gguf_file import GgufFile
+from edgemoe.checkpoint.gguf.gguf_file import GgufFile
 
 Change = Callable[[GgufFile], Callable[[torch.Tensor], torch.Tensor]]
 """Of a file: what turns a tensor of it into transformers'."""

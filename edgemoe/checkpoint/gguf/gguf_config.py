@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from edgemoe.checkpoint.gguf_file import GgufFile
+from edgemoe.checkpoint.gguf.gguf_file import GgufFile
 
 Config = dict[str, Any]
 SOFTMAX, SIGMOID = 1, 2

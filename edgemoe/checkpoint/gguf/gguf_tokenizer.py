@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgemoe.checkpoint.gguf_file import GgufFile
+from edgemoe.checkpoint.gguf.gguf_file import GgufFile
 
 DEFAULT_SPLITS = ("gpt-2", "default", "olmo", "dolma", "")
 """Ways of splitting texts that byte-level BPE has of itself."""
