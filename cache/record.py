@@ -48,11 +48,6 @@ class RecordLayout:
         self.nbytes = end
         """Bytes of a record, including the padding between parts."""
 
-    @property
-    def names(self) -> frozenset[str]:
-        """The names of the parts."""
-        return frozenset(part.name for part in self.parts)
-
     def views(self, record: torch.Tensor) -> dict[str, torch.Tensor]:
         """The parts of `record` by name, as tensors that share its memory.
 

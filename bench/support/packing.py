@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from edgemoe.checkpoint.checkpoint import open_checkpoint, read_table
 from edgemoe.formats.codes import E2M1
 
 Stored = dict[str, torch.Tensor]
@@ -271,16 +272,10 @@ def _written(folder: Path, tensors: Stored, config: dict[str, Any]) -> Path:
 
 def widened(folder: Path, into: Path) -> Iterator[str]:
     """Writes the float checkpoint that `folder` stands for, by the plain form; yields the names of packed weights."""
-    from edgemoe.checkpoint.checkpoint import open_checkpoint
-
     checkpoint = open_checkpoint(folder)
     stored = load_file(folder / "model.safetensors")
     tensors = {name: stored[name] for name in checkpoint.tensors}
-    by_place = {}
-    from edgemoe.checkpoint.checkpoint import read_table
-
-    for name, entry in read_table(folder / "model.safetensors", 0):
-        by_place[entry.offset] = name
+    by_place = {entry.offset: name for name, entry in read_table(folder / "model.safetensors", 0)}
     for name, weight in checkpoint.packed.items():
         raw = [stored[by_place[entry.offset]] for entry in weight.stored.values()]
         tensors[name] = weight.float(raw, torch.float32).contiguous()

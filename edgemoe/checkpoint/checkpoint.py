@@ -18,7 +18,7 @@ from edgemoe.checkpoint import hub, quantization
 from edgemoe.checkpoint.gguf.gguf_checkpoint import gguf_config, gguf_weights
 from edgemoe.checkpoint.gguf.gguf_file import GgufFile, read_gguf
 from edgemoe.checkpoint.gguf.gguf_tokenizer import has_vocabulary
-from edgemoe.checkpoint.packed_tensor import MergedTensor, PackedTensor
+from edgemoe.checkpoint.packed_tensor import MergedTensor, PackedTensor, Weight
 from edgemoe.checkpoint.tensor_entry import TensorEntry
 from edgemoe.errors import CheckpointError, reason
 
@@ -33,10 +33,6 @@ HEADER_LIMIT = 100 << 20
 """The safetensors format's limit of a header, in bytes; a larger one means a damaged file or another format."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """The file of all weights, and the one that says which shard has which tensor."""
-
-
-Weight = TensorEntry | PackedTensor | MergedTensor
-"""A tensor as it lies in a file, or what several of them make up."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +135,12 @@ def _open_gguf(path: Path, name: str, setting: str, folder: Path | None) -> Chec
     file = read_gguf(path)
     config = gguf_config(file, name) if folder is None else _read_config(folder, str(folder), "model_config")
     weights = gguf_weights(file, config.get("text_config", config)["num_hidden_layers"], name)
-    tensors = {key: weight for key, weight in weights.items() if isinstance(weight, TensorEntry)}
-    packed = {key: weight for key, weight in weights.items() if not isinstance(weight, TensorEntry)}
+    tensors, packed = dict[str, TensorEntry](), dict[str, PackedTensor | MergedTensor]()
+    for key, weight in weights.items():
+        if isinstance(weight, TensorEntry):
+            tensors[key] = weight
+        else:
+            packed[key] = weight
     found = Checkpoint(folder or path.parent, name, config, file.files, tensors, packed)
     # A tokenizer beside the configuration counts before that of the file.
     return found if folder is not None and found.has_tokenizer else replace(found, gguf=file)

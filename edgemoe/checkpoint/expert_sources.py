@@ -26,8 +26,6 @@ from edgemoe.formats.stacked_format import StackedFormat
 from edgemoe.formats.weight_format import WeightFormat
 
 Source = TensorEntry | PackedTensor
-FLOAT = FloatFormat(torch.bfloat16)
-"""Stands for parameters that are no matrices, such as biases."""
 
 
 @dataclass
@@ -145,15 +143,11 @@ class ExpertSources:
         self, moe: ExpertsModule, name: str, recipe: _Recipe, entries: Sequence[Source]
     ) -> list[Extent] | None:
         """Where the bytes of one parameter go in a record; None where they must be converted first."""
-        if not isinstance(moe.formats.get(name, FLOAT), FloatFormat):
+        if _is_packed(moe, name):
             packed = self._same_formats(moe, name, entries)
             if any(entry.convert for entry in packed):
                 return None
-            return [
-                _extent(entry, moe.layout.part_offset(part))
-                for part, entry in _stored_parts(name, packed)
-                if part in moe.layout.names
-            ]
+            return [_extent(entry, moe.layout.part_offset(part)) for part, entry in _stored_parts(name, packed)]
         part = next(part for part in moe.layout.parts if part.name == name)
         start, found = moe.layout.part_offset(name), []
         if not self._is_plain(recipe, entries, part.dtype):
@@ -233,7 +227,7 @@ class ExpertSources:
             remaining, parts = list(raw), dict[str, torch.Tensor]()
             for name, recipe in recipes.items():
                 mine = [[remaining.pop(0) for _ in _stored(entry)] for entry in entries[name]]
-                if isinstance(moe.formats.get(name, FLOAT), FloatFormat):
+                if not _is_packed(moe, name):
                     floats = [_float(entry, own, dtypes[name]) for entry, own in zip(entries[name], mine, strict=True)]
                     parts[name] = self._convert(recipe, moe, name, floats)
                     continue
@@ -276,6 +270,11 @@ class ExpertSources:
         raise CheckpointError(
             f"{self._checkpoint.name}: transformers' conversion of {name} gave {list(values)} instead"
         )
+
+
+def _is_packed(moe: ExpertsModule, name: str) -> bool:
+    """Whether a record has the parameter `name` packed; biases, which have no format, are floats."""
+    return name in moe.formats and not isinstance(moe.formats[name], FloatFormat)
 
 
 def _extent(entry: TensorEntry, slot_offset: int | None) -> Extent:

@@ -112,6 +112,10 @@ class MergedTensor:
         return self.merge(parts).to(dtype)
 
 
+Weight = TensorEntry | PackedTensor | MergedTensor
+"""A tensor as it lies in a file, or what several of them make up."""
+
+
 def fits(part: Part, entry: TensorEntry, experts: int | None) -> bool:
     """Whether a tensor in the file is what the format's part should be."""
     shape = part.shape if experts is None else (experts, *part.shape)

@@ -23,7 +23,6 @@ from edgemoe.formats.int_group_format import IntGroupFormat
 from edgemoe.formats.mxfp4_format import GROUP as MXFP4_GROUP
 from edgemoe.formats.mxfp4_format import Mxfp4Format
 from edgemoe.formats.nvfp4_format import Nvfp4Format
-from edgemoe.formats.weight_format import WeightFormat
 
 Tensors = Mapping[str, TensorEntry]
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -314,8 +313,3 @@ def _whole_numbers(entry: TensorEntry, read: Read) -> tuple[int, int]:
     raw = bytearray(read(entry.file, entry.offset, entry.nbytes))
     first, second = torch.frombuffer(raw, dtype=entry.dtype).tolist()
     return int(first), int(second)
-
-
-def kinds(packed: Mapping[str, PackedTensor]) -> Iterator[WeightFormat]:
-    """The formats of packed weights, each once."""
-    yield from dict.fromkeys(weight.format for weight in packed.values())

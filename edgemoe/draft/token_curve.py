@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 
 KNOTS = (1, 2, 3, 7, 15, 31)
 """Extra tokens of a sequence at which the curve is measured: steps of 2, 3, 4, 8, 16 and 32 tokens.
@@ -37,18 +38,14 @@ class TokenCurve:
 
     def cost(self, extra: float, average: float) -> float:
         """Seconds of `extra` tokens for one sequence, where a token costs `average` seconds on average."""
-        costs = self._costs(average)
-        place = bisect_left(KNOTS, extra)
-        if place == len(KNOTS):
-            return costs[-1] + (extra - KNOTS[-1]) * average
-        below, before = (0.0, 0) if place == 0 else (costs[place - 1], KNOTS[place - 1])
-        return below + (costs[place] - below) * (extra - before) / (KNOTS[place] - before)
+        return _between(self._costs(average), extra, average)
 
     def next_token(self, drafted: int, average: float) -> float:
         """Seconds of one more token after `drafted` ones, if as many more follow as make it cheapest."""
-        spent = self.cost(drafted, average)
+        costs = self._costs(average)
+        spent = _between(costs, drafted, average)
         lengths = [drafted + 1, *(knot for knot in KNOTS if knot > drafted + 1)]
-        return min((self.cost(length, average) - spent) / (length - drafted) for length in lengths)
+        return min((_between(costs, length, average) - spent) / (length - drafted) for length in lengths)
 
     def _costs(self, average: float) -> list[float]:
         costs, least = [], 0.0
@@ -57,3 +54,12 @@ class TokenCurve:
             least = max(least, knot * each)
             costs.append(least)
         return costs
+
+
+def _between(costs: Sequence[float], extra: float, average: float) -> float:
+    """The cost of `extra` tokens, of those at the knots; beyond the last one a token costs `average`."""
+    place = bisect_left(KNOTS, extra)
+    if place == len(KNOTS):
+        return costs[-1] + (extra - KNOTS[-1]) * average
+    below, before = (0.0, 0) if place == 0 else (costs[place - 1], KNOTS[place - 1])
+    return below + (costs[place] - below) * (extra - before) / (KNOTS[place] - before)

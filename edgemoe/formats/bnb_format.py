@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from edgemoe.cache.record import Part
-from edgemoe.formats.codes import nibbles, spread
+from edgemoe.formats.codes import nibbles
 from edgemoe.formats.weight_format import WeightFormat
 
 
@@ -46,11 +46,22 @@ class BnbFourBitFormat(WeightFormat):
             Part(f"{name}.quant_map", (16,), torch.float32),
         )
 
-    def dequantize(self, views: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    @property
+    def row_multiple(self) -> int:  # type: ignore[override]
+        """See the base class: two rows of an odd length share a byte."""
+        return 1 + self.columns % 2
+
+    def height(self, views: Mapping[str, torch.Tensor], name: str) -> int:
         """See the base class."""
-        codes = nibbles(views[name].flatten(), low_first=False)
-        maxima = spread(views[f"{name}.absmax"], self.block, len(codes), 0)
-        values = views[f"{name}.quant_map"][codes.long()] * maxima
+        return 2 * views[name].numel() // self.columns
+
+    def rows(self, views: Mapping[str, torch.Tensor], name: str, first: int, last: int) -> torch.Tensor:
+        """See the base class."""
+        start, stop = first * self.columns, last * self.columns
+        packed = views[name].flatten()[start // 2 : -(-stop // 2)]
+        codes = nibbles(packed, low_first=False)[: stop - start]
+        blocks = torch.arange(start, stop, device=codes.device) // self.block
+        values = views[f"{name}.quant_map"][codes.long()] * views[f"{name}.absmax"][blocks]
         return values.view(-1, self.columns)
 
 
@@ -71,10 +82,6 @@ class BnbInt8Format(WeightFormat):
     def parts(self, name: str, shape: tuple[int, ...]) -> tuple[Part, ...]:
         """See the base class."""
         return Part(name, shape, torch.int8), Part(f"{name}.scb", shape[:1], torch.float32)
-
-    def dequantize(self, views: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-        """See the base class."""
-        return self.rows(views, name, 0, views[name].shape[0])
 
     def rows(self, views: Mapping[str, torch.Tensor], name: str, first: int, last: int) -> torch.Tensor:
         """See the base class."""

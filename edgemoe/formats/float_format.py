@@ -37,3 +37,7 @@ class FloatFormat(WeightFormat):
     def dequantize(self, views: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
         """See the base class: the part itself, which shares the record's memory."""
         return views[name]
+
+    def rows(self, views: Mapping[str, torch.Tensor], name: str, first: int, last: int) -> torch.Tensor:
+        """See the base class: the part's own, which share the record's memory."""
+        return views[name][first:last]

@@ -36,10 +36,6 @@ class Fp8Format(WeightFormat):
         scales = tuple(-(-side // size) if size else 1 for side, size in zip(shape, self.block, strict=True))
         return Part(name, shape, self.dtype), Part(f"{name}.scale", scales, self.scale_dtype)
 
-    def dequantize(self, views: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-        """See the base class."""
-        return self.rows(views, name, 0, views[name].shape[0])
-
     def rows(self, views: Mapping[str, torch.Tensor], name: str, first: int, last: int) -> torch.Tensor:
         """See the base class."""
         values, scales = views[name][first:last].float(), views[f"{name}.scale"].float()

@@ -51,10 +51,6 @@ class GgufFormat(WeightFormat):
             raise ValueError(f"rows of {self.kind} are a multiple of {values}, not {columns}")
         return (Part(name, (rows, columns // values * nbytes), torch.uint8),)
 
-    def dequantize(self, views: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-        """See the base class."""
-        return self.rows(views, name, 0, views[name].shape[0])
-
     def rows(self, views: Mapping[str, torch.Tensor], name: str, first: int, last: int) -> torch.Tensor:
         """See the base class."""
         packed = views[name][first:last]

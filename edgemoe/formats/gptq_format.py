@@ -67,9 +67,9 @@ class GptqFormat(WeightFormat):
             found.append(Part(f"{name}.group", (inputs,), torch.int32))
         return tuple(found)
 
-    def dequantize(self, views: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-        """See the base class."""
-        return self.rows(views, name, 0, views[f"{name}.scale"].shape[1])
+    def height(self, views: Mapping[str, torch.Tensor], name: str) -> int:
+        """See the base class: the number of outputs."""
+        return views[f"{name}.scale"].shape[1]
 
     def rows(self, views: Mapping[str, torch.Tensor], name: str, first: int, last: int) -> torch.Tensor:
         """See the base class."""

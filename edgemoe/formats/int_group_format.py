@@ -62,10 +62,6 @@ class IntGroupFormat(WeightFormat):
         # Where a row does not fill its last word only the shape tells its length.
         return (*found, Part(f"{name}.shape", (2,), torch.int64)) if columns % per_word else tuple(found)
 
-    def dequantize(self, views: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-        """See the base class."""
-        return self.rows(views, name, 0, views[name].shape[0])
-
     def rows(self, views: Mapping[str, torch.Tensor], name: str, first: int, last: int) -> torch.Tensor:
         """See the base class."""
         offset, per_word = 1 << (self.bits - 1), 32 // self.bits

@@ -42,10 +42,6 @@ class Nvfp4Format(WeightFormat):
             Part(f"{name}.factor", (1,), torch.float32),
         )
 
-    def dequantize(self, views: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-        """See the base class."""
-        return self.rows(views, name, 0, views[name].shape[0])
-
     def rows(self, views: Mapping[str, torch.Tensor], name: str, first: int, last: int) -> torch.Tensor:
         """See the base class."""
         values = e2m1(nibbles(views[name][first:last]))

@@ -13,10 +13,10 @@ from edgemoe.formats.weight_format import WeightFormat
 
 @dataclass(frozen=True)
 class StackedFormat(WeightFormat):
-    """Formats of matrices of `height` rows each, which follow one another, or alternate if they are `interleaved`."""
+    """Formats of matrices of `part_height` rows, which follow one another, or alternate if they are `interleaved`."""
 
     formats: tuple[WeightFormat, ...]
-    height: int
+    part_height: int
     interleaved: bool = False
 
     @property
@@ -37,12 +37,12 @@ class StackedFormat(WeightFormat):
 
     def parts(self, name: str, shape: tuple[int, ...]) -> tuple[Part, ...]:
         """See the base class: the parts of matrix number i are called `name.i`."""
-        own = (self.height, shape[1])
+        own = (self.part_height, shape[1])
         return tuple(part for at, each in enumerate(self.formats) for part in each.parts(f"{name}.{at}", own))
 
-    def dequantize(self, views: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    def height(self, views: Mapping[str, torch.Tensor], name: str) -> int:
         """See the base class."""
-        return self.rows(views, name, 0, self.height * len(self.formats))
+        return self.part_height * len(self.formats)
 
     def rows(self, views: Mapping[str, torch.Tensor], name: str, first: int, last: int) -> torch.Tensor:
         """See the base class."""
@@ -53,7 +53,7 @@ class StackedFormat(WeightFormat):
             return torch.stack(found, dim=1).flatten(0, 1)[: last - first]
         pieces = []
         for at, each in enumerate(self.formats):
-            low, high = max(first - at * self.height, 0), min(last - at * self.height, self.height)
+            low, high = max(first - at * self.part_height, 0), min(last - at * self.part_height, self.part_height)
             if low < high:
                 pieces.append(each.rows(views, f"{name}.{at}", low, high))
         return torch.cat(pieces)

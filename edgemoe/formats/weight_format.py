@@ -35,19 +35,21 @@ class WeightFormat(ABC):
         """
 
     @abstractmethod
-    def dequantize(self, views: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-        """The matrix `name` in a float dtype, on the device of `views` (see `RecordLayout.views`).
-
-        The plain form that kernels are compared with. Packed formats give float32. The result may share the record's
-        memory: it is valid as long as the record stays in its slot, and must not be written to.
-        """
-
     def rows(self, views: Mapping[str, torch.Tensor], name: str, first: int, last: int) -> torch.Tensor:
-        """The rows `first` ≤ r < `last` of `dequantize`, so that no whole matrix is widened at a time.
+        """The rows `first` ≤ r < `last` of the matrix `name` in a float dtype, on the device of `views`.
 
-        `first` is a multiple of `row_multiple`.
+        The plain form that kernels are compared with; by rows, so that no whole matrix is widened at a time. `first` is
+        a multiple of `row_multiple`. Packed formats give float32. The result may share the record's memory (see
+        `RecordLayout.views`): it is valid as long as the record stays in its slot, and must not be written to.
         """
-        return self.dequantize(views, name)[first:last]
+
+    def height(self, views: Mapping[str, torch.Tensor], name: str) -> int:
+        """The number of rows of the matrix `name`."""
+        return views[name].shape[0]
+
+    def dequantize(self, views: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+        """The whole matrix, as `rows` gives it."""
+        return self.rows(views, name, 0, self.height(views, name))
 
     row_multiple = 1
     """Rows that are packed together: `rows` begins at a multiple of it."""

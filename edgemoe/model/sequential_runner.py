@@ -164,8 +164,8 @@ class SequentialRunner:
     def batch_invariant(self, inputs: Sequence[PassInput]) -> bool:
         """Whether the tokens of a pass get the bits of single steps: where drafts are verified and kernels allow it.
 
-        Kernels allow it up to the number of tokens that they multiply. Beyond that number, on other CPUs and on GPUs
-        a loop over tokens would cost more than drafts gain.
+        Kernels allow it up to the number of tokens that they multiply. Beyond that number, and on GPUs, a loop over
+        tokens would cost more than drafts gain.
         """
         tokens = sum(len(item.tokens) for item in inputs)
         return 1 < tokens <= self._few_tokens and any(item.verifies for item in inputs)

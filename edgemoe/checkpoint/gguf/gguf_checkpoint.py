@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from edgemoe.checkpoint.gguf.gguf_config import config_of
 from edgemoe.checkpoint.gguf.gguf_file import GgufFile, GgufTensor
 from edgemoe.checkpoint.gguf.gguf_names import ARCHITECTURES, IGNORED, TOP, Names
-from edgemoe.checkpoint.packed_tensor import MergedTensor, PackedTensor
+from edgemoe.checkpoint.packed_tensor import MergedTensor, PackedTensor, Weight
 from edgemoe.checkpoint.tensor_entry import TensorEntry
 from edgemoe.errors import CheckpointError
 from edgemoe.formats.float_format import FloatFormat
@@ -20,9 +22,6 @@ OLD_EXPERT = re.compile(r"^ffn_(gate|up|down)\.(\d+)\.weight$")
 """Mixtral's experts one by one, in files of early 2024."""
 OLD_NAMES = {"gate": "w1", "down": "w2", "up": "w3"}
 GATE_UP = ("ffn_gate_exps", "ffn_up_exps")
-
-
-Weight = TensorEntry | PackedTensor | MergedTensor
 
 
 def gguf_config(file: GgufFile, name: str) -> dict[str, Any]:
@@ -37,6 +36,10 @@ def gguf_config(file: GgufFile, name: str) -> dict[str, Any]:
     if found is None:
         raise _unknown(file, name)
     return found
+
+
+def _surplus(file: GgufFile, key: str, name: str) -> CheckpointError:
+    return CheckpointError(f"{name} has the tensor {key}, which {file.architecture} does not: use another file")
 
 
 def _unknown(file: GgufFile, name: str) -> CheckpointError:
@@ -64,9 +67,7 @@ def gguf_weights(file: GgufFile, layers: int, name: str) -> dict[str, Weight]:
         elif key.partition(".")[0] not in IGNORED:
             base, _, end = key.partition(".")
             if base not in TOP:
-                raise CheckpointError(
-                    f"{name} has the tensor {key}, which {file.architecture} does not: use another file"
-                )
+                raise _surplus(file, key, name)
             found[f"{TOP[base]}.{end}"] = _weight(file, names, base, tensor)
     for layer, tensors in by_layer.items():
         if layer < layers:
@@ -94,7 +95,7 @@ def _of_layer(
         elif base in names.layer:
             yield f"{names.layer[base]}.{end}", _weight(file, names, base, tensor)
         elif base != "nextn" and base not in IGNORED:
-            raise CheckpointError(f"{name} has the tensor {key}, which {file.architecture} does not: use another file")
+            raise _surplus(file, key, name)
 
 
 def _experts(names: Names, left: dict[str, GgufTensor]) -> Iterator[tuple[str, Weight]]:
@@ -123,17 +124,20 @@ def _stack(names: Names, parts: tuple[GgufTensor, ...]) -> Weight:
         return PackedTensor(first.format, {"": _entry(first)}, height, columns, experts, names.transposed)
     if any(part.shape != first.shape for part in parts):
         raise CheckpointError(f"stacks of experts are {[list(part.shape) for part in parts]}: fetch the file again")
-    kind = StackedFormat(tuple(part.format for part in parts), height, names.interleaved)
-    stored = {f".{at}": _entry(part) for at, part in enumerate(parts)}
-    return PackedTensor(kind, stored, height * len(parts), columns, experts, names.transposed)
+    return _together(names, parts, height, columns)
 
 
 def _biases(names: Names, parts: tuple[GgufTensor, ...]) -> PackedTensor:
-    """The biases of gate and up in the order of the rows."""
-    experts, height = parts[0].shape
+    """The biases of gate and up in the order of the rows: matrices of one column."""
+    joined = _together(names, parts, parts[0].shape[1], 1)
+    return replace(joined, transposed=False, reshape=lambda stack: stack.squeeze(-1))
+
+
+def _together(names: Names, parts: tuple[GgufTensor, ...], height: int, columns: int) -> PackedTensor:
+    """Stacks of matrices of `height` rows as one, in the order of rows that transformers wants."""
     kind = StackedFormat(tuple(part.format for part in parts), height, names.interleaved)
     stored = {f".{at}": _entry(part) for at, part in enumerate(parts)}
-    return PackedTensor(kind, stored, height * len(parts), 1, experts, reshape=lambda stack: stack.squeeze(-1))
+    return PackedTensor(kind, stored, height * len(parts), columns, parts[0].shape[0], names.transposed)
 
 
 def _weight(file: GgufFile, names: Names, base: str, tensor: GgufTensor) -> Weight:
@@ -155,9 +159,7 @@ def _as_it_is(tensor: GgufTensor) -> Weight:
 def _packed(tensor: GgufTensor) -> PackedTensor:
     """A tensor of any number of dimensions as rows."""
     *outer, columns = tensor.shape
-    rows = 1
-    for side in outer:
-        rows *= side
+    rows = math.prod(outer)
     reshape = None if len(tensor.shape) == 2 else lambda matrix: matrix.reshape(tensor.shape)
     return PackedTensor(tensor.format, {"": _entry(tensor)}, rows, columns, reshape=reshape)
 

@@ -147,7 +147,7 @@ def _granitemoe(file: GgufFile) -> Config:
 
 
 def _mixtral(file: GgufFile) -> Config:
-    if "expert_count" not in {key.partition(".")[2] for key in file.metadata} or not _experts(file):
+    if not file.get("expert_count"):
         raise ValueError("it has no experts")
     if "rope_freqs.weight" in file.tensors:
         raise ValueError("the rotation is scaled by a table of frequencies: give another one as model_config=")

@@ -21,7 +21,6 @@ GLM4 = (
 )
 MORE_SPLITS: dict[str, tuple[str, ...]] = {
     "deepseek-v3": DEEPSEEK,
-    "kimi-k2": (),
     "glm4": GLM4,
     "chatglm-bpe": GLM4,
     "refact": (DIGITS_APART,),
@@ -31,7 +30,7 @@ MORE_SPLITS: dict[str, tuple[str, ...]] = {
 }
 """Ways that transformers does not read: expressions that a text is split by one after the other.
 
-Those of one expression are followed by the splitting of GPT-2. An empty one is known and not read.
+`DIGITS_APART` is followed by the splitting of GPT-2.
 """
 
 
@@ -61,7 +60,7 @@ def tokenizer_of(file: GgufFile) -> Any:
         described.setdefault("merges", [])
     split = str(described.get("pre_tokenizer_type", ""))
     byte_level = described.get("tokenizer_type") == "gpt2"
-    if byte_level and split not in {*mapping.GGUF_PRE_TOKENIZER_SPLITS, *DEFAULT_SPLITS} and not MORE_SPLITS.get(split):
+    if byte_level and split not in {*mapping.GGUF_PRE_TOKENIZER_SPLITS, *DEFAULT_SPLITS, *MORE_SPLITS}:
         raise ValueError(
             f"it splits texts by {split}, which is not read: give a folder with its tokenizer as model_config="
         )
@@ -88,8 +87,8 @@ def _splitting(expressions: tuple[str, ...]) -> Any:
     from tokenizers import Regex, pre_tokenizers
 
     splits = [pre_tokenizers.Split(Regex(each), behavior="isolated") for each in expressions]
-    alone = len(expressions) == 1 and expressions[0] == DIGITS_APART
-    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=alone)])
+    more = expressions == (DIGITS_APART,)
+    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=more)])
 
 
 def _begin_with(tokenizer: Any, token: str) -> None:

@@ -6,8 +6,9 @@ order, whatever block it is computed in: batch-invariant. Sums are float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
 
 import llvmlite.binding as llvm
 from llvmlite import ir
@@ -40,8 +41,13 @@ class Dot(Protocol):
     """Bytes of a value."""
     tokens: int
     """Most tokens of a block: as many as there are registers for."""
-    tails: bool
-    """Whether a row may be longer than a multiple of `values`, so that the rest is multiplied one by one."""
+
+    @property
+    def single(self) -> Callable[[Any, Any], Any] | None:
+        """Of a builder and an address: the weight there as a float32, for the end of a row that is no whole step.
+
+        None where every row is whole steps.
+        """
 
     def weights(self, builder: Any, address: Any) -> Any:
         """The `values` weights at `address`, as `add` takes them."""
@@ -52,9 +58,6 @@ class Dot(Protocol):
     def add(self, builder: Any, total: Any, weights: Any, inputs: Any) -> Any:
         """`total`, a vector of `lanes`, with the products added."""
 
-    def single(self, builder: Any, address: Any) -> Any:
-        """The weight at `address` as a float32."""
-
 
 class PairsOfBf16:
     """VDPBF16PS, the instruction of AVX512-BF16: pairs of bf16, half of the work of widening them to float32.
@@ -62,7 +65,8 @@ class PairsOfBf16:
     Products are exact, and subnormals count as zero (Intel's definition of the instruction).
     """
 
-    values, lanes, weight_nbytes, input_nbytes, tokens, tails = 32, 16, 2, 2, 4, False
+    values, lanes, weight_nbytes, input_nbytes, tokens = 32, 16, 2, 2, 4
+    single: Callable[[Any, Any], Any] | None = None
 
     def __init__(self) -> None:
         self._pairs = ir.VectorType(ir.IntType(32), 16)
@@ -85,15 +89,11 @@ class PairsOfBf16:
         """See `Dot`."""
         return builder.call(self._instruction, [total, weights, inputs])
 
-    def single(self, builder: Any, address: Any) -> Any:
-        """See `Dot`: there are no tails."""
-        raise NotImplementedError
-
 
 class Widened:
     """Weights of any float type, widened to float32 and multiplied by float32 inputs: AVX2, AVX512, NEON."""
 
-    input_nbytes, tails = 4, True
+    input_nbytes = 4
 
     def __init__(self, kind: str) -> None:
         """`kind` is `bf16`, `f16` or `f32`."""
@@ -147,103 +147,115 @@ if PairsOfBf16.available():
 def grouped_dots(dot: Dot) -> Callable[..., None]:
     """A numba intrinsic that multiplies groups of tokens by the matrices in their slots.
 
-    Its arguments are int64: the addresses of the slots' numbers, of the groups' first tokens (int64, one more than
-    there are groups), and the number of groups; the address of the matrix in slot 0, the bytes from one slot to the
-    next; the addresses of the tokens' values and of the results (float32, written) with the bytes from one token to the
-    next; the number of values in a row; the first row and the one after the last. A row's values, a token's values and
-    its results are contiguous.
+    Its arguments are those of `gemv_kernels.grouped_gemv_bf16`, arrays and whole numbers. A row's values, a token's
+    values and its results are contiguous.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _Grouped(builder, dot).emit(*arguments)
+        def array(place: int) -> Any:
+            return context.make_array(signature.args[place])(context, builder, arguments[place])
+
+        def address(place: int) -> Any:
+            return builder.ptrtoint(array(place).data, WORD)
+
+        def step(place: int) -> Any:
+            return cgutils.unpack_tuple(builder, array(place).strides)[0]
+
+        _, offset, columns, _, _, _, _, first, last = arguments
+        itemsize = signature.args[POOL].dtype.bitwidth // 8
+        operands = _Operands(
+            address(SLOTS),
+            address(STARTS),
+            cgutils.unpack_tuple(builder, array(SLOTS).shape)[0],
+            builder.add(address(POOL), builder.mul(offset, WORD(itemsize))),
+            step(POOL),
+            address(X),
+            step(X),
+            address(OUT),
+            step(OUT),
+            columns,
+            first,
+            last,
+        )
+        _Grouped(builder, dot, operands).emit()
         return context.get_dummy_value()
 
     @intrinsic
     def grouped(
         typing_context: Any,
         slots: Any,
-        starts: Any,
-        groups: Any,
-        pool: Any,
-        slot_step: Any,
-        x: Any,
-        x_step: Any,
-        out: Any,
-        out_step: Any,
+        offset: Any,
         columns: Any,
+        pool: Any,
+        starts: Any,
+        x: Any,
+        out: Any,
         first: Any,
         last: Any,
     ) -> Any:
-        return types.void(*[types.int64] * 12), generate
+        whole = types.int64
+        return types.void(slots, whole, whole, pool, starts, x, out, whole, whole), generate
 
     return grouped
+
+
+SLOTS, POOL, STARTS, X, OUT = 0, 3, 4, 5, 6
+"""The places of the arrays among the arguments of `grouped_dots`."""
+
+
+class _Operands(NamedTuple):
+    """What the loops run over, as LLVM values: addresses, and bytes from one slot, token or result to the next."""
+
+    slots: Any
+    starts: Any
+    groups: Any
+    """How many groups of tokens there are."""
+    matrix: Any
+    """The matrix in slot 0."""
+    slot_step: Any
+    x: Any
+    x_step: Any
+    out: Any
+    out_step: Any
+    columns: Any
+    first: Any
+    last: Any
 
 
 class _Grouped:
     """Emits the loops over groups, rows and tokens."""
 
-    def __init__(self, builder: Any, dot: Dot) -> None:
+    def __init__(self, builder: Any, dot: Dot, operands: _Operands) -> None:
         self._builder = builder
         self._dot = dot
+        self._operands = operands
 
-    def emit(
-        self,
-        slots: Any,
-        starts: Any,
-        groups: Any,
-        pool: Any,
-        slot_step: Any,
-        x: Any,
-        x_step: Any,
-        out: Any,
-        out_step: Any,
-        columns: Any,
-        first: Any,
-        last: Any,
-    ) -> None:
-        """Arguments as in `grouped_dots`."""
-        builder = self._builder
-        row_step = builder.mul(columns, WORD(self._dot.weight_nbytes))
-        with self._loop(WORD(0), groups, 1) as group:
+    def emit(self) -> None:
+        """Emits everything."""
+        builder, of = self._builder, self._operands
+        row_step = builder.mul(of.columns, WORD(self._dot.weight_nbytes))
+        block = _Block(builder, self._dot, row_step, of.x_step, of.out_step, of.columns)
+        with _counting(builder, WORD(0), of.groups, 1) as group:
             place = builder.mul(group, WORD(8))
-            slot = _load(builder, builder.add(slots, place), WORD, align=8)
-            start = _load(builder, builder.add(starts, place), WORD, align=8)
-            stop = _load(builder, builder.add(starts, builder.add(place, WORD(8))), WORD, align=8)
+            slot = _load(builder, builder.add(of.slots, place), WORD, align=8)
+            start = _load(builder, builder.add(of.starts, place), WORD, align=8)
+            stop = _load(builder, builder.add(of.starts, builder.add(place, WORD(8))), WORD, align=8)
             tokens = builder.sub(stop, start)
-            matrix = builder.add(pool, builder.mul(slot, slot_step))
-            block = _Block(
-                builder,
-                self._dot,
-                row_step,
-                x_step,
-                out_step,
-                columns,
-            )
-            values = builder.add(x, builder.mul(start, x_step))
-            results = builder.add(out, builder.mul(start, out_step))
+            matrix = builder.add(of.matrix, builder.mul(slot, of.slot_step))
+            values = builder.add(of.x, builder.mul(start, of.x_step))
+            results = builder.add(of.out, builder.mul(start, of.out_step))
             with builder.if_else(builder.icmp_signed("==", tokens, WORD(1))) as (one, several):
                 with one:
-                    self._rows(block, ROWS_OF_ONE_TOKEN, 1, matrix, values, results, tokens, first, last)
+                    self._rows(block, ROWS_OF_ONE_TOKEN, 1, matrix, values, results, tokens)
                 with several:
-                    self._rows(block, ROWS, self._dot.tokens, matrix, values, results, tokens, first, last)
+                    self._rows(block, ROWS, self._dot.tokens, matrix, values, results, tokens)
 
-    def _rows(
-        self,
-        block: _Block,
-        rows: int,
-        most: int,
-        matrix: Any,
-        values: Any,
-        results: Any,
-        tokens: Any,
-        first: Any,
-        last: Any,
-    ) -> None:
+    def _rows(self, block: _Block, rows: int, most: int, matrix: Any, values: Any, results: Any, tokens: Any) -> None:
         """Blocks of `rows` rows and at most `most` tokens, then the rows that are left one by one."""
-        builder = self._builder
+        builder, first, last = self._builder, self._operands.first, self._operands.last
         whole = builder.sub(last, builder.srem(builder.sub(last, first), WORD(rows)))
         for start, stop, count in ((first, whole, rows), (whole, last, 1)):
-            with self._loop(start, stop, count) as row:
+            with _counting(builder, start, stop, count) as row:
                 weights = builder.add(matrix, builder.mul(row, block.row_step))
                 self._tokens(
                     block, count, most, weights, values, builder.add(results, builder.mul(row, WORD(4))), tokens
@@ -259,14 +271,11 @@ class _Grouped:
             x = builder.add(values, builder.mul(token, block.x_step))
             block.emit(rows, count, weights, x, builder.add(results, builder.mul(token, block.out_step)))
 
-        with self._loop(WORD(0), whole, most) as token:
+        with _counting(builder, WORD(0), whole, most) as token:
             run(token, most)
         for count in range(1, most):
             with builder.if_then(builder.icmp_signed("==", builder.sub(tokens, whole), WORD(count))):
                 run(whole, count)
-
-    def _loop(self, first: Any, stop: Any, step: int) -> Any:
-        return _counting(self._builder, first, stop, step)
 
 
 class _Block:
@@ -289,15 +298,13 @@ class _Block:
             [[cgutils.alloca_once_value(builder, zero) for _ in range(tokens)] for _ in range(rows)]
             for _ in range(UNROLLED)
         ]
-        for each in (place for part in sums for row in part for place in row):
-            builder.store(zero, each)
         wide = builder.sub(self._columns, builder.srem(self._columns, WORD(dot.values * UNROLLED)))
         whole = builder.sub(self._columns, builder.srem(self._columns, WORD(dot.values)))
         self._multiply(WORD(0), wide, sums, row_bases, token_bases)
         self._multiply(wide, whole, sums[:1], row_bases, token_bases)
         totals = [[self._total(sums, row, token) for token in range(tokens)] for row in range(rows)]
-        if dot.tails:
-            self._multiply_singly(whole, totals, row_bases, token_bases)
+        if dot.single is not None:
+            self._multiply_singly(dot.single, whole, totals, row_bases, token_bases)
         for token, base in enumerate(self._steps(results, self.out_step, tokens)):
             for row in range(rows):
                 address = builder.inttoptr(builder.add(base, WORD(4 * row)), SINGLE.as_pointer())
@@ -320,13 +327,15 @@ class _Block:
                     for value, into in zip(inputs, row_sums, strict=True):
                         builder.store(dot.add(builder, builder.load(into), weight, value), into)
 
-    def _multiply_singly(self, first: Any, totals: list[list[Any]], rows: list[Any], tokens: list[Any]) -> None:
+    def _multiply_singly(
+        self, single: Callable[[Any, Any], Any], first: Any, totals: list[list[Any]], rows: list[Any], tokens: list[Any]
+    ) -> None:
         builder, dot = self._builder, self._dot
         with _counting(builder, first, self._columns, 1) as at:
             weight_place = builder.mul(at, WORD(dot.weight_nbytes))
             input_place = builder.mul(at, WORD(dot.input_nbytes))
             for base, row_totals in zip(rows, totals, strict=True):
-                weight = dot.single(builder, builder.add(base, weight_place))
+                weight = single(builder, builder.add(base, weight_place))
                 for token, total in zip(tokens, row_totals, strict=True):
                     value = _load(builder, builder.add(token, input_place), SINGLE, align=4)
                     builder.store(builder.fadd(builder.load(total), builder.fmul(weight, value)), total)
@@ -344,22 +353,11 @@ class _Block:
         return total
 
 
-def _counting(builder: Any, first: Any, stop: Any, step: int) -> Any:
+@contextmanager
+def _counting(builder: Any, first: Any, stop: Any, step: int) -> Iterator[Any]:
     """A loop from `first` to `stop`; the block gets the number."""
-    return _Counting(cgutils.for_range_slice(builder, first, stop, WORD(step), intp=WORD))
-
-
-class _Counting:
-    """The context of numba's loop, without its second value."""
-
-    def __init__(self, loop: Any) -> None:
-        self._loop = loop
-
-    def __enter__(self) -> Any:
-        return self._loop.__enter__()[0]
-
-    def __exit__(self, *error: Any) -> Any:
-        return self._loop.__exit__(*error)
+    with cgutils.for_range_slice(builder, first, stop, WORD(step), intp=WORD) as (number, _):
+        yield number
 
 
 def _load(builder: Any, address: Any, kind: Any, align: int = 2) -> Any:

@@ -50,41 +50,25 @@ def grouped_gemv_bf16(slots, offset, columns, pool, starts, x, out, first, last)
     slot; `columns` is the number of values in a row; `x` is float32 [pairs, columns]; `out` is float32 [pairs, rows],
     written. The rows of `x` and `out` are contiguous.
     """
-    _dots_bf16(
-        slots.ctypes.data, starts.ctypes.data, slots.shape[0],
-        pool.ctypes.data + offset * pool.itemsize, pool.strides[0],
-        x.ctypes.data, x.strides[0], out.ctypes.data, out.strides[0], columns, first, last,
-    )  # fmt: skip
+    _dots_bf16(slots, offset, columns, pool, starts, x, out, first, last)
 
 
 @compiled(**_options)
 def grouped_gemv_f16(slots, offset, columns, pool, starts, x, out, first, last):  # type: ignore[no-untyped-def]
     """As `grouped_gemv_bf16` for fp16 weights."""
-    _dots_f16(
-        slots.ctypes.data, starts.ctypes.data, slots.shape[0],
-        pool.ctypes.data + offset * pool.itemsize, pool.strides[0],
-        x.ctypes.data, x.strides[0], out.ctypes.data, out.strides[0], columns, first, last,
-    )  # fmt: skip
+    _dots_f16(slots, offset, columns, pool, starts, x, out, first, last)
 
 
 @compiled(**_options)
 def grouped_gemv_f32(slots, offset, columns, pool, starts, x, out, first, last):  # type: ignore[no-untyped-def]
     """As `grouped_gemv_bf16` for float32 weights; `pool` is float32."""
-    _dots_f32(
-        slots.ctypes.data, starts.ctypes.data, slots.shape[0],
-        pool.ctypes.data + offset * pool.itemsize, pool.strides[0],
-        x.ctypes.data, x.strides[0], out.ctypes.data, out.strides[0], columns, first, last,
-    )  # fmt: skip
+    _dots_f32(slots, offset, columns, pool, starts, x, out, first, last)
 
 
 @compiled(**_options)
 def grouped_gemv_bf16_pairs(slots, offset, columns, pool, starts, x, out, first, last):  # type: ignore[no-untyped-def]
     """As `grouped_gemv_bf16` with AVX512-BF16: `x` is uint16, and `columns` a multiple of 32."""
-    _dots_of_pairs(
-        slots.ctypes.data, starts.ctypes.data, slots.shape[0],
-        pool.ctypes.data + offset * pool.itemsize, pool.strides[0],
-        x.ctypes.data, x.strides[0], out.ctypes.data, out.strides[0], columns, first, last,
-    )  # fmt: skip
+    _dots_of_pairs(slots, offset, columns, pool, starts, x, out, first, last)
 
 
 @compiled(**_options)
