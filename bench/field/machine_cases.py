@@ -122,7 +122,7 @@ def _nothing_can_be_written(folder: Path) -> str:
     lock = " && ".join(
         f"mount --bind {path} {path} && mount -o remount,ro,bind {path}" for path in (package, "/tmp", "/var/tmp")
     )
-    variables = {"HOME": "/nonexistent", "XDG_CACHE_HOME": "/nonexistent", "NUMBA_CACHE_DIR": "/nonexistent/numba"}
+    variables = {"HOME": "/dev/null/home", "XDG_CACHE_HOME": "/dev/null/home", "NUMBA_CACHE_DIR": "/dev/null/numba"}
     done = edgemoe(["chat", "-p", "What is 48 + 31?"], before=f"cd / && {lock} && ", **variables)
     told = edgemoe(["doctor"], before=f"cd / && {lock} && ", **variables)
     return sound(done) or same(done.stdout, "48 + 31 = 79\n") or holds(told.stdout, "compiled")

@@ -41,7 +41,7 @@ ENVIRONMENTS = (
     Environment("as it is", {}),
     Environment("read-only installation", {}, read_only=True),
     Environment("no home", {"HOME": None, "XDG_CACHE_HOME": None, "XDG_STATE_HOME": None}),
-    Environment("a home that is not there", {"HOME": "/nonexistent"}),
+    Environment("a home that is not there", {"HOME": "/dev/null/home"}),
     Environment("LANG=C", {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}),
     Environment("closed stderr", {}, shell="2>&-"),
 )
