@@ -152,32 +152,7 @@ def grouped_dots(dot: Dot) -> Callable[..., None]:
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        def array(place: int) -> Any:
-            return context.make_array(signature.args[place])(context, builder, arguments[place])
-
-        def address(place: int) -> Any:
-            return builder.ptrtoint(array(place).data, WORD)
-
-        def step(place: int) -> Any:
-            return cgutils.unpack_tuple(builder, array(place).strides)[0]
-
-        _, offset, columns, _, _, _, _, first, last = arguments
-        itemsize = signature.args[POOL].dtype.bitwidth // 8
-        operands = _Operands(
-            address(SLOTS),
-            address(STARTS),
-            cgutils.unpack_tuple(builder, array(SLOTS).shape)[0],
-            builder.add(address(POOL), builder.mul(offset, WORD(itemsize))),
-            step(POOL),
-            address(X),
-            step(X),
-            address(OUT),
-            step(OUT),
-            columns,
-            first,
-            last,
-        )
-        _Grouped(builder, dot, operands).emit()
+        _Grouped(builder, dot, _Operands.of(context, builder, signature, arguments)).emit()
         return context.get_dummy_value()
 
     @intrinsic
@@ -220,6 +195,36 @@ class _Operands(NamedTuple):
     columns: Any
     first: Any
     last: Any
+
+    @classmethod
+    def of(cls, context: Any, builder: Any, signature: Any, arguments: Any) -> "_Operands":
+        """Reads the operands out of the arguments of the intrinsic of `grouped_dots`."""
+
+        def array(place: int) -> Any:
+            return context.make_array(signature.args[place])(context, builder, arguments[place])
+
+        def address(place: int) -> Any:
+            return builder.ptrtoint(array(place).data, WORD)
+
+        def step(place: int) -> Any:
+            return cgutils.unpack_tuple(builder, array(place).strides)[0]
+
+        _, offset, columns, _, _, _, _, first, last = arguments
+        itemsize = signature.args[POOL].dtype.bitwidth // 8
+        return cls(
+            address(SLOTS),
+            address(STARTS),
+            cgutils.unpack_tuple(builder, array(SLOTS).shape)[0],
+            builder.add(address(POOL), builder.mul(offset, WORD(itemsize))),
+            step(POOL),
+            address(X),
+            step(X),
+            address(OUT),
+            step(OUT),
+            columns,
+            first,
+            last,
+        )
 
 
 class _Grouped:
