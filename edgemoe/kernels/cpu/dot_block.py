@@ -197,7 +197,7 @@ class _Operands(NamedTuple):
     last: Any
 
     @classmethod
-    def of(cls, context: Any, builder: Any, signature: Any, arguments: Any) -> "_Operands":
+    def of(cls, context: Any, builder: Any, signature: Any, arguments: Any) -> _Operands:
         """Reads the operands out of the arguments of the intrinsic of `grouped_dots`."""
 
         def array(place: int) -> Any:
