@@ -75,10 +75,11 @@ def _measured(arguments: argparse.Namespace, engine: EngineFactory | None, texts
             eval_texts = eval_texts_for(loaded, texts, arguments.tokens or TOKENS)
             evaluation = kept.enter_context(closing(Evaluation(eval_texts, questions)))
             evaluation.measure(loaded, on_progress)
-            if _reference(arguments) is None:
+            if _reference(arguments) is None and not loaded.plan.quantised:
                 return evaluation.against(loaded, on_progress)
         # Only now, when the first has given its memory back.
-        other = argparse.Namespace(**vars(arguments) | {"model": arguments.against, "budget": None})
+        lossless = {"budget": None, "experts": None, "dense": None}
+        other = argparse.Namespace(**vars(arguments) | lossless | {"model": _reference(arguments) or arguments.model})
         with closing(_open(other, engine, questions)) as reference, _progress() as on_progress:
             return evaluation.against(reference, on_progress)
 

@@ -42,16 +42,16 @@ def profile(arguments: argparse.Namespace, engine: EngineFactory | None = None) 
     """
     picture = None if arguments.plot is None else _checked(Path(arguments.plot))
     say_which_model(arguments)
-    from edgemoe.checkpoint.blueprint import open_blueprint
+    from edgemoe.checkpoint.blueprint import blueprint_for
     from edgemoe.checkpoint.state_folder import StateFolder
     from edgemoe.config import EngineConfig
     from edgemoe.measure.profiler import take_profile
     from edgemoe.plan.profile import write_profile
 
     settings = model_settings(arguments)
-    blueprint = open_blueprint(
-        settings.pop("model", None), settings.get("dtype", "auto"), offline=bool(arguments.offline)
-    )
+    model = settings.pop("model", None)
+    config = replace(EngineConfig(), **settings)
+    blueprint = blueprint_for(model, config)
     state = StateFolder.of(blueprint.checkpoint, arguments.state_folder)
     keeps = not keeps_nothing(arguments.state_folder)
     if keeps:
@@ -59,7 +59,7 @@ def profile(arguments: argparse.Namespace, engine: EngineFactory | None = None) 
             state.probe()
     say("measuring takes a minute or two; the less else runs meanwhile, the better")
     with progress_bar() as on_progress:
-        made = take_profile(blueprint, replace(EngineConfig(), **settings), on_progress)
+        made = take_profile(blueprint, config, on_progress)
     if keeps:
         with _told(arguments.state_folder):
             write_profile(state, made)

@@ -54,6 +54,23 @@ class EngineConfig:
         metavar="SIZE",
     )
     """"auto" (all the memory that is left), bytes ("6GiB"), a share of the experts ("40%"), or slots (an int)."""
+    experts: str = _setting(
+        "native",
+        "lossy: the format to keep experts of float weights in: int8, nf4, fp4, int4; native is as published",
+        "machine",
+        choices=("native", "int8", "nf4", "fp4", "int4"),
+        metavar="FORMAT",
+    )
+    """Lossy. What float experts are quantised to as they are read: "native" (not at all), "int8", "nf4", "fp4" or
+    "int4"."""
+    dense: str = _setting(
+        "native",
+        "lossy: the same for the other large matrices: int8, nf4; native is as published",
+        "machine",
+        choices=("native", "int8", "nf4"),
+        metavar="FORMAT",
+    )
+    """Lossy. What the other linear layers are quantised to: "native" (not at all), "int8" or "nf4"."""
     model_config: str | os.PathLike[str] | None = _setting(
         None,
         "folder or hub name with the config.json and the tokenizer of a GGUF file, where the file's own do not do",

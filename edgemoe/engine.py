@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, cast
 
-from edgemoe.checkpoint.blueprint import Blueprint, open_blueprint
+from edgemoe.checkpoint.blueprint import Blueprint, blueprint_for
 from edgemoe.checkpoint.chat_template import ChatPrompt, ChatTemplate, Messages
 from edgemoe.checkpoint.generation_defaults import generation_source, load_generation_defaults
 from edgemoe.checkpoint.tokenizer import Prompt, as_chat, check_prompt, check_token_ids, load_tokenizer, prompt_tokens
@@ -102,7 +102,7 @@ class Engine:
         threads. Raises CheckpointError or PlanError before any weight is read, TypeError for an unknown setting.
         """
         chosen = (config or EngineConfig()).changed(**settings)
-        blueprint = open_blueprint(model, chosen.dtype, offline=chosen.offline, model_config=chosen.model_config)
+        blueprint = blueprint_for(model, chosen)
         return cls(blueprint, chosen, on_progress or _ignore)
 
     @staticmethod
@@ -111,7 +111,7 @@ class Engine:
     ) -> Plan:
         """The plan that `load` would use now, without loading anything. Raises as `load` does."""
         chosen = (config or EngineConfig()).changed(**settings)
-        blueprint = open_blueprint(model, chosen.dtype, offline=chosen.offline, model_config=chosen.model_config)
+        blueprint = blueprint_for(model, chosen)
         return make_plan(blueprint, chosen, _draft_model(blueprint, chosen))
 
     @property
@@ -179,7 +179,9 @@ class Engine:
         """The whole reply to `prompt`; see `stream`."""
         with self._held():
             request = self._submit(prompt, sampling or Sampling())
-        return Completion.from_chunks(list(self._stream(request)), request.tokens[: request.prompt_length])
+        return Completion.from_chunks(
+            list(self._stream(request)), request.tokens[: request.prompt_length], self.plan.lossy
+        )
 
     def generate_batch(
         self, requests: Iterable[tuple[Prompt, Sampling]]
@@ -330,7 +332,7 @@ class Engine:
     def _completion(self, request: Request) -> Completion:
         if request.error is not None:
             raise self._failure(request.error) from request.error
-        return Completion.from_chunks(list(request.chunks), request.tokens[: request.prompt_length])
+        return Completion.from_chunks(list(request.chunks), request.tokens[: request.prompt_length], self.plan.lossy)
 
     def _tokens(self, prompt: str | Sequence[int]) -> list[int]:
         tokens = prompt_tokens(self._tokenizer, prompt, self._checkpoint.name)

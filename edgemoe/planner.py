@@ -14,9 +14,10 @@ from edgemoe.config import EngineConfig
 from edgemoe.draft.draft_model import DraftModel
 from edgemoe.draft.settings import budget_settings, draft_settings
 from edgemoe.errors import PlanError
+from edgemoe.formats.made import MADE
 from edgemoe.plan.kv_size import measure_kv
 from edgemoe.plan.machine import cores, ram_free
-from edgemoe.plan.plan import Plan
+from edgemoe.plan.plan import FLOATS, Plan
 from edgemoe.plan.prediction import predict
 from edgemoe.sizes import format_bytes, parse_bytes
 
@@ -54,6 +55,7 @@ def _without_slots(
     """Everything but the expert cache, which takes what is left, and what depends on its size."""
     drafts, budget = draft_settings(config), budget_settings(config)
     free, kv, context = _device_free(device), measure_kv(blueprint), _context(blueprint, config)
+    quantised = _quantised(blueprint)
     return Plan(
         model=blueprint.checkpoint.name,
         family=blueprint.config.model_type,
@@ -65,6 +67,7 @@ def _without_slots(
         experts=sum(moe.experts for moe in blueprint.experts_modules),
         top_k=_top_k(blueprint.config.get_text_config()),
         formats=blueprint.expert_formats,
+        dense_format=blueprint.made_dense or "",
         slot_nbytes=max(moe.layout.nbytes for moe in blueprint.experts_modules),
         slots=0,
         device_free=free,
@@ -87,9 +90,25 @@ def _without_slots(
         link_gbps=config.link_gbps,
         speculation=drafts.describe(),
         # Where nothing drafts, no verification runs under a budget.
-        lossy=budget.describe() if budget and drafts.drafters else "",
+        lossy="; ".join(filter(None, [quantised, budget.describe() if budget and drafts.drafters else ""])),
+        quantised=quantised,
+        other_formats=_other_formats(blueprint),
         not_served=tuple(not_served(load_generation_defaults(blueprint))),
     )
+
+
+def _quantised(blueprint: Blueprint) -> str:
+    """What of the weights is quantised as it is read, in words; empty for nothing."""
+    of = [("experts", blueprint.made_experts), ("other matrices", blueprint.made_dense)]
+    return ", ".join(f"{what} quantised to {name} by edgemoe" for what, name in of if name is not None)
+
+
+def _other_formats(blueprint: Blueprint) -> tuple[tuple[str, int], ...]:
+    """Bytes of all experts in each format that they could be quantised to; none where they are packed."""
+    if not set(blueprint.expert_formats) <= FLOATS:
+        return ()
+    modules = blueprint.experts_modules
+    return tuple((name, sum(moe.experts * moe.made_layout(name).nbytes for moe in modules)) for name in MADE)
 
 
 def choose_device(name: str) -> torch.device:
@@ -185,6 +204,9 @@ def _slots(plan: Plan, asked: str | int) -> int:
     if fitting < 1:
         short = format_bytes(plan.slot_nbytes - room)
         mend = "give a smaller context=" if plan.kv_nbytes > plan.slot_nbytes - room else "free that much memory"
+        if plan.other_formats:
+            name, nbytes = min(plan.other_formats, key=lambda format: format[1])
+            mend += f", or quantise the experts (experts={name} takes {format_bytes(nbytes // plan.experts)} each)"
         raise PlanError(
             f"{plan.model} needs at least {format_bytes(plan.device_free - room + plan.slot_nbytes)} free on "
             f"{plan.device}, where {format_bytes(plan.device_free)} are free, {short} too little: {mend}"

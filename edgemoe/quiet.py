@@ -1,7 +1,8 @@
-"""Silences transformers while edgemoe uses it."""
+"""Silences libraries while edgemoe uses them."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,14 +10,26 @@ from contextlib import contextmanager
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """A context without transformers' progress bars and warnings; restores both settings at its end."""
-    from transformers.utils import logging
+    from transformers.utils import logging as told
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    verbosity, bars = told.get_verbosity(), told.is_progress_bar_enabled()
+    told.set_verbosity_error()
+    told.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        told.set_verbosity(verbosity)
         if bars:
-            logging.enable_progress_bar()
+            told.enable_progress_bar()
+
+
+@contextmanager
+def quiet_logger(name: str) -> Iterator[None]:
+    """A context in which the logger `name` drops what is below an error; restores its level at the end."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -96,9 +96,11 @@ class Completion:
     prompt_token_ids: tuple[int, ...]
     reasoning: str = ""
     """The reasoning before the text, of a reply to messages by a model that marks it; no part of `text`."""
+    lossy: str = ""
+    """The settings that make replies differ from the model's own (see `Plan.lossy`); empty for none."""
 
     @classmethod
-    def from_chunks(cls, chunks: Sequence[Chunk], prompt_token_ids: Sequence[int]) -> Completion:
+    def from_chunks(cls, chunks: Sequence[Chunk], prompt_token_ids: Sequence[int], lossy: str = "") -> Completion:
         """The reply that consists of `chunks`, at least one."""
         reported = [chunk.logprobs for chunk in chunks if chunk.logprobs is not None]
         return cls(
@@ -109,6 +111,7 @@ class Completion:
             timings=chunks[-1].timings,
             prompt_token_ids=tuple(prompt_token_ids),
             reasoning="".join(chunk.reasoning for chunk in chunks),
+            lossy=lossy,
         )
 
 
@@ -245,7 +248,12 @@ def chat_completion(completion: Completion, model: str) -> dict[str, Any]:
             }
         ],
         "usage": {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated},
-    }
+    } | named_lossy(completion)
+
+
+def named_lossy(completion: Completion) -> dict[str, Any]:
+    """What a result says of the settings that make it differ from the model's own reply: nothing where none do."""
+    return {"lossy": completion.lossy} if completion.lossy else {}
 
 
 def _message(completion: Completion) -> dict[str, str]:

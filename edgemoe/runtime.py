@@ -26,6 +26,7 @@ from edgemoe.experts.expert_predictor import ExpertPredictor
 from edgemoe.experts.lookahead import Lookahead
 from edgemoe.kernels.cpu import batch_invariant_linear
 from edgemoe.kernels.cpu.threads import KernelThreads
+from edgemoe.kernels.packed_layers import PackedLinear
 from edgemoe.model.sequential_runner import SequentialRunner
 from edgemoe.plan.plan import Plan
 from edgemoe.prefetch.fill import fill_order
@@ -73,6 +74,9 @@ class Runtime:
         self.layers = expert_layer.install(self.model, blueprint.experts_modules, self.cache, threads, self.predictor)
         if device.type == "cpu":
             batch_invariant_linear.install_gemv(self.model, threads)
+            for module in self.model.modules():
+                if isinstance(module, PackedLinear):
+                    module.use_kernels(threads)
         self.state = StateFolder.of(blueprint.checkpoint, config.state_folder)
         heat = heat_file.read(self.state, files.experts)
         policy.warm(heat)

@@ -50,6 +50,8 @@ def _chat_completion(answers: Sequence[Completion], model: str) -> Record:
 
 def _text_completion(answers: Sequence[Completion], model: str, has_tokenizer: bool) -> Record:
     """Finished completions in the shape of OpenAI's text_completion object."""
+    from edgemoe.results import named_lossy
+
     return {
         "id": f"cmpl-{uuid.uuid4().hex}",
         "object": "text_completion",
@@ -57,7 +59,7 @@ def _text_completion(answers: Sequence[Completion], model: str, has_tokenizer: b
         "model": model,
         "choices": [_text_choice(index, answer, has_tokenizer) for index, answer in enumerate(answers)],
         "usage": _usage(answers),
-    }
+    } | named_lossy(answers[0])
 
 
 def _text_choice(index: int, answer: Completion, has_tokenizer: bool) -> Record:

@@ -21,7 +21,10 @@ from edgemoe.checkpoint.checkpoint import WEIGHT_DTYPES, Checkpoint, open_checkp
 from edgemoe.checkpoint.expert_sources import ExpertSources
 from edgemoe.checkpoint.experts_module import ExpertsModule, require_experts_modules
 from edgemoe.checkpoint.extra_layers import without_heads_that_draft
+from edgemoe.checkpoint.packed_modules import PackedModule, find_packed_modules
+from edgemoe.checkpoint.renaming import Renaming
 from edgemoe.checkpoint.rope_context import context_limit
+from edgemoe.config import EngineConfig, choices_of
 from edgemoe.demo import DEMO_NAME, demo_folder
 from edgemoe.errors import CheckpointError, told_as
 from edgemoe.formats.stacked_format import StackedFormat
@@ -48,6 +51,12 @@ class Blueprint:
     """Bytes of all weights and buffers but the experts', in the dtypes that the model keeps them in."""
     largest_dense_nbytes: int
     """Bytes of the largest of them; loading may hold it twice."""
+    made_experts: str | None = None
+    """The format of `formats.made` that the experts' float matrices are quantised to as they are read, if any."""
+    made_dense: str | None = None
+    """The same of the other linear layers."""
+    packed_modules: tuple[PackedModule, ...] = ()
+    """The layers outside of the experts whose weights stay packed."""
 
     @property
     def expert_formats(self) -> tuple[str, ...]:
@@ -71,39 +80,60 @@ def open_blueprint(
     offline: bool = False,
     setting: str = "model",
     model_config: str | os.PathLike[str] | None = None,
+    experts: str = "native",
+    dense: str = "native",
 ) -> Blueprint:
     """The blueprint of `model`: a checkpoint's folder, a GGUF file, a Hugging Face id, or None for the shipped model.
 
-    `model_config` is where a GGUF file's configuration comes from, if not from the file.
-    Raises CheckpointError as `open_checkpoint` and `read_blueprint` do.
+    `model_config` is where a GGUF file's configuration comes from, if not from the file. `experts` and `dense` are the
+    settings of these names. Raises CheckpointError as `open_checkpoint` and `read_blueprint` do.
     """
     if model is None:
-        return read_blueprint(open_checkpoint(demo_folder(), name=DEMO_NAME), dtype)
+        return read_blueprint(open_checkpoint(demo_folder(), name=DEMO_NAME), dtype, experts, dense)
     checkpoint = open_checkpoint(
         model, offline=offline, setting=setting, check=_check_family, model_config=model_config
     )
-    return read_blueprint(checkpoint, dtype)
+    return read_blueprint(checkpoint, dtype, experts, dense)
 
 
-def read_blueprint(checkpoint: Checkpoint, dtype: str = "auto") -> Blueprint:
+def blueprint_for(model: str | os.PathLike[str] | None, config: EngineConfig) -> Blueprint:
+    """The blueprint of `model` under the settings in `config`. Raises as `open_blueprint` does."""
+    return open_blueprint(
+        model,
+        config.dtype,
+        offline=config.offline,
+        model_config=config.model_config,
+        experts=config.experts,
+        dense=config.dense,
+    )
+
+
+def read_blueprint(
+    checkpoint: Checkpoint, dtype: str = "auto", experts: str = "native", dense: str = "native"
+) -> Blueprint:
     """Checks `checkpoint` against its family and locates every expert. Reads no weight.
 
-    `dtype` is "auto" (the dtype that most weights are stored in), "bfloat16", "float16" or "float32". Raises
-    CheckpointError with the reason why the checkpoint cannot be run.
+    `dtype` is "auto" (the dtype that most weights are stored in), "bfloat16", "float16" or "float32"; `experts` and
+    `dense` are "native" or a format of `formats.made`. Raises CheckpointError with the reason why the checkpoint
+    cannot be run.
     """
+    made, made_dense = _made("experts", experts), _made("dense", dense)
     config, model_class = _family(checkpoint)
     checkpoint = without_heads_that_draft(checkpoint, config.get_text_config())
     chosen = _dtype(checkpoint, dtype)
     with quiet_transformers():
         model = build_skeleton(model_class, config, chosen)
         experts_modules = require_experts_modules(model, config, checkpoint.name)
-        sources = ExpertSources(checkpoint, model, experts_modules, _mapping(model))
+        renaming = Renaming(model, _mapping(model))
+        sources = ExpertSources(checkpoint, model, experts_modules, renaming, made)
         experts_modules = sources.modules
-        dense = tuple(key for key in checkpoint.weights if key not in sources.keys)
+        outside = {key: weight for key, weight in checkpoint.weights.items() if key not in sources.keys}
+        counts = {moe.experts for moe in experts_modules}
+        packed = find_packed_modules(model, outside, renaming, made_dense, counts)
         _dry_run(checkpoint, model, chosen)
         records = sources.records()
         # A new skeleton, since the dry run uses the first one up.
-        sizes = _dense_sizes(build_skeleton(model_class, config, chosen), experts_modules)
+        sizes = _dense_sizes(build_skeleton(model_class, config, chosen), experts_modules, packed)
     return Blueprint(
         checkpoint,
         config,
@@ -111,10 +141,21 @@ def read_blueprint(checkpoint: Checkpoint, dtype: str = "auto") -> Blueprint:
         chosen,
         tuple(experts_modules),
         records,
-        dense,
+        tuple(outside),
         sum(sizes),
-        max(sizes),
+        max([*sizes, *(each.float_nbytes for each in packed)]),
+        made,
+        made_dense,
+        tuple(packed),
     )
+
+
+def _made(setting: str, name: str) -> str | None:
+    """The format that `setting` asks to quantise to; None for "native". Raises CheckpointError for no format."""
+    choices = choices_of(setting)
+    if name not in choices:
+        raise CheckpointError(f"{setting} {name!r} is not one of {', '.join(choices)}: choose one as {setting}=")
+    return None if name == "native" else name
 
 
 def _check_family(checkpoint: Checkpoint) -> None:
@@ -237,10 +278,11 @@ def _dry_run(checkpoint: Checkpoint, model: Any, dtype: torch.dtype) -> None:
         )
 
 
-def _dense_sizes(skeleton: Any, experts_modules: Sequence[ExpertsModule]) -> list[int]:
+def _dense_sizes(skeleton: Any, experts_modules: Sequence[ExpertsModule], packed: Sequence[PackedModule]) -> list[int]:
     """Bytes of each weight and buffer but the experts'; tied weights count once."""
     experts = {f"{moe.name}.{name}" for moe in experts_modules for name in moe.shapes}
-    tied = set(skeleton.all_tied_weights_keys)
+    elsewhere = experts | set(skeleton.all_tied_weights_keys) | {f"{each.name}.weight" for each in packed}
     tensors = [*skeleton.named_parameters(), *skeleton.named_buffers()]
-    kept = [value for name, value in tensors if name not in experts and name not in tied]
-    return [math.prod(value.shape) * value.dtype.itemsize for value in kept]
+    kept = [value for name, value in tensors if name not in elsewhere]
+    sizes = [math.prod(value.shape) * value.dtype.itemsize for value in kept]
+    return sizes + [each.nbytes for each in packed]

@@ -90,10 +90,15 @@ def load_dense(blueprint: Blueprint, device: torch.device, on_read: Callable[[in
             return lazy_tensor(weight)
         return LazyPacked(weight, [lazy_tensor(each) for each in weight.stored.values()], blueprint.dtype)
 
-    lazy = {key: lazy_weight(weights[key]) for key in blueprint.dense_keys}
+    packed = {each.key for each in blueprint.packed_modules}
+    lazy = {key: lazy_weight(weights[key]) for key in blueprint.dense_keys if key not in packed}
     model = build_skeleton(blueprint.model_class, blueprint.config, blueprint.dtype)
     for moe in blueprint.experts_modules:
         release_weights(moe, model)
+    with reading(checkpoint.name), torch.no_grad():
+        for module in blueprint.packed_modules:
+            raw = [lazy_tensor(each)[...] for each in module.stored]
+            module.install(model, module.weight(raw, blueprint.dtype, device))
     settings = load_config(model, blueprint.dtype, device)
     # The loader draws random initial values, which must not advance the caller's generator.
     with reading(checkpoint.name), quiet_transformers(), torch.no_grad(), torch.random.fork_rng(devices=[]):

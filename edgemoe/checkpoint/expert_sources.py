@@ -19,9 +19,11 @@ from edgemoe.cache.safetensors_store import Extent, RecordSource
 from edgemoe.checkpoint.checkpoint import Checkpoint
 from edgemoe.checkpoint.experts_module import ExpertsModule
 from edgemoe.checkpoint.packed_tensor import MergedTensor, PackedTensor
+from edgemoe.checkpoint.renaming import Renaming
 from edgemoe.checkpoint.tensor_entry import TensorEntry
 from edgemoe.errors import CheckpointError
 from edgemoe.formats.float_format import FloatFormat
+from edgemoe.formats.made import made_format
 from edgemoe.formats.stacked_format import StackedFormat
 from edgemoe.formats.weight_format import WeightFormat
 
@@ -40,12 +42,24 @@ class ExpertSources:
     """The checkpoint's tensors that belong to experts, and the record source of every expert."""
 
     def __init__(
-        self, checkpoint: Checkpoint, model: Any, experts_modules: Sequence[ExpertsModule], mapping: Sequence[Any]
+        self,
+        checkpoint: Checkpoint,
+        model: Any,
+        experts_modules: Sequence[ExpertsModule],
+        renaming: Renaming,
+        made: str | None = None,
     ) -> None:
+        """`made` is the format of `formats.made` that float matrices are quantised to as they are read, if any.
+
+        Raises CheckpointError if `made` is given and the checkpoint has its experts packed already.
+        """
         self._checkpoint = checkpoint
+        self._made = made
+        self._floats = {moe.name: moe for moe in experts_modules}
+        """The experts modules with float weights, by name."""
         self._weights = checkpoint.weights
         self._model = model
-        self._recipes = self._collect(mapping, experts_modules)
+        self._recipes = self._collect(renaming, experts_modules)
         self.keys = frozenset(
             key for recipe in self._recipes.values() for keys in recipe.sources.values() for key in keys
         )
@@ -62,34 +76,17 @@ class ExpertSources:
             for index in range(moe.experts)
         }
 
-    def _collect(self, mapping: Sequence[Any], experts_modules: Sequence[ExpertsModule]) -> dict[str, _Recipe]:
+    def _collect(self, renaming: Renaming, experts_modules: Sequence[ExpertsModule]) -> dict[str, _Recipe]:
         """Groups the checkpoint's keys by the stacked expert parameter that they become part of."""
-        from transformers.core_model_loading import (
-            WeightConverter,
-            WeightRenaming,
-            dot_natural_key,
-            rename_source_key,
-        )
+        from transformers.core_model_loading import dot_natural_key
 
         targets = {f"{moe.name}.{name}" for moe in experts_modules for name in moe.shapes}
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-        state = self._model.state_dict()
         recipes: dict[str, _Recipe] = {}
         for key in sorted(self._weights, key=dot_natural_key):
-            prefix = self._model.base_model_prefix
-            target, pattern = rename_source_key(key, renamings, converters, prefix, state)
-            if target not in state and key in state:
-                target, pattern = key, None
-            converter = by_pattern.get(pattern or "")
-            made = {target}
-            if converter is not None:
-                first, *others = converter.target_patterns
-                made |= {target.replace(first, other) for other in others}
-            for name in made & targets:
-                recipe = recipes.setdefault(name, _Recipe(converter))
-                recipe.sources.setdefault(pattern or key, []).append(key)
+            made = renaming.target(key)
+            for name in made.names & targets:
+                recipe = recipes.setdefault(name, _Recipe(made.converter))
+                recipe.sources.setdefault(made.pattern or key, []).append(key)
         return recipes
 
     def _as_stored(self, moe: ExpertsModule, layouts: dict[tuple[Part, ...], RecordLayout]) -> ExpertsModule:
@@ -102,7 +99,7 @@ class ExpertSources:
             own = [part for part in moe.layout.parts if part.name == name]
             recipe = self._recipes.get(f"{moe.name}.{name}")
             if recipe is not None and name in formats:
-                packed = self._packed_format(recipe, moe)
+                packed = self._packed_format(recipe, moe) or self._made_format(moe, name)
                 if packed is not None:
                     formats[name], rows, columns = packed
                     own = list(formats[name].parts(name, (rows, columns)))
@@ -120,12 +117,24 @@ class ExpertSources:
         first = packed[0]
         if any(entry.reshape or isinstance(entry.format, FloatFormat) for entry in packed):
             return None
+        if self._made is not None:
+            raise CheckpointError(
+                f"{self._checkpoint.name} has its experts in {first.format.name}, so that they cannot be quantised to "
+                f"{self._made}: leave out experts="
+            )
         if len(packed) == 1:
             return first.format, first.rows, first.columns
         if any((entry.rows, entry.columns, entry.transposed) != (first.rows, first.columns, False) for entry in packed):
             return None
         stacked = StackedFormat(tuple(entry.format for entry in packed), first.rows)
         return stacked, first.rows * len(packed), first.columns
+
+    def _made_format(self, moe: ExpertsModule, name: str) -> tuple[WeightFormat, int, int] | None:
+        """The format, rows and columns of a float matrix that is quantised; None where it stays as it is."""
+        if self._made is None:
+            return None
+        rows, columns = moe.shapes[name][::-1] if name in moe.transposed else moe.shapes[name]
+        return made_format(self._made, columns), rows, columns
 
     def _record(self, moe: ExpertsModule, index: int) -> RecordSource:
         """The extents of one expert: those of packed weights and plain ones in the order of the layout's parts."""
@@ -143,6 +152,8 @@ class ExpertSources:
         self, moe: ExpertsModule, name: str, recipe: _Recipe, entries: Sequence[Source]
     ) -> list[Extent] | None:
         """Where the bytes of one parameter go in a record; None where they must be converted first."""
+        if self._is_made(moe, name):
+            return None
         if _is_packed(moe, name):
             packed = self._same_formats(moe, name, entries)
             if any(entry.convert for entry in packed):
@@ -169,6 +180,10 @@ class ExpertSources:
                 "use another version of it"
             )
         return packed
+
+    def _is_made(self, moe: ExpertsModule, name: str) -> bool:
+        """Whether the parameter `name` is quantised as it is read."""
+        return self._made is not None and name in moe.formats
 
     def _recipe(self, moe: ExpertsModule, part: str) -> _Recipe:
         recipe = self._recipes.get(f"{moe.name}.{part}")
@@ -221,15 +236,18 @@ class ExpertSources:
     def _assembled(self, moe: ExpertsModule, index: int) -> RecordSource:
         recipes = {name: self._recipe(moe, name) for name in moe.shapes}
         entries = {name: self._entries(recipe, moe, index) for name, recipe in recipes.items()}
-        dtypes = {part.name: part.dtype for part in moe.layout.parts}
+        floats_of = self._floats[moe.name]
+        dtypes = {part.name: part.dtype for part in floats_of.layout.parts}
 
         def assemble(raw: Sequence[torch.Tensor]) -> Mapping[str, torch.Tensor]:
             remaining, parts = list(raw), dict[str, torch.Tensor]()
             for name, recipe in recipes.items():
                 mine = [[remaining.pop(0) for _ in _stored(entry)] for entry in entries[name]]
-                if not _is_packed(moe, name):
+                made = self._is_made(moe, name)
+                if made or not _is_packed(moe, name):
                     floats = [_float(entry, own, dtypes[name]) for entry, own in zip(entries[name], mine, strict=True)]
-                    parts[name] = self._convert(recipe, moe, name, floats)
+                    matrix = self._convert(recipe, moe, name, floats)
+                    parts |= self._quantised(moe, name, matrix) if made else {name: matrix}
                     continue
                 packed = self._same_formats(moe, name, entries[name])
                 prefixes = _prefixes(name, packed)
@@ -241,6 +259,11 @@ class ExpertSources:
             _extent(stored, None) for found in entries.values() for entry in found for stored in _stored(entry)
         )
         return RecordSource(extents, assemble)
+
+    def _quantised(self, moe: ExpertsModule, name: str, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The parts of one matrix in a record, from its float tensor as transformers has it."""
+        upright = matrix.t() if name in self._floats[moe.name].transposed else matrix
+        return {name + suffix: part for suffix, part in moe.formats[name].quantize(upright).items()}
 
     def _convert(self, recipe: _Recipe, moe: ExpertsModule, part: str, raw: Sequence[torch.Tensor]) -> torch.Tensor:
         """Runs transformers' operations on one expert: a list of one tensor if they stack, else a stack of one."""

@@ -11,6 +11,7 @@ from torch import nn
 from edgemoe.cache.record import Part, RecordLayout
 from edgemoe.errors import CheckpointError
 from edgemoe.formats.float_format import FloatFormat
+from edgemoe.formats.made import made_format
 from edgemoe.formats.weight_format import WeightFormat
 
 DECLARED_ATTRIBUTES = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
@@ -32,6 +33,17 @@ class ExpertsModule:
     """The shape of one expert's share of each stacked parameter, in transformers' order."""
     transposed: frozenset[str] = frozenset()
     """The matrices that a record has as [inputs, outputs]: as the family declares, but not where they are packed."""
+
+    def made_layout(self, name: str) -> RecordLayout:
+        """The layout of a record whose matrices are quantised to `name`, a format of `formats.made`."""
+        parts: list[Part] = []
+        for key, shape in self.shapes.items():
+            if key not in self.formats:
+                parts += [part for part in self.layout.parts if part.name == key]
+                continue
+            rows, columns = shape[::-1] if key in self.transposed else shape
+            parts += made_format(name, columns).parts(key, (rows, columns))
+        return RecordLayout(parts)
 
     def module(self, model: nn.Module) -> Any:
         """This experts module in `model`."""

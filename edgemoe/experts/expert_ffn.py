@@ -20,6 +20,8 @@ from torch.nn import functional as F
 from edgemoe.cache.slots import SlotPool
 from edgemoe.checkpoint.experts_module import ExpertsModule
 from edgemoe.formats.float_format import FloatFormat
+from edgemoe.kernels.cpu import packed_matrix
+from edgemoe.kernels.cpu.packed_matrix import PackedMatrix
 from edgemoe.kernels.cpu.slot_matrix import SlotMatrix
 from edgemoe.kernels.cpu.threads import KernelThreads, kernels_have_the_cores
 from edgemoe.kernels.packed_linear import packed_linear
@@ -156,6 +158,7 @@ class Experts(ABC):
         self._transposed = moe.transposed
         outputs = 1 if module.is_transposed else 0
         self._heights = {name: moe.shapes[name][outputs] for name in moe.formats}
+        self._widths = {name: moe.shapes[name][1 - outputs] for name in moe.formats}
 
     @abstractmethod
     def compute(self, groups: TokenGroups, experts: Sequence[int], slots: Sequence[int]) -> None:
@@ -165,20 +168,23 @@ class Experts(ABC):
         """The reference arithmetic of one expert."""
         module, views = self.module, self.pool.views(slot, self._layout)
         x = groups.inputs(expert, self.row_multiple)
-        inner = self._linear(x, views, "gate_up_proj" if module.has_gate else "up_proj")
+        inner = self._linear(x, views, _up_name(module), slot)
         inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-        groups.write(expert, self._linear(inner, views, "down_proj"))
+        groups.write(expert, self._linear(inner, views, "down_proj", slot))
 
-    def _linear(self, x: torch.Tensor, views: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    def _linear(self, x: torch.Tensor, views: Mapping[str, torch.Tensor], name: str, slot: int) -> torch.Tensor:
         kind = self._formats[name]
         if isinstance(kind, FloatFormat):
             weight = kind.dequantize(views, name)
             weight = weight.t() if name in self._transposed else weight
             product = F.linear(x.to(weight.dtype), weight)
         else:
-            product = packed_linear(x, kind, views, name, self._heights[name]).to(x.dtype)
+            product = self._packed_linear(x, views, name, slot).to(x.dtype)
         # Added separately, as in transformers: a fused bias rounds differently in bf16.
         return product + views[f"{name}_bias"] if self.module.has_bias else product
+
+    def _packed_linear(self, x: torch.Tensor, views: Mapping[str, torch.Tensor], name: str, slot: int) -> torch.Tensor:
+        return packed_linear(x, self._formats[name], views, name, self._heights[name])
 
 
 class PlainExperts(Experts):
@@ -200,18 +206,28 @@ class FastExperts(Experts):
         """As the base class; `fits` must hold. `threads` run the kernels."""
         super().__init__(module, moe, pool)
         self._threads = threads
-        up = "gate_up_proj" if module.has_gate else "up_proj"
-        self._up = SlotMatrix(pool, moe.layout, up, module.is_transposed)
-        self._down = SlotMatrix(pool, moe.layout, "down_proj", module.is_transposed)
-        self._max_tokens = min(self._up.max_tokens, self._down.max_tokens)
+        self._up_name = _up_name(module)
+        self._matrices = {name: self._matrix(pool, moe, name) for name in (self._up_name, "down_proj")}
+        self._max_tokens = min(matrix.max_tokens for matrix in self._matrices.values())
+
+    def _matrix(self, pool: SlotPool, moe: ExpertsModule, name: str) -> SlotMatrix | PackedMatrix:
+        kind = self._formats[name]
+        if isinstance(kind, FloatFormat):
+            return SlotMatrix(pool, moe.layout, name, name in moe.transposed)
+        shape = (self._heights[name], self._widths[name])
+        places = {part.name: moe.layout.part_offset(name + part.name) for part in kind.parts("", shape)}
+        return PackedMatrix(kind, shape, pool.memory, places)
 
     @staticmethod
     def fits(module: Any, moe: ExpertsModule) -> bool:
         """Whether the kernels support the formats and the orientation that these experts are stored in."""
-        names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
-        if not all(isinstance(moe.formats[name], FloatFormat) for name in names):
-            return False
-        return all(SlotMatrix.fits(moe.layout, name, module.is_transposed) for name in names)
+        inputs = 0 if module.is_transposed else 1
+        return all(
+            SlotMatrix.fits(moe.layout, name, name in moe.transposed)
+            if isinstance(moe.formats[name], FloatFormat)
+            else packed_matrix.fits(moe.formats[name], moe.shapes[name][inputs])
+            for name in (_up_name(module), "down_proj")
+        )
 
     def compute(self, groups: TokenGroups, experts: Sequence[int], slots: Sequence[int]) -> None:
         """See the base class."""
@@ -224,6 +240,11 @@ class FastExperts(Experts):
             if len(groups.rows[expert]) > limit:
                 self._one(groups, expert, slot)
 
+    def _packed_linear(self, x: torch.Tensor, views: Mapping[str, torch.Tensor], name: str, slot: int) -> torch.Tensor:
+        matrix = self._matrices[name]
+        assert isinstance(matrix, PackedMatrix)
+        return matrix.linear(slot, x)
+
     def _few(self, groups: TokenGroups, few: Sequence[tuple[int, int]]) -> None:
         """The kernels' arithmetic for all of `few`, (expert, slot) each, in one call per matrix."""
         module = self.module
@@ -231,11 +252,12 @@ class FastExperts(Experts):
         starts = np.cumsum([0] + [len(groups.rows[expert]) for expert, _ in few])
         slots = np.array([slot for _, slot in few])
         owners = [slot for expert, slot in few for _ in groups.rows[expert]]
-        inner = self._up.multiply(self._threads, slots, starts, groups.hidden[groups.tokens(rows)])
-        inner = self._biased(inner.to(groups.hidden.dtype), self._up.name, owners)
+        hidden, up, down = groups.hidden, self._matrices[self._up_name], self._matrices["down_proj"]
+        inner = up.multiply(self._threads, slots, starts, hidden[groups.tokens(rows)])
+        inner = self._biased(inner.to(hidden.dtype), self._up_name, owners)
         inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-        outer = self._down.multiply(self._threads, slots, starts, inner)
-        outer = self._biased(outer.to(groups.hidden.dtype), "down_proj", owners)
+        outer = down.multiply(self._threads, slots, starts, inner)
+        outer = self._biased(outer.to(hidden.dtype), "down_proj", owners)
         if rows == list(range(len(groups.outputs))):
             groups.outputs = outer
         else:
@@ -245,3 +267,8 @@ class FastExperts(Experts):
         if not self.module.has_bias:
             return values
         return values + torch.stack([self.pool.views(slot, self._layout)[f"{name}_bias"] for slot in owners])
+
+
+def _up_name(module: Any) -> str:
+    """The first matrix of an expert of `module`."""
+    return "gate_up_proj" if module.has_gate else "up_proj"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from edgemoe.cache.record import Part
 from edgemoe.formats.codes import nibbles
 from edgemoe.formats.weight_format import WeightFormat
+from edgemoe.quiet import quiet_logger
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,13 @@ class BnbFourBitFormat(WeightFormat):
         values = views[f"{name}.quant_map"][codes.long()] * views[f"{name}.absmax"][blocks]
         return values.view(-1, self.columns)
 
+    def quantize(self, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
+        """See the base class. By bitsandbytes."""
+        functional = bitsandbytes_functional()
+        values = matrix.float().contiguous()
+        codes, state = functional.quantize_4bit(values, blocksize=self.block, quant_type=self.kind)
+        return {"": codes, ".absmax": state.absmax, ".quant_map": state.code.to(torch.float32)}
+
 
 @dataclass(frozen=True)
 class BnbInt8Format(WeightFormat):
@@ -87,3 +96,16 @@ class BnbInt8Format(WeightFormat):
         """See the base class."""
         # bitsandbytes multiplies by the rounded reciprocal of 127.
         return views[name][first:last] * views[f"{name}.scb"][first:last, None] * 7.874015718698502e-3
+
+    def quantize(self, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
+        """See the base class. By bitsandbytes."""
+        codes, largest, _ = bitsandbytes_functional().int8_vectorwise_quant(matrix.float().contiguous())
+        return {"": codes, ".scb": largest}
+
+
+def bitsandbytes_functional() -> Any:
+    """The module `bitsandbytes.functional`. Imported when it is first needed: that takes a second."""
+    # It warns of kernels that are not needed here.
+    with quiet_logger("bitsandbytes.backends.cpu.ops"):
+        import bitsandbytes.functional as functional
+    return functional

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
 from edgemoe.cache.record import Part
-from edgemoe.formats.codes import fields, spread
+from edgemoe.formats.codes import fields, packed_fields, spread
 from edgemoe.formats.weight_format import WeightFormat
 
 
@@ -76,6 +77,27 @@ class IntGroupFormat(WeightFormat):
             zeros = fields(words.t().contiguous(), self.bits).t()[: last - first] - offset
             values = values - self._of_columns(views, name, zeros.to(self.scale_dtype), columns)
         return (values * scales).float()
+
+    def quantize(self, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
+        """See the base class. Symmetric; of a few scales a group takes the one with the least squared error."""
+        rows, columns = matrix.shape
+        group, limit = self.group or columns, 1 << (self.bits - 1)
+        values = functional.pad(matrix.float(), (0, -columns % group)).unflatten(1, (-1, group))
+        largest = values.abs().amax(-1)
+        best = torch.full_like(largest, torch.inf)
+        codes, scales = torch.zeros_like(values), torch.ones_like(largest)
+        for divisor in (limit - 1, limit - 0.5, limit, limit + 0.5, limit + 1):
+            scale = (largest / divisor).to(self.scale_dtype).float()
+            scale = torch.where(scale > 0, scale, 1.0)
+            found = (values / scale.unsqueeze(-1)).round().clamp(-limit, limit - 1)
+            error = (found * scale.unsqueeze(-1) - values).square().sum(-1)
+            better = error < best
+            best = torch.where(better, error, best)
+            scales = torch.where(better, scale, scales)
+            codes = torch.where(better.unsqueeze(-1), found, codes)
+        packed = packed_fields(codes.flatten(1)[:, :columns].long() + limit, self.bits)
+        parts = {"": packed, ".scale": scales.to(self.scale_dtype)}
+        return parts if columns % (32 // self.bits) == 0 else parts | {".shape": torch.tensor([rows, columns])}
 
     def _of_columns(
         self, views: Mapping[str, torch.Tensor], name: str, groups: torch.Tensor, columns: int

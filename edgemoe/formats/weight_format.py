@@ -13,9 +13,6 @@ from edgemoe.cache.record import Part
 class WeightFormat(ABC):
     """How the weights of a matrix are stored. Immutable; knows no files and no devices."""
 
-    lossless = True
-    """Whether the values are those of the checkpoint. False where edgemoe has quantised them."""
-
     @property
     @abstractmethod
     def name(self) -> str:
@@ -42,6 +39,13 @@ class WeightFormat(ABC):
         a multiple of `row_multiple`. Packed formats give float32. The result may share the record's memory (see
         `RecordLayout.views`): it is valid as long as the record stays in its slot, and must not be written to.
         """
+
+    def quantize(self, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The parts that hold `matrix`, float [rows, columns] on the CPU, by the suffixes of their names.
+
+        Only of formats in `made.MADE`; lossy.
+        """
+        raise NotImplementedError(f"{self.name} is read, not made")
 
     def height(self, views: Mapping[str, torch.Tensor], name: str) -> int:
         """The number of rows of the matrix `name`."""

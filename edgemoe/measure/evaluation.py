@@ -60,9 +60,15 @@ def evaluate(
     of held-out questions to ask of each of the shipped model's tasks, for which the model needs a chat template.
     While the exact side is measured, the engine is exact for all of its requests. `on_progress` may raise to give up.
 
-    Raises RequestError for texts that are too short to predict anything, and PlanError if the temporary folder is too
-    small for the logits.
+    Raises RequestError for texts that are too short to predict anything and for an engine with quantised weights, which
+    cannot be exact (see `Evaluation` for two engines), and PlanError if the temporary folder is too small for the
+    logits.
     """
+    if engine.plan.quantised:
+        raise RequestError(
+            f"{engine.plan.model} has its {engine.plan.quantised} and cannot be compared with itself: measure it, "
+            "close it, and compare with an engine with experts='native' and dense='native' (as Evaluation does)"
+        )
     with closing(Evaluation(eval_texts_for(engine, texts, tokens), questions)) as evaluation:
         evaluation.measure(engine, on_progress)
         return evaluation.against(engine, on_progress)
@@ -157,9 +163,10 @@ class Evaluation:
         self._on_progress = on_progress or _ignore
         measured, scorer = self._scorer, TeacherForcedScorer(reference)
         measured.vocabulary.check_same(scorer.vocabulary)
-        lossy, same = measured.engine.plan.lossy, reference is measured.engine
+        # What is quantised differs from the checkpoint of the same name in its weights alone.
+        lossy, same = measured.engine.plan.lossy, scorer.vocabulary.model == measured.vocabulary.model
         # The logits of an exact engine are compared with themselves.
-        again = bool(lossy) or not same
+        again = bool(lossy) or reference is not measured.engine
         with scorer.exactly() if again else nullcontext():
             meter = self._compare(scorer if again else None)
             scores = self._score(reference, "exact") if again else self._scores

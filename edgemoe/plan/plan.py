@@ -31,6 +31,8 @@ class Plan:
     top_k: int
     formats: tuple[str, ...]
     """How the checkpoint stores the experts' matrices, by names such as "bf16" and "Q4_K"; most of them first."""
+    dense_format: str
+    """What the other linear layers are quantised to as they are read; empty for nothing."""
     slot_nbytes: int
     slots: int
     device_free: int
@@ -68,6 +70,10 @@ class Plan:
     """The drafter and when it runs, as "ngram, while it pays, ...", or "off: ..." with the reason."""
     lossy: str
     """The settings that make replies differ from the model's own; empty for none."""
+    quantised: str
+    """Of them those of the weights, which a loaded engine keeps; empty for none."""
+    other_formats: tuple[tuple[str, int], ...] = ()
+    """Bytes of all experts in formats that they could be quantised to (`experts=`), by its name; none where packed."""
     not_served: tuple[str, ...] = ()
     """What the checkpoint says about generation and edgemoe does not do, as "name=value"."""
     predicted: PredictedSpeed | None = None
@@ -139,6 +145,9 @@ class Plan:
         # The drafter comes first, then when it runs, or why none does.
         what, why = re.split(": |, ", self.speculation, maxsplit=1)
         rows.append(("speculation", what, why))
+        if self.other_formats and self.slots < self.experts:
+            sizes = ", ".join(f"{size(nbytes)} as {name}" for name, nbytes in self.other_formats)
+            rows.append(("other formats", "lossy", f"all experts take {sizes} (experts=)"))
         if self.lossy:
             rows.append(("lossy", "yes", self.lossy))
         if self.not_served:

@@ -55,6 +55,7 @@ _LABELS = {
     "device": "device",
     "torch": "PyTorch",
     "dtype": "dtype",
+    "formats": "formats",
     "threads": "threads",
     "link_gbps": "link",
     "direct_reads": "reads",
@@ -77,6 +78,8 @@ class ProfileConditions:
     torch: str
     """The version of PyTorch."""
     dtype: str
+    formats: str
+    """Those of the experts (see `Plan.formats`) and of the other matrices, where they are quantised."""
     threads: int
     link_gbps: float | None
     """Bandwidth of a simulated link in GB/s; None for the real one."""
@@ -97,6 +100,7 @@ class ProfileConditions:
             device=torch.cuda.get_device_name(plan.device) if cuda else plan.device,
             torch=torch.__version__,
             dtype=plan.dtype,
+            formats=" ".join((*plan.formats, plan.dense_format)).strip(),
             threads=plan.threads,
             link_gbps=plan.link_gbps,
             # Records in RAM are read before the first pass.
@@ -143,7 +147,7 @@ def _processor() -> str:
 
 NAME = "profile.json"
 FORMAT = "edgemoe profile"
-VERSION = 2
+VERSION = 3
 """Version 1 did not record where missing experts came from. Files of other versions are ignored."""
 MAX_NBYTES = 1 << 20
 """Upper bound of a file's size; a larger one is ignored."""

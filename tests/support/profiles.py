@@ -8,7 +8,7 @@ from edgemoe.measure.profiler import LEAN_SHAPES, LEAN_SHARE, SHAPES
 from edgemoe.plan.performance_model import Locality, MachineSpeed, ModelShape, PerformanceModel, Routing, Times
 from edgemoe.plan.profile import Profile, ProfileConditions, ProfilePoint
 
-CONDITIONS = ProfileConditions("Abacus 9", 2, 24, "cpu", "2.13.0", "bfloat16", 2, None, False, "file")
+CONDITIONS = ProfileConditions("Abacus 9", 2, 24, "cpu", "2.13.0", "bfloat16", "bf16", 2, None, False, "file")
 
 
 def known_model(bulk_from: int = 129) -> PerformanceModel:

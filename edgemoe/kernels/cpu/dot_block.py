@@ -6,8 +6,7 @@ order, whatever block it is computed in: batch-invariant. Sums are float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import llvmlite.binding as llvm
@@ -17,6 +16,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from edgemoe.kernels.cpu.cpu_features import float_lanes, has, is_x86
+from edgemoe.kernels.cpu.vector_ir import SINGLE, WORD, counting, load
 
 UNROLLED = 2
 """Partial sums per dot product, to hide the latency of the instructions. The same for every block."""
@@ -24,9 +24,6 @@ ROWS_OF_ONE_TOKEN = 4
 """Rows of a block for one token: enough independent sums to keep the multipliers busy."""
 ROWS = 2
 """Rows of a block for several tokens."""
-
-WORD = ir.IntType(64)
-SINGLE = ir.FloatType()
 
 
 class Dot(Protocol):
@@ -81,7 +78,7 @@ class PairsOfBf16:
 
     def weights(self, builder: Any, address: Any) -> Any:
         """See `Dot`."""
-        return _load(builder, address, self._pairs)
+        return load(builder, address, self._pairs)
 
     inputs = weights
 
@@ -119,7 +116,7 @@ class Widened:
 
     def inputs(self, builder: Any, address: Any) -> Any:
         """See `Dot`."""
-        return _load(builder, address, self._vector)
+        return load(builder, address, self._vector)
 
     def add(self, builder: Any, total: Any, weights: Any, inputs: Any) -> Any:
         """See `Dot`."""
@@ -132,11 +129,11 @@ class Widened:
     def _widened(self, builder: Any, address: Any, lanes: int) -> Any:
         singles = ir.VectorType(SINGLE, lanes)
         if self._kind == "f32":
-            return _load(builder, address, singles)
+            return load(builder, address, singles)
         if self._kind == "f16":
-            return builder.fpext(_load(builder, address, ir.VectorType(ir.HalfType(), lanes)), singles)
+            return builder.fpext(load(builder, address, ir.VectorType(ir.HalfType(), lanes)), singles)
         words = ir.VectorType(ir.IntType(32), lanes)
-        halves = builder.zext(_load(builder, address, ir.VectorType(ir.IntType(16), lanes)), words)
+        halves = builder.zext(load(builder, address, ir.VectorType(ir.IntType(16), lanes)), words)
         return builder.bitcast(builder.shl(halves, ir.Constant(words, [16] * lanes)), singles)
 
 
@@ -152,7 +149,7 @@ def grouped_dots(dot: Dot) -> Callable[..., None]:
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _Grouped(builder, dot, _Operands.of(context, builder, signature, arguments)).emit()
+        Grouped(builder, dot, Operands.of(context, builder, signature, arguments)).emit()
         return context.get_dummy_value()
 
     @intrinsic
@@ -178,7 +175,7 @@ SLOTS, POOL, STARTS, X, OUT = 0, 3, 4, 5, 6
 """The places of the arrays among the arguments of `grouped_dots`."""
 
 
-class _Operands(NamedTuple):
+class Operands(NamedTuple):
     """What the loops run over, as LLVM values: addresses, and bytes from one slot, token or result to the next."""
 
     slots: Any
@@ -197,7 +194,7 @@ class _Operands(NamedTuple):
     last: Any
 
     @classmethod
-    def of(cls, context: Any, builder: Any, signature: Any, arguments: Any) -> _Operands:
+    def of(cls, context: Any, builder: Any, signature: Any, arguments: Any) -> Operands:
         """Reads the operands out of the arguments of the intrinsic of `grouped_dots`."""
 
         def array(place: int) -> Any:
@@ -227,10 +224,10 @@ class _Operands(NamedTuple):
         )
 
 
-class _Grouped:
+class Grouped:
     """Emits the loops over groups, rows and tokens."""
 
-    def __init__(self, builder: Any, dot: Dot, operands: _Operands) -> None:
+    def __init__(self, builder: Any, dot: Dot, operands: Operands) -> None:
         self._builder = builder
         self._dot = dot
         self._operands = operands
@@ -239,12 +236,12 @@ class _Grouped:
         """Emits everything."""
         builder, of = self._builder, self._operands
         row_step = builder.mul(of.columns, WORD(self._dot.weight_nbytes))
-        block = _Block(builder, self._dot, row_step, of.x_step, of.out_step, of.columns)
-        with _counting(builder, WORD(0), of.groups, 1) as group:
+        block = Block(builder, self._dot, row_step, of.x_step, of.out_step, of.columns)
+        with counting(builder, WORD(0), of.groups, 1) as group:
             place = builder.mul(group, WORD(8))
-            slot = _load(builder, builder.add(of.slots, place), WORD, align=8)
-            start = _load(builder, builder.add(of.starts, place), WORD, align=8)
-            stop = _load(builder, builder.add(of.starts, builder.add(place, WORD(8))), WORD, align=8)
+            slot = load(builder, builder.add(of.slots, place), WORD, align=8)
+            start = load(builder, builder.add(of.starts, place), WORD, align=8)
+            stop = load(builder, builder.add(of.starts, builder.add(place, WORD(8))), WORD, align=8)
             tokens = builder.sub(stop, start)
             matrix = builder.add(of.matrix, builder.mul(slot, of.slot_step))
             values = builder.add(of.x, builder.mul(start, of.x_step))
@@ -255,20 +252,18 @@ class _Grouped:
                 with several:
                     self._rows(block, ROWS, self._dot.tokens, matrix, values, results, tokens)
 
-    def _rows(self, block: _Block, rows: int, most: int, matrix: Any, values: Any, results: Any, tokens: Any) -> None:
+    def _rows(self, block: Block, rows: int, most: int, matrix: Any, values: Any, results: Any, tokens: Any) -> None:
         """Blocks of `rows` rows and at most `most` tokens, then the rows that are left one by one."""
         builder, first, last = self._builder, self._operands.first, self._operands.last
         whole = builder.sub(last, builder.srem(builder.sub(last, first), WORD(rows)))
         for start, stop, count in ((first, whole, rows), (whole, last, 1)):
-            with _counting(builder, start, stop, count) as row:
+            with counting(builder, start, stop, count) as row:
                 weights = builder.add(matrix, builder.mul(row, block.row_step))
                 self._tokens(
                     block, count, most, weights, values, builder.add(results, builder.mul(row, WORD(4))), tokens
                 )
 
-    def _tokens(
-        self, block: _Block, rows: int, most: int, weights: Any, values: Any, results: Any, tokens: Any
-    ) -> None:
+    def _tokens(self, block: Block, rows: int, most: int, weights: Any, values: Any, results: Any, tokens: Any) -> None:
         builder = self._builder
         whole = builder.sub(tokens, builder.srem(tokens, WORD(most)))
 
@@ -276,14 +271,14 @@ class _Grouped:
             x = builder.add(values, builder.mul(token, block.x_step))
             block.emit(rows, count, weights, x, builder.add(results, builder.mul(token, block.out_step)))
 
-        with _counting(builder, WORD(0), whole, most) as token:
+        with counting(builder, WORD(0), whole, most) as token:
             run(token, most)
         for count in range(1, most):
             with builder.if_then(builder.icmp_signed("==", builder.sub(tokens, whole), WORD(count))):
                 run(whole, count)
 
 
-class _Block:
+class Block:
     """Emits the products of a few rows with a few tokens."""
 
     def __init__(self, builder: Any, dot: Dot, row_step: Any, x_step: Any, out_step: Any, columns: Any) -> None:
@@ -321,7 +316,7 @@ class _Block:
 
     def _multiply(self, first: Any, stop: Any, sums: list[Any], rows: list[Any], tokens: list[Any]) -> None:
         builder, dot = self._builder, self._dot
-        with _counting(builder, first, stop, dot.values * len(sums)) as at:
+        with counting(builder, first, stop, dot.values * len(sums)) as at:
             for part, own in enumerate(sums):
                 place = builder.add(at, WORD(dot.values * part))
                 weight_place = builder.mul(place, WORD(dot.weight_nbytes))
@@ -336,13 +331,13 @@ class _Block:
         self, single: Callable[[Any, Any], Any], first: Any, totals: list[list[Any]], rows: list[Any], tokens: list[Any]
     ) -> None:
         builder, dot = self._builder, self._dot
-        with _counting(builder, first, self._columns, 1) as at:
+        with counting(builder, first, self._columns, 1) as at:
             weight_place = builder.mul(at, WORD(dot.weight_nbytes))
             input_place = builder.mul(at, WORD(dot.input_nbytes))
             for base, row_totals in zip(rows, totals, strict=True):
                 weight = single(builder, builder.add(base, weight_place))
                 for token, total in zip(tokens, row_totals, strict=True):
-                    value = _load(builder, builder.add(token, input_place), SINGLE, align=4)
+                    value = load(builder, builder.add(token, input_place), SINGLE, align=4)
                     builder.store(builder.fadd(builder.load(total), builder.fmul(weight, value)), total)
 
     def _total(self, sums: list[Any], row: int, token: int) -> Any:
@@ -356,14 +351,3 @@ class _Block:
         total = cgutils.alloca_once(builder, SINGLE)
         builder.store(builder.call(reduce, [SINGLE(-0.0), vector], fastmath=("reassoc",)), total)
         return total
-
-
-@contextmanager
-def _counting(builder: Any, first: Any, stop: Any, step: int) -> Iterator[Any]:
-    """A loop from `first` to `stop`; the block gets the number."""
-    with cgutils.for_range_slice(builder, first, stop, WORD(step), intp=WORD) as (number, _):
-        yield number
-
-
-def _load(builder: Any, address: Any, kind: Any, align: int = 2) -> Any:
-    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align)

@@ -1,0 +1,262 @@
+"""GEMV kernels for CPUs over packed weights: rows are widened to float32 in a cache of the CPU and multiplied there.
+
+Each format has a function, since numba keeps compiled code by function. All have the arguments of `gguf_q8_0`, and sums
+of one order, that of `gemv_kernels.grouped_gemv_f32`: batch-invariant.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import types
+
+from edgemoe.cache.compiled import compiled
+from edgemoe.kernels.cpu.packed_dots import packed_dots
+from edgemoe.kernels.cpu.widening import FourBits, Fp8, Gguf, GroupsOfInt4, Mxfp4, Nvfp4, RowsOfInt8
+
+SIGNATURE = types.void(
+    types.Array(types.int64, 1, "C"),
+    types.Array(types.int64, 1, "C"),
+    types.int64,
+    types.Array(types.uint8, 2, "A"),
+    types.Array(types.int64, 1, "C"),
+    types.Array(types.float32, 2, "C"),
+    types.Array(types.float32, 2, "A"),
+    types.Array(types.float32, 2, "C"),
+    types.int64,
+    types.int64,
+)
+"""The types of the arguments of every function here."""
+_options: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
+
+# numba keeps compiled code by the time of this file alone: a change of what is below `packed_dots` needs one here too.
+_gguf_q4_0 = packed_dots(Gguf("Q4_0"))
+_gguf_q4_1 = packed_dots(Gguf("Q4_1"))
+_gguf_q5_0 = packed_dots(Gguf("Q5_0"))
+_gguf_q5_1 = packed_dots(Gguf("Q5_1"))
+_gguf_q8_0 = packed_dots(Gguf("Q8_0"))
+_gguf_q2_k = packed_dots(Gguf("Q2_K"))
+_gguf_q3_k = packed_dots(Gguf("Q3_K"))
+_gguf_q4_k = packed_dots(Gguf("Q4_K"))
+_gguf_q5_k = packed_dots(Gguf("Q5_K"))
+_gguf_q6_k = packed_dots(Gguf("Q6_K"))
+_gguf_iq4_nl = packed_dots(Gguf("IQ4_NL"))
+_gguf_iq4_xs = packed_dots(Gguf("IQ4_XS"))
+_gguf_mxfp4 = packed_dots(Gguf("MXFP4"))
+_four_bits = packed_dots(FourBits())
+_rows_of_int8 = packed_dots(RowsOfInt8())
+_int4_0_bf16 = packed_dots(GroupsOfInt4(0, "bf16"))
+_int4_0_f16 = packed_dots(GroupsOfInt4(0, "f16"))
+_int4_32_bf16 = packed_dots(GroupsOfInt4(32, "bf16"))
+_int4_32_f16 = packed_dots(GroupsOfInt4(32, "f16"))
+_int4_64_bf16 = packed_dots(GroupsOfInt4(64, "bf16"))
+_int4_64_f16 = packed_dots(GroupsOfInt4(64, "f16"))
+_int4_128_bf16 = packed_dots(GroupsOfInt4(128, "bf16"))
+_int4_128_f16 = packed_dots(GroupsOfInt4(128, "f16"))
+_mxfp4 = packed_dots(Mxfp4())
+_nvfp4_divided = packed_dots(Nvfp4(divides=True))
+_nvfp4_multiplied = packed_dots(Nvfp4(divides=False))
+_fp8_blocks_f32 = packed_dots(Fp8((128, 128), "f32"))
+_fp8_blocks_bf16 = packed_dots(Fp8((128, 128), "bf16"))
+_fp8_rows_f32 = packed_dots(Fp8((1, 0), "f32"))
+_fp8_rows_bf16 = packed_dots(Fp8((1, 0), "bf16"))
+_fp8_one_f32 = packed_dots(Fp8((0, 0), "f32"))
+_fp8_one_bf16 = packed_dots(Fp8((0, 0), "bf16"))
+
+
+@compiled(**_options)
+def gguf_q8_0(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+    """out[p, r] = W(slot of p)[r] · x[p] for the rows first ≤ r < last.
+
+    The pairs `starts[i]` ≤ p < `starts[i + 1]` belong to `slots[i]`. `slots`, `starts` and `offsets` are int64; `pool`
+    is uint8 [slots, bytes], and `offsets` are those of the matrix's parts in a slot. `x` is float32 [pairs, columns],
+    `out` float32 [pairs, rows], and `tile` float32 [at least `packed_dots.TILE_ROWS`, columns], which is overwritten.
+    With no pair in `starts`, the rows of `slots[0]` are widened into `tile`, float32 [last - first, columns].
+    """
+    _gguf_q8_0(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+
+
+@compiled(**_options)
+def gguf_q4_0(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+    """See `gguf_q8_0`."""
+    _gguf_q4_0(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+
+
+@compiled(**_options)
+def gguf_q4_1(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+    """See `gguf_q8_0`."""
+    _gguf_q4_1(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+
+
+@compiled(**_options)
+def gguf_q5_0(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+    """See `gguf_q8_0`."""
+    _gguf_q5_0(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+
+
+@compiled(**_options)
+def gguf_q5_1(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+    """See `gguf_q8_0`."""
+    _gguf_q5_1(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+
+
+@compiled(**_options)
+def gguf_q2_k(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+    """See `gguf_q8_0`."""
+    _gguf_q2_k(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+
+
+@compiled(**_options)
+def gguf_q3_k(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+    """See `gguf_q8_0`."""
+    _gguf_q3_k(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+
+
+@compiled(**_options)
+def gguf_q4_k(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+    """See `gguf_q8_0`."""
+    _gguf_q4_k(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+
+
+@compiled(**_options)
+def gguf_q5_k(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+    """See `gguf_q8_0`."""
+    _gguf_q5_k(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+
+
+@compiled(**_options)
+def gguf_q6_k(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+    """See `gguf_q8_0`."""
+    _gguf_q6_k(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+
+
+@compiled(**_options)
+def gguf_iq4_nl(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+    """See `gguf_q8_0`."""
+    _gguf_iq4_nl(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+
+
+@compiled(**_options)
+def gguf_iq4_xs(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+    """See `gguf_q8_0`."""
+    _gguf_iq4_xs(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+
+
+@compiled(**_options)
+def gguf_mxfp4(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+    """See `gguf_q8_0`."""
+    _gguf_mxfp4(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+
+
+@compiled(**_options)
+def four_bits(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+    """See `gguf_q8_0`."""
+    _four_bits(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+
+
+@compiled(**_options)
+def rows_of_int8(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+    """See `gguf_q8_0`."""
+    _rows_of_int8(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+
+
+@compiled(**_options)
+def int4_0_bf16(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+    """See `gguf_q8_0`."""
+    _int4_0_bf16(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+
+
+@compiled(**_options)
+def int4_0_f16(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+    """See `gguf_q8_0`."""
+    _int4_0_f16(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+
+
+@compiled(**_options)
+def int4_32_bf16(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+    """See `gguf_q8_0`."""
+    _int4_32_bf16(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+
+
+@compiled(**_options)
+def int4_32_f16(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+    """See `gguf_q8_0`."""
+    _int4_32_f16(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+
+
+@compiled(**_options)
+def int4_64_bf16(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+    """See `gguf_q8_0`."""
+    _int4_64_bf16(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+
+
+@compiled(**_options)
+def int4_64_f16(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+    """See `gguf_q8_0`."""
+    _int4_64_f16(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+
+
+@compiled(**_options)
+def int4_128_bf16(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+    """See `gguf_q8_0`."""
+    _int4_128_bf16(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+
+
+@compiled(**_options)
+def int4_128_f16(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+    """See `gguf_q8_0`."""
+    _int4_128_f16(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+
+
+@compiled(**_options)
+def mxfp4(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+    """See `gguf_q8_0`."""
+    _mxfp4(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+
+
+@compiled(**_options)
+def nvfp4_divided(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+    """See `gguf_q8_0`."""
+    _nvfp4_divided(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+
+
+@compiled(**_options)
+def nvfp4_multiplied(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+    """See `gguf_q8_0`."""
+    _nvfp4_multiplied(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+
+
+@compiled(**_options)
+def fp8_blocks_f32(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+    """See `gguf_q8_0`."""
+    _fp8_blocks_f32(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+
+
+@compiled(**_options)
+def fp8_blocks_bf16(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+    """See `gguf_q8_0`."""
+    _fp8_blocks_bf16(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+
+
+@compiled(**_options)
+def fp8_rows_f32(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+    """See `gguf_q8_0`."""
+    _fp8_rows_f32(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+
+
+@compiled(**_options)
+def fp8_rows_bf16(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+    """See `gguf_q8_0`."""
+    _fp8_rows_bf16(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+
+
+@compiled(**_options)
+def fp8_one_f32(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+    """See `gguf_q8_0`."""
+    _fp8_one_f32(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+
+
+@compiled(**_options)
+def fp8_one_bf16(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+    """See `gguf_q8_0`."""
+    _fp8_one_bf16(slots, offsets, columns, pool, starts, x, out, tile, first, last)

@@ -1,0 +1,184 @@
+"""The compiled kernel for a packed format, and matrices that it reads: in the slots of a pool, or one by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from edgemoe.formats.bnb_format import BnbFourBitFormat, BnbInt8Format
+from edgemoe.formats.fp8_format import Fp8Format
+from edgemoe.formats.gguf_format import GgufFormat
+from edgemoe.formats.int_group_format import IntGroupFormat
+from edgemoe.formats.mxfp4_format import Mxfp4Format
+from edgemoe.formats.nvfp4_format import Nvfp4Format
+from edgemoe.formats.stacked_format import StackedFormat
+from edgemoe.formats.weight_format import WeightFormat
+from edgemoe.kernels.cpu.threads import KernelThreads
+from edgemoe.kernels.packed_linear import TILE_VALUES
+
+FLOATS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+@dataclass(frozen=True)
+class PackedKernel:
+    """A compiled loop over matrices of one format."""
+
+    run: Callable[..., None]
+    """A function of `packed_kernels`."""
+    parts: tuple[str, ...]
+    """The suffixes of the names of the parts that it reads, in its order."""
+
+
+def packed_kernel(kind: WeightFormat, columns: int) -> PackedKernel | None:
+    """The kernel for matrices of `columns` columns in the format `kind`; None when there is none."""
+    found = _named(kind, columns)
+    if found is None:
+        return None
+    # Imported late: importing numba is slow.
+    from edgemoe.kernels.cpu import packed_kernels
+    from edgemoe.kernels.cpu.dot_block import Widened
+
+    name, parts = found
+    run = getattr(packed_kernels, name, None)
+    needs_halves = isinstance(kind, GgufFormat) or name.endswith("f16")
+    if run is None or (needs_halves and not Widened.available("f16")):
+        return None
+    if not run.signatures:
+        # One machine code for all shapes of arrays, made now and not with the first token.
+        run.compile(packed_kernels.SIGNATURE)
+        run.disable_compile()
+    return PackedKernel(run, parts)
+
+
+def _named(kind: WeightFormat, columns: int) -> tuple[str, tuple[str, ...]] | None:
+    """The name of the function in `packed_kernels`, if it is there, and the parts that it reads."""
+    match kind:
+        case GgufFormat():
+            return f"gguf_{kind.kind.lower()}", ("",)
+        case Mxfp4Format():
+            return "mxfp4", ("", ".scale")
+        case Nvfp4Format():
+            return f"nvfp4_{'divided' if kind.divides else 'multiplied'}", ("", ".scale", ".factor")
+        case BnbFourBitFormat() if kind.block == 64 and columns % 64 == 0:
+            return "four_bits", ("", ".absmax", ".quant_map")
+        case BnbInt8Format() if columns % 32 == 0:
+            return "rows_of_int8", ("", ".scb")
+        case IntGroupFormat() if columns % 32 == 0 and kind.bits == 4 and not (kind.has_zeros or kind.reordered):
+            return f"int4_{kind.group}_{FLOATS[kind.scale_dtype]}", ("", ".scale")
+        case Fp8Format() if columns % 32 == 0 and kind.dtype is torch.float8_e4m3fn:
+            shape = {(128, 128): "blocks", (1, 0): "rows", (0, 0): "one"}.get(kind.block, "others")
+            return f"fp8_{shape}_{FLOATS[kind.scale_dtype]}", ("", ".scale")
+    return None
+
+
+def fits(kind: WeightFormat, columns: int) -> bool:
+    """Whether there are kernels for matrices of `columns` columns in the format `kind`."""
+    return all(packed_kernel(each, columns) is not None for each in _stacked(kind))
+
+
+class PackedMatrix:
+    """A matrix [rows, columns] at one place of records in memory, which kernels read packed. On the CPU."""
+
+    max_tokens = 64
+    """Tokens up to which products are summed in one order; beyond, PyTorch multiplies widened tiles faster."""
+
+    def __init__(
+        self, kind: WeightFormat, shape: tuple[int, int], memory: torch.Tensor, places: Mapping[str, int]
+    ) -> None:
+        """`fits` must hold. `memory` is uint8 [records, bytes]; `places` are the offsets of the format's parts.
+
+        Their names are those of `kind.parts("", shape)`. They may lie outside of a record, as long as it is the only
+        one.
+        """
+        self._rows, self._columns = shape
+        self._pool = memory.numpy()
+        formats = _stacked(kind)
+        self._interleaved = isinstance(kind, StackedFormat) and kind.interleaved
+        self._height = self._rows // len(formats)
+        self._pieces = []
+        for number, each in enumerate(formats):
+            kernel = packed_kernel(each, self._columns)
+            assert kernel is not None, f"there is no kernel for {each}"
+            prefix = f".{number}" if isinstance(kind, StackedFormat) else ""
+            offsets = np.array([places[prefix + suffix] for suffix in kernel.parts], np.int64)
+            self._pieces.append((kernel, offsets))
+        self._nbytes = sum(part.nbytes for part in kind.parts("", shape))
+
+    @classmethod
+    def of_views(cls, kind: WeightFormat, views: Mapping[str, torch.Tensor], name: str, columns: int) -> PackedMatrix:
+        """The matrix `name` of one record, given by its parts, which must stay where they are."""
+        rows = kind.height(views, name)
+        names = [part.name for part in kind.parts("", (rows, columns))]
+        base = views[name + names[0]]
+        memory = base.flatten().view(torch.uint8).view(1, -1)
+        return cls(
+            kind, (rows, columns), memory, {each: views[name + each].data_ptr() - base.data_ptr() for each in names}
+        )
+
+    def multiply(self, threads: KernelThreads, slots: Any, starts: Any, x: torch.Tensor) -> torch.Tensor:
+        """The products of all pairs, float32 [pairs, rows]; see `SlotMatrix.multiply`."""
+        from edgemoe.kernels.cpu.gemv_kernels import Kernel
+        from edgemoe.kernels.cpu.packed_dots import TILE_ROWS
+
+        values = x.float().contiguous().numpy()
+        out = Kernel.results(len(values), self._rows)
+
+        def run(first: int, last: int) -> None:
+            tile = np.empty((TILE_ROWS, self._columns), np.float32)
+            for (kernel, offsets), low, high, place in self._within(first, last):
+                columns, pool = self._columns, self._pool
+                kernel.run(slots, offsets, columns, pool, starts, values, out[:, place:], tile, low, high)
+
+        threads.split(self._rows, run, nbytes=self._nbytes * len(slots))
+        result = torch.from_numpy(out)
+        return self._in_turn(result, 1) if self._interleaved else result
+
+    def multiply_one(self, threads: KernelThreads, x: torch.Tensor) -> torch.Tensor:
+        """The products of `x`, [tokens, columns], with the matrix of the first record, float32 [tokens, rows]."""
+        return self.multiply(threads, np.zeros(1, np.int64), np.array([0, len(x)]), x)
+
+    def rows(self, record: int, first: int, last: int) -> torch.Tensor:
+        """The rows first ≤ r < last of the matrix in one record, float32 [rows, columns]: bits of the format's `rows`.
+
+        Of interleaved matrices all rows alone.
+        """
+        assert not self._interleaved or (first, last) == (0, self._rows)
+        tile = np.empty((last - first, self._columns), np.float32)
+        number, none, nothing = np.array([record]), np.empty(0, np.int64), np.empty((1, 1), np.float32)
+        for (kernel, offsets), low, high, place in self._within(first, last):
+            into = tile[place + low - first :]
+            kernel.run(number, offsets, self._columns, self._pool, none, nothing, nothing, into, low, high)
+        result = torch.from_numpy(tile)
+        return self._in_turn(result, 0) if self._interleaved else result
+
+    def linear(self, record: int, x: torch.Tensor) -> torch.Tensor:
+        """x · Wᵀ in float32, [..., rows], for many tokens: by PyTorch, tile by tile."""
+        values = x.float()
+        step = self._rows if self._interleaved else max(1, TILE_VALUES // self._columns)
+        products = [
+            F.linear(values, self.rows(record, first, min(first + step, self._rows)))
+            for first in range(0, self._rows, step)
+        ]
+        return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+
+    def _within(self, first: int, last: int) -> Iterator[tuple[tuple[PackedKernel, Any], int, int, int]]:
+        """The pieces that have rows first ≤ r < last, with their own numbers of these and of their first row."""
+        for number, piece in enumerate(self._pieces):
+            start = number * self._height
+            low, high = max(first - start, 0), min(last - start, self._height)
+            if low < high:
+                yield piece, low, high, start
+
+    def _in_turn(self, values: torch.Tensor, dim: int) -> torch.Tensor:
+        """`values` of one piece after the other, in the order of an interleaved matrix along `dim`."""
+        pieces: torch.Tensor = values.unflatten(dim, (len(self._pieces), self._height))
+        return pieces.transpose(dim, dim + 1).flatten(dim, dim + 1)
+
+
+def _stacked(kind: WeightFormat) -> tuple[WeightFormat, ...]:
+    return kind.formats if isinstance(kind, StackedFormat) else (kind,)

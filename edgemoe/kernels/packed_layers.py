@@ -1,0 +1,97 @@
+"""Layers whose matrices stay in packed formats: they multiply, or look rows up, without a widened copy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from edgemoe.formats.weight_format import WeightFormat
+from edgemoe.kernels.cpu.threads import KernelThreads, kernels_have_the_cores
+from edgemoe.kernels.packed_linear import packed_linear
+
+if TYPE_CHECKING:
+    from edgemoe.kernels.cpu.packed_matrix import PackedMatrix
+
+
+class PackedWeight:
+    """A matrix [rows, columns] in a packed format, in memory of its own."""
+
+    def __init__(
+        self, kind: WeightFormat, parts: Mapping[str, torch.Tensor], shape: tuple[int, int], dtype: torch.dtype
+    ) -> None:
+        """`parts` are those of `kind.parts("", shape)`, on one device. `dtype` is that of the model's tensors."""
+        self.kind = kind
+        self.parts = dict(parts)
+        self.shape = shape
+        self.dtype = dtype
+
+    def dequantize(self) -> torch.Tensor:
+        """The whole matrix, widened to `dtype`."""
+        return self.kind.dequantize(self.parts, "").to(self.dtype)
+
+
+class PackedLinear(nn.Module):
+    """`nn.Linear` with a packed weight. Products are summed in float32."""
+
+    def __init__(self, weight: PackedWeight, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.bias = bias
+        self._packed = weight
+        self._matrix: PackedMatrix | None = None
+        self._threads: KernelThreads | None = None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """A widened copy of the weight, for code that does not call the layer."""
+        return self._packed.dequantize()
+
+    def use_kernels(self, threads: KernelThreads) -> None:
+        """Multiplies by CPU kernels, on `threads`, where there are any for the format."""
+        from edgemoe.kernels.cpu import packed_matrix
+
+        kind, columns = self._packed.kind, self.in_features
+        if packed_matrix.fits(kind, columns):
+            self._matrix = packed_matrix.PackedMatrix.of_views(kind, self._packed.parts, "", columns)
+            self._threads = threads
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """The product with `input`, [..., columns], and the bias, [..., rows] in the dtype of `input`."""
+        flat = input.reshape(-1, self.in_features)
+        product = self._product(flat)
+        if self.bias is not None:
+            product = product + self.bias.float()
+        return product.to(input.dtype).view(*input.shape[:-1], self.out_features)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        matrix, threads = self._matrix, self._threads
+        if matrix is None or threads is None:
+            return packed_linear(x, self._packed.kind, self._packed.parts, "", self.out_features)
+        if 0 < len(x) <= matrix.max_tokens and kernels_have_the_cores(threads):
+            return matrix.multiply_one(threads, x)
+        return matrix.linear(0, x)
+
+
+class PackedEmbedding(nn.Module):
+    """`nn.Embedding` with a packed weight whose parts have a row for each token."""
+
+    def __init__(self, weight: PackedWeight) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self._packed = weight
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """See `PackedLinear`."""
+        return self._packed.dequantize()
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """The rows of the ids `input`, [..., columns]."""
+        packed = self._packed
+        ids = input.reshape(-1)
+        rows = {name: part.index_select(0, ids) for name, part in packed.parts.items()}
+        values = packed.kind.rows(rows, "", 0, len(ids)).to(packed.dtype)
+        return values.view(*input.shape, self.embedding_dim)
