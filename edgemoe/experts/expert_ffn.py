@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from edgemoe.cache.slots import SlotPool
+from edgemoe.cache.slots import SlotRegion
 from edgemoe.checkpoint.experts_module import ExpertsModule
 from edgemoe.formats.float_format import FloatFormat
 from edgemoe.kernels.cpu.slot_matrix import SlotMatrix
@@ -147,10 +147,10 @@ class Experts(ABC):
     row_multiple = 1
     """An expert's tokens are padded to a multiple of this; the padding rows are dropped."""
 
-    def __init__(self, module: Any, moe: ExpertsModule, pool: SlotPool) -> None:
-        """`module` is transformers' experts module without its weights; `moe` says how `pool`'s slots hold them."""
+    def __init__(self, module: Any, moe: ExpertsModule, region: SlotRegion) -> None:
+        """`module` is transformers' experts module without its weights; `moe` says how `region`'s slots hold them."""
         self.module = module
-        self.pool = pool
+        self.region = region
         self._layout = moe.layout
         self._formats = moe.formats
         self._transposed = moe.transposed
@@ -163,7 +163,7 @@ class Experts(ABC):
 
     def _one(self, groups: TokenGroups, expert: int, slot: int) -> None:
         """The reference arithmetic of one expert."""
-        module, views = self.module, self.pool.views(slot, self._layout)
+        module, views = self.module, self.region.views(slot, self._layout)
         x = groups.inputs(expert, self.row_multiple)
         inner = self._linear(x, views, "gate_up_proj" if module.has_gate else "up_proj")
         inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
@@ -196,13 +196,13 @@ class FastExperts(Experts):
     # PyTorch compiles and keeps CPU code for every number of rows, which differs between the experts of a prefill.
     row_multiple = 16
 
-    def __init__(self, module: Any, moe: ExpertsModule, pool: SlotPool, threads: KernelThreads) -> None:
+    def __init__(self, module: Any, moe: ExpertsModule, region: SlotRegion, threads: KernelThreads) -> None:
         """As the base class; `fits` must hold. `threads` run the kernels."""
-        super().__init__(module, moe, pool)
+        super().__init__(module, moe, region)
         self._threads = threads
         up = "gate_up_proj" if module.has_gate else "up_proj"
-        self._up = SlotMatrix(pool, moe.layout, up, module.is_transposed)
-        self._down = SlotMatrix(pool, moe.layout, "down_proj", module.is_transposed)
+        self._up = SlotMatrix(region, moe.layout, up, module.is_transposed)
+        self._down = SlotMatrix(region, moe.layout, "down_proj", module.is_transposed)
         self._max_tokens = min(self._up.max_tokens, self._down.max_tokens)
 
     @staticmethod
@@ -244,4 +244,4 @@ class FastExperts(Experts):
     def _biased(self, values: torch.Tensor, name: str, owners: Sequence[int]) -> torch.Tensor:
         if not self.module.has_bias:
             return values
-        return values + torch.stack([self.pool.views(slot, self._layout)[f"{name}_bias"] for slot in owners])
+        return values + torch.stack([self.region.views(slot, self._layout)[f"{name}_bias"] for slot in owners])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from edgemoe.cache import ExpertId
 from edgemoe.experts.budget_routing import BudgetRouting, BudgetTotals
 from edgemoe.experts.router_hook import Choice
 from edgemoe.prefetch.budget import Budget, Unit
@@ -16,7 +17,9 @@ from edgemoe.prefetch.budget import Budget, Unit
 class Store:
     """The part of a store that routing uses."""
 
-    slot_nbytes = 100
+    @staticmethod
+    def record_nbytes(expert: ExpertId) -> int:
+        return 100
 
 
 class Residents:

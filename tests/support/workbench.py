@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench.support.lru_policies import GlobalLRU
-from edgemoe.cache import ExpertCache, ExpertId, SlotPool
+from edgemoe.cache import ExpertCache, ExpertId, SlotClass, SlotPool
 from edgemoe.prefetch import prefetcher as module
 from edgemoe.prefetch.prefetcher import Prefetcher
 from tests.support.cache_fakes import FakeLink, FakeStore
@@ -26,7 +26,9 @@ class Bench:
     def __init__(self, slots: int = 40, gauge: FakeGauge | None = None) -> None:
         store = FakeStore([EXPERTS] * LAYERS, NBYTES)
         self.link = FakeLink(store)
-        self.cache = ExpertCache(store, self.link, SlotPool(slots, NBYTES, torch.device("cpu")), GlobalLRU())
+        self.cache = ExpertCache(
+            store, self.link, SlotPool([SlotClass(NBYTES, slots)], torch.device("cpu")), GlobalLRU()
+        )
         self.gauge = gauge or FakeGauge()
         self.prefetcher = Prefetcher(self.cache, LAYERS, self.gauge)
         priors = {SURE: 0.9, LIKELY: 0.5, UNLIKELY: 0.1}
