@@ -43,9 +43,10 @@ class _Resident:
 
 @dataclass(frozen=True)
 class Loan:
-    """Pinned experts of one layer: slot `slots[i]` of its region holds the record of expert `experts[i]`, readable.
+    """Pinned experts of one layer: slot `slots[i]` of its region holds the record of expert `experts[i]`.
 
-    A loan of `borrow` is valid until its iterator advances or is closed; one of `lend`, until its block ends.
+    The records may be read: those of `borrow` until its iterator advances or is closed, those of `lend` until its block
+    ends.
     """
 
     experts: tuple[int, ...]

@@ -3,9 +3,11 @@ from __future__ import annotations
 import gc
 import weakref
 
+import pytest
 import torch
 
 from edgemoe.cache import Part, RecordLayout, SlotClass, SlotPool
+from edgemoe.cache.record import ALIGNMENT
 
 CPU = torch.device("cpu")
 LAYOUT = RecordLayout([Part("w", (8,), torch.float32)])
@@ -28,6 +30,27 @@ def test_views_read_and_write_the_slot_and_are_made_once() -> None:
         assert region.memory[1, :32].view(torch.float32).tolist() == list(range(8))
         assert not region.memory[0].any()
         assert region.views(1, LAYOUT) is region.views(1, LAYOUT)
+
+
+def test_regions_are_aligned_and_do_not_overlap() -> None:
+    classes = [SlotClass(100, 3), SlotClass(300, 2), SlotClass(4096, 5)]
+    with SlotPool(classes, CPU) as pool:
+        assert pool.count == 10
+        assert [number for region in pool.regions for number in region.numbers] == list(range(10))
+        assert [region.memory.shape for region in pool.regions] == [(3, 128), (2, 320), (5, 4096)]
+        for value, region in enumerate(pool.regions, start=1):
+            assert region.memory.data_ptr() % ALIGNMENT == 0
+            assert region.memory.is_contiguous()
+            assert not region.memory.any(), "another region wrote here"
+            region.memory.fill_(value)
+        assert pool.memory.unique(return_counts=True)[1].tolist() == [3 * 128, 2 * 320, 5 * 4096]
+
+
+def test_a_record_goes_where_it_fits_most_closely() -> None:
+    with SlotPool([SlotClass(320, 1), SlotClass(128, 1)], CPU) as pool:
+        assert [pool.region(nbytes).slot_nbytes for nbytes in (1, 128, 129, 320)] == [128, 128, 320, 320]
+        with pytest.raises(ValueError, match="no slot holds a record of 321 bytes"):
+            pool.region(321)
 
 
 def test_layers_with_different_layouts_share_a_pool() -> None:

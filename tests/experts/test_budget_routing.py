@@ -106,6 +106,13 @@ def test_a_budget_below_one_record_allows_resident_experts_only() -> None:
         )
 
 
+def test_bytes_pay_for_the_records_of_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Store, "record_nbytes", staticmethod(lambda expert: 100 if expert.layer else 300))
+    route = budgeted(800, [1.0, 1.0], Unit.NBYTES, experts=(6, 6))
+    assert taken(route, scores([0, 1], [2, 3]), 0) == [{0}, {0}], "half of 800 pays for one record of 300"
+    assert set().union(*taken(route, scores([0, 1], [2, 3]), 1)) == {0, 1, 2, 3}, "and 500 pay for five of 100"
+
+
 def test_choices_and_dropped_choices_are_counted() -> None:
     route = budgeted(2, [1.0, 0.5, 0.0])
     taken(route, scores([0, 1], [1, 2], [3, 4]))
