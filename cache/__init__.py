@@ -10,7 +10,8 @@ from edgemoe.cache.expert_cache import ExpertCache, Loan
 from edgemoe.cache.link import Link, Throttle, Transfer
 from edgemoe.cache.policy import EvictionPolicy
 from edgemoe.cache.record import ExpertId, Part, RecordLayout
-from edgemoe.cache.slots import SlotPool
+from edgemoe.cache.slot_classes import SlotClass
+from edgemoe.cache.slots import SlotPool, SlotRegion
 from edgemoe.cache.store import ExpertStore
 
 __all__ = [
@@ -23,7 +24,9 @@ __all__ = [
     "Loan",
     "Part",
     "RecordLayout",
+    "SlotClass",
     "SlotPool",
+    "SlotRegion",
     "Throttle",
     "Transfer",
 ]

@@ -13,7 +13,7 @@ from edgemoe.cache.counters import CacheCounters
 from edgemoe.cache.link import Link, Priority, Transfer
 from edgemoe.cache.policy import EvictionPolicy
 from edgemoe.cache.record import ExpertId
-from edgemoe.cache.slots import SlotPool
+from edgemoe.cache.slots import SlotPool, SlotRegion
 from edgemoe.cache.store import ExpertStore
 
 TRANSIT_SLOTS = 3
@@ -34,6 +34,7 @@ class _Resident:
     """An expert that has a slot, loaded or in flight."""
 
     slot: int
+    """Its number among all slots of the pool."""
     transfer: Transfer | None
     pins: int = 0
     load_reason: LoadReason | None = None
@@ -42,9 +43,10 @@ class _Resident:
 
 @dataclass(frozen=True)
 class Loan:
-    """Pinned experts of one layer: slot `slots[i]` holds the record of expert `experts[i]`, ready to read.
+    """Pinned experts of one layer: slot `slots[i]` of its region holds the record of expert `experts[i]`.
 
-    A loan of `borrow` is valid until its iterator advances or is closed; one of `lend`, until its block ends.
+    The records may be read: those of `borrow` until its iterator advances or is closed, those of `lend` until its block
+    ends.
     """
 
     experts: tuple[int, ...]
@@ -64,8 +66,6 @@ class ExpertCache:
     """
 
     def __init__(self, store: ExpertStore, link: Link, pool: SlotPool, policy: EvictionPolicy) -> None:
-        if pool.count < 1:
-            raise ValueError("an expert cache needs at least 1 slot")
         self.store = store
         self.pool = pool
         self.counters = CacheCounters()
@@ -75,11 +75,20 @@ class ExpertCache:
         self._experts = sum(store.experts)
         self._prefetches: list[Transfer] = []
         self._numbers: list[set[int]] = [set() for _ in store.experts]
-        self._free = list(range(pool.count - 1, -1, -1))
+        self._regions = [pool.region(layout.nbytes) for layout in store.layouts]
+        if not all(region.count for region in self._regions):
+            raise ValueError("an expert cache needs at least 1 slot for each size of records")
+        self.layers_of: dict[SlotRegion, list[int]] = {region: [] for region in pool.regions}
+        """The layers that share each region of the pool."""
+        for layer, region in enumerate(self._regions):
+            self.layers_of[region].append(layer)
+        self._free = {region: list(reversed(region.numbers)) for region in pool.regions}
         self._device_waited = 0.0
         """The link's `device_wait_seconds` that are counted."""
-        # A request for more experts than a layer's share of the slots keeps these many; the others stream through.
-        self._max_kept = max(0, pool.count // len(store.experts) - TRANSIT_SLOTS)
+        # A request for more experts than a layer's share of its slots keeps these many; the others stream through.
+        self._max_kept = [
+            max(0, region.count // len(self.layers_of[region]) - TRANSIT_SLOTS) for region in self._regions
+        ]
         self._kept: set[ExpertId] = set()
         self.recording: list[list[ExpertId]] | None = None
         """A trace: unless it is None, `borrow` appends each request to it."""
@@ -105,7 +114,8 @@ class ExpertCache:
         self._count(hits, misses)
         in_flight: list[Transfer] = []
         pinned: list[ExpertId] = []
-        self._kept = set(requested[-self._max_kept :]) if self._max_kept else set()
+        max_kept = self._max_kept[layer]
+        self._kept = set(requested[-max_kept:]) if max_kept else set()
         try:
             for expert in hits:
                 self._pin(expert, pinned)
@@ -166,12 +176,11 @@ class ExpertCache:
         return started
 
     def fill(self, experts: Sequence[ExpertId]) -> None:
-        """Puts `experts` on the link in this order, behind all demand loads, while there are free slots."""
+        """Puts `experts` on the link in this order, behind all demand loads. Skips those without a free slot."""
         for expert in experts:
-            if not self._free:
-                break
-            if expert not in self._held:
-                self._load(expert, self._free.pop(), LoadReason.FILL)
+            free = self._free[self._regions[expert.layer]]
+            if free and expert not in self._held:
+                self._load(expert, free.pop(), LoadReason.FILL)
 
     def cancel_prefetches(self, experts: Collection[ExpertId]) -> list[ExpertId]:
         """Cancels the prefetches and fills of `experts` that have not started to move, and frees their slots.
@@ -202,6 +211,10 @@ class ExpertCache:
         """Whether every expert of the store has a slot."""
         return len(self._held) == self._experts
 
+    def region(self, layer: int) -> SlotRegion:
+        """The slots that hold the records of `layer`, in which the loans of `layer` number them."""
+        return self._regions[layer]
+
     def holds(self, expert: ExpertId) -> bool:
         """Whether the expert has a slot, loaded or in flight."""
         return expert in self._held
@@ -217,9 +230,10 @@ class ExpertCache:
         return [number for number in held if self.is_resident(ExpertId(layer, number))]
 
     def check_integrity(self) -> None:
-        """Raises AssertionError unless each slot is either free or held by exactly one expert. For tests."""
-        slots = [held.slot for held in self._held.values()] + self._free
-        assert sorted(slots) == list(range(self.pool.count)), f"slots lost or duplicated: {sorted(slots)}"
+        """Raises AssertionError unless each slot is either free or held by one expert of its layers. For tests."""
+        for region, layers in self.layers_of.items():
+            slots = [held.slot for expert, held in self._held.items() if expert.layer in layers] + self._free[region]
+            assert sorted(slots) == list(region.numbers), f"slots lost or duplicated: {sorted(slots)}"
         assert all(held.pins >= 0 for held in self._held.values()), "an expert was unpinned twice"
 
     def _count(self, hits: Collection[ExpertId], misses: Collection[ExpertId]) -> None:
@@ -285,7 +299,8 @@ class ExpertCache:
     def _load(self, expert: ExpertId, slot: int, reason: LoadReason | None = None) -> Transfer:
         """Starts a load into a free slot: a demand load, unless there is a `reason` for loading ahead."""
         priority = Priority.DEMAND if reason is None else Priority.PREFETCH
-        transfer = self._link.start(expert, slot, self.pool.memory[slot], priority)
+        region = self._regions[expert.layer]
+        transfer = self._link.start(expert, slot, region.memory[slot - region.first], priority)
         self._held[expert] = _Resident(slot, transfer, load_reason=reason)
         self._numbers[expert.layer].add(expert.number)
         self._policy.inserted(expert)
@@ -298,10 +313,13 @@ class ExpertCache:
 
         `keep` are the experts that a prefetch must not evict; it is empty for a demand load.
         """
-        if self._free:
-            return self._free.pop()
+        region = self._regions[layer]
+        if self._free[region]:
+            return self._free[region].pop()
 
         def evictable(expert: ExpertId) -> bool:
+            if self._regions[expert.layer] is not region:
+                return False
             held = self._held[expert]
             moving = held.transfer is not None and not held.transfer.done
             unused = held.load_reason is LoadReason.PREFETCH
@@ -311,13 +329,13 @@ class ExpertCache:
         victim = self._policy.victim(layer, lambda expert: expert not in kept and evictable(expert))
         victim = victim or self._policy.victim(layer, evictable)
         if victim is None:
-            return None if keep else self._cancel_latest_prefetch()
+            return None if keep else self._cancel_latest_prefetch(region)
         held = self._held[victim]
         # A failed load moved no bytes.
         if held.transfer is None or held.transfer.error is None:
             self.counters.bytes_prefetched_wasted += self._resolve(held, self.store.record_nbytes(victim))
         self._drop(victim)
-        return self._free.pop()
+        return self._free[region].pop()
 
     def _resolve(self, held: _Resident, nbytes: int) -> int:
         """Clears the load reason at the first request or the eviction of `held`, and counts the bytes of a fill.
@@ -329,17 +347,21 @@ class ExpertCache:
             self.counters.bytes_filled += nbytes
         return nbytes if reason is LoadReason.PREFETCH else 0
 
-    def _cancel_latest_prefetch(self) -> int | None:
-        """Cancels the latest prefetch that has not started to move, and takes its slot; None when there is none."""
+    def _cancel_latest_prefetch(self, region: SlotRegion) -> int | None:
+        """Cancels the latest prefetch into `region` that has not started to move, and takes its slot; or None."""
         for expert, held in reversed(self._held.items()):
-            if held.load_reason and held.transfer is not None and held.pins == 0 and self._link.cancel(held.transfer):
+            if self._regions[expert.layer] is not region or not held.load_reason or held.pins:
+                continue
+            if held.transfer is not None and self._link.cancel(held.transfer):
                 self._drop(expert)
-                return self._free.pop()
+                return self._free[region].pop()
         return None
 
     def _wait_for_prefetch(self, layer: int) -> int | None:
-        """Waits until a load in flight ends, and takes a slot. For a cache whose slots are all being loaded."""
-        moving = [held.transfer for held in self._held.values() if held.transfer is not None]
+        """Waits until a load in flight ends, and takes its slot. For a layer whose slots are all being loaded."""
+        region = self._regions[layer]
+        own = [held for expert, held in self._held.items() if self._regions[expert.layer] is region]
+        moving = [each.transfer for each in own if each.transfer is not None]
         assert moving, "no slot is free although nothing is pinned"
         started = time.perf_counter()
         self._link.wait_any(moving)
@@ -351,7 +373,7 @@ class ExpertCache:
         return held is not None and held.transfer is transfer
 
     def _drop(self, expert: ExpertId) -> None:
-        self._free.append(self._held.pop(expert).slot)
+        self._free[self._regions[expert.layer]].append(self._held.pop(expert).slot)
         self._numbers[expert.layer].discard(expert.number)
         self._policy.removed(expert)
 
@@ -372,5 +394,5 @@ class ExpertCache:
     def _loan(self, experts: Sequence[ExpertId]) -> Loan:
         return Loan(
             experts=tuple(expert.number for expert in experts),
-            slots=tuple(self._held[expert].slot for expert in experts),
+            slots=tuple(self._held[expert].slot - self._regions[expert.layer].first for expert in experts),
         )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from edgemoe.cache.record import ExpertId
 
 Evictable = Callable[[ExpertId], bool]
-"""Whether an expert may be evicted now: it has a slot, and is neither pinned nor in flight."""
+"""Whether an expert may be evicted now: it is neither pinned nor in flight, and its slot fits what needs one."""
 
 
 class EvictionPolicy(ABC):

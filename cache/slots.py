@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Sequence
 from types import TracebackType
 
 import torch
 
 from edgemoe.cache.host_buffer import private_map
 from edgemoe.cache.record import ALIGNMENT, RecordLayout, round_up
+from edgemoe.cache.slot_classes import SlotClass
 
 
-class SlotPool:
-    """`count` slots of equal size in one allocation.
+class SlotRegion:
+    """The slots of one size. Slots are numbered from 0 here, and from `first` among all slots of the pool."""
 
-    On a CPU the allocation is an anonymous memory map. Physical memory is committed when a slot is first filled, and
-    freed by `close`.
-    """
-
-    def __init__(self, count: int, slot_nbytes: int, device: torch.device) -> None:
-        self.count = count
-        self.slot_nbytes = round_up(slot_nbytes, ALIGNMENT)
-        self.device = device
-        self._map: mmap.mmap | None = None
-        if device.type == "cpu":
-            self._map = private_map(max(1, count * self.slot_nbytes))
-            flat = torch.frombuffer(self._map, dtype=torch.uint8)[: count * self.slot_nbytes]
-        else:
-            flat = torch.empty(count * self.slot_nbytes, dtype=torch.uint8, device=device)
-        self.memory = flat.view(count, self.slot_nbytes)
-        """All slots, uint8 [count, slot_nbytes]; valid until `close`."""
+    def __init__(self, memory: torch.Tensor, first: int) -> None:
+        """`memory` is uint8 [slots, slot bytes], part of the pool's allocation."""
+        self.memory = memory
+        """The slots, uint8 [count, slot_nbytes], contiguous; valid until the pool is closed."""
+        self.count, self.slot_nbytes = memory.shape
+        self.first = first
+        self.numbers = range(first, first + self.count)
+        """The numbers of the slots among all slots of the pool."""
         self._views: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
 
     def views(self, slot: int, layout: RecordLayout) -> dict[str, torch.Tensor]:
@@ -41,9 +35,50 @@ class SlotPool:
         return found
 
     def close(self) -> None:
-        """Frees the memory. Idempotent. Tensors of the pool must not be used afterwards."""
+        """Drops all references to the memory."""
         self._views.clear()
         self.memory = torch.empty(0, 0, dtype=torch.uint8)
+
+
+class SlotPool:
+    """Slots in one allocation, with a contiguous region for each of `classes`.
+
+    On a CPU the allocation is an anonymous memory map. Physical memory is committed when a slot is first filled, and
+    freed by `close`.
+    """
+
+    def __init__(self, classes: Sequence[SlotClass], device: torch.device) -> None:
+        sizes = [round_up(each.nbytes, ALIGNMENT) for each in classes]
+        total = sum(each.count * size for each, size in zip(classes, sizes, strict=True))
+        self.count = sum(each.count for each in classes)
+        self.device = device
+        self._map: mmap.mmap | None = None
+        if device.type == "cpu":
+            self._map = private_map(max(1, total))
+            self.memory = torch.frombuffer(self._map, dtype=torch.uint8)[:total]
+        else:
+            self.memory = torch.empty(total, dtype=torch.uint8, device=device)
+        """The whole allocation, uint8 [bytes]; valid until `close`."""
+        regions, first, at = [], 0, 0
+        for each, size in zip(classes, sizes, strict=True):
+            nbytes = each.count * size
+            regions.append(SlotRegion(self.memory[at : at + nbytes].view(each.count, size), first))
+            first, at = first + each.count, at + nbytes
+        self.regions = tuple(sorted(regions, key=lambda region: region.slot_nbytes))
+        """Smallest slots first."""
+
+    def region(self, nbytes: int) -> SlotRegion:
+        """The region with the smallest slots that hold a record of `nbytes` bytes. Raises ValueError without one."""
+        found = next((region for region in self.regions if region.slot_nbytes >= nbytes), None)
+        if found is None:
+            raise ValueError(f"no slot holds a record of {nbytes} bytes")
+        return found
+
+    def close(self) -> None:
+        """Frees the memory. Idempotent. Tensors of the pool must not be used afterwards."""
+        for region in self.regions:
+            region.close()
+        self.memory = torch.empty(0, dtype=torch.uint8)
         self._map = None
 
     def __enter__(self) -> SlotPool:

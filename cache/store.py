@@ -35,13 +35,18 @@ class ExpertStore(ABC):
 
     @property
     def slot_nbytes(self) -> int:
-        """Bytes of the largest record, which is the size of a slot."""
+        """Bytes of the largest record, which is the size of a slot that holds any record."""
         return max(layout.nbytes for layout in self.layouts)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all records."""
         return sum(layout.nbytes * count for layout, count in zip(self.layouts, self.experts, strict=True))
+
+    @property
+    def mean_nbytes(self) -> int:
+        """Mean bytes of a record."""
+        return round(self.nbytes / sum(self.experts))
 
     def record_nbytes(self, expert: ExpertId) -> int:
         """Bytes of the record of `expert`."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from edgemoe.cache.slot_classes import SlotClass, fitting_slots, limit_slots, slot_classes, total_nbytes
 from edgemoe.checkpoint.blueprint import Blueprint
 from edgemoe.checkpoint.generation_defaults import load_generation_defaults, not_served
 from edgemoe.checkpoint.state_folder import StateFolder
@@ -38,11 +39,11 @@ def make_plan(blueprint: Blueprint, config: EngineConfig, draft_model: DraftMode
     plan = _without_slots(blueprint, config, draft_model, device)
     if config.context is None:
         plan = _shrink_context(plan)
-    slots = _slots(plan, config.expert_cache)
-    plan = replace(plan, slots=slots, cache_nbytes=slots * plan.slot_nbytes)
-    plan = _room_for_sequences(plan, config)
+    every = _slots_for_all(blueprint)
+    plan = _with_slots(plan, every, _slots(plan, every, config.expert_cache))
+    plan = _room_for_sequences(plan, every, config)
     if device.type == "cuda":
-        plan = _host_tier(plan, config)
+        plan = _host_tier(plan, _records_nbytes(blueprint), config)
     left = ram_free() - plan.pinned_nbytes - plan.pageable_nbytes - (plan.total_nbytes if device.type == "cpu" else 0)
     direct = plan.slots < plan.experts and plan.file_nbytes > left
     plan = replace(plan, direct_reads=direct if config.file_reads == "auto" else config.file_reads == "direct")
@@ -68,8 +69,10 @@ def _without_slots(
         top_k=_top_k(blueprint.config.get_text_config()),
         formats=blueprint.expert_formats,
         dense_format=blueprint.made_dense or "",
-        slot_nbytes=max(moe.layout.nbytes for moe in blueprint.experts_modules),
+        record_nbytes=round(_records_nbytes(blueprint) / sum(moe.experts for moe in blueprint.experts_modules)),
+        slot_nbytes=_slots_for_all(blueprint)[-1].nbytes,
         slots=0,
+        slot_classes=(),
         device_free=free,
         dense_nbytes=blueprint.dense_nbytes,
         batch=_max_sequences(config),
@@ -109,6 +112,17 @@ def _other_formats(blueprint: Blueprint) -> tuple[tuple[str, int], ...]:
         return ()
     modules = blueprint.experts_modules
     return tuple((name, sum(moe.experts * moe.made_layout(name).nbytes for moe in modules)) for name in MADE)
+
+
+def _slots_for_all(blueprint: Blueprint) -> tuple[SlotClass, ...]:
+    """A slot for every expert, the smallest slots first."""
+    modules = blueprint.experts_modules
+    return slot_classes([moe.layout.nbytes for moe in modules], [moe.experts for moe in modules])
+
+
+def _records_nbytes(blueprint: Blueprint) -> int:
+    """Bytes of all records."""
+    return sum(moe.experts * moe.layout.nbytes for moe in blueprint.experts_modules)
 
 
 def choose_device(name: str) -> torch.device:
@@ -179,7 +193,7 @@ def _max_sequences(config: EngineConfig) -> int:
     return int(text)
 
 
-def _room_for_sequences(plan: Plan, config: EngineConfig) -> Plan:
+def _room_for_sequences(plan: Plan, every: tuple[SlotClass, ...], config: EngineConfig) -> Plan:
     """Room for more than one sequence, out of what is left.
 
     Where the cache takes whatever there is, slots are given up for it, `kv_share` of the memory at most and
@@ -192,15 +206,21 @@ def _room_for_sequences(plan: Plan, config: EngineConfig) -> Plan:
     more = min(more, int(plan.device_free * config.kv_share))
     if str(config.expert_cache).strip().lower() != "auto":
         return replace(plan, kv_nbytes=plan.kv_nbytes + min(more, left // 2))
-    slots = max(1, (left + plan.cache_nbytes - more) // plan.slot_nbytes)
-    more = min(more, left + plan.cache_nbytes - slots * plan.slot_nbytes)
-    return replace(plan, slots=slots, cache_nbytes=slots * plan.slot_nbytes, kv_nbytes=plan.kv_nbytes + more)
+    room = left + plan.cache_nbytes
+    plan = _with_slots(plan, every, max(1, fitting_slots(every, room - more)))
+    return replace(plan, kv_nbytes=plan.kv_nbytes + min(more, room - plan.cache_nbytes))
 
 
-def _slots(plan: Plan, asked: str | int) -> int:
+def _with_slots(plan: Plan, every: tuple[SlotClass, ...], slots: int) -> Plan:
+    """The plan with `slots` of the slots for `every` expert."""
+    classes = limit_slots(every, slots)
+    return replace(plan, slots=slots, slot_classes=classes, cache_nbytes=total_nbytes(classes))
+
+
+def _slots(plan: Plan, every: tuple[SlotClass, ...], asked: str | int) -> int:
     """Slots for `asked`, checked against the room that the rest leaves."""
     room = plan.device_free - plan.reserve_nbytes - plan.total_nbytes
-    fitting = room // plan.slot_nbytes
+    fitting = fitting_slots(every, room)
     if fitting < 1:
         short = format_bytes(plan.slot_nbytes - room)
         mend = "give a smaller context=" if plan.kv_nbytes > plan.slot_nbytes - room else "free that much memory"
@@ -211,19 +231,20 @@ def _slots(plan: Plan, asked: str | int) -> int:
             f"{plan.model} needs at least {format_bytes(plan.device_free - room + plan.slot_nbytes)} free on "
             f"{plan.device}, where {format_bytes(plan.device_free)} are free, {short} too little: {mend}"
         )
-    wanted = _wanted_slots(plan, asked)
+    wanted = _wanted_slots(plan, every, asked)
     if wanted is None:
         return min(plan.experts, fitting)
     slots = min(plan.experts, wanted)
-    if slots > fitting:
+    nbytes = total_nbytes(limit_slots(every, slots))
+    if nbytes > room:
         raise PlanError(
-            f"an expert cache of {slots} slots ({format_bytes(slots * plan.slot_nbytes)}) does not fit {plan.device}, "
+            f"an expert cache of {slots} slots ({format_bytes(nbytes)}) does not fit {plan.device}, "
             f"where {format_bytes(room)} are left for it: give expert_cache={fitting} or less, or auto"
         )
     return slots
 
 
-def _wanted_slots(plan: Plan, asked: str | int) -> int | None:
+def _wanted_slots(plan: Plan, every: tuple[SlotClass, ...], asked: str | int) -> int | None:
     """The slots that `expert_cache` asks for; None for auto."""
     forms = 'bytes ("6GiB"), a share ("40%"), a number of slots ("96") or "auto"'
     text = str(asked).strip()
@@ -235,7 +256,7 @@ def _wanted_slots(plan: Plan, asked: str | int) -> int | None:
         elif text.endswith("%"):
             slots = int(plan.experts * float(text[:-1]) / 100)
         else:
-            slots = parse_bytes(text) // plan.slot_nbytes
+            slots = fitting_slots(every, parse_bytes(text))
     except (ValueError, OverflowError):
         raise PlanError(f"expert_cache={text!r} is none of {forms}: give one of these") from None
     if slots < 1:
@@ -246,11 +267,10 @@ def _wanted_slots(plan: Plan, asked: str | int) -> int | None:
     return slots
 
 
-def _host_tier(plan: Plan, config: EngineConfig) -> Plan:
-    """Where a CUDA device's experts wait: page-locked RAM up to a cap, other RAM, or their files."""
+def _host_tier(plan: Plan, records: int, config: EngineConfig) -> Plan:
+    """Where a CUDA device's `records` bytes of experts wait: page-locked RAM up to a cap, other RAM, or their files."""
     free = ram_free()
     staging = config.staging_records * plan.slot_nbytes
-    records = plan.experts * plan.slot_nbytes
     room = free - max(config.reserve, int(free * config.reserve_share)) - staging
     if records > room:
         return replace(plan, pinned_nbytes=staging)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -62,7 +62,7 @@ class Runtime:
         files = SafetensorsStore(blueprint.checkpoint.files, layouts, blueprint.records, direct=plan.direct_reads)
         self._stack.callback(files.close)
         throttle = Throttle(config.link_gbps * 1e9) if config.link_gbps else None
-        pool = self._stack.enter_context(SlotPool(plan.slots, files.slot_nbytes, device))
+        pool = self._stack.enter_context(SlotPool(plan.slot_classes, device))
         link = self._link(files, plan, config, throttle, on_progress)
         self._stack.callback(link.close)
         self.link = link
@@ -80,8 +80,17 @@ class Runtime:
         self.state = StateFolder.of(blueprint.checkpoint, config.state_folder)
         heat = heat_file.read(self.state, files.experts)
         policy.warm(heat)
-        self.cache.fill([ExpertId(*expert) for expert in fill_order(files.experts, plan.slots, heat)])
+        self._fill(files.experts, heat)
         self._stack.callback(lambda: heat_file.write(self.state, files.experts, policy.heat()))
+
+    def _fill(self, experts: Sequence[int], heat: Mapping[ExpertId, float]) -> None:
+        """Loads the hottest experts into the slots that fit them, in the order of a pass."""
+        order = [
+            ExpertId(*expert)
+            for region, layers in self.cache.layers_of.items()
+            for expert in fill_order(experts, region.count, heat, layers)
+        ]
+        self.cache.fill(sorted(order, key=lambda expert: expert.layer))
 
     def _predictor(
         self, blueprint: Blueprint, experts: Sequence[int], plan: Plan, config: EngineConfig

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from edgemoe.cache import ExpertCache, ExpertId
+from edgemoe.cache import ExpertCache, ExpertId, SlotRegion
 from edgemoe.prefetch.link_gauge import LinkGauge
 from edgemoe.prefetch.scorecard import Scorecard
 
@@ -35,6 +35,7 @@ class Prefetcher:
     def __init__(self, cache: ExpertCache, layers: int, gauge: LinkGauge) -> None:
         self._cache = cache
         self._gauge = gauge
+        self._record_nbytes = cache.store.mean_nbytes
         self._scorecards: dict[str, Scorecard] = {}
         self._predictions: list[dict[str, Prediction]] = [{} for _ in range(layers)]
         self._probabilities: list[dict[ExpertId, float]] = [{} for _ in range(layers)]
@@ -53,7 +54,7 @@ class Prefetcher:
     def load_seconds(self) -> float:
         """Seconds that a pass waits for one missing expert; 0 before the first measurement."""
         gauge = self._gauge
-        return gauge.wait_share * self._cache.pool.slot_nbytes / gauge.bandwidth if gauge.bandwidth else 0.0
+        return gauge.wait_share * self._record_nbytes / gauge.bandwidth if gauge.bandwidth else 0.0
 
     def register(self, predictor: str, bins: int, prior: float) -> Scorecard:
         """Adds a predictor with `bins` bins, which start at hit rate `prior`. Returns its scorecard."""
@@ -117,6 +118,7 @@ class Prefetcher:
             for expert, probability in probabilities.items()
             if probability >= bar
         }
+        full: set[SlotRegion] = set()
         for distance, queue in enumerate(queues, start=1):
             bar = self.break_even(distance, in_pass=in_pass)
             while queue and self._probabilities[queue[0].layer][queue[0]] >= bar:
@@ -124,8 +126,11 @@ class Prefetcher:
                     return
                 expert = queue[0]
                 if not self._cache.holds(expert):
-                    if not self._cache.prefetch([expert], keep):
-                        return
+                    region = self._cache.region(expert.layer)
+                    if region in full or not self._cache.prefetch([expert], keep):
+                        # Layers with slots of another size may still get one.
+                        full.add(region)
+                        break
                     self._issued[expert.layer][expert] = self._best_predictor(expert)
                 queue.popleft()
 
@@ -170,4 +175,4 @@ class Prefetcher:
         """Records that the link loads while a pass advances by `distance` layers."""
         if not self._gauge.bandwidth or not self._layer_seconds:
             return MAX_IN_FLIGHT
-        return self._gauge.bandwidth * self._layer_seconds * distance / self._cache.pool.slot_nbytes
+        return self._gauge.bandwidth * self._layer_seconds * distance / self._record_nbytes

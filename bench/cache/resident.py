@@ -118,4 +118,4 @@ def _bytes_per_token(engine: Engine, peer: Any) -> int:
     """Weights that one token must read: every matrix but the embedding's rows, and top-k experts a layer."""
     plan = engine.plan
     dense = plan.dense_nbytes - peer.get_input_embeddings().weight.nbytes
-    return int(dense + plan.layers * plan.top_k * plan.slot_nbytes)
+    return int(dense + plan.layers * plan.top_k * plan.record_nbytes)

@@ -14,7 +14,7 @@ import torch
 
 from bench.device.section import Found, Target
 from bench.device.timing import MIB
-from edgemoe.cache import ExpertCache, ExpertId, SlotPool
+from edgemoe.cache import ExpertCache, ExpertId, SlotClass, SlotPool
 from edgemoe.cache.cuda_link import CudaLink, CudaStreams, Streams
 from edgemoe.cache.host_store import HostStore
 from edgemoe.cache.hot_temporal import HotTemporal
@@ -31,7 +31,7 @@ def measure(target: Target) -> Found:
     nbytes, steps = (4096, 40) if target.small else (4 * MIB, 150)
     wrong = locked = 0
     for seed, slots, delay in SCENES:
-        with _store(target, nbytes) as store, SlotPool(slots, nbytes, device) as pool:
+        with _store(target, nbytes) as store, SlotPool([SlotClass(nbytes, slots)], device) as pool:
             pool.memory.zero_()
             locked += store.pinned_nbytes
             reader = CardReader(pool, device, delay) if target.cuda else LaneReader(pool)
@@ -105,7 +105,7 @@ class CardReader(Reader):
         """See the base class."""
         if self._delay:
             torch.cuda._sleep(self._delay)
-        self._wrong.append((self._pool.memory[slot] != expected).any())
+        self._wrong.append((self._pool.regions[0].memory[slot] != expected).any())
 
     def wrong(self) -> int:
         """See the base class."""
@@ -126,7 +126,8 @@ class LaneReader(Reader):
 
     def read(self, slot: int, expected: int) -> None:
         """See the base class."""
-        self.streams.compute.put(lambda: self._wrong.append(bool((self._pool.memory[slot] != expected).any())))
+        memory = self._pool.regions[0].memory[slot]
+        self.streams.compute.put(lambda: self._wrong.append(bool((memory != expected).any())))
 
     def wrong(self) -> int:
         """See the base class."""

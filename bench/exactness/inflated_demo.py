@@ -38,6 +38,6 @@ def run(size: Size = FULL) -> Measurement:
             plan = engine.plan
     different = [user for user, plain, wide in zip(asked, *replies, strict=True) if plain != wide]
     value = {"questions": len(asked), "different": len(different)}
-    sizes = {"expert_mb": plan.slot_nbytes / 1e6, "all_experts_gb": plan.file_nbytes / 1e9}
+    sizes = {"expert_mb": plan.record_nbytes / 1e6, "all_experts_gb": plan.file_nbytes / 1e9}
     heavy = sizes["expert_mb"] >= 6 and 2 <= sizes["all_experts_gb"] <= 8
     return Measurement(NAME, value, BAR, not different and heavy, sizes | {"different": different})

@@ -95,7 +95,7 @@ def measure(cell: Cell, size: Size) -> dict[str, Any]:
     link = min(link, cell.gbps * 1e9) if cell.gbps else link
     floors = {
         "link": did.moved / link,
-        "memory": (did.asked * plan.slot_nbytes + did.steps * plan.dense_nbytes) / memory,
+        "memory": (did.asked * plan.record_nbytes + did.steps * plan.dense_nbytes) / memory,
     }
     at = {
         "cell": cell.name,

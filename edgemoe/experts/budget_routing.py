@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from edgemoe.cache import ExpertCache
+from edgemoe.cache import ExpertCache, ExpertId
 from edgemoe.experts.router_hook import Choice, are_logits, hidden_score
 from edgemoe.prefetch.budget import Budget, Demand, Unit, allowed_experts
 
@@ -150,9 +150,9 @@ class BudgetRouting:
         """How many more experts of `layer` may be charged to the budget for the tokens up to `last`."""
         limit = int(self._budget.amount)
         if self._budget.unit is Unit.NBYTES:
-            record = self._cache.store.slot_nbytes
-            left = max(0, limit - record * sum(self._charged[:layer]))
-            limit = left // (len(self._experts) - layer) // record
+            nbytes = [self._cache.store.record_nbytes(ExpertId(each, 0)) for each in range(layer + 1)]
+            charged = sum(size * count for size, count in zip(nbytes, self._charged[:layer], strict=False))
+            limit = max(0, limit - charged) // (len(self._experts) - layer) // nbytes[layer]
         if limit >= self._experts[layer]:
             return limit
         restricted = self._path_probabilities > 0

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from edgemoe.cache.slots import SlotPool
+from edgemoe.cache.slots import SlotRegion
 from edgemoe.checkpoint.experts_module import ExpertsModule
 from edgemoe.formats.float_format import FloatFormat
 from edgemoe.kernels.cpu import packed_matrix
@@ -149,10 +149,10 @@ class Experts(ABC):
     row_multiple = 1
     """An expert's tokens are padded to a multiple of this; the padding rows are dropped."""
 
-    def __init__(self, module: Any, moe: ExpertsModule, pool: SlotPool) -> None:
-        """`module` is transformers' experts module without its weights; `moe` says how `pool`'s slots hold them."""
+    def __init__(self, module: Any, moe: ExpertsModule, region: SlotRegion) -> None:
+        """`module` is transformers' experts module without its weights; `moe` says how `region`'s slots hold them."""
         self.module = module
-        self.pool = pool
+        self.region = region
         self._layout = moe.layout
         self._formats = moe.formats
         self._transposed = moe.transposed
@@ -166,7 +166,7 @@ class Experts(ABC):
 
     def _one(self, groups: TokenGroups, expert: int, slot: int) -> None:
         """The reference arithmetic of one expert."""
-        module, views = self.module, self.pool.views(slot, self._layout)
+        module, views = self.module, self.region.views(slot, self._layout)
         x = groups.inputs(expert, self.row_multiple)
         inner = self._linear(x, views, _up_name(module), slot)
         inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
@@ -202,21 +202,21 @@ class FastExperts(Experts):
     # PyTorch compiles and keeps CPU code for every number of rows, which differs between the experts of a prefill.
     row_multiple = 16
 
-    def __init__(self, module: Any, moe: ExpertsModule, pool: SlotPool, threads: KernelThreads) -> None:
+    def __init__(self, module: Any, moe: ExpertsModule, region: SlotRegion, threads: KernelThreads) -> None:
         """As the base class; `fits` must hold. `threads` run the kernels."""
-        super().__init__(module, moe, pool)
+        super().__init__(module, moe, region)
         self._threads = threads
         self._up_name = _up_name(module)
-        self._matrices = {name: self._matrix(pool, moe, name) for name in (self._up_name, "down_proj")}
+        self._matrices = {name: self._matrix(region, moe, name) for name in (self._up_name, "down_proj")}
         self._max_tokens = min(matrix.max_tokens for matrix in self._matrices.values())
 
-    def _matrix(self, pool: SlotPool, moe: ExpertsModule, name: str) -> SlotMatrix | PackedMatrix:
+    def _matrix(self, region: SlotRegion, moe: ExpertsModule, name: str) -> SlotMatrix | PackedMatrix:
         kind = self._formats[name]
         if isinstance(kind, FloatFormat):
-            return SlotMatrix(pool, moe.layout, name, name in moe.transposed)
+            return SlotMatrix(region, moe.layout, name, name in moe.transposed)
         shape = (self._heights[name], self._widths[name])
         places = {part.name: moe.layout.part_offset(name + part.name) for part in kind.parts("", shape)}
-        return PackedMatrix(kind, shape, pool.memory, places)
+        return PackedMatrix(kind, shape, region.memory, places)
 
     @staticmethod
     def fits(module: Any, moe: ExpertsModule) -> bool:
@@ -266,7 +266,7 @@ class FastExperts(Experts):
     def _biased(self, values: torch.Tensor, name: str, owners: Sequence[int]) -> torch.Tensor:
         if not self.module.has_bias:
             return values
-        return values + torch.stack([self.pool.views(slot, self._layout)[f"{name}_bias"] for slot in owners])
+        return values + torch.stack([self.region.views(slot, self._layout)[f"{name}_bias"] for slot in owners])
 
 
 def _up_name(module: Any) -> str:

@@ -157,11 +157,11 @@ def install(
     """
     layers = ExpertLayers(CurrentLayer(model, experts_modules))
     for number, moe in enumerate(experts_modules):
-        module = moe.module(model)
+        module, region = moe.module(model), cache.region(number)
         if not plain and cache.pool.device.type == "cpu" and FastExperts.fits(module, moe):
-            experts: Experts = FastExperts(module, moe, cache.pool, threads)
+            experts: Experts = FastExperts(module, moe, region, threads)
         else:
-            experts = PlainExperts(module, moe, cache.pool)
+            experts = PlainExperts(module, moe, region)
         layer = ExpertLayer(number, moe, experts, cache, predictor)
         module.forward = types.MethodType(_forward(layers, layer), module)
     return layers

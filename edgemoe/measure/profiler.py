@@ -108,7 +108,7 @@ def profiling_run(
 
 def await_fill(cache: ExpertCache, on_progress: Callable[[Progress], None]) -> None:
     """Waits for the experts that loading put on the link, so that the measured passes wait only for their own."""
-    nbytes, total = cache.store.slot_nbytes, cache.prefetching
+    nbytes, total = cache.store.mean_nbytes, cache.prefetching
     left, arrived = total, time.perf_counter()
     while left and time.perf_counter() - arrived < FILL_TIMEOUT:
         time.sleep(FILL_POLL_SECONDS)
@@ -212,7 +212,7 @@ def shape_of(blueprint: Blueprint, plan: Plan) -> ModelShape:
         layers=plan.layers,
         experts=round(plan.experts / plan.layers),
         top_k=plan.top_k,
-        record_nbytes=plan.slot_nbytes,
+        record_nbytes=plan.record_nbytes,
         dense_nbytes=plan.dense_nbytes,
         itemsize=blueprint.dtype.itemsize,
     )

@@ -6,6 +6,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from edgemoe.cache.slot_classes import SlotClass
 from edgemoe.plan.kv_size import KvSize
 from edgemoe.plan.predicted_speed import PredictedSpeed
 from edgemoe.sizes import format_bytes
@@ -33,8 +34,14 @@ class Plan:
     """How the checkpoint stores the experts' matrices, by names such as "bf16" and "Q4_K"; most of them first."""
     dense_format: str
     """What the other linear layers are quantised to as they are read; empty for nothing."""
+    record_nbytes: int
+    """Bytes of one expert's record; the mean where layers differ."""
     slot_nbytes: int
+    """Bytes of the largest slot, which holds any record."""
     slots: int
+    """Number of slots of all sizes."""
+    slot_classes: tuple[SlotClass, ...]
+    """The sizes of the slots, smallest first, and how many there are of each."""
     device_free: int
     """Free memory of the device (VRAM or RAM) before loading."""
     dense_nbytes: int
@@ -88,7 +95,7 @@ class Plan:
     @property
     def nbytes_per_token(self) -> int:
         """Bytes of the weights that one token uses, with the whole embedding."""
-        return self.dense_nbytes + self.layers * self.top_k * self.slot_nbytes
+        return self.dense_nbytes + self.layers * self.top_k * self.record_nbytes
 
     @property
     def simulation(self) -> str | None:
@@ -109,6 +116,10 @@ class Plan:
         whole = max(1, self.kv_nbytes // max(1, one))
         return f"up to {self.batch} sequences, {whole} of them with {self.context} tokens"
 
+    def _slot_sizes(self) -> str:
+        smallest, largest = (format_bytes(self.slot_classes[index].nbytes) for index in (0, -1))
+        return smallest if smallest == largest else f"{smallest} to {largest}"
+
     def _draft_model(self, memory: str) -> list[tuple[str, str, str]]:
         if not self.draft_weights_nbytes:
             return []
@@ -119,7 +130,7 @@ class Plan:
         """Rows for people: name, amount, and where or why."""
         memory = "VRAM" if self.device.startswith("cuda") else "RAM"
         size = format_bytes
-        slots = f"{self.slots} slots of {size(self.slot_nbytes)}, {self.slots / self.experts:.0%} of the experts"
+        slots = f"{self.slots} slots of {self._slot_sizes()}, {self.slots / self.experts:.0%} of the experts"
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
         experts = f"{self.layers} MoE layers, {self.experts} experts, top-{self.top_k}"
         if not set(self.formats) <= FLOATS:

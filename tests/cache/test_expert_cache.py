@@ -103,11 +103,11 @@ def test_a_pinned_loan_survives_while_others_take_turns() -> None:
     borrowed = cache.borrow(0, [0, 1, 2, 3])
     hit = next(borrowed)
     assert hit.experts == (0,)
-    assert holds(cache.pool.memory[hit.slots[0]], ExpertId(0, 0), NBYTES)
+    assert holds(cache.region(0).memory[hit.slots[0]], ExpertId(0, 0), NBYTES)
     seen: list[int] = []
     for loan in borrowed:
         assert all(
-            holds(cache.pool.memory[slot], ExpertId(0, number), NBYTES)
+            holds(cache.region(0).memory[slot], ExpertId(0, number), NBYTES)
             for number, slot in zip(loan.experts, loan.slots, strict=True)
         )
         seen += loan.experts
@@ -216,6 +216,6 @@ def test_random_work_keeps_every_law(seed: int, slots: int) -> None:
     assert cache.counters.hits + cache.counters.misses == requests
     link.finish(*link.in_flight)
     for expert in [ExpertId(layer, number) for layer in range(layers) for number in cache.residents(layer)]:
-        assert holds(cache.pool.memory[cache._held[expert].slot], expert, NBYTES)
+        assert holds(cache.region(0).memory[cache._held[expert].slot], expert, NBYTES)
     unrequested = sum(NBYTES for held in cache._held.values() if held.load_reason)
     assert cache.counters.bytes_loaded + unrequested == link.moved

@@ -17,7 +17,7 @@ def lend(cache: ExpertCache, layer: int, *experts: int) -> Loan:
     with cache.lend(layer, experts) as loan:
         assert loan.experts == experts
         for number, slot in zip(loan.experts, loan.slots, strict=True):
-            assert holds(cache.pool.memory[slot], ExpertId(layer, number), NBYTES)
+            assert holds(cache.region(layer).memory[slot], ExpertId(layer, number), NBYTES)
             assert ExpertId(layer, number) in link_of(cache).readable
         cache.check_integrity()
     cache.check_integrity()
@@ -69,7 +69,7 @@ def test_what_is_lent_to_a_draft_stays_in_its_slot() -> None:
         assert cache.prefetch(ids(1, 6, 7)) == 1
         assert sorted(cache.residents(0)) == [0, 1]
         for number, slot in zip(loan.experts, loan.slots, strict=True):
-            assert holds(cache.pool.memory[slot], ExpertId(0, number), NBYTES)
+            assert holds(cache.region(0).memory[slot], ExpertId(0, number), NBYTES)
     link_of(cache).finish(*link_of(cache).in_flight)
     use(cache, 1, 0, 1, 2)
     assert cache.residents(0) == []

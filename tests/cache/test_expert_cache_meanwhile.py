@@ -134,7 +134,7 @@ def test_random_prefetches_made_meanwhile_disturb_no_pass(seed: int) -> None:
         seen: list[int] = []
         for loan in cache.borrow(layer, requested, meanwhile):
             for number, slot in zip(loan.experts, loan.slots, strict=True):
-                assert holds(cache.pool.memory[slot], ExpertId(layer, number), NBYTES)
+                assert holds(cache.region(layer).memory[slot], ExpertId(layer, number), NBYTES)
             seen += loan.experts
         assert sorted(seen) == sorted(requested)
         cache.check_integrity()

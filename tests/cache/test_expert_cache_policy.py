@@ -11,7 +11,7 @@ import torch
 
 from bench.support.lru_policies import GlobalLRU
 from bench.support.trace import replay
-from edgemoe.cache import EvictionPolicy, ExpertCache, ExpertId, SlotPool
+from edgemoe.cache import EvictionPolicy, ExpertCache, ExpertId, SlotClass, SlotPool
 from edgemoe.cache.hot_temporal import HotTemporal
 from tests.support.cache_fakes import FakeLink, FakeStore, holds
 
@@ -39,13 +39,13 @@ class Listener(GlobalLRU):
 
 def make(slots: int, policy: EvictionPolicy, experts: Sequence[int] = (8, 8)) -> ExpertCache:
     store = FakeStore(tuple(experts), NBYTES)
-    return ExpertCache(store, FakeLink(store), SlotPool(slots, NBYTES, torch.device("cpu")), policy)
+    return ExpertCache(store, FakeLink(store), SlotPool([SlotClass(NBYTES, slots)], torch.device("cpu")), policy)
 
 
 def use(cache: ExpertCache, layer: int, *experts: int) -> None:
     for loan in cache.borrow(layer, experts):
         for number, slot in zip(loan.experts, loan.slots, strict=True):
-            assert holds(cache.pool.memory[slot], ExpertId(layer, number), NBYTES)
+            assert holds(cache.region(layer).memory[slot], ExpertId(layer, number), NBYTES)
         cache.check_integrity()
 
 

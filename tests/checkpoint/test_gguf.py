@@ -11,7 +11,8 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFWriter
 
 from bench.field.case import reference, reply
-from edgemoe import CheckpointError
+from edgemoe import CheckpointError, Engine
+from edgemoe.cache import slot_classes
 from edgemoe.checkpoint.blueprint import open_blueprint
 from edgemoe.checkpoint.checkpoint import open_checkpoint
 from edgemoe.checkpoint.gguf.gguf_file import read_gguf
@@ -72,6 +73,30 @@ def test_the_same_values_as_a_widened_file(tmp_path: Path) -> None:
         writer.write_tensors_to_file()
         writer.close()
         assert reply(packed, PROMPT, 16) == reply(tmp_path / "wide.gguf", PROMPT, 16)
+
+
+MIXES: dict[str, dict[str, Kind | None]] = {
+    "larger down projections, as in Q4_K_M": {f"blk.{layer}.ffn_down_exps.weight": Kind.Q8_0 for layer in (0, 3)},
+    "a layer in floats": {f"blk.1.ffn_{name}_exps.weight": None for name in ("gate", "up", "down")},
+    "three sizes": {"blk.0.ffn_down_exps.weight": Kind.F16, "blk.2.ffn_up_exps.weight": Kind.Q8_0},
+}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_layers_of_different_types_have_slots_of_their_sizes(
+    mix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever slots there are, the reply is that with a slot of the largest size for every expert."""
+    with quiet_transformers():
+        file = GgufMaker("qwen3_moe", tmp_path).write(tmp_path / "model.gguf", Kind.Q4_0, own=MIXES[mix])
+        plan = Engine.plan_for(file, device="cpu", expert_cache="50%", state_folder="none")
+        assert len(plan.slot_classes) == (3 if mix == "three sizes" else 2)
+        assert sum(each.count for each in plan.slot_classes) == plan.slots == plan.experts // 2
+        endless: Any = {"sampling": {"ignore_eos": True}}
+        found = [reply(file, PROMPT, 12, expert_cache=slots, **endless) for slots in (1, 2, 3, 7, "50%", "100%")]
+        monkeypatch.setattr(slot_classes, "MIN_USED_PERCENT", 0)
+        assert len(Engine.plan_for(file, device="cpu", state_folder="none").slot_classes) == 1
+        assert found == [reply(file, PROMPT, 12, **endless)] * len(found)
 
 
 def test_a_configuration_beside_the_file(tmp_path: Path) -> None:

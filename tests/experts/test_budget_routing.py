@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from edgemoe.cache import ExpertId
 from edgemoe.experts.budget_routing import BudgetRouting, BudgetTotals
 from edgemoe.experts.router_hook import Choice
 from edgemoe.prefetch.budget import Budget, Unit
@@ -16,7 +17,9 @@ from edgemoe.prefetch.budget import Budget, Unit
 class Store:
     """The part of a store that routing uses."""
 
-    slot_nbytes = 100
+    @staticmethod
+    def record_nbytes(expert: ExpertId) -> int:
+        return 100
 
 
 class Residents:
@@ -101,6 +104,13 @@ def test_a_budget_below_one_record_allows_resident_experts_only() -> None:
         assert all(
             each <= {1, 4, 5} for each in taken(budgeted(50, [1.0, 1.0], Unit.NBYTES, "residency", [1, 4, 5]), rows)
         )
+
+
+def test_bytes_pay_for_the_records_of_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Store, "record_nbytes", staticmethod(lambda expert: 100 if expert.layer else 300))
+    route = budgeted(800, [1.0, 1.0], Unit.NBYTES, experts=(6, 6))
+    assert taken(route, scores([0, 1], [2, 3]), 0) == [{0}, {0}], "half of 800 pays for one record of 300"
+    assert set().union(*taken(route, scores([0, 1], [2, 3]), 1)) == {0, 1, 2, 3}, "and 500 pay for five of 100"
 
 
 def test_choices_and_dropped_choices_are_counted() -> None:

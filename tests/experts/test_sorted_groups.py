@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from edgemoe.cache import Part, RecordLayout, SlotPool
+from edgemoe.cache import Part, RecordLayout, SlotClass, SlotPool
 from edgemoe.checkpoint.experts_module import ExpertsModule
 from edgemoe.experts.expert_ffn import PlainExperts, SortedGroups, TokenGroups
 from edgemoe.formats.float_format import FloatFormat
@@ -35,9 +35,9 @@ def inputs(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("tokens", [1, 2, 7, 40])
 def test_results_are_those_of_the_plain_groups(tokens: int) -> None:
-    with SlotPool(EXPERTS, LAYOUT.nbytes, torch.device("cpu")) as pool:
+    with SlotPool([SlotClass(LAYOUT.nbytes, EXPERTS)], torch.device("cpu")) as pool:
         pool.memory.view(torch.float32).normal_(generator=torch.Generator().manual_seed(0))
-        experts = PlainExperts(MODULE, MOE, pool)
+        experts = PlainExperts(MODULE, MOE, pool.region(LAYOUT.nbytes))
         results = []
         for make in (TokenGroups, SortedGroups):
             groups = make(*inputs(tokens), EXPERTS)
@@ -68,13 +68,13 @@ def test_the_host_reads_the_choices_and_nothing_else() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake = [torch.empty_like(each, device="cuda") for each in (hidden, index, weights)]
         groups = KnownGroups(fake[0], fake[1], fake[2], EXPERTS)
-        pool: Any = SimpleNamespace(
+        region: Any = SimpleNamespace(
             views=lambda slot, layout: {
                 "up_proj": torch.empty(INNER, WIDTH, device="cuda"),
                 "down_proj": torch.empty(WIDTH, INNER, device="cuda"),
             }
         )
-        PlainExperts(MODULE, MOE, pool).compute(groups, groups.wanted, groups.wanted)
+        PlainExperts(MODULE, MOE, region).compute(groups, groups.wanted, groups.wanted)
         result = groups.complete()
     assert result.device.type == "cuda"
     assert tuple(result.shape) == (5 * TOP_K, WIDTH)

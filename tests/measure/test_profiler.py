@@ -110,7 +110,7 @@ def test_the_wait_for_a_stalled_link_times_out(monkeypatch: pytest.MonkeyPatch) 
     class Stuck:
         """A cache with two prefetches, of which one never arrives."""
 
-        store = SimpleNamespace(slot_nbytes=10)
+        store = SimpleNamespace(mean_nbytes=10)
         left = iter([2, 2])
 
         @property

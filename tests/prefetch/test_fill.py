@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from edgemoe.cache import ExpertId
 from edgemoe.prefetch.fill import fill_order
 
 
@@ -19,3 +20,9 @@ def test_fill_order_gives_the_room_of_a_short_layer_to_the_others() -> None:
     assert fill_order([1, 3], 4) == [(0, 0), (1, 0), (1, 1), (1, 2)]
     assert fill_order([], 4) == []
     assert fill_order([3], 0) == []
+
+
+def test_fill_order_of_the_layers_that_share_slots() -> None:
+    assert fill_order([4, 4, 4], 3, layers=[0, 2]) == [(0, 0), (0, 1), (2, 0)]
+    assert fill_order([1, 4, 2], 99, {ExpertId(2, 1): 1.0}, [2, 0]) == [(0, 0), (2, 1), (2, 0)]
+    assert fill_order([4, 4], 3, layers=[]) == []

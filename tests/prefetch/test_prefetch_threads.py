@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench.support.lru_policies import BalancedLRU
-from edgemoe.cache import ExpertCache, ExpertId, Part, RecordLayout, SlotPool, Throttle
+from edgemoe.cache import ExpertCache, ExpertId, Part, RecordLayout, SlotClass, SlotPool, Throttle
 from edgemoe.cache import safetensors_store as store_module
 from edgemoe.cache.reader_link import ReaderLink
 from edgemoe.cache.safetensors_store import Extent, RecordSource, SafetensorsStore
@@ -65,7 +65,7 @@ class Passes:
     """Passes through all layers, some after drafts, with predictions that are often wrong."""
 
     def __init__(self, store: Unsteady, link: ReaderLink, slots: int, draw: random.Random) -> None:
-        self.pool = SlotPool(slots, store.slot_nbytes, torch.device("cpu"))
+        self.pool = SlotPool([SlotClass(store.slot_nbytes, slots)], torch.device("cpu"))
         self.cache = ExpertCache(store, link, self.pool, BalancedLRU(len(EXPERTS), slots))
         self.prefetcher = Prefetcher(self.cache, len(EXPERTS), LinkGauge(link))
         self.prefetcher.register("one", 2, prior=0.6)
@@ -123,7 +123,7 @@ class Passes:
 
     def _check(self, layer: int, experts: Sequence[int], slots: Sequence[int]) -> None:
         for number, slot in zip(experts, slots, strict=True):
-            assert holds(self.pool.memory[slot], ExpertId(layer, number), NBYTES)
+            assert holds(self.cache.region(layer).memory[slot], ExpertId(layer, number), NBYTES)
 
 
 def within_patience(work: Callable[[], None]) -> None:

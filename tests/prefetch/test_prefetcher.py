@@ -28,6 +28,15 @@ def test_layers_go_in_their_order_and_the_likeliest_of_a_layer_first(bench: Benc
     assert bench.issue_all() == [*ids(0, 9, 7, 1), *ids(1, 3), *ids(2, 4)]
 
 
+def test_layers_without_a_slot_of_their_size_hold_up_no_others() -> None:
+    bench = Bench(slots=4, nbytes=(NBYTES, NBYTES, NBYTES, 2 * NBYTES))
+    bench.predict(SURE, 0, 1, 2, 3)
+    bench.predict(SURE, 1, 4)
+    bench.predict(SURE, 2, 5)
+    bench.predict(SURE, 3, 6, 7)
+    assert bench.issue_all() == [*ids(0, 1, 2, 3), *ids(3, 6)], "3 small slots, and a large one"
+
+
 def test_only_layers_behind_the_one_that_a_pass_is_in(bench: Bench) -> None:
     for layer in range(LAYERS):
         bench.predict(SURE, layer, layer)

@@ -42,8 +42,10 @@ def wait_until(condition: Callable[[], bool], seconds: float = PATIENCE) -> None
 class FakeStore(ExpertStore):
     """Records of constant bytes, in several pieces, whose reads can be blocked or fail per expert."""
 
-    def __init__(self, experts: Sequence[int], nbytes: int = 128, pieces: int = 1) -> None:
-        self.layouts = tuple(RecordLayout([Part("w", (nbytes,), torch.uint8)]) for _ in experts)
+    def __init__(self, experts: Sequence[int], nbytes: int | Sequence[int] = 128, pieces: int = 1) -> None:
+        """`nbytes` are the bytes of every record, or of each layer's."""
+        sizes = [nbytes] * len(experts) if isinstance(nbytes, int) else nbytes
+        self.layouts = tuple(RecordLayout([Part("w", (size,), torch.uint8)]) for size in sizes)
         self.experts = tuple(experts)
         self.gates: dict[ExpertId, threading.Event] = {}
         """Events for which the pieces of an expert wait before they write."""

@@ -17,6 +17,7 @@ from bench.support.zoo import make
 from edgemoe.cache import ExpertCache, SlotPool
 from edgemoe.cache.reader_link import ReaderLink
 from edgemoe.cache.safetensors_store import SafetensorsStore
+from edgemoe.cache.slot_classes import limit_slots, slot_classes
 from edgemoe.checkpoint.blueprint import Blueprint, read_blueprint
 from edgemoe.checkpoint.checkpoint import open_checkpoint
 from edgemoe.checkpoint.dense_loader import load_dense
@@ -113,8 +114,9 @@ def running(
         blueprint.records,
     )
     slots = slots or sum(store.experts)
+    classes = slot_classes([layout.nbytes for layout in store.layouts], store.experts)
     link, kernel_threads = ReaderLink(store, 2), KernelThreads(threads)
-    with SlotPool(slots, store.slot_nbytes, CPU) as pool:
+    with SlotPool(limit_slots(classes, slots), CPU) as pool:
         cache = ExpertCache(store, link, pool, BalancedLRU(len(blueprint.experts_modules), slots))
         layers = expert_layer.install(model, blueprint.experts_modules, cache, kernel_threads, plain=plain)
         try:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from bench.support.lru_policies import GlobalLRU
-from edgemoe.cache import EvictionPolicy, ExpertCache, ExpertId, Loan, SlotPool
+from edgemoe.cache import EvictionPolicy, ExpertCache, ExpertId, Loan, SlotClass, SlotPool
 from tests.support.cache_fakes import FakeLink, FakeStore, holds
 
 NBYTES = 128
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 def make(slots: int, experts: Iterable[int] = (8, 8), policy: EvictionPolicy | None = None) -> ExpertCache:
     store = FakeStore(tuple(experts), NBYTES)
-    return ExpertCache(store, FakeLink(store), SlotPool(slots, NBYTES, CPU), policy or GlobalLRU())
+    return ExpertCache(store, FakeLink(store), SlotPool([SlotClass(NBYTES, slots)], CPU), policy or GlobalLRU())
 
 
 def link_of(cache: ExpertCache) -> FakeLink:
@@ -35,7 +35,7 @@ def use(cache: ExpertCache, layer: int, *experts: int) -> list[Loan]:
     loans = []
     for loan in cache.borrow(layer, experts):
         for number, slot in zip(loan.experts, loan.slots, strict=True):
-            assert holds(cache.pool.memory[slot], ExpertId(layer, number), NBYTES)
+            assert holds(cache.region(layer).memory[slot], ExpertId(layer, number), NBYTES)
             assert ExpertId(layer, number) in link_of(cache).readable
         cache.check_integrity()
         loans.append(loan)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,18 @@ class GgufMaker:
         self.config = json.loads((self.folder / "config.json").read_text())
         self.arch = ARCHITECTURES[family]
 
-    def write(self, path: Path, experts: Kind | None = None, dense: Kind | None = None) -> Path:
-        """The file, with experts and large dense matrices in a packed type."""
+    def write(
+        self,
+        path: Path,
+        experts: Kind | None = None,
+        dense: Kind | None = None,
+        own: Mapping[str, Kind | None] | None = None,
+    ) -> Path:
+        """The file, with experts and large dense matrices in a packed type; `own` are those of single tensors."""
         writer = GGUFWriter(str(path), self.arch)
         self.describe(writer)
         for name, value in self.tensors():
-            kind = experts if "_exps.weight" in name else dense
+            kind = (own or {}).get(name, experts if "_exps.weight" in name else dense)
             array = np.ascontiguousarray(value.float().numpy())
             if kind is None or array.ndim < 2 or "norm" in name or "ffn_gate_inp" in name:
                 writer.add_tensor(name, array)

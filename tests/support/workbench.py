@@ -9,6 +9,7 @@ import torch
 
 from bench.support.lru_policies import GlobalLRU
 from edgemoe.cache import ExpertCache, ExpertId, SlotPool
+from edgemoe.cache.slot_classes import limit_slots, slot_classes
 from edgemoe.prefetch import prefetcher as module
 from edgemoe.prefetch.prefetcher import Prefetcher
 from tests.support.cache_fakes import FakeLink, FakeStore
@@ -23,10 +24,14 @@ SURE, LIKELY, UNLIKELY = "sure", "likely", "unlikely"
 class Bench:
     """A prefetcher with three predictors of one bin each, with hit rates of 0.9, 0.5 and 0.1."""
 
-    def __init__(self, slots: int = 40, gauge: FakeGauge | None = None) -> None:
-        store = FakeStore([EXPERTS] * LAYERS, NBYTES)
+    def __init__(
+        self, slots: int = 40, gauge: FakeGauge | None = None, nbytes: Sequence[int] = (NBYTES,) * LAYERS
+    ) -> None:
+        """`slots` is divided among the sizes of records; `nbytes` are the bytes of a record of each layer."""
+        store = FakeStore([EXPERTS] * LAYERS, nbytes)
         self.link = FakeLink(store)
-        self.cache = ExpertCache(store, self.link, SlotPool(slots, NBYTES, torch.device("cpu")), GlobalLRU())
+        pool = SlotPool(limit_slots(slot_classes(nbytes, store.experts), slots), torch.device("cpu"))
+        self.cache = ExpertCache(store, self.link, pool, GlobalLRU())
         self.gauge = gauge or FakeGauge()
         self.prefetcher = Prefetcher(self.cache, LAYERS, self.gauge)
         priors = {SURE: 0.9, LIKELY: 0.5, UNLIKELY: 0.1}

@@ -1,4 +1,4 @@
-"""One weight matrix of every record in a slot pool, as the kernels read it."""
+"""One weight matrix of every record in the slots of one size, as the kernels read it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from edgemoe.cache.record import Part, RecordLayout
-from edgemoe.cache.slots import SlotPool
+from edgemoe.cache.slots import SlotRegion
 from edgemoe.kernels.cpu.threads import KernelThreads
 
 if TYPE_CHECKING:
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class SlotMatrix:
-    """The part `name` of every record in `pool`, a matrix [rows, columns] or, `transposed`, [columns, rows]."""
+    """The part `name` of every record in `region`, a matrix [rows, columns] or, `transposed`, [columns, rows]."""
 
-    def __init__(self, pool: SlotPool, layout: RecordLayout, name: str, transposed: bool) -> None:
-        """`fits` must hold. Shares the pool's memory, which must be on the CPU."""
+    def __init__(self, region: SlotRegion, layout: RecordLayout, name: str, transposed: bool) -> None:
+        """`fits` must hold. Shares the region's memory, which must be on the CPU."""
         part = next(part for part in layout.parts if part.name == name)
         kernel = self._find_kernel(part, transposed)
         assert kernel is not None, f"there is no kernel for {part}"
@@ -30,7 +30,7 @@ class SlotMatrix:
         self._transposed = transposed
         self._rows, self._columns = part.shape[::-1] if transposed else part.shape
         self._nbytes = part.nbytes
-        self._pool = pool.memory.numpy().view(kernel.unit)
+        self._memory = region.memory.numpy().view(kernel.unit)
         self._offset = layout.part_offset(name) // np.dtype(kernel.unit).itemsize
 
     @classmethod
@@ -58,7 +58,7 @@ class SlotMatrix:
         extent = self._rows if self._transposed else self._columns
 
         def run(first: int, last: int) -> None:
-            self._kernel.run(slots, self._offset, extent, self._pool, starts, values, out, first, last)
+            self._kernel.run(slots, self._offset, extent, self._memory, starts, values, out, first, last)
 
         threads.split(self._rows, run, nbytes=self._nbytes * len(slots))
         return torch.from_numpy(out)

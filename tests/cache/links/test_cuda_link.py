@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench.support.lru_policies import BalancedLRU
-from edgemoe.cache import ExpertCache, ExpertId, ExpertStore, SlotPool, Throttle, Transfer
+from edgemoe.cache import ExpertCache, ExpertId, ExpertStore, SlotClass, SlotPool, Throttle, Transfer
 from edgemoe.cache.cuda_link import CudaLink, CudaStreams, Streams
 from edgemoe.cache.link import Priority
 from edgemoe.cache.store import Piece
@@ -329,14 +329,14 @@ def test_random_work_reads_the_right_bytes(device: str, locked: str, seed: int) 
     streams: Streams = fake or CudaStreams(torch.device(device))
     link = CudaLink(store, streams, staging=2, readers=2)
     wrong: list[torch.Tensor | ExpertId] = []
-    with SlotPool(slots, NBYTES, CPU if fake else torch.device(device)) as pool:
+    with SlotPool([SlotClass(NBYTES, slots)], CPU if fake else torch.device(device)) as pool:
         cache = ExpertCache(store, link, pool, BalancedLRU(layers, slots))
 
         def look(slot: int, expert: ExpertId) -> None:
             if fake is None:
-                wrong.append((pool.memory[slot] != pattern(expert)).any())
+                wrong.append((pool.regions[0].memory[slot] != pattern(expert)).any())
             else:
-                memory = pool.memory[slot]
+                memory = pool.regions[0].memory[slot]
                 fake.compute.put(lambda: None if holds(memory, expert, NBYTES) else wrong.append(expert))
 
         for step in range(120):

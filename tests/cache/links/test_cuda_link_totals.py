@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from edgemoe.cache import ExpertCache, ExpertId, SlotPool, Throttle, Transfer
+from edgemoe.cache import ExpertCache, ExpertId, SlotClass, SlotPool, Throttle, Transfer
 from edgemoe.cache.cuda_link import CudaLink, CudaStreams
 from edgemoe.cache.hot_temporal import HotTemporal
 from edgemoe.cache.link import Priority
@@ -139,7 +139,7 @@ def test_a_copy_while_another_record_is_fetched_is_busy_once(
 def test_the_devices_wait_for_a_copy_counts_though_the_host_does_not_wait(slow: FakeStreams) -> None:
     store = LockedStore(FakeStore([8], NBYTES))
     link = CudaLink(store, slow, 0, 1)
-    with SlotPool(2, NBYTES, torch.device("cpu")) as pool:
+    with SlotPool([SlotClass(NBYTES, 2)], torch.device("cpu")) as pool:
         cache = ExpertCache(store, link, pool, HotTemporal([8]))
         slow.copies.hold()
         for _ in cache.borrow(0, [0]):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench.support.lru_policies import BalancedLRU
-from edgemoe.cache import ExpertCache, ExpertId, SlotPool, Throttle, Transfer
+from edgemoe.cache import ExpertCache, ExpertId, SlotClass, SlotPool, Throttle, Transfer
 from edgemoe.cache.link import Priority
 from edgemoe.cache.reader_link import ReaderLink
 from tests.support.cache_fakes import FakeStore, holds, wait_until
@@ -227,7 +227,7 @@ def test_random_work_through_a_cache_reads_the_right_bytes(seed: int) -> None:
     store = FakeStore([experts] * layers, nbytes, pieces=3)
     link = ReaderLink(store, 4)
     slots = draw.choice([5, 16, 40])
-    with SlotPool(slots, nbytes, CPU) as pool:
+    with SlotPool([SlotClass(nbytes, slots)], CPU) as pool:
         cache = ExpertCache(store, link, pool, BalancedLRU(layers, slots))
         for step in range(400):
             layer = step % layers
@@ -237,7 +237,7 @@ def test_random_work_through_a_cache_reads_the_right_bytes(seed: int) -> None:
             seen: list[int] = []
             for loan in cache.borrow(layer, requested):
                 for number, slot in zip(loan.experts, loan.slots, strict=True):
-                    assert holds(pool.memory[slot], ExpertId(layer, number), nbytes)
+                    assert holds(cache.region(layer).memory[slot], ExpertId(layer, number), nbytes)
                 seen += loan.experts
             assert sorted(seen) == sorted(requested)
             cache.check_integrity()
