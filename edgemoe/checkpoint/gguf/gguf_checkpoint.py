@@ -29,6 +29,12 @@ def gguf_config(file: GgufFile, name: str) -> dict[str, Any]:
 
     Raises CheckpointError, with the architecture, where there is no rule for it or the metadata lack something.
     """
+    # Of a file that says nothing, the architecture is told.
+    if file.get("block_count") and not file.get("expert_count"):
+        raise CheckpointError(
+            f"{name} is not a Mixture-of-Experts model ({file.architecture} without experts): "
+            "edgemoe reads no other GGUF files"
+        )
     try:
         found = config_of(file)
     except (KeyError, ValueError, TypeError, StopIteration, ZeroDivisionError, OverflowError) as error:
