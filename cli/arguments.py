@@ -251,7 +251,8 @@ def add_model_option(parser: Parser) -> None:
         "--model",
         convert=text,
         metavar="MODEL",
-        help="folder, GGUF file or hub name of a checkpoint; without it, the small demo model that ships with edgemoe",
+        help="folder, GGUF file or hub name of a checkpoint, such as org/name or org/name:Q4_K_M for GGUF files; "
+        "without it, the small demo model that ships with edgemoe",
     )
 
 

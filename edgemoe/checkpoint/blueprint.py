@@ -79,16 +79,15 @@ def open_blueprint(
     """
     if model is None:
         return read_blueprint(open_checkpoint(demo_folder(), name=DEMO_NAME), dtype)
-    checkpoint = open_checkpoint(
-        model, offline=offline, setting=setting, check=_check_family, model_config=model_config
-    )
+    checkpoint = open_checkpoint(model, offline=offline, setting=setting, check=check_family, model_config=model_config)
     return read_blueprint(checkpoint, dtype)
 
 
-def read_blueprint(checkpoint: Checkpoint, dtype: str = "auto") -> Blueprint:
+def read_blueprint(checkpoint: Checkpoint, dtype: str = "auto", *, quick: bool = False) -> Blueprint:
     """Checks `checkpoint` against its family and locates every expert. Reads no weight.
 
-    `dtype` is "auto" (the dtype that most weights are stored in), "bfloat16", "float16" or "float32". Raises
+    `dtype` is "auto" (the dtype that most weights are stored in), "bfloat16", "float16" or "float32". `quick` leaves
+    out the shapes of the experts, since a large checkpoint has tens of thousands, and is not for running it. Raises
     CheckpointError with the reason why the checkpoint cannot be run.
     """
     config, model_class = _family(checkpoint)
@@ -100,7 +99,8 @@ def read_blueprint(checkpoint: Checkpoint, dtype: str = "auto") -> Blueprint:
         sources = ExpertSources(checkpoint, model, experts_modules, _mapping(model))
         experts_modules = sources.modules
         dense = tuple(key for key in checkpoint.weights if key not in sources.keys)
-        _dry_run(checkpoint, model, chosen)
+        experts = {f"{moe.name}.{name}" for moe in experts_modules for name in moe.shapes} if quick else set()
+        _dry_run(checkpoint, model, chosen, sources.keys if quick else frozenset(), experts)
         records = sources.records()
         # A new skeleton, since the dry run uses the first one up.
         sizes = _dense_sizes(build_skeleton(model_class, config, chosen), experts_modules)
@@ -117,7 +117,7 @@ def read_blueprint(checkpoint: Checkpoint, dtype: str = "auto") -> Blueprint:
     )
 
 
-def _check_family(checkpoint: Checkpoint) -> None:
+def check_family(checkpoint: Checkpoint) -> None:
     """Raises CheckpointError unless the configuration of `checkpoint`, whose weights are not there yet, can be run."""
     config, model_class = _family(checkpoint)
     with quiet_transformers():
@@ -208,15 +208,24 @@ def _dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
     return stored.most_common(1)[0][0] if stored else torch.bfloat16
 
 
-def _dry_run(checkpoint: Checkpoint, model: Any, dtype: torch.dtype) -> None:
-    """Loads shapes without data into `model`, which is of no use afterwards. Raises CheckpointError unless all fit."""
+def _dry_run(
+    checkpoint: Checkpoint, model: Any, dtype: torch.dtype, left_out: frozenset[str], parameters: set[str]
+) -> None:
+    """Loads shapes without data into `model`, which is of no use afterwards. Raises CheckpointError unless all fit.
+
+    The tensors `left_out` are not looked at, nor are the `parameters` that they make up.
+    """
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
 
+    # Packed weights are floats to transformers.
+    dtypes = dict.fromkeys(checkpoint.packed, dtype) | {key: each.dtype for key, each in checkpoint.tensors.items()}
     shapes = {
-        key: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for key, entry in checkpoint.tensors.items()
-    } | {key: torch.empty(weight.shape, dtype=dtype, device="meta") for key, weight in checkpoint.packed.items()}
+        key: torch.empty(weight.shape, dtype=dtypes[key], device="meta")
+        for key, weight in checkpoint.weights.items()
+        if key not in left_out
+    }
     info, _ = convert_and_load_state_dict_in_model(model, shapes, load_config(model, dtype, "meta"), None)
-    info.missing_keys -= set(model.all_tied_weights_keys)
+    info.missing_keys -= parameters | set(model.all_tied_weights_keys)
     model._adjust_missing_and_unexpected_keys(info)
     faults = [
         ("lacks", sorted(info.missing_keys)),

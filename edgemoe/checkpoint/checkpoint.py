@@ -95,7 +95,7 @@ def open_checkpoint(
     name = name or os.fspath(model)
 
     def check_folder(folder: Path) -> None:
-        config = _read_config(folder, name, setting)
+        config = read_config(folder, name, setting)
         if check is not None:
             check(Checkpoint(folder, name, config, (), {}))
 
@@ -103,7 +103,7 @@ def open_checkpoint(
     if not folder.is_dir():
         beside = None if model_config is None else _config_folder(os.fspath(model_config), offline)
         return _open_gguf(folder, name, beside)
-    config = _read_config(folder, name, setting)
+    config = read_config(folder, name, setting)
     files, owners = _weight_files(folder, name)
     tensors: dict[str, TensorEntry] = {}
     for number, file in enumerate(files):
@@ -134,7 +134,7 @@ def _config_folder(name: str, offline: bool) -> Path:
 def _open_gguf(path: Path, name: str, folder: Path | None) -> Checkpoint:
     """The checkpoint in a GGUF file, or in a split one whose first file is `path`; `folder` has its configuration."""
     file = read_gguf(path)
-    config = gguf_config(file, name) if folder is None else _read_config(folder, str(folder), "model_config")
+    config = gguf_config(file, name) if folder is None else read_config(folder, str(folder), "model_config")
     weights = gguf_weights(file, config.get("text_config", config)["num_hidden_layers"], name)
     tensors, packed = dict[str, TensorEntry](), dict[str, PackedTensor | MergedTensor]()
     for key, weight in weights.items():
@@ -170,7 +170,11 @@ def _is_other_format(name: str) -> bool:
     return name.startswith("consolidated")
 
 
-def _read_config(folder: Path, name: str, setting: str) -> dict[str, Any]:
+def read_config(folder: Path, name: str, setting: str) -> dict[str, Any]:
+    """The `config.json` in `folder`, of the model called `name`.
+
+    Raises CheckpointError where it cannot be read, names no family, or says a quantisation that is not read.
+    """
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
