@@ -230,12 +230,18 @@ _KINDS = {setting: _kind(setting) for setting in settings_of()}
 
 def add_settings(parser: Parser, *groups: str) -> None:
     """The settings of an engine in `groups`, as `EngineConfig` defines them."""
-    for name, info in settings_of(*groups).items():
-        help = info.help.replace("%", "%%")
-        if _KINDS[name] is yes_or_no:
-            parser.switch(*flags_of(name), help=help)
-        else:
-            parser.option(*flags_of(name), convert=_KINDS[name], metavar=info.metavar, help=help)
+    for name in settings_of(*groups):
+        add_setting(parser, name)
+
+
+def add_setting(parser: Parser, name: str) -> None:
+    """One setting of an engine."""
+    info = settings_of()[name]
+    help = info.help.replace("%", "%%")
+    if _KINDS[name] is yes_or_no:
+        parser.switch(*flags_of(name), help=help)
+    else:
+        parser.option(*flags_of(name), convert=_KINDS[name], metavar=info.metavar, help=help)
 
 
 def add_model_options(parser: Parser) -> None:
@@ -251,7 +257,8 @@ def add_model_option(parser: Parser) -> None:
         "--model",
         convert=text,
         metavar="MODEL",
-        help="folder, GGUF file or hub name of a checkpoint; without it, the small demo model that ships with edgemoe",
+        help="folder, GGUF file or hub name of a checkpoint, such as org/name or org/name:Q4_K_M for GGUF files; "
+        "without it, the small demo model that ships with edgemoe",
     )
 
 

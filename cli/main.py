@@ -74,6 +74,8 @@ def build_parser() -> options.Parser:
     _add_run(commands)
     _add_chat(commands)
     _add_plan(commands)
+    _add_models(commands)
+    _add_pack(commands)
     _add_eval(commands)
     _add_profile(commands)
     _add_affinity(commands)
@@ -138,6 +140,36 @@ def _add_plan(commands: _Commands) -> None:
     options.add_model_options(parser)
     options.add_settings(parser, "batch")
     options.add_settings(parser, "state")
+
+
+def _add_models(commands: _Commands) -> None:
+    parser = _add_command(
+        commands,
+        "models",
+        help="list the models on this machine",
+        description="List the models in the Hugging Face cache and in folders, and whether each would run here. "
+        "Reads no weights and never uses the network.",
+    )
+    parser.add_argument(
+        "folders", metavar="FOLDER", nargs="*", help="a checkpoint, or a folder of checkpoints and GGUF files"
+    )
+    parser.switch("--json", help="print the list as JSON")
+
+
+def _add_pack(commands: _Commands) -> None:
+    parser = _add_command(
+        commands,
+        "pack",
+        help="write a checkpoint with quantised weights",
+        description="Write a checkpoint with quantised experts, which takes less disk, link and memory. The result is "
+        "lossy. What is interrupted goes on with the same command.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder or hub name of a checkpoint with float weights")
+    parser.add_argument("out", metavar="OUT", help="the folder to write")
+    options.add_setting(parser, "experts")
+    options.add_setting(parser, "dense")
+    parser.switch("--verify", help="read the result again, and compare it with its checksums")
+    options.add_offline_option(parser)
 
 
 def _add_eval(commands: _Commands) -> None:
@@ -240,6 +272,10 @@ def _dispatch(argv: Sequence[str] | None, engine: EngineFactory | None) -> int:
         from edgemoe.cli.chat.chat import chat as command
     elif arguments.command == "plan":
         from edgemoe.cli.plan import plan as command
+    elif arguments.command == "pack":
+        from edgemoe.cli.pack import pack as command
+    elif arguments.command == "models":
+        from edgemoe.cli.models import models as command
     elif arguments.command == "eval":
         from edgemoe.cli.eval import evaluate as command
     elif arguments.command == "profile":

@@ -96,7 +96,7 @@ class Engine:
         on_progress: Callable[[Progress], None] | None = None,
         **settings: Any,
     ) -> Engine:
-        """Loads `model`, a checkpoint's folder or Hugging Face id; None is the model that ships with edgemoe.
+        """Loads `model`, a checkpoint's folder, GGUF file or Hugging Face id; None is the shipped model.
 
         `settings` are fields of `EngineConfig`, in place of those of `config`. `on_progress` may be called from other
         threads. Raises CheckpointError or PlanError before any weight is read, TypeError for an unknown setting.

@@ -20,6 +20,8 @@ class Hub:
         self.folder = folder
         self.fetched: list[str] = []
         """The files that were asked for with their contents, in order."""
+        self.gated = False
+        """Whether only those who have accepted its terms are given files."""
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -44,15 +46,26 @@ class Hub:
         """Answers a request: with the headers alone, or also with the `body`."""
         path = handler.path.partition("?")[0]
         prefix = f"/{REPOSITORY}/resolve/{COMMIT}/"
-        if path.startswith(prefix):
+        if path.startswith(prefix) and self.gated:
+            self._refuse(handler, 403, "GatedRepo")
+        elif path.startswith(prefix):
             self._file(handler, path[len(prefix) :], body=body)
         elif path.startswith(f"/api/models/{REPOSITORY}/tree/"):
             self._json(handler, [self._entry(file) for file in self.files()])
         elif path.startswith(f"/api/models/{REPOSITORY}"):
             siblings = [{"rfilename": file.as_posix()} for file in self.files()]
             self._json(handler, {"id": REPOSITORY, "sha": COMMIT, "siblings": siblings})
+        elif path.startswith("/api/models/"):
+            self._refuse(handler, 401, "RepoNotFound")
         else:
             handler.send_error(404)
+
+    def _refuse(self, handler: BaseHTTPRequestHandler, status: int, code: str) -> None:
+        """An error with a name, as the hub answers."""
+        handler.send_response(status)
+        handler.send_header("X-Error-Code", code)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
 
     def _entry(self, file: Path) -> dict[str, Any]:
         data = (self.folder / file).read_bytes()

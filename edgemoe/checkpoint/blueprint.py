@@ -21,7 +21,7 @@ from edgemoe.checkpoint.checkpoint import WEIGHT_DTYPES, Checkpoint, open_checkp
 from edgemoe.checkpoint.expert_sources import ExpertSources
 from edgemoe.checkpoint.experts_module import ExpertsModule, require_experts_modules
 from edgemoe.checkpoint.extra_layers import without_heads_that_draft
-from edgemoe.checkpoint.packed_modules import PackedModule, find_packed_modules
+from edgemoe.checkpoint.packed.packed_modules import PackedModule, find_packed_modules
 from edgemoe.checkpoint.renaming import Renaming
 from edgemoe.checkpoint.rope_context import context_limit
 from edgemoe.config import EngineConfig, choices_of
@@ -90,9 +90,7 @@ def open_blueprint(
     """
     if model is None:
         return read_blueprint(open_checkpoint(demo_folder(), name=DEMO_NAME), dtype, experts, dense)
-    checkpoint = open_checkpoint(
-        model, offline=offline, setting=setting, check=_check_family, model_config=model_config
-    )
+    checkpoint = open_checkpoint(model, offline=offline, setting=setting, check=check_family, model_config=model_config)
     return read_blueprint(checkpoint, dtype, experts, dense)
 
 
@@ -109,13 +107,14 @@ def blueprint_for(model: str | os.PathLike[str] | None, config: EngineConfig) ->
 
 
 def read_blueprint(
-    checkpoint: Checkpoint, dtype: str = "auto", experts: str = "native", dense: str = "native"
+    checkpoint: Checkpoint, dtype: str = "auto", experts: str = "native", dense: str = "native", *, quick: bool = False
 ) -> Blueprint:
     """Checks `checkpoint` against its family and locates every expert. Reads no weight.
 
     `dtype` is "auto" (the dtype that most weights are stored in), "bfloat16", "float16" or "float32"; `experts` and
-    `dense` are "native" or a format of `formats.made`. Raises CheckpointError with the reason why the checkpoint
-    cannot be run.
+    `dense` are "native" or a format of `formats.made`. `quick` leaves out the shapes of the experts, since a large
+    checkpoint has tens of thousands, and is not for running it. Raises CheckpointError with the reason why the
+    checkpoint cannot be run.
     """
     made, made_dense = _made("experts", experts), _made("dense", dense)
     config, model_class = _family(checkpoint)
@@ -130,7 +129,8 @@ def read_blueprint(
         outside = {key: weight for key, weight in checkpoint.weights.items() if key not in sources.keys}
         counts = {moe.experts for moe in experts_modules}
         packed = find_packed_modules(model, outside, renaming, made_dense, counts)
-        _dry_run(checkpoint, model, chosen)
+        stacked = {f"{moe.name}.{name}" for moe in experts_modules for name in moe.shapes} if quick else set()
+        _dry_run(checkpoint, model, chosen, sources.keys if quick else frozenset(), stacked)
         records = sources.records()
         # A new skeleton, since the dry run uses the first one up.
         sizes = _dense_sizes(build_skeleton(model_class, config, chosen), experts_modules, packed)
@@ -158,7 +158,7 @@ def _made(setting: str, name: str) -> str | None:
     return None if name == "native" else name
 
 
-def _check_family(checkpoint: Checkpoint) -> None:
+def check_family(checkpoint: Checkpoint) -> None:
     """Raises CheckpointError unless the configuration of `checkpoint`, whose weights are not there yet, can be run."""
     config, model_class = _family(checkpoint)
     with quiet_transformers():
@@ -249,15 +249,24 @@ def _dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
     return stored.most_common(1)[0][0] if stored else torch.bfloat16
 
 
-def _dry_run(checkpoint: Checkpoint, model: Any, dtype: torch.dtype) -> None:
-    """Loads shapes without data into `model`, which is of no use afterwards. Raises CheckpointError unless all fit."""
+def _dry_run(
+    checkpoint: Checkpoint, model: Any, dtype: torch.dtype, left_out: frozenset[str], parameters: set[str]
+) -> None:
+    """Loads shapes without data into `model`, which is of no use afterwards. Raises CheckpointError unless all fit.
+
+    The tensors `left_out` are not looked at, nor are the `parameters` that they make up.
+    """
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
 
+    # Packed weights are floats to transformers.
+    dtypes = dict.fromkeys(checkpoint.packed, dtype) | {key: each.dtype for key, each in checkpoint.tensors.items()}
     shapes = {
-        key: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for key, entry in checkpoint.tensors.items()
-    } | {key: torch.empty(weight.shape, dtype=dtype, device="meta") for key, weight in checkpoint.packed.items()}
+        key: torch.empty(weight.shape, dtype=dtypes[key], device="meta")
+        for key, weight in checkpoint.weights.items()
+        if key not in left_out
+    }
     info, _ = convert_and_load_state_dict_in_model(model, shapes, load_config(model, dtype, "meta"), None)
-    info.missing_keys -= set(model.all_tied_weights_keys)
+    info.missing_keys -= parameters | set(model.all_tied_weights_keys)
     model._adjust_missing_and_unexpected_keys(info)
     faults = [
         ("lacks", sorted(info.missing_keys)),

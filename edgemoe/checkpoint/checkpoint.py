@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 
-from edgemoe.checkpoint import hub, quantization
 from edgemoe.checkpoint.gguf.gguf_checkpoint import gguf_config, gguf_weights
 from edgemoe.checkpoint.gguf.gguf_file import GgufFile, read_gguf
 from edgemoe.checkpoint.gguf.gguf_tokenizer import has_vocabulary
-from edgemoe.checkpoint.packed_tensor import MergedTensor, PackedTensor, Weight
+from edgemoe.checkpoint.hub import Repository
+from edgemoe.checkpoint.model_place import find_place
+from edgemoe.checkpoint.packed import quantization
+from edgemoe.checkpoint.packed.packed_tensor import MergedTensor, PackedTensor, Weight
 from edgemoe.checkpoint.tensor_entry import TensorEntry
-from edgemoe.errors import CheckpointError, reason
+from edgemoe.errors import CheckpointError
 
 DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
@@ -82,6 +84,7 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Finds `model`, a folder, a GGUF file or a Hugging Face id, and reads its configuration and tensor tables.
 
+    A folder or an id with GGUF files may be followed by a colon and the quantisation, or a file's name.
     `name` is what messages and results call it; None takes `model` itself. `setting` is the argument that messages
     tell a user to correct. `check` is given the checkpoint without its weights, before these are fetched, and raises
     what speaks against it. `model_config` is a folder or an id with the configuration of a GGUF file.
@@ -90,17 +93,17 @@ def open_checkpoint(
     checkpoint cannot be found or read, is quantised, has only pickle weights, or has a damaged or truncated file.
     """
     name = name or os.fspath(model)
-    if os.fspath(model).endswith(".gguf"):
-        folder = None if model_config is None else _config_folder(os.fspath(model_config), offline)
-        return _open_gguf(Path(model).expanduser(), name, setting, folder)
 
     def check_folder(folder: Path) -> None:
-        config = _read_config(folder, name, setting)
+        config = read_config(folder, name, setting)
         if check is not None:
             check(Checkpoint(folder, name, config, (), {}))
 
-    folder = _find_folder(os.fspath(model), offline, setting, check_folder)
-    config = _read_config(folder, name, setting)
+    folder = find_place(os.fspath(model), offline, setting, check_folder, _chosen_weights)
+    if not folder.is_dir():
+        beside = None if model_config is None else _config_folder(os.fspath(model_config), offline)
+        return _open_gguf(folder, name, beside)
+    config = read_config(folder, name, setting)
     files, owners = _weight_files(folder, name)
     tensors: dict[str, TensorEntry] = {}
     for number, file in enumerate(files):
@@ -125,15 +128,13 @@ def _config_folder(name: str, offline: bool) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    return hub.fetch(name, offline, "model_config", lambda folder: None, lambda folder, names: [])
+    return Repository(name, offline, "model_config").fetch(lambda folder: None)
 
 
-def _open_gguf(path: Path, name: str, setting: str, folder: Path | None) -> Checkpoint:
+def _open_gguf(path: Path, name: str, folder: Path | None) -> Checkpoint:
     """The checkpoint in a GGUF file, or in a split one whose first file is `path`; `folder` has its configuration."""
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist: give a GGUF file, the first one of a split model, as {setting}=")
     file = read_gguf(path)
-    config = gguf_config(file, name) if folder is None else _read_config(folder, str(folder), "model_config")
+    config = gguf_config(file, name) if folder is None else read_config(folder, str(folder), "model_config")
     weights = gguf_weights(file, config.get("text_config", config)["num_hidden_layers"], name)
     tensors, packed = dict[str, TensorEntry](), dict[str, PackedTensor | MergedTensor]()
     for key, weight in weights.items():
@@ -155,22 +156,6 @@ def _reader(files: Sequence[Path]) -> Callable[[int, int, int], bytes]:
     return read
 
 
-def _find_folder(name: str, offline: bool, setting: str, check: Callable[[Path], None]) -> Path:
-    try:
-        folder = Path(name).expanduser()
-    except RuntimeError as error:
-        raise CheckpointError(f"{name} is no folder ({reason(error)}): give the whole path as {setting}=") from error
-    if folder.is_dir():
-        return folder
-    looks_like_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    if folder.exists() or not looks_like_id:
-        kind = "is not a folder" if folder.exists() else "does not exist"
-        raise CheckpointError(
-            f"{name} {kind}: give a checkpoint's folder or a Hugging Face id such as org/name as {setting}="
-        )
-    return hub.fetch(name, offline, setting, check, _chosen_weights)
-
-
 def _chosen_weights(folder: Path, names: list[str]) -> list[str]:
     """Of a repository's files `names` those of the weights; `folder` has its index, if there is one."""
     if SINGLE in names:
@@ -185,7 +170,11 @@ def _is_other_format(name: str) -> bool:
     return name.startswith("consolidated")
 
 
-def _read_config(folder: Path, name: str, setting: str) -> dict[str, Any]:
+def read_config(folder: Path, name: str, setting: str) -> dict[str, Any]:
+    """The `config.json` in `folder`, of the model called `name`.
+
+    Raises CheckpointError where it cannot be read, names no family, or says a quantisation that is not read.
+    """
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

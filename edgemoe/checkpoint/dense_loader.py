@@ -12,7 +12,7 @@ import torch
 from edgemoe.cache.record import host_bytes
 from edgemoe.checkpoint.blueprint import Blueprint, build_skeleton, load_config
 from edgemoe.checkpoint.experts_module import release_weights
-from edgemoe.checkpoint.packed_tensor import MergedTensor, PackedTensor, Weight
+from edgemoe.checkpoint.packed.packed_tensor import MergedTensor, PackedTensor, Weight
 from edgemoe.checkpoint.tensor_entry import TensorEntry
 from edgemoe.errors import CheckpointError, reading
 from edgemoe.quiet import quiet_transformers

@@ -18,7 +18,7 @@ from edgemoe.cache.record import ExpertId, Part, RecordLayout
 from edgemoe.cache.safetensors_store import Extent, RecordSource
 from edgemoe.checkpoint.checkpoint import Checkpoint
 from edgemoe.checkpoint.experts_module import ExpertsModule
-from edgemoe.checkpoint.packed_tensor import MergedTensor, PackedTensor
+from edgemoe.checkpoint.packed.packed_tensor import MergedTensor, PackedTensor
 from edgemoe.checkpoint.renaming import Renaming
 from edgemoe.checkpoint.tensor_entry import TensorEntry
 from edgemoe.errors import CheckpointError

@@ -33,6 +33,8 @@ class ExpertsModule:
     """The shape of one expert's share of each stacked parameter, in transformers' order."""
     transposed: frozenset[str] = frozenset()
     """The matrices that a record has as [inputs, outputs]: as the family declares, but not where they are packed."""
+    float_transposed: frozenset[str] = frozenset()
+    """The matrices that the family declares as [inputs, outputs]."""
 
     def made_layout(self, name: str) -> RecordLayout:
         """The layout of a record whose matrices are quantised to `name`, a format of `formats.made`."""
@@ -105,4 +107,4 @@ def _experts_module(name: str, module: nn.Module, layouts: dict[tuple[Part, ...]
             parts += formats[key].parts(key, shape)
     layout = layouts.setdefault(tuple(parts), RecordLayout(parts))
     transposed = frozenset(formats if module.is_transposed else ())
-    return ExpertsModule(name, experts, layout, formats, shapes, transposed)
+    return ExpertsModule(name, experts, layout, formats, shapes, transposed, transposed)

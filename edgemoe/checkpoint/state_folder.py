@@ -107,8 +107,14 @@ def identity(checkpoint: Checkpoint) -> str:
     Reads no file. Rewritten weights count as another checkpoint. Raises OSError if a file is gone.
     """
     given = os.path.expanduser(checkpoint.name)
-    # All paths to one folder give one name.
-    name = os.path.basename(os.path.realpath(given)) if os.path.isdir(given) else checkpoint.name
+    folder, colon, chosen = given.rpartition(":")
+    # All paths to one folder give one name, also with a file chosen in it.
+    if os.path.isdir(given):
+        name = os.path.basename(os.path.realpath(given))
+    elif os.path.isdir(folder):
+        name = os.path.basename(os.path.realpath(folder)) + colon + chosen
+    else:
+        name = checkpoint.name
     label = re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:MAX_LABEL_LENGTH].strip("-.") or "model"
     digest = hashlib.sha256(name.encode(errors="surrogateescape"))
     for file in checkpoint.files:

@@ -16,8 +16,12 @@ class TensorEntry:
     nbytes: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+    repeated: bool = False
+    """Whether every matrix of a stack has this whole tensor, and not a slice."""
 
     def slice(self, index: int, count: int) -> TensorEntry:
         """The slice number `index` of a stack of `count`, along the first dimension."""
+        if self.repeated:
+            return self
         nbytes = self.nbytes // count
         return TensorEntry(self.file, self.offset + index * nbytes, nbytes, self.shape[1:], self.dtype)

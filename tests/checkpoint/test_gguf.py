@@ -112,21 +112,7 @@ def test_a_split_model(tmp_path: Path) -> None:
     with quiet_transformers():
         made = GgufMaker("qwen3_moe", tmp_path)
         whole = made.write(tmp_path / "whole.gguf")
-        tensors = dict(made.tensors())
-    names = list(tensors)
-    for part in range(2):
-        path = tmp_path / f"model-{part + 1:05}-of-00002.gguf"
-        writer = GGUFWriter(str(path), made.arch)
-        if part == 0:
-            made.describe(writer)
-        writer.add_uint16("split.count", 2)
-        for name in names[part::2]:
-            writer.add_tensor(name, tensors[name].float().contiguous().numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-    first = tmp_path / "model-00001-of-00002.gguf"
+        first = made.write_split(tmp_path / "model")
     assert reply(first, PROMPT, 8) == reply(whole, PROMPT, 8)
     with pytest.raises(CheckpointError, match="a later part of a split model: give the first one"):
         open_checkpoint(tmp_path / "model-00002-of-00002.gguf")

@@ -56,9 +56,33 @@ class GgufMaker:
         own: Mapping[str, Kind | None] | None = None,
     ) -> Path:
         """The file, with experts and large dense matrices in a packed type; `own` are those of single tensors."""
+        self._write(path, list(self.tensors()), experts, dense, own=own)
+        return path
+
+    def write_split(self, path: Path, experts: Kind | None = None, dense: Kind | None = None, parts: int = 2) -> Path:
+        """The same as files of `parts`, whose names begin with `path`: the first one."""
+        tensors = list(self.tensors())
+        paths = [path.with_name(f"{path.name}-{part + 1:05}-of-{parts:05}.gguf") for part in range(parts)]
+        for part, each in enumerate(paths):
+            self._write(each, tensors[part::parts], experts, dense, part, parts)
+        return paths[0]
+
+    def _write(
+        self,
+        path: Path,
+        tensors: list[tuple[str, torch.Tensor]],
+        experts: Kind | None,
+        dense: Kind | None,
+        part: int = 0,
+        parts: int = 1,
+        own: Mapping[str, Kind | None] | None = None,
+    ) -> None:
         writer = GGUFWriter(str(path), self.arch)
-        self.describe(writer)
-        for name, value in self.tensors():
+        if part == 0:
+            self.describe(writer)
+        if parts > 1:
+            writer.add_uint16("split.count", parts)
+        for name, value in tensors:
             kind = (own or {}).get(name, experts if "_exps.weight" in name else dense)
             array = np.ascontiguousarray(value.float().numpy())
             if kind is None or array.ndim < 2 or "norm" in name or "ffn_gate_inp" in name:
@@ -69,7 +93,6 @@ class GgufMaker:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        return path
 
     def describe(self, writer: GGUFWriter) -> None:
         """The metadata."""

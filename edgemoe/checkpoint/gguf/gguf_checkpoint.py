@@ -11,7 +11,7 @@ from typing import Any
 from edgemoe.checkpoint.gguf.gguf_config import config_of
 from edgemoe.checkpoint.gguf.gguf_file import GgufFile, GgufTensor
 from edgemoe.checkpoint.gguf.gguf_names import ARCHITECTURES, IGNORED, TOP, Names
-from edgemoe.checkpoint.packed_tensor import MergedTensor, PackedTensor, Weight
+from edgemoe.checkpoint.packed.packed_tensor import MergedTensor, PackedTensor, Weight
 from edgemoe.checkpoint.tensor_entry import TensorEntry
 from edgemoe.errors import CheckpointError
 from edgemoe.formats.float_format import FloatFormat
@@ -29,6 +29,12 @@ def gguf_config(file: GgufFile, name: str) -> dict[str, Any]:
 
     Raises CheckpointError, with the architecture, where there is no rule for it or the metadata lack something.
     """
+    # Of a file that says nothing, the architecture is told.
+    if file.get("block_count") and not file.get("expert_count"):
+        raise CheckpointError(
+            f"{name} is not a Mixture-of-Experts model ({file.architecture} without experts): "
+            "edgemoe reads no other GGUF files"
+        )
     try:
         found = config_of(file)
     except (KeyError, ValueError, TypeError, StopIteration, ZeroDivisionError, OverflowError) as error:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from edgemoe.checkpoint.packed_tensor import PackedTensor, Weight
+from edgemoe.checkpoint.packed.packed_tensor import PackedTensor, Weight
 from edgemoe.checkpoint.renaming import Renaming
 from edgemoe.checkpoint.tensor_entry import TensorEntry
 from edgemoe.formats.float_format import FloatFormat

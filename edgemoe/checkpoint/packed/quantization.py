@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from edgemoe.checkpoint.packed_tensor import PackedTensor, fits
+from edgemoe.checkpoint.packed.packed_names import TRANSPOSED
+from edgemoe.checkpoint.packed.packed_tensor import PackedTensor, fits
 from edgemoe.checkpoint.tensor_entry import TensorEntry
 from edgemoe.errors import CheckpointError
 from edgemoe.formats.bnb_format import BnbFourBitFormat, BnbInt8Format
@@ -148,22 +149,24 @@ def _compressed(tensors: Tensors, config: Mapping[str, Any], read: Read) -> Iter
         base = key.removesuffix("weight_packed")
         if key.endswith(".weight_packed") and f"{base}weight_global_scale" in tensors:
             yield _nvfp4(base, entry, f"{base}weight_global_scale", tensors, divides=True)
-        elif key.endswith(".weight_packed"):
-            yield _int_groups(base, entry, bits, tensors, read)
+        elif key.endswith("_packed"):
+            yield _int_groups(key.removesuffix("_packed"), entry, bits, tensors, read, config)
         elif key.endswith(".weight") and entry.dtype in FP8 and f"{key}_scale" in tensors:
             yield _scaled(key, entry, tensors[f"{key}_scale"], f"{key}_scale", None, tensors)
         elif key.endswith(".weight") and entry.dtype is torch.int8:
             raise ValueError(f"{key} is int8, which is not read in this format")
 
 
-def _int_groups(base: str, entry: TensorEntry, bits: set[int], tensors: Tensors, read: Read) -> Found:
-    scale, shape = tensors[f"{base}weight_scale"], tensors[f"{base}weight_shape"]
-    zero, order = tensors.get(f"{base}weight_zero_point"), tensors.get(f"{base}weight_g_idx")
-    rows, columns = _whole_numbers(shape, read)
-    width = next((each for each in sorted(bits) if -(-columns * each // 32) == entry.shape[1]), 0)
+def _int_groups(
+    name: str, entry: TensorEntry, bits: set[int], tensors: Tensors, read: Read, config: Mapping[str, Any]
+) -> Found:
+    scale, shape = tensors[f"{name}_scale"], tensors[f"{name}_shape"]
+    zero, order = tensors.get(f"{name}_zero_point"), tensors.get(f"{name}_g_idx")
+    *stack, rows, columns = _whole_numbers(shape, read)
+    width = next((each for each in sorted(bits) if -(-columns * each // 32) == entry.shape[-1]), 0)
     if width not in WIDTHS:
-        raise ValueError(f"{base}weight_packed has {entry.shape[1]} words for {columns} values of {sorted(bits)} bits")
-    groups = scale.shape[1] if len(scale.shape) > 1 else 1
+        raise ValueError(f"{name}_packed has {entry.shape[-1]} words for {columns} values of {sorted(bits)} bits")
+    groups = scale.shape[-1] if len(scale.shape) > 1 else 1
     kind = IntGroupFormat(
         width, -(-columns // groups) if groups > 1 else 0, scale.dtype, zero is not None, order is not None
     )
@@ -172,10 +175,17 @@ def _int_groups(base: str, entry: TensorEntry, bits: set[int], tensors: Tensors,
     stored = {suffix: each for suffix, each in candidates.items() if each is not None and suffix in wanted}
     names = ("packed", "scale", "shape", "zero_point", "g_idx")
     return Found(
-        f"{base}weight",
-        PackedTensor(kind, stored, rows, columns),
-        _used(tensors, *(f"{base}weight_{each}" for each in names)),
+        name,
+        PackedTensor(kind, stored, rows, columns, *_stacked(name, stack, config)),
+        _used(tensors, *(f"{name}_{each}" for each in names)),
     )
+
+
+def _stacked(name: str, stack: Sequence[int], config: Mapping[str, Any]) -> tuple[int | None, bool]:
+    """How many matrices the weight `name` has, None for a single one, and whether transformers' are transposed."""
+    if len(stack) > 1:
+        raise ValueError(f"{name} has {len(stack) + 2} dimensions")
+    return (stack[0], name in config.get(TRANSPOSED, ())) if stack else (None, False)
 
 
 def _nvfp4(base: str, entry: TensorEntry, factor: str, tensors: Tensors, *, divides: bool) -> Found:
@@ -253,27 +263,37 @@ def _words(tensors: Tensors, config: Mapping[str, Any], *, awq: bool, offset: in
 def _bitsandbytes(tensors: Tensors, config: Mapping[str, Any], read: Read) -> Iterator[Found]:
     """4 bits with a `quant_state` for each weight, or 8 bits with `SCB`."""
     for key, entry in tensors.items():
-        base = key.removesuffix("weight")
+        base = key.removesuffix("weight") if key.endswith(".weight") else f"{key}."
         state = next((name for name in (f"{key}.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))
                       if name in tensors), None)  # fmt: skip
         if state is not None:
-            yield _four_bit(key, entry, state, tensors, read)
-        elif key.endswith(".weight") and entry.dtype is torch.int8 and f"{base}SCB" in tensors:
+            yield _four_bit(key, entry, state, tensors, read, config)
+        elif entry.dtype is torch.int8 and f"{base}SCB" in tensors:
             stored = {"": entry, ".scb": tensors[f"{base}SCB"]}
             used = _used(tensors, key, f"{base}SCB", f"{base}weight_format")
-            yield Found(key, PackedTensor(BnbInt8Format(), stored, entry.shape[0], entry.shape[1]), used)
+            *stack, rows, columns = entry.shape
+            weight = PackedTensor(BnbInt8Format(), stored, rows, columns, *_stacked(key, stack, config))
+            yield Found(key, weight, used)
 
 
-def _four_bit(key: str, entry: TensorEntry, state: str, tensors: Tensors, read: Read) -> Found:
+def _four_bit(
+    key: str, entry: TensorEntry, state: str, tensors: Tensors, read: Read, config: Mapping[str, Any]
+) -> Found:
     place = tensors[state]
     said: dict[str, Any] = json.loads(read(place.file, place.offset, place.nbytes))
-    rows, columns = (int(side) for side in said["shape"])
+    *stack, rows, columns = (int(side) for side in said["shape"])
     kind = BnbFourBitFormat(state.rpartition("__")[2], columns, int(said["blocksize"]))
-    stored = {"": entry, ".absmax": tensors[f"{key}.absmax"], ".quant_map": tensors[f"{key}.quant_map"]}
+    table = tensors[f"{key}.quant_map"]
+    experts, transposed = _stacked(key, stack, config)
+    # A stack has one table for all of its matrices, which each record has for itself.
+    shared = table if experts is None else replace(table, repeated=True)
+    stored = {"": entry, ".absmax": tensors[f"{key}.absmax"], ".quant_map": shared}
     used = _used(tensors, key, state, *(f"{key}.{each}" for each in ("absmax", "quant_map")))
     nested = tensors.get(f"{key}.nested_absmax")
     if nested is None:
-        return Found(key, PackedTensor(kind, stored, rows, columns), used)
+        return Found(key, PackedTensor(kind, stored, rows, columns, experts, transposed), used)
+    if experts is not None:
+        raise ValueError(f"{key} is a stack with packed maxima")
     stored |= {".nested_absmax": nested, ".nested_quant_map": tensors[f"{key}.nested_quant_map"]}
     block, offset = int(said["nested_blocksize"]), float(said["nested_offset"])
 
@@ -308,8 +328,9 @@ def _used(tensors: Tensors, *names: str) -> tuple[str, ...]:
     return tuple(name for name in names if name in tensors)
 
 
-def _whole_numbers(entry: TensorEntry, read: Read) -> tuple[int, int]:
-    """The two numbers of a small tensor."""
+def _whole_numbers(entry: TensorEntry, read: Read) -> list[int]:
+    """The numbers of a small tensor."""
+    if not 2 <= math.prod(entry.shape) <= 3:
+        raise ValueError(f"a shape of {math.prod(entry.shape)} numbers")
     raw = bytearray(read(entry.file, entry.offset, entry.nbytes))
-    first, second = torch.frombuffer(raw, dtype=entry.dtype).tolist()
-    return int(first), int(second)
+    return [int(number) for number in torch.frombuffer(raw, dtype=entry.dtype).tolist()]

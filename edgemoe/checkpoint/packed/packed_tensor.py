@@ -73,7 +73,13 @@ class PackedTensor:
             found = self._matrix(raw)
         else:
             single = replace(self, experts=None)
-            found = torch.stack([single._matrix([each[index] for each in raw]) for index in range(self.experts)])
+            whole = [entry.repeated for entry in self.stored.values()]
+            found = torch.stack(
+                [
+                    single._matrix([each if own else each[index] for each, own in zip(raw, whole, strict=True)])
+                    for index in range(self.experts)
+                ]
+            )
         # Before the rounding to another dtype: values may be changed, too.
         return (self.reshape(found) if self.reshape else found).to(dtype)
 
@@ -118,5 +124,5 @@ Weight = TensorEntry | PackedTensor | MergedTensor
 
 def fits(part: Part, entry: TensorEntry, experts: int | None) -> bool:
     """Whether a tensor in the file is what the format's part should be."""
-    shape = part.shape if experts is None else (experts, *part.shape)
+    shape = part.shape if experts is None or entry.repeated else (experts, *part.shape)
     return entry.dtype == part.dtype and math.prod(entry.shape) == math.prod(shape)
