@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +23,7 @@ GREEDY = Sampling(temperature=0.0, max_tokens=24, ignore_eos=True)
 PROMPT = [5, 60, 70, 80, 9]
 
 
-def reply(model: Path, **settings: str) -> tuple[int, ...]:
+def reply(model: Path, **settings: Any) -> tuple[int, ...]:
     with Engine.load(model, state_folder="none", expert_cache="40%", **settings) as engine:
         return engine.generate(PROMPT, GREEDY).token_ids
 
@@ -86,7 +88,7 @@ def test_a_damaged_file_is_found(zoo: Zoo, tmp_path: Path) -> None:
 def test_a_disk_that_is_too_small_is_found_before_anything_is_written(
     zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(PlanError, match="give another folder"):
         packing.pack(open_blueprint(zoo("qwen3_moe"), experts="nf4"), tmp_path / "packed")
 
@@ -123,7 +125,8 @@ def test_an_interrupted_packing_goes_on_to_the_same_files(
 
 
 def test_the_command_survives_being_killed(zoo: Zoo, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "edgemoe", "pack", str(zoo("qwen3_moe")), str(tmp_path / "out")]
+    run = "import sys; from edgemoe.cli.main import main; sys.exit(main())"
+    command = [sys.executable, "-c", run, "pack", str(zoo("qwen3_moe")), str(tmp_path / "out")]
     command += ["--experts", "nf4", "--verify"]
     first = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     deadline = time.monotonic() + 60
