@@ -48,6 +48,7 @@ def samples(seed: int) -> Iterator[Sample]:
         yield _gguf(number, kind, generator)
     for block in ((128, 128), (1, 0), (0, 0), (16, 100)):
         yield _fp8(block, generator)
+        yield _fp8(block, generator, (200, 288))
     yield _mxfp4(generator)
     for divides in (False, True):
         yield _nvfp4(divides, generator)
@@ -106,14 +107,13 @@ def _by_value(shape: tuple[int, int], value: Callable[[int, int], float]) -> tor
     )
 
 
-def _fp8(block: tuple[int, int], generator: torch.Generator) -> Sample:
-    shape = (200, 260)
+def _fp8(block: tuple[int, int], generator: torch.Generator, shape: tuple[int, int] = (200, 260)) -> Sample:
     kind = Fp8Format(block)
     views = _like(kind, shape, generator)
     height, width = block[0] or shape[0], block[1] or shape[1]
     values, scales = views["w"].float().numpy(), views["w.scale"].numpy()
     return Sample(
-        f"fp8 {block}",
+        f"fp8 {block}, {shape[1]} columns",
         kind,
         views,
         shape,

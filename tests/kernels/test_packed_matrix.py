@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bench.support.format_samples import Sample, same_bits, samples
+from edgemoe.cache.record import RecordLayout
+from edgemoe.formats.made import MADE, made_format
+from edgemoe.formats.stacked_format import StackedFormat
+from edgemoe.formats.weight_format import WeightFormat
+from edgemoe.kernels.cpu import packed_matrix
+from edgemoe.kernels.cpu.packed_matrix import PackedMatrix
+from edgemoe.kernels.cpu.threads import KernelThreads
+from edgemoe.kernels.packed_layers import PackedLinear, PackedWeight
+
+SAMPLES = {sample.name: sample for sample in samples(11)}
+WITH_KERNEL = [name for name, own in SAMPLES.items() if packed_matrix.fits(own.format, own.shape[1])]
+
+
+@pytest.fixture
+def threads() -> Iterator[KernelThreads]:
+    kept = KernelThreads(2)
+    yield kept
+    kept.close()
+
+
+def placed(kind: WeightFormat, shape: tuple[int, int], *matrices: dict[str, torch.Tensor]) -> PackedMatrix:
+    """Matrices `w` in records of a pool, with others around them."""
+    layout = RecordLayout([*made_format("int8", 32).parts("before", (3, 32)), *kind.parts("w", shape)])
+    memory = torch.full((len(matrices), layout.nbytes), 255, dtype=torch.uint8)
+    for record, views in zip(memory, matrices, strict=True):
+        for name, view in layout.views(record).items():
+            if name.startswith("w"):
+                view.copy_(views[name])
+    return PackedMatrix(
+        kind, shape, memory, {part.name: layout.part_offset("w" + part.name) for part in kind.parts("", shape)}
+    )
+
+
+def test_the_formats_that_people_download_most_have_kernels() -> None:
+    kinds = {SAMPLES[name].format.name for name in WITH_KERNEL}
+    assert kinds >= {"Q4_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "fp8", "mxfp4", "nvfp4", *MADE}
+
+
+@pytest.mark.parametrize("name", WITH_KERNEL)
+def test_kernels_read_the_bits_of_the_plain_form(name: str) -> None:
+    sample = SAMPLES[name]
+    rows = sample.shape[0]
+    matrix = placed(
+        sample.format, sample.shape, {key: part.clone() for key, part in sample.views.items()}, sample.views
+    )
+    plain = sample.format.dequantize(sample.views, "w").contiguous()
+    for record in range(2):
+        assert same_bits(matrix.rows(record, 0, rows), plain)
+    middle = rows // 2
+    assert same_bits(matrix.rows(1, middle, middle + 3), plain[middle : middle + 3].contiguous())
+
+
+def finite(sample: Sample) -> torch.Tensor:
+    return sample.format.dequantize(sample.views, "w").nan_to_num(0.0, 0.0, 0.0).clamp(-1e4, 1e4)
+
+
+@pytest.mark.parametrize("name", WITH_KERNEL)
+def test_a_product_has_the_same_bits_alone_and_in_a_batch_on_one_thread_and_on_two(
+    name: str, threads: KernelThreads
+) -> None:
+    sample = SAMPLES[name]
+    rows, columns = sample.shape
+    matrix = placed(sample.format, sample.shape, sample.views)
+    x = torch.randn(23, columns, generator=torch.Generator().manual_seed(3))
+    together = matrix.multiply_one(threads, x)
+    assert together.shape == (23, rows)
+    alone = torch.cat([matrix.multiply_one(threads, row.unsqueeze(0)) for row in x])
+    single = KernelThreads(1)
+    assert same_bits(together.contiguous(), alone.contiguous())
+    assert same_bits(together.contiguous(), matrix.multiply_one(single, x).contiguous())
+    single.close()
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_product_is_near_the_plain_one(name: str, threads: KernelThreads) -> None:
+    kind = made_format(name, 256)
+    generator = torch.Generator().manual_seed(4)
+    matrices = [torch.randn(40, 256, generator=generator) for _ in range(3)]
+    views = [{"w" + suffix: part for suffix, part in kind.quantize(each).items()} for each in matrices]
+    matrix = placed(kind, (40, 256), *views)
+    x = torch.randn(9, 256, generator=generator)
+    # Two groups of tokens, in records of another order.
+    found = matrix.multiply(threads, np.array([2, 0]), np.array([0, 4, 9]), x)
+    for record, first, last in ((2, 0, 4), (0, 4, 9)):
+        expected = x[first:last] @ kind.dequantize(views[record], "w").t()
+        assert torch.allclose(found[first:last], expected, rtol=1e-5, atol=1e-4)
+        assert torch.allclose(matrix.linear(record, x[first:last]), expected, rtol=1e-5, atol=1e-4)
+        error = (kind.dequantize(views[record], "w") - matrices[record]).square().mean().sqrt()
+        assert error < (0.02 if name == "int8" else 0.15)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_stacked_formats_keep_the_order_of_their_rows(interleaved: bool, threads: KernelThreads) -> None:
+    formats = made_format("int8", 64), made_format("nf4", 64)
+    kind = StackedFormat(formats, 10, interleaved)
+    generator = torch.Generator().manual_seed(5)
+    views = {
+        f"w.{at}{suffix}": part
+        for at, each in enumerate(formats)
+        for suffix, part in each.quantize(torch.randn(10, 64, generator=generator)).items()
+    }
+    matrix, plain = placed(kind, (20, 64), views), kind.dequantize(views, "w")
+    x = torch.randn(5, 64, generator=generator)
+    assert same_bits(matrix.rows(0, 0, 20).contiguous(), plain.contiguous())
+    assert torch.allclose(matrix.multiply_one(threads, x), x @ plain.t(), rtol=1e-5, atol=1e-4)
+    assert torch.allclose(matrix.linear(0, x), x @ plain.t(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 80])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_packed_linear_layer_multiplies_with_and_without_kernels(
+    tokens: int, bias: bool, threads: KernelThreads
+) -> None:
+    kind = made_format("nf4", 64)
+    generator = torch.Generator().manual_seed(6)
+    parts = kind.quantize(torch.randn(24, 64, generator=generator))
+    weight = PackedWeight(kind, parts, (24, 64), torch.float32)
+    own = nn.Parameter(torch.randn(24, generator=generator)) if bias else None
+    layer = PackedLinear(weight, own)
+    x = torch.randn(2, tokens, 64, generator=generator)
+    expected = nn.functional.linear(x, layer.weight, own)
+    with torch.inference_mode():
+        assert torch.allclose(layer(x), expected, rtol=1e-5, atol=1e-4)
+        layer.use_kernels(threads)
+        assert torch.allclose(layer(x), expected, rtol=1e-5, atol=1e-4)
