@@ -51,7 +51,7 @@ class LlamaCpp:
         return out
 
     def quantize(self, file: Path, out: Path, kind: str) -> Path:
-        """`file` in another type, one of `llama_cpp_library.TYPES`; F32 writes what its values are. Raises PeerError."""
+        """`file` in another type, one of `llama_cpp_library.TYPES`; F32 writes its values. Raises PeerError."""
         _run("llama_cpp_library", "quantize", self.library, file, out, kind)
         return out
 
