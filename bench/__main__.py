@@ -21,6 +21,7 @@ MEASUREMENTS = {
         "logprobs": "log-probabilities against the log-softmax of transformers' logits",
         "formats": "what every packed format reads back, against its definition",
         "native-exact": "packed checkpoints against transformers on the same values in float32",
+        "gguf-peer": "GGUF files made by llama.cpp against llama.cpp's own logits of them",
         "batch-exact": "32 mixed requests together against one by one, every tested family",
         "spec-exact": "greedy replies with every way of drafting against plain decoding, every tested family",
         "spec-sampled": "the distribution of the first tokens with drafts against the exact one",

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [*DOCS, ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 COMMAND_LINE = ROOT / "docs" / "command-line.md"
-WITHOUT_OPTION = {"EDGEMOE_TRACEBACK", "EDGEMOE_BENCH_DIR", "EDGEMOE_BENCH_OTHER"}
+WITHOUT_OPTION = {"EDGEMOE_TRACEBACK", "EDGEMOE_BENCH_DIR", "EDGEMOE_BENCH_OTHER", "EDGEMOE_LLAMA_CPP"}
 LONGEST_COMMAND = 300
 """Seconds; what a busy machine may take for one."""
 
