@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from bench.support.gguf_files import GgufMaker, Kind
 from bench.support.zoo import make
 from edgemoe.checkpoint import catalog
 from edgemoe.checkpoint.catalog import CatalogEntry
 from edgemoe.quiet import quiet_transformers
 from tests.support.checkpoints import edit
-from tests.support.gguf_files import GgufMaker, Kind
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFWriter
 
 from bench.field.case import reference, reply
+from bench.support.gguf_files import ARCHITECTURES, GgufMaker
 from edgemoe import CheckpointError, Engine
 from edgemoe.cache import slot_classes
 from edgemoe.checkpoint.blueprint import open_blueprint
@@ -18,7 +19,6 @@ from edgemoe.checkpoint.checkpoint import open_checkpoint
 from edgemoe.checkpoint.gguf.gguf_file import read_gguf
 from edgemoe.checkpoint.gguf.gguf_tokenizer import tokenizer_of
 from edgemoe.quiet import quiet_transformers
-from tests.support.gguf_files import ARCHITECTURES, GgufMaker
 
 PROMPT = (5, 60, 70, 80, 9)
 

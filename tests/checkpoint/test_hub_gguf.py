@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from bench.support.gguf_files import GgufMaker, Kind
 from bench.support.loopback_hub import COMMIT, REPOSITORY, Hub
 from edgemoe import CheckpointError
 from edgemoe.checkpoint.checkpoint import open_checkpoint
 from edgemoe.checkpoint.state_folder import identity
 from edgemoe.quiet import quiet_transformers
-from tests.support.gguf_files import GgufMaker, Kind
 
 OTHERS = ("mmproj-F16.gguf", "tiny-imatrix.gguf", "README.md", "config.json", "params")
 

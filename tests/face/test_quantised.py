@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from edgemoe import Engine, Sampling
@@ -73,9 +71,7 @@ def test_a_quantised_engine_is_not_compared_with_itself(zoo: Zoo) -> None:
         evaluate(engine, [[5, 60, 70, 80, 9]])
 
 
-def test_the_command_compares_quantised_experts_with_native_ones(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_compares_quantised_experts_with_native_ones(capfd: pytest.CaptureFixture[str]) -> None:
     from edgemoe.cli.main import main
 
     code = main(["eval", "--experts", "nf4", "--tokens", "200", "--questions", "0", "--state-folder", "none"])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from gguf import GGMLQuantizationType as Kind
 
+from bench.support.gguf_files import GgufMaker
 from edgemoe import PlanError, planner
 from edgemoe.cache import SlotClass
 from edgemoe.checkpoint.blueprint import Blueprint, open_blueprint
@@ -17,7 +18,6 @@ from edgemoe.plan.plan import Plan
 from edgemoe.planner import make_plan
 from edgemoe.quiet import quiet_transformers
 from edgemoe.sizes import format_bytes
-from tests.support.gguf_files import GgufMaker
 
 RESERVE = 4 * MIB
 SMALL, LARGE = 24, 24
