@@ -40,6 +40,12 @@ MEASUREMENTS = {
         "cache-policy": "the default eviction policy on recorded traces against Belady's optimum, LRU, LFU and mixes",
         "warm-start": "expert bytes that the first 64 tokens wait for, after an earlier run and without one",
     },
+    "packed": {
+        "quality": "what quantised experts of the shipped model cost, against bf16",
+        "pack": "an 8 GB checkpoint to nf4: peak memory, size, and killed ten times",
+        "bits-pay": "16, 8 and 4 bits an expert weight with one cache size, over the disk and a 4 GB/s link",
+        "load": "bytes a second from a cold disk into slots, packed, against the disk's own",
+    },
     "batch": {
         "batch-sharing": "tokens/s and bytes moved per token at batch 1 to 256, a quarter of the experts cached",
         "batch-on-demand": "batch 64 against loading every needed expert for every sequence",

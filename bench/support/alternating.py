@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from bench.support.workload import distinct
 from edgemoe import Engine, Sampling
-from edgemoe.checkpoint.blueprint import open_blueprint
+from edgemoe.checkpoint.blueprint import blueprint_for
 from edgemoe.config import EngineConfig
 from edgemoe.demo.tasks import TASKS
 from edgemoe.results import Stats
@@ -58,7 +58,7 @@ def loaded(model: Path | None, **settings: Any) -> Iterator[Engine]:
     """An engine with any setting of `EngineConfig`; it keeps no heat, so that runs compare."""
     options: dict[str, Any] = {"device": "cpu", "context": 512, "state_folder": "none"}
     config = EngineConfig(**options | settings)
-    engine = Engine(open_blueprint(model, config.dtype), config, lambda progress: None)
+    engine = Engine(blueprint_for(model, config), config, lambda progress: None)
     try:
         yield engine
     finally:
@@ -68,9 +68,13 @@ def loaded(model: Path | None, **settings: Any) -> Iterator[Engine]:
 def alternate(
     model: Path | None, variants: Mapping[str, Mapping[str, Any]], asked: Sequence[Question], sampling: Sampling
 ) -> dict[str, Answers]:
-    """Every variant answers every question once; who begins changes from one to the next. Warm: two came before."""
+    """Every variant answers every question once; who begins changes from one to the next. Warm: two came before.
+
+    A variant may name a `model` of its own.
+    """
     with ExitStack() as stack:
-        engines = {name: stack.enter_context(loaded(model, **settings)) for name, settings in variants.items()}
+        options = {name: {"model": model, **settings} for name, settings in variants.items()}
+        engines = {name: stack.enter_context(loaded(**own)) for name, own in options.items()}
         found = {name: Answers() for name in variants}
         for name, engine in engines.items():
             warm_up(engine, sampling)

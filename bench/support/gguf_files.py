@@ -48,6 +48,19 @@ class GgufMaker:
         self.config = json.loads((self.folder / "config.json").read_text())
         self.arch = ARCHITECTURES[family]
 
+    @classmethod
+    def of(cls, folder: Path) -> GgufMaker:
+        """The same for the checkpoint in `folder`."""
+        maker = cls.__new__(cls)
+        maker.folder = folder
+        maker.config = json.loads((folder / "config.json").read_text())
+        maker.arch = ARCHITECTURES[maker.config["model_type"]]
+        return maker
+
+    def names(self) -> list[str]:
+        """The names of the file's tensors."""
+        return [name for name, _ in self.tensors()]
+
     def write(
         self,
         path: Path,
@@ -147,7 +160,8 @@ class GgufMaker:
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors by llama.cpp's names."""
         stacks: dict[str, list[torch.Tensor]] = {}
-        for name, value in load_file(self.folder / "model.safetensors").items():
+        files = sorted(self.folder.glob("*.safetensors"))
+        for name, value in (item for file in files for item in load_file(file).items()):
             match = re.match(r"^model\.layers\.(\d+)\.(.+)$", name)
             if match is None:
                 top = {"model.embed_tokens.weight": "token_embd.weight", "lm_head.weight": "output.weight"}

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from edgemoe import Engine, Sampling
@@ -59,8 +61,9 @@ def test_small_and_routing_matrices_stay_as_they_are(zoo: Zoo) -> None:
 
 @pytest.mark.parametrize("setting", ["experts", "dense"])
 def test_an_unknown_format_is_refused(setting: str, zoo: Zoo) -> None:
+    settings: dict[str, Any] = {setting: "int3"}
     with pytest.raises(CheckpointError, match=f"choose one as {setting}="):
-        Engine.plan_for(zoo("qwen3_moe"), **{setting: "int3"})
+        Engine.plan_for(zoo("qwen3_moe"), **settings)
 
 
 def test_a_quantised_engine_is_not_compared_with_itself(zoo: Zoo) -> None:
