@@ -273,9 +273,9 @@ def _dispatch(argv: Sequence[str] | None, engine: EngineFactory | None) -> int:
     elif arguments.command == "plan":
         from edgemoe.cli.plan import plan as command
     elif arguments.command == "pack":
-        from edgemoe.cli.pack import pack as command
+        from edgemoe.cli.checkpoints.pack import pack as command
     elif arguments.command == "models":
-        from edgemoe.cli.models import models as command
+        from edgemoe.cli.checkpoints.models import models as command
     elif arguments.command == "eval":
         from edgemoe.cli.eval import evaluate as command
     elif arguments.command == "profile":

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from bench.measurement import BaseSize, Measurement
 from bench.support import zoo
 from bench.support.byte_tokenizer import with_tokenizer
-from bench.support.llama_cpp import INSTALL, LlamaCpp, PeerError, llama_cpp
+from bench.support.llama_cpp_peer.llama_cpp import INSTALL, LlamaCpp, PeerError, llama_cpp
 from edgemoe import Engine
 from edgemoe.errors import EdgeMoEError
 from edgemoe.measure.eval_texts import EvalText

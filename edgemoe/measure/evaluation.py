@@ -163,8 +163,10 @@ class Evaluation:
         self._on_progress = on_progress or _ignore
         measured, scorer = self._scorer, TeacherForcedScorer(reference)
         measured.vocabulary.check_same(scorer.vocabulary)
-        # What is quantised differs from the checkpoint of the same name in its weights alone.
-        lossy, same = measured.engine.plan.lossy, scorer.vocabulary.model == measured.vocabulary.model
+        lossy = measured.engine.plan.lossy
+        # What was quantised as it was read is compared with the same checkpoint as it is published.
+        published = bool(measured.engine.plan.quantised) and scorer.vocabulary.model == measured.vocabulary.model
+        same = reference is measured.engine or published
         # The logits of an exact engine are compared with themselves.
         again = bool(lossy) or reference is not measured.engine
         with scorer.exactly() if again else nullcontext():

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bench.exactness import gguf_peer
-from bench.support import llama_cpp
-from bench.support.llama_cpp import LlamaCpp, PeerError
+from bench.support.llama_cpp_peer import llama_cpp
+from bench.support.llama_cpp_peer.llama_cpp import LlamaCpp, PeerError
 
 
 def test_without_llama_cpp_the_measurement_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,7 +87,7 @@ def _libraries(source: Path) -> Iterator[Path]:
 
 
 def _run(module: str, *arguments: str | Path) -> None:
-    command = [sys.executable, "-m", f"bench.support.{module}", *(str(each) for each in arguments)]
+    command = [sys.executable, "-m", f"bench.support.llama_cpp_peer.{module}", *(str(each) for each in arguments)]
     path = os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
         done = subprocess.run(

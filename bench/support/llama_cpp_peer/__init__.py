@@ -1,0 +1,1 @@
+"""llama.cpp as a peer: its library, and its converter."""

@@ -1,0 +1,1 @@
+"""Commands about checkpoints: which there are, and packing them."""
