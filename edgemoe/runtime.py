@@ -19,12 +19,15 @@ from edgemoe.cache.store import ExpertStore
 from edgemoe.checkpoint import heat_file
 from edgemoe.checkpoint.blueprint import Blueprint
 from edgemoe.checkpoint.dense_loader import load_dense
+from edgemoe.checkpoint.experts_module import ExpertsModule
 from edgemoe.checkpoint.state_folder import StateFolder
 from edgemoe.config import EngineConfig
 from edgemoe.experts import expert_layer
 from edgemoe.experts.expert_predictor import ExpertPredictor
 from edgemoe.experts.lookahead import Lookahead
-from edgemoe.kernels.cpu import batch_invariant_linear
+from edgemoe.formats.float_format import FloatFormat
+from edgemoe.kernels.cpu import batch_invariant_linear, packed_matrix
+from edgemoe.kernels.cpu.packed_matrix import PackedMatrix
 from edgemoe.kernels.cpu.threads import KernelThreads
 from edgemoe.kernels.packed_layers import PackedLinear
 from edgemoe.model.sequential_runner import SequentialRunner
@@ -72,6 +75,7 @@ class Runtime:
         self._stack.callback(threads.close)
         self.predictor = self._predictor(blueprint, files.experts, plan, config)
         self.layers = expert_layer.install(self.model, blueprint.experts_modules, self.cache, threads, self.predictor)
+        self._packed = all(_is_packed(moe) for moe in blueprint.experts_modules)
         if device.type == "cpu":
             batch_invariant_linear.install_gemv(self.model, threads)
             for module in self.model.modules():
@@ -128,7 +132,14 @@ class Runtime:
         share = plan.layers * plan.top_k / plan.experts
         device = torch.device(plan.device)
         return SequentialRunner(
-            self.model, self.layers, device, plan.prefill_chunk, plan.threads, plan.nbytes_per_token, share
+            self.model,
+            self.layers,
+            device,
+            plan.prefill_chunk,
+            plan.threads,
+            plan.nbytes_per_token,
+            share,
+            PackedMatrix.max_tokens if self._packed else None,
         )
 
     def close(self) -> None:
@@ -148,3 +159,11 @@ def _restore_forwards(model: Any) -> None:
     """Takes our forwards away. They refer to their modules: only the garbage collector would free the weights."""
     for module in model.modules():
         vars(module).pop("forward", None)
+
+
+def _is_packed(moe: ExpertsModule) -> bool:
+    """Whether the CPU's kernels multiply the experts of a layer packed."""
+    return all(
+        not isinstance(kind, FloatFormat) and packed_matrix.fits(kind, moe.columns(name))
+        for name, kind in moe.formats.items()
+    )

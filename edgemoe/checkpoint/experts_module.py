@@ -36,6 +36,10 @@ class ExpertsModule:
     float_transposed: frozenset[str] = frozenset()
     """The matrices that the family declares as [inputs, outputs]."""
 
+    def columns(self, name: str) -> int:
+        """The inputs of the matrix `name`."""
+        return self.shapes[name][0 if name in self.float_transposed else 1]
+
     def made_layout(self, name: str) -> RecordLayout:
         """The layout of a record whose matrices are quantised to `name`, a format of `formats.made`."""
         parts: list[Part] = []

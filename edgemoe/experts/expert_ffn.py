@@ -221,11 +221,10 @@ class FastExperts(Experts):
     @staticmethod
     def fits(module: Any, moe: ExpertsModule) -> bool:
         """Whether the kernels support the formats and the orientation that these experts are stored in."""
-        inputs = 0 if module.is_transposed else 1
         return all(
             SlotMatrix.fits(moe.layout, name, name in moe.transposed)
             if isinstance(moe.formats[name], FloatFormat)
-            else packed_matrix.fits(moe.formats[name], moe.shapes[name][inputs])
+            else packed_matrix.fits(moe.formats[name], moe.columns(name))
             for name in (_up_name(module), "down_proj")
         )
 

@@ -72,10 +72,12 @@ class SequentialRunner:
         threads: int,
         nbytes_per_token: int,
         expert_share: float = 1.0,
+        kernel_tokens: int | None = None,
     ) -> None:
         """`nbytes_per_token` are the weight bytes that a token multiplies.
 
-        `expert_share`, from 0 to 1, is the share of a layer's experts that a token uses.
+        `expert_share`, from 0 to 1, is the share of a layer's experts that a token uses. `kernel_tokens` are those up
+        to which the CPU's kernels multiply most weights; None takes what holds for weights of the model's dtype.
         """
         self.model = model
         self.layers = layers
@@ -85,7 +87,9 @@ class SequentialRunner:
         self._nbytes_per_token = nbytes_per_token
         self._expert_share = expert_share
         self.keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._few_tokens = few_tokens(model.dtype) if device.type == "cpu" else 0
+        if kernel_tokens is None:
+            kernel_tokens = few_tokens(model.dtype)
+        self._few_tokens = kernel_tokens if device.type == "cpu" else 0
         self._seen: set[object] = set()
 
     @property
