@@ -86,12 +86,8 @@ def _print_table(checks: list[Check]) -> None:
 
 # --- the installation ----------------------------------------------------------------------------
 
-_OPTIONAL = ("bitsandbytes",)
-"""Packages that are told of where they are there."""
-
-
 def _installation() -> Iterator[Check]:
-    """The packages that edgemoe's own metadata asks for, then the optional ones."""
+    """The packages that edgemoe's own metadata asks for."""
     yield Check("python", OK, platform.python_version())
     try:
         from packaging.requirements import Requirement
@@ -104,10 +100,6 @@ def _installation() -> Iterator[Check]:
     for package in wanted:
         if package.marker is None or package.marker.evaluate({"extra": ""}):
             yield _package(package)
-    for name in _OPTIONAL:
-        version = _version(name)
-        if version is not None:
-            yield Check(name, OK, version)
 
 
 def _version(package: str) -> str | None:

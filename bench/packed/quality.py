@@ -21,7 +21,7 @@ class Size(BaseSize):
     """Tokens that are predicted, and questions of each of the nine tasks."""
 
     tokens: int = 2048
-    questions: int = 50
+    questions: int = 12
 
 
 FULL, SMALL = Size(), Size(small=True, tokens=64, questions=1)
