@@ -86,6 +86,7 @@ def _print_table(checks: list[Check]) -> None:
 
 # --- the installation ----------------------------------------------------------------------------
 
+
 def _installation() -> Iterator[Check]:
     """The packages that edgemoe's own metadata asks for."""
     yield Check("python", OK, platform.python_version())
