@@ -164,6 +164,6 @@ def _restore_forwards(model: Any) -> None:
 def _is_packed(moe: ExpertsModule) -> bool:
     """Whether the CPU's kernels multiply the experts of a layer packed."""
     return all(
-        not isinstance(kind, FloatFormat) and packed_matrix.fits(kind, moe.columns(name))
+        not isinstance(kind, FloatFormat) and packed_matrix.fits(kind, moe.matrix_shape(name)[1])
         for name, kind in moe.formats.items()
     )

@@ -25,7 +25,7 @@ from edgemoe.errors import CheckpointError
 from edgemoe.formats.float_format import FloatFormat
 from edgemoe.formats.made import made_format
 from edgemoe.formats.stacked_format import StackedFormat
-from edgemoe.formats.weight_format import WeightFormat
+from edgemoe.formats.weight_format import MakeableFormat, WeightFormat
 
 Source = TensorEntry | PackedTensor
 
@@ -104,9 +104,8 @@ class ExpertSources:
                     formats[name], rows, columns = packed
                     own = list(formats[name].parts(name, (rows, columns)))
             parts += own
-        transposed = frozenset(name for name in moe.transposed if formats[name] is moe.formats[name])
         layout = layouts.setdefault(tuple(parts), RecordLayout(parts))
-        return replace(moe, layout=layout, formats=formats, transposed=transposed)
+        return replace(moe, layout=layout, formats=formats)
 
     def _packed_format(self, recipe: _Recipe, moe: ExpertsModule) -> tuple[WeightFormat, int, int] | None:
         """The format, rows and columns of a matrix in a record; None where it is widened as it is read."""
@@ -133,7 +132,7 @@ class ExpertSources:
         """The format, rows and columns of a float matrix that is quantised; None where it stays as it is."""
         if self._made is None:
             return None
-        rows, columns = moe.shapes[name][::-1] if name in moe.transposed else moe.shapes[name]
+        rows, columns = moe.matrix_shape(name)
         return made_format(self._made, columns), rows, columns
 
     def _record(self, moe: ExpertsModule, index: int) -> RecordSource:
@@ -262,8 +261,9 @@ class ExpertSources:
 
     def _quantised(self, moe: ExpertsModule, name: str, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
         """The parts of one matrix in a record, from its float tensor as transformers has it."""
-        upright = matrix.t() if name in self._floats[moe.name].transposed else matrix
-        return {name + suffix: part for suffix, part in moe.formats[name].quantize(upright).items()}
+        kind, upright = moe.formats[name], matrix.t() if name in moe.declared_transposed else matrix
+        assert isinstance(kind, MakeableFormat)
+        return {name + suffix: part for suffix, part in kind.quantize(upright).items()}
 
     def _convert(self, recipe: _Recipe, moe: ExpertsModule, part: str, raw: Sequence[torch.Tensor]) -> torch.Tensor:
         """Runs transformers' operations on one expert: a list of one tensor if they stack, else a stack of one."""

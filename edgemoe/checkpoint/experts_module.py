@@ -31,24 +31,28 @@ class ExpertsModule:
     """How each weight matrix is stored, by its name in the module. Biases, a part each, have no format."""
     shapes: Mapping[str, tuple[int, ...]]
     """The shape of one expert's share of each stacked parameter, in transformers' order."""
-    transposed: frozenset[str] = frozenset()
-    """The matrices that a record has as [inputs, outputs]: as the family declares, but not where they are packed."""
-    float_transposed: frozenset[str] = frozenset()
+    declared_transposed: frozenset[str] = frozenset()
     """The matrices that the family declares as [inputs, outputs]."""
 
-    def columns(self, name: str) -> int:
-        """The inputs of the matrix `name`."""
-        return self.shapes[name][0 if name in self.float_transposed else 1]
+    @property
+    def transposed(self) -> frozenset[str]:
+        """The matrices that a record has as [inputs, outputs]: as the family declares, where they are floats."""
+        return frozenset(name for name in self.declared_transposed if isinstance(self.formats[name], FloatFormat))
 
-    def made_layout(self, name: str) -> RecordLayout:
-        """The layout of a record whose matrices are quantised to `name`, a format of `formats.made`."""
+    def matrix_shape(self, name: str) -> tuple[int, int]:
+        """The outputs and the inputs of the matrix `name`."""
+        first, second = self.shapes[name]
+        return (second, first) if name in self.declared_transposed else (first, second)
+
+    def made_layout(self, made: str) -> RecordLayout:
+        """The layout of a record whose matrices are quantised to `made`, a format of `formats.made`."""
         parts: list[Part] = []
-        for key, shape in self.shapes.items():
-            if key not in self.formats:
-                parts += [part for part in self.layout.parts if part.name == key]
-                continue
-            rows, columns = shape[::-1] if key in self.transposed else shape
-            parts += made_format(name, columns).parts(key, (rows, columns))
+        for name in self.shapes:
+            if name in self.formats:
+                shape = self.matrix_shape(name)
+                parts += made_format(made, shape[1]).parts(name, shape)
+            else:
+                parts += [part for part in self.layout.parts if part.name == name]
         return RecordLayout(parts)
 
     def module(self, model: nn.Module) -> Any:
@@ -111,4 +115,4 @@ def _experts_module(name: str, module: nn.Module, layouts: dict[tuple[Part, ...]
             parts += formats[key].parts(key, shape)
     layout = layouts.setdefault(tuple(parts), RecordLayout(parts))
     transposed = frozenset(formats if module.is_transposed else ())
-    return ExpertsModule(name, experts, layout, formats, shapes, transposed, transposed)
+    return ExpertsModule(name, experts, layout, formats, shapes, transposed)

@@ -156,9 +156,7 @@ class Experts(ABC):
         self._layout = moe.layout
         self._formats = moe.formats
         self._transposed = moe.transposed
-        outputs = 1 if module.is_transposed else 0
-        self._heights = {name: moe.shapes[name][outputs] for name in moe.formats}
-        self._widths = {name: moe.shapes[name][1 - outputs] for name in moe.formats}
+        self._shapes = {name: moe.matrix_shape(name) for name in moe.formats}
 
     @abstractmethod
     def compute(self, groups: TokenGroups, experts: Sequence[int], slots: Sequence[int]) -> None:
@@ -184,7 +182,7 @@ class Experts(ABC):
         return product + views[f"{name}_bias"] if self.module.has_bias else product
 
     def _packed_linear(self, x: torch.Tensor, views: Mapping[str, torch.Tensor], name: str, slot: int) -> torch.Tensor:
-        return packed_linear(x, self._formats[name], views, name, self._heights[name])
+        return packed_linear(x, self._formats[name], views, name, self._shapes[name][0])
 
 
 class PlainExperts(Experts):
@@ -214,7 +212,7 @@ class FastExperts(Experts):
         kind = self._formats[name]
         if isinstance(kind, FloatFormat):
             return SlotMatrix(region, moe.layout, name, name in moe.transposed)
-        shape = (self._heights[name], self._widths[name])
+        shape = self._shapes[name]
         places = {part.name: moe.layout.part_offset(name + part.name) for part in kind.parts("", shape)}
         return PackedMatrix(kind, shape, region.memory, places)
 
@@ -224,7 +222,7 @@ class FastExperts(Experts):
         return all(
             SlotMatrix.fits(moe.layout, name, name in moe.transposed)
             if isinstance(moe.formats[name], FloatFormat)
-            else packed_matrix.fits(moe.formats[name], moe.columns(name))
+            else packed_matrix.fits(moe.formats[name], moe.matrix_shape(name)[1])
             for name in (_up_name(module), "down_proj")
         )
 

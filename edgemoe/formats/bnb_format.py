@@ -10,12 +10,12 @@ import torch
 
 from edgemoe.cache.record import Part
 from edgemoe.formats.codes import nibbles
-from edgemoe.formats.weight_format import WeightFormat
+from edgemoe.formats.weight_format import MakeableFormat
 from edgemoe.quiet import quiet_logger
 
 
 @dataclass(frozen=True)
-class BnbFourBitFormat(WeightFormat):
+class BnbFourBitFormat(MakeableFormat):
     """nf4 and fp4: codes uint8 [values / 2, 1] with the higher one first, a table of 16, and a maximum for each block.
 
     The maxima are float32: those that a checkpoint has packed in their turn are read back first.
@@ -75,7 +75,7 @@ class BnbFourBitFormat(WeightFormat):
 
 
 @dataclass(frozen=True)
-class BnbInt8Format(WeightFormat):
+class BnbInt8Format(MakeableFormat):
     """Values int8 [rows, columns], and the largest magnitude of each row, float32 [rows], which stands for 127."""
 
     @property

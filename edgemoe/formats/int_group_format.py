@@ -10,11 +10,11 @@ from torch.nn import functional
 
 from edgemoe.cache.record import Part
 from edgemoe.formats.codes import fields, packed_fields, spread
-from edgemoe.formats.weight_format import WeightFormat
+from edgemoe.formats.weight_format import MakeableFormat
 
 
 @dataclass(frozen=True)
-class IntGroupFormat(WeightFormat):
+class IntGroupFormat(MakeableFormat):
     """Words int32 [rows, columns * bits / 32] of values with an offset, scales [rows, groups], maybe zero points.
 
     Zero points are packed along the rows: int32 [rows * bits / 32, groups]. With `reordered` columns a part says to

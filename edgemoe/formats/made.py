@@ -8,7 +8,7 @@ import torch
 
 from edgemoe.formats.bnb_format import BnbFourBitFormat, BnbInt8Format
 from edgemoe.formats.int_group_format import IntGroupFormat
-from edgemoe.formats.weight_format import WeightFormat
+from edgemoe.formats.weight_format import MakeableFormat
 
 MADE = ("int8", "nf4", "fp4", "int4")
 """Their names."""
@@ -18,7 +18,7 @@ MIN_INT4_GROUP = 8
 """Rows that no larger group divides have one scale each."""
 
 
-def made_format(name: str, columns: int) -> WeightFormat:
+def made_format(name: str, columns: int) -> MakeableFormat:
     """The format called `name`, of `MADE`, for matrices with `columns` columns."""
     if name == "int8":
         return BnbInt8Format()

@@ -40,13 +40,6 @@ class WeightFormat(ABC):
         `RecordLayout.views`): it is valid as long as the record stays in its slot, and must not be written to.
         """
 
-    def quantize(self, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The parts that hold `matrix`, float [rows, columns] on the CPU, by the suffixes of their names.
-
-        Only of formats in `made.MADE`; lossy.
-        """
-        raise NotImplementedError(f"{self.name} is read, not made")
-
     def height(self, views: Mapping[str, torch.Tensor], name: str) -> int:
         """The number of rows of the matrix `name`."""
         return views[name].shape[0]
@@ -57,3 +50,11 @@ class WeightFormat(ABC):
 
     row_multiple = 1
     """Rows that are packed together: `rows` begins at a multiple of it."""
+
+
+class MakeableFormat(WeightFormat):
+    """A format that edgemoe also makes of float weights; see `made`."""
+
+    @abstractmethod
+    def quantize(self, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The parts that hold `matrix`, float [rows, columns] on the CPU, by the suffixes of their names. Lossy."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch.nn import functional as F
@@ -20,10 +20,12 @@ def packed_linear(
 
     The reference for kernels that read packed weights.
     """
+    tile = TILE_VALUES // x.shape[-1] // kind.row_multiple * kind.row_multiple
+    return tiled_linear(x, rows, max(kind.row_multiple, tile), lambda *span: kind.rows(views, name, *span))
+
+
+def tiled_linear(x: torch.Tensor, rows: int, tile: int, read: Callable[[int, int], torch.Tensor]) -> torch.Tensor:
+    """As `packed_linear`, with `read(first, last)` giving at most `tile` rows of the matrix in a float dtype."""
     values = x.float()
-    tile = max(kind.row_multiple, TILE_VALUES // x.shape[-1] // kind.row_multiple * kind.row_multiple)
-    products = [
-        F.linear(values, kind.rows(views, name, first, min(first + tile, rows)).float())
-        for first in range(0, rows, tile)
-    ]
+    products = [F.linear(values, read(first, min(first + tile, rows)).float()) for first in range(0, rows, tile)]
     return products[0] if len(products) == 1 else torch.cat(products, dim=-1)

@@ -14,7 +14,7 @@ from edgemoe.checkpoint.tensor_entry import TensorEntry
 from edgemoe.formats.float_format import FloatFormat
 from edgemoe.formats.gguf_format import GgufFormat
 from edgemoe.formats.made import made_format
-from edgemoe.formats.weight_format import WeightFormat
+from edgemoe.formats.weight_format import MakeableFormat, WeightFormat
 from edgemoe.kernels.packed_layers import PackedEmbedding, PackedLinear, PackedWeight
 
 MIN_MADE_VALUES = 1 << 12
@@ -57,6 +57,7 @@ class PackedModule:
         if isinstance(self.source, PackedTensor):
             parts = self.source.made(raw)
         else:
+            assert isinstance(self.format, MakeableFormat)
             parts = self.format.quantize(raw[0].view(self.rows, self.columns))
         moved = {name: part.to(device) for name, part in parts.items()}
         return PackedWeight(self.format, moved, (self.rows, self.columns), dtype)

@@ -11,14 +11,14 @@ from edgemoe.checkpoint.blueprint import Blueprint
 from edgemoe.checkpoint.tensor_entry import TensorEntry
 from edgemoe.errors import CheckpointError
 from edgemoe.formats.made import made_format
-from edgemoe.formats.weight_format import WeightFormat
+from edgemoe.formats.weight_format import MakeableFormat
 
 
 @dataclass(frozen=True)
 class Chosen:
     """A weight that is quantised: a matrix, or a stack of them."""
 
-    format: WeightFormat
+    format: MakeableFormat
     rows: int
     columns: int
     experts: int | None
@@ -61,7 +61,7 @@ def chosen_weights(blueprint: Blueprint) -> dict[str, Chosen]:
     return chosen | {
         each.key: Chosen(each.format, each.rows, each.columns, None, False)
         for each in blueprint.packed_modules
-        if isinstance(each.source, TensorEntry)
+        if isinstance(each.source, TensorEntry) and isinstance(each.format, MakeableFormat)
     }
 
 
@@ -71,7 +71,7 @@ def _method(name: str) -> str:
 
 def _experts(blueprint: Blueprint, name: str) -> dict[str, Chosen]:
     counts = {moe.experts for moe in blueprint.experts_modules}
-    transposed_names = {each for moe in blueprint.experts_modules for each in moe.float_transposed}
+    transposed_names = {each for moe in blueprint.experts_modules for each in moe.declared_transposed}
     dense, found = set(blueprint.dense_keys), {}
     for key, entry in blueprint.checkpoint.tensors.items():
         is_stack = len(entry.shape) == 3 and entry.shape[0] in counts

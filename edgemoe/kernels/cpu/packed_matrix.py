@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from edgemoe.formats.bnb_format import BnbFourBitFormat, BnbInt8Format
 from edgemoe.formats.fp8_format import Fp8Format
@@ -19,7 +18,7 @@ from edgemoe.formats.nvfp4_format import Nvfp4Format
 from edgemoe.formats.stacked_format import StackedFormat
 from edgemoe.formats.weight_format import WeightFormat
 from edgemoe.kernels.cpu.threads import KernelThreads
-from edgemoe.kernels.packed_linear import TILE_VALUES
+from edgemoe.kernels.packed_linear import TILE_VALUES, tiled_linear
 
 FLOATS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
@@ -158,13 +157,8 @@ class PackedMatrix:
 
     def linear(self, record: int, x: torch.Tensor) -> torch.Tensor:
         """x · Wᵀ in float32, [..., rows], for many tokens: by PyTorch, tile by tile."""
-        values = x.float()
-        step = self._rows if self._interleaved else max(1, TILE_VALUES // self._columns)
-        products = [
-            F.linear(values, self.rows(record, first, min(first + step, self._rows)))
-            for first in range(0, self._rows, step)
-        ]
-        return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+        tile = self._rows if self._interleaved else max(1, TILE_VALUES // self._columns)
+        return tiled_linear(x, self._rows, tile, lambda *span: self.rows(record, *span))
 
     def _within(self, first: int, last: int) -> Iterator[tuple[tuple[PackedKernel, Any], int, int, int]]:
         """The pieces that have rows first ≤ r < last, with their own numbers of these and of their first row."""
