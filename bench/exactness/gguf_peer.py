@@ -24,6 +24,7 @@ from bench.support.llama_cpp_peer.llama_cpp import INSTALL, LlamaCpp, PeerError,
 from edgemoe import Engine
 from edgemoe.errors import EdgeMoEError
 from edgemoe.measure.eval_texts import EvalText
+from edgemoe.measure.quality import divergences
 from edgemoe.measure.teacher_forcing import TeacherForcedScorer
 from edgemoe.quiet import quiet_transformers
 
@@ -187,8 +188,7 @@ def compared(theirs: torch.Tensor, of_values: torch.Tensor, ours: torch.Tensor) 
 
 def divergence(right: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
     """The KL divergence of each row of `found` from `right`, in nats."""
-    expected, own = (logits.double().log_softmax(-1) for logits in (right, found))
-    return (expected.exp() * (expected - own)).sum(-1).clamp_min(0)
+    return divergences(right.double().log_softmax(-1), found.double().log_softmax(-1))
 
 
 def described(row: dict[str, Any]) -> str:

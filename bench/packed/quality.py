@@ -9,11 +9,17 @@ from typing import Any
 from bench.measurement import BaseSize, Measurement
 from bench.support.alternating import loaded
 from bench.support.packed_models import gguf_of
+from edgemoe import Engine
 from edgemoe.demo import demo_folder
+from edgemoe.demo.tasks import TASKS
 from edgemoe.measure.evaluation import Evaluation, task_eval_texts
+from edgemoe.measure.task_score import score_task
 
 NAME = "quality"
 BAR = "int8: score unchanged, mean KL <= 1e-3; 4 bits: at most one point of 100 less"
+
+
+OPTIONS: dict[str, Any] = {"model": None, "expert_cache": "100%", "context": 1024}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,27 +40,33 @@ def run(size: Size = FULL) -> Measurement:
     q4 = gguf_of(source, "Q4", "Q4_1", "Q5_0", ffn_down_exps="Q5_1")
     variants: dict[str, dict[str, Any]] = {name: {"experts": name} for name in ("int8", "nf4", "int4", "fp4")}
     variants["Q4 (GGUF)"] = q4
-    figures = {name: _quality(settings, size) for name, settings in variants.items()}
+    with loaded(**OPTIONS) as exact:
+        exact_score = _score(exact, size)
+    figures = {name: _quality(settings, exact_score, size) for name, settings in variants.items()}
     eight, worst = figures["int8"], min(figures[name]["points"] for name in ("nf4", "int4", "Q4 (GGUF)"))
     ok = eight["points"] >= 0 and eight["kl_mean"] <= 1e-3 and worst >= -1
     return Measurement(NAME, figures, BAR, ok)
 
 
-def _quality(settings: dict[str, Any], size: Size) -> dict[str, Any]:
-    options: dict[str, Any] = {"model": None, "expert_cache": "100%", "context": 1024}
-    with loaded(**options | settings) as engine:
-        evaluation = Evaluation(task_eval_texts(engine, size.tokens), size.questions)
+def _quality(settings: dict[str, Any], exact_score: float, size: Size) -> dict[str, Any]:
+    with loaded(**OPTIONS | settings) as engine:
+        evaluation = Evaluation(task_eval_texts(engine, size.tokens))
         evaluation.measure(engine)
-    with closing(evaluation), loaded(**options) as exact:
+        score = _score(engine, size)
+    with closing(evaluation), loaded(**OPTIONS) as exact:
         found = evaluation.against(exact)
-    asked = sum(task.asked for task in found.tasks)
-    right, exact_right = sum(task.right for task in found.tasks), sum(task.exact_right for task in found.tasks)
     return {
         "kl_mean": found.kl_mean,
         "kl_99": found.kl_99,
         "agreement": found.agreement,
         "perplexity": found.perplexity,
         "exact_perplexity": found.exact_perplexity,
-        "score": 100 * right / max(asked, 1),
-        "points": 100 * (right - exact_right) / max(asked, 1),
+        "score": score,
+        "points": score - exact_score,
     }
+
+
+def _score(engine: Engine, size: Size) -> float:
+    """Right replies to held-out questions of every task, of 100."""
+    scores = [score_task(engine, task, size.questions) for task in TASKS]
+    return 100 * sum(each.right for each in scores) / sum(each.asked for each in scores)

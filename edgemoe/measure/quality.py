@@ -31,11 +31,7 @@ class QualityMeter:
             shapes = [[*each.shape] for each in (exact, found, following)]
             raise ValueError(f"logits {shapes[0]} and {shapes[1]} do not match the tokens {shapes[2]}")
         right, own = (logits.double().log_softmax(-1) for logits in (exact, found))
-        probabilities = right.exp()
-        # A token of probability 0 adds nothing, even if both of its logits are minus infinity.
-        terms = torch.where(probabilities > 0, probabilities * (right - own), 0.0)
-        # A divergence is never negative, but rounding can make the sum so.
-        self._divergences += terms.sum(-1).clamp_min(0).tolist()
+        self._divergences += divergences(right, own).tolist()
         index = following[:, None]
         self._exact_nats -= float(right.gather(-1, index).sum())
         self._nats -= float(own.gather(-1, index).sum())
@@ -70,6 +66,15 @@ class QualityMeter:
     def agreement(self) -> float:
         """Share of the tokens for which both models have the same most likely next token, from 0 to 1."""
         return self._agreed / self.tokens
+
+
+def divergences(right: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """The KL divergence of each row of `own` from `right`, in nats; both are log-probabilities [tokens, vocabulary]."""
+    probabilities = right.exp()
+    # A token of probability 0 adds nothing, even if both of its logits are minus infinity.
+    terms = torch.where(probabilities > 0, probabilities * (right - own), 0.0)
+    # A divergence is never negative, but rounding can make the sum so.
+    return terms.sum(-1).clamp_min(0)
 
 
 @dataclass(frozen=True)
