@@ -65,7 +65,7 @@ def _models(small: bool) -> Iterator[tuple[str, Callable[[Path], Path], dict[str
             from bench.support.gguf_files import GgufMaker
 
             kinds = GGMLQuantizationType[experts], GGMLQuantizationType[dense]
-            return GgufMaker(family, folder).write(folder / "model.gguf", *kinds)
+            return GgufMaker.of_zoo(family, folder).write(folder / "model.gguf", *kinds)
 
         return make_file
 

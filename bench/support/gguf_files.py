@@ -41,21 +41,17 @@ Kind = GGMLQuantizationType
 
 
 class GgufMaker:
-    """A checkpoint of the zoo, and its GGUF file."""
+    """A checkpoint, and its GGUF file."""
 
-    def __init__(self, family: str, folder: Path, **config: Any) -> None:
-        self.folder = make(family, folder / "hf", **SETTINGS.get(family, {}) | config)
-        self.config = json.loads((self.folder / "config.json").read_text())
-        self.arch = ARCHITECTURES[family]
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = json.loads((folder / "config.json").read_text())
+        self.arch = ARCHITECTURES[self.config["model_type"]]
 
     @classmethod
-    def of(cls, folder: Path) -> GgufMaker:
-        """The same for the checkpoint in `folder`."""
-        maker = cls.__new__(cls)
-        maker.folder = folder
-        maker.config = json.loads((folder / "config.json").read_text())
-        maker.arch = ARCHITECTURES[maker.config["model_type"]]
-        return maker
+    def of_zoo(cls, family: str, folder: Path, **config: Any) -> GgufMaker:
+        """The same for a checkpoint of the zoo, which is made in `folder`."""
+        return cls(make(family, folder / "hf", **SETTINGS.get(family, {}) | config))
 
     def names(self) -> list[str]:
         """The names of the file's tensors."""

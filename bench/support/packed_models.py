@@ -28,7 +28,7 @@ def gguf_of(source: Path, name: str, experts: str, dense: str, **own: str) -> di
     """
     path = work_folder() / f"{source.name}-{name}.gguf"
     if not path.exists():
-        maker = GgufMaker.of(source)
+        maker = GgufMaker(source)
         names = [(tensor, kind) for tensor in maker.names() for part, kind in own.items() if part in tensor]
         kinds = {tensor: GGMLQuantizationType[kind] for tensor, kind in names}
         begun = path.with_suffix(".part")

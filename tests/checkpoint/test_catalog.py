@@ -22,7 +22,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     with quiet_transformers():
         make("mixtral", folder / "mixtral", max_shard_size="300KB")
-        maker = GgufMaker("qwen3_moe", folder / "gguf")
+        maker = GgufMaker.of_zoo("qwen3_moe", folder / "gguf")
         maker.write(folder / "gguf" / "tiny-Q8_0.gguf", Kind.Q8_0)
         maker.write_split(folder / "gguf" / "tiny-Q4_0", Kind.Q4_0)
     shutil.rmtree(folder / "gguf" / "hf")

@@ -27,7 +27,7 @@ PROMPT = (5, 60, 70, 80, 9)
 def test_a_file_in_floats_is_the_checkpoint(family: str, tmp_path: Path) -> None:
     """Every name, order of rows and value that the converter changes is undone."""
     with quiet_transformers():
-        made = GgufMaker(family, tmp_path)
+        made = GgufMaker.of_zoo(family, tmp_path)
         file = made.write(tmp_path / "model.gguf")
         assert reply(file, PROMPT, 12) == reference(made.folder, PROMPT, 12)
 
@@ -35,7 +35,7 @@ def test_a_file_in_floats_is_the_checkpoint(family: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("experts", [Kind.Q8_0, Kind.Q4_0, Kind.Q5_1, Kind.F16])
 def test_packed_experts_keep_the_bytes_of_the_file(experts: Kind, tmp_path: Path) -> None:
     with quiet_transformers():
-        made = GgufMaker("qwen3_moe", tmp_path)
+        made = GgufMaker.of_zoo("qwen3_moe", tmp_path)
         file = made.write(tmp_path / "model.gguf", experts, Kind.Q8_0)
         blueprint = open_blueprint(file)
     names = {kind.name for moe in blueprint.experts_modules for kind in moe.formats.values()}
@@ -48,7 +48,7 @@ def test_packed_experts_keep_the_bytes_of_the_file(experts: Kind, tmp_path: Path
 def test_the_same_values_as_a_widened_file(tmp_path: Path) -> None:
     """A packed file says what a float file of its dequantised values says."""
     with quiet_transformers():
-        made = GgufMaker("mixtral", tmp_path)
+        made = GgufMaker.of_zoo("mixtral", tmp_path)
         packed = made.write(tmp_path / "packed.gguf", Kind.Q8_0, Kind.Q8_0)
         read = read_gguf(packed)
         from gguf import quants
@@ -88,7 +88,7 @@ def test_layers_of_different_types_have_slots_of_their_sizes(
 ) -> None:
     """Whatever slots there are, the reply is that with a slot of the largest size for every expert."""
     with quiet_transformers():
-        file = GgufMaker("qwen3_moe", tmp_path).write(tmp_path / "model.gguf", Kind.Q4_0, own=MIXES[mix])
+        file = GgufMaker.of_zoo("qwen3_moe", tmp_path).write(tmp_path / "model.gguf", Kind.Q4_0, own=MIXES[mix])
         plan = Engine.plan_for(file, device="cpu", expert_cache="50%", state_folder="none")
         assert len(plan.slot_classes) == (3 if mix == "three sizes" else 2)
         assert sum(each.count for each in plan.slot_classes) == plan.slots == plan.experts // 2
@@ -101,7 +101,7 @@ def test_layers_of_different_types_have_slots_of_their_sizes(
 
 def test_a_configuration_beside_the_file(tmp_path: Path) -> None:
     with quiet_transformers():
-        made = GgufMaker("qwen3_moe", tmp_path)
+        made = GgufMaker.of_zoo("qwen3_moe", tmp_path)
         file = made.write(tmp_path / "model.gguf")
         found = reply(file, PROMPT, 8, model_config=made.folder)
         assert found == reference(made.folder, PROMPT, 8)
@@ -110,7 +110,7 @@ def test_a_configuration_beside_the_file(tmp_path: Path) -> None:
 def test_a_split_model(tmp_path: Path) -> None:
     """Its parts are read as one; a later part, or a missing one, is named."""
     with quiet_transformers():
-        made = GgufMaker("qwen3_moe", tmp_path)
+        made = GgufMaker.of_zoo("qwen3_moe", tmp_path)
         whole = made.write(tmp_path / "whole.gguf")
         first = made.write_split(tmp_path / "model")
     assert reply(first, PROMPT, 8) == reply(whole, PROMPT, 8)
@@ -222,7 +222,7 @@ def test_a_hostile_header_is_refused_by_the_file(kind: str, tmp_path: Path) -> N
 @pytest.mark.parametrize("key", ["block_count", "embedding_length", "attention.head_count", "expert_used_count"])
 def test_metadata_that_lack_something_are_named(key: str, tmp_path: Path) -> None:
     with quiet_transformers():
-        made = GgufMaker("qwen3_moe", tmp_path)
+        made = GgufMaker.of_zoo("qwen3_moe", tmp_path)
         data = made.write(tmp_path / "model.gguf").read_bytes()
     spoilt = data.replace(f"qwen3moe.{key}".encode(), f"qwen3moe.{'x' * len(key)}".encode())
     assert spoilt != data
@@ -233,7 +233,7 @@ def test_metadata_that_lack_something_are_named(key: str, tmp_path: Path) -> Non
 
 def test_every_cut_of_a_file_is_refused(tmp_path: Path) -> None:
     with quiet_transformers():
-        data = GgufMaker("qwen3_moe", tmp_path).write(tmp_path / "model.gguf").read_bytes()
+        data = GgufMaker.of_zoo("qwen3_moe", tmp_path).write(tmp_path / "model.gguf").read_bytes()
     cut = tmp_path / "cut.gguf"
     for length in [0, 3, 4, 11, 24, 60, 500, 3000, len(data) // 2, len(data) - 4096]:
         cut.write_bytes(data[:length])

@@ -24,7 +24,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository's files: two quantisations, of which one is split, and what such repositories have beside them."""
     folder = tmp_path_factory.mktemp("repository")
     with quiet_transformers():
-        made = GgufMaker("qwen3_moe", folder)
+        made = GgufMaker.of_zoo("qwen3_moe", folder)
         made.write(folder / "tiny-Q8_0.gguf", Kind.Q8_0)
         (folder / "Q4_0").mkdir()
         made.write_split(folder / "Q4_0" / "tiny-Q4_0", Kind.Q4_0)

@@ -30,7 +30,7 @@ def blueprint(tmp_path_factory: pytest.TempPathFactory) -> Blueprint:
     folder = tmp_path_factory.mktemp("mixed")
     own = {f"blk.{layer}.ffn_down_exps.weight": Kind.Q8_0 for layer in (0, 1)}
     with quiet_transformers():
-        return open_blueprint(GgufMaker("qwen3_moe", folder).write(folder / "model.gguf", Kind.Q4_0, own=own))
+        return open_blueprint(GgufMaker.of_zoo("qwen3_moe", folder).write(folder / "model.gguf", Kind.Q4_0, own=own))
 
 
 @pytest.fixture(scope="module")
