@@ -124,6 +124,15 @@ def test_an_interrupted_packing_goes_on_to_the_same_files(
     assert {file.name: file.read_bytes() for file in (tmp_path / "again").iterdir()} == files
 
 
+def test_a_kill_before_anything_was_kept_leaves_a_folder_to_go_on_with(zoo: Zoo, tmp_path: Path) -> None:
+    blueprint = open_blueprint(zoo("qwen3_moe"), experts="nf4")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / f"{packing.BEGUN}.part").write_text('{"identity')
+    assert packing.pack(blueprint, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.part"))
+    assert packing.verify(tmp_path / "out") == []
+
+
 def test_the_command_survives_being_killed(zoo: Zoo, tmp_path: Path) -> None:
     run = "import sys; from edgemoe.cli.main import main; sys.exit(main())"
     command = [sys.executable, "-c", run, "pack", str(zoo("qwen3_moe")), str(tmp_path / "out")]

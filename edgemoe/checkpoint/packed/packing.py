@@ -117,7 +117,7 @@ class _Begun:
         self.complete = False
         if self._path.exists():
             self._go_on(out)
-        elif any(out.iterdir()):
+        elif any(file != _beside(self._path) for file in out.iterdir()):
             self._check_complete(out)
         else:
             self._keep()
@@ -276,9 +276,14 @@ def _write_rest(
 
 def _write_json(path: Path, value: Any) -> None:
     """Writes `value` in one piece: whatever interrupts it, the file is the old one or the new one."""
-    beside = path.with_name(path.name + ".part")
+    beside = _beside(path)
     beside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     os.replace(beside, path)
+
+
+def _beside(path: Path) -> Path:
+    """Where what will be at `path` is written first; a kill may leave it there."""
+    return path.with_name(path.name + ".part")
 
 
 def _nbytes(tensor: StoredTensor) -> int:
