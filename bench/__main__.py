@@ -46,6 +46,10 @@ MEASUREMENTS = {
         "bits-pay": "16, 8 and 4 bits an expert weight with one cache size, over the disk and a 4 GB/s link",
         "load": "bytes a second from a cold disk into slots, packed, against the disk's own",
     },
+    "cpu": {
+        "llamacpp-resident": "decode and prefill of GGUF files in memory against llama.cpp and the floor",
+        "cpu-kernels": "bytes and weights a second of every format's kernels, by tokens, against the memory's own",
+    },
     "batch": {
         "batch-sharing": "tokens/s and bytes moved per token at batch 1 to 256, a quarter of the experts cached",
         "batch-on-demand": "batch 64 against loading every needed expert for every sequence",

@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from importlib.resources import files
 from typing import Any
 
 from numba import njit
+from numba.core.caching import FunctionCache, IndexDataCacheFile
+
+GENERATORS = ("edgemoe.kernels.cpu", "edgemoe.formats")
+"""Packages whose modules write the code that others compile, or hold its tables."""
+
+
+class _Kept(FunctionCache):
+    """What numba keeps of one function, until its module or the `GENERATORS` change.
+
+    numba looks at the function's own module alone, and would run code of an older version after an upgrade.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)  # type: ignore[no-untyped-call]
+        locator = self._impl.locator
+        self._cache_file = IndexDataCacheFile(
+            cache_path=locator.get_cache_path(),
+            filename_base=self._impl.filename_base,
+            source_stamp=(locator.get_source_stamp(), generators_digest()),
+        )
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -16,12 +40,25 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
     def compile_it(function: Callable[..., Any]) -> Any:
         try:
-            return njit(cache=True, **options)(function)
+            found = njit(cache=True, **options)(function)
+            found._cache = _Kept(function)
+            return found
         except RuntimeError:
             # numba found no folder.
             return njit(**options)(function)
 
     return compile_it
+
+
+@cache
+def generators_digest() -> str:
+    """SHA-256 of the sources of the `GENERATORS`."""
+    digest = hashlib.sha256()
+    for name in GENERATORS:
+        for source in sorted(files(import_module(name)).iterdir(), key=lambda source: source.name):
+            if source.name.endswith(".py"):
+                digest.update(source.name.encode() + source.read_bytes())
+    return digest.hexdigest()
 
 
 def is_kept() -> bool:

@@ -31,10 +31,10 @@ class Size(BaseSize):
     factor: int = FACTOR
     tasks: tuple[str, ...] = ()
     """Of the shipped model; all of them where none is named."""
-    questions: int = 8
+    questions: int = 4
     """Of each task and temperature, which are summed: short replies differ by a tenth from one to the next. Each is
     asked once, since an engine may draft from what it wrote."""
-    rounds: int = 3
+    rounds: int = 4
     """How often a task below the bar is asked as many other questions, which are added to its sum: what a noisy
     machine did shrinks with the questions, what the engine does stays."""
     tokens: int = 48

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from transformers import GenerationConfig
 
@@ -31,6 +32,18 @@ def link_of(engine: Engine) -> Link:
 def speculation_of(engine: Engine) -> Speculation:
     """What proposes the drafts of `engine` and learns from them."""
     return engine._loop.speculation
+
+
+def embedding_nbytes(engine: Engine) -> int:
+    """Bytes of the input embeddings of `engine`, of which a token reads one row; 0 where they are the head as well."""
+    model = runner_of(engine).sequential.model
+    embedding, head = (_weight(layer) for layer in (model.get_input_embeddings(), model.get_output_embeddings()))
+    return 0 if embedding is head else int(embedding.nbytes)
+
+
+def _weight(layer: Any) -> Any:
+    """What has the bytes of `layer`'s weight."""
+    return layer.packed if hasattr(layer, "packed") else layer.weight
 
 
 @contextmanager

@@ -28,6 +28,11 @@ class PackedWeight:
         self.shape = shape
         self.dtype = dtype
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.nbytes for part in self.parts.values())
+
     def dequantize(self) -> torch.Tensor:
         """The whole matrix, widened to `dtype`."""
         return self.kind.dequantize(self.parts, "").to(self.dtype)
@@ -40,22 +45,22 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.bias = bias
-        self._packed = weight
+        self.packed = weight
         self._matrix: PackedMatrix | None = None
         self._threads: KernelThreads | None = None
 
     @property
     def weight(self) -> torch.Tensor:
         """A widened copy of the weight, for code that does not call the layer."""
-        return self._packed.dequantize()
+        return self.packed.dequantize()
 
     def use_kernels(self, threads: KernelThreads) -> None:
         """Multiplies by CPU kernels, on `threads`, where there are any for the format."""
         from edgemoe.kernels.cpu import packed_matrix
 
-        kind, columns = self._packed.kind, self.in_features
+        kind, columns = self.packed.kind, self.in_features
         if packed_matrix.fits(kind, columns):
-            self._matrix = packed_matrix.PackedMatrix.of_views(kind, self._packed.parts, "", columns)
+            self._matrix = packed_matrix.PackedMatrix.of_views(kind, self.packed.parts, "", columns)
             self._threads = threads
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -69,7 +74,7 @@ class PackedLinear(nn.Module):
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         matrix, threads = self._matrix, self._threads
         if matrix is None or threads is None:
-            return packed_linear(x, self._packed.kind, self._packed.parts, "", self.out_features)
+            return packed_linear(x, self.packed.kind, self.packed.parts, "", self.out_features)
         if 0 < len(x) <= matrix.max_tokens and kernels_have_the_cores(threads):
             return matrix.multiply_one(threads, x)
         return matrix.linear(0, x)
@@ -81,16 +86,16 @@ class PackedEmbedding(nn.Module):
     def __init__(self, weight: PackedWeight) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = weight.shape
-        self._packed = weight
+        self.packed = weight
 
     @property
     def weight(self) -> torch.Tensor:
         """See `PackedLinear`."""
-        return self._packed.dequantize()
+        return self.packed.dequantize()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """The rows of the ids `input`, [..., columns]."""
-        packed = self._packed
+        packed = self.packed
         ids = input.reshape(-1)
         rows = {name: part.index_select(0, ids) for name, part in packed.parts.items()}
         values = packed.kind.rows(rows, "", 0, len(ids)).to(packed.dtype)

@@ -1,7 +1,9 @@
-"""Compiled functions where nothing can be kept on disk."""
+"""Compiled functions, kept on disk or not."""
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,3 +25,24 @@ def test_functions_compile_where_nothing_can_be_kept_on_disk(monkeypatch: pytest
     monkeypatch.setattr(module, "njit", njit)
     assert compiled(nogil=True)(print) is print
     assert asked == [(True, True), (False, True)]
+
+
+def test_code_of_another_version_is_compiled_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """numba looks at a function's own module alone: what writes its code may have changed below it."""
+    source = tmp_path / "kernel.py"
+    source.write_text("def add(x):\n    return x + 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    add = importlib.import_module("kernel").add
+
+    def found_on_disk(digest: str) -> bool:
+        monkeypatch.setattr(module, "generators_digest", lambda: digest)
+        again = compiled(nogil=True)(add)
+        assert again(1) == 2
+        return bool(again.stats.cache_hits)
+
+    assert [found_on_disk(digest) for digest in ("one", "one", "two", "two")] == [False, True, False, True]
+
+
+def test_the_digest_is_of_all_that_writes_code() -> None:
+    assert len(module.generators_digest()) == 64
+    assert all(importlib.import_module(name).__path__ for name in module.GENERATORS)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,7 @@ INSTALL = (
 CONVERTER = "convert_hf_to_gguf.py"
 FOLDERS = ("", "vendor/llama.cpp")
 """Where the converter may be in the named folder: in llama.cpp's own source, and in that of llama-cpp-python."""
-TIMEOUT = 300.0
+TIMEOUT = 1200.0
 """Seconds for one call."""
 
 
@@ -45,9 +46,9 @@ class LlamaCpp:
     source: Path
     library: Path
 
-    def convert(self, checkpoint: Path, out: Path) -> Path:
-        """`checkpoint` as a GGUF file of float32. Raises PeerError."""
-        _run("llama_cpp_converter", self.source, checkpoint, out)
+    def convert(self, checkpoint: Path, out: Path, kind: str = "f32") -> Path:
+        """`checkpoint` as a GGUF file of float32, or of `bf16`. Raises PeerError."""
+        _run("llama_cpp_converter", self.source, checkpoint, out, kind)
         return out
 
     def quantize(self, file: Path, out: Path, kind: str) -> Path:
@@ -55,12 +56,57 @@ class LlamaCpp:
         _run("llama_cpp_library", "quantize", self.library, file, out, kind)
         return out
 
+    @contextmanager
+    def serving(self, file: Path, threads: int, length: int) -> Iterator[LlamaCppSession]:
+        """A process with `file` in memory and room for `length` tokens. Raises PeerError."""
+        with subprocess.Popen(
+            _command("llama_cpp_library", "serve", self.library, file, str(threads), str(length)),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=_environment(),
+        ) as process:  # fmt: skip
+            try:
+                yield LlamaCppSession(process)
+            finally:
+                process.kill()
+
     def logits(self, file: Path, tokens: Sequence[int]) -> torch.Tensor:
         """The logits after each of `tokens`, float32 [tokens, vocabulary]. Raises PeerError."""
         with tempfile.TemporaryDirectory(prefix="edgemoe-logits-") as folder:
             out = Path(folder) / "logits.npy"
             _run("llama_cpp_library", "logits", self.library, file, out, json.dumps(list(tokens)))
             return torch.from_numpy(np.load(out))
+
+
+class LlamaCppSession:
+    """One sequence in a process of llama.cpp."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        """Waits until the model is loaded. Raises PeerError."""
+        self._process = process
+        self._answer()
+
+    def append(self, tokens: Sequence[int]) -> float:
+        """Appends `tokens`; the seconds until the logits of the last one were there. Raises PeerError."""
+        return self._ask(list(tokens))
+
+    def clear(self) -> None:
+        """Forgets the sequence. Raises PeerError."""
+        self._ask(None)
+
+    def _ask(self, question: list[int] | None) -> float:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+        except OSError as error:
+            raise PeerError(f"llama.cpp ended with {self._process.wait()}") from error
+        return self._answer()
+
+    def _answer(self) -> float:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise PeerError(f"llama.cpp ended with {self._process.wait()}")
+        return float(line)
 
 
 def llama_cpp() -> LlamaCpp | None:
@@ -87,17 +133,24 @@ def _libraries(source: Path) -> Iterator[Path]:
 
 
 def _run(module: str, *arguments: str | Path) -> None:
-    command = [sys.executable, "-m", f"bench.support.llama_cpp_peer.{module}", *(str(each) for each in arguments)]
-    path = os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT,
-            env=os.environ | {"PYTHONPATH": path},
+            _command(module, *arguments), capture_output=True, text=True, errors="replace", timeout=TIMEOUT,
+            env=_environment(),
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise PeerError(f"{module} took more than {TIMEOUT:.0f} seconds") from error
     if done.returncode:
         raise PeerError(f"{module} ended with {done.returncode}: {_reason(done.stderr)}")
+
+
+def _command(module: str, *arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", f"bench.support.llama_cpp_peer.{module}", *(str(each) for each in arguments)]
+
+
+def _environment() -> dict[str, str]:
+    path = os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.environ | {"PYTHONPATH": path}
 
 
 def _reason(log: str) -> str:

@@ -1,4 +1,4 @@
-"""llama.cpp's own converter on a tiny checkpoint, in a process of its own: `SOURCE CHECKPOINT OUT`, float32.
+"""llama.cpp's own converter on a tiny checkpoint, in a process of its own: `SOURCE CHECKPOINT OUT TYPE`.
 
 It knows a tokenizer by the hash of what it makes of a text, and that of the zoo's checkpoints is none that it knows: it
 is told that they split texts as GPT-2 does.
@@ -17,13 +17,13 @@ WITHOUT_DRAFTS = ("qwen3_5", "qwen3_next")
 """Families whose configuration has layers that draft, and whose tiny checkpoints have none."""
 
 
-def main(source: Path, checkpoint: Path, out: Path) -> None:
-    """Converts `checkpoint`, whose config.json is given what the converter looks for, to `out`."""
+def main(source: Path, checkpoint: Path, out: Path, kind: str) -> None:
+    """Converts `checkpoint`, whose config.json is given what the converter looks for, to `out`: f32 or bf16."""
     sys.path[:0] = [str(source / "gguf-py"), str(source)]
     text_model: Any = importlib.import_module("conversion.base").TextModel
     text_model.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
     text_model._set_vocab_glm = lambda self: self._set_vocab_gpt2()
-    arguments = [str(checkpoint), "--outfile", str(out), "--outtype", "f32"]
+    arguments = [str(checkpoint), "--outfile", str(out), "--outtype", kind]
     file = checkpoint / "config.json"
     config: dict[str, Any] = json.loads(file.read_text())
     if config["model_type"].startswith(WITHOUT_DRAFTS):
@@ -38,4 +38,4 @@ def main(source: Path, checkpoint: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(*(Path(each) for each in sys.argv[1:4]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])

@@ -1,4 +1,5 @@
-"""llama.cpp's library in a process of its own: `quantize LIBRARY IN OUT TYPE` and `logits LIBRARY FILE OUT TOKENS`.
+"""llama.cpp's library in a process of its own: `quantize LIBRARY IN OUT TYPE`, `logits LIBRARY FILE OUT TOKENS`, and
+`serve LIBRARY FILE THREADS LENGTH`, which reads lines and answers each with the seconds that it took.
 
 Parameters are what the library says itself, in a buffer longer than any version's structure, so that none is described
 here. The fields that are set are the first ones, which have been the same for two years, and one by its place in the
@@ -10,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +65,9 @@ def opened(path: str) -> ctypes.CDLL:
         "llama_model_get_vocab": (pointer, (pointer,)),
         "llama_vocab_n_tokens": (ctypes.c_int32, (pointer,)),
         "llama_decode": (ctypes.c_int32, (pointer, Batch)),
+        "llama_set_n_threads": (None, (pointer, ctypes.c_int32, ctypes.c_int32)),
+        "llama_get_memory": (pointer, (pointer,)),
+        "llama_memory_clear": (None, (pointer, ctypes.c_bool)),
         "llama_get_logits_ith": (ctypes.POINTER(ctypes.c_float), (pointer, ctypes.c_int32)),
         "llama_model_quantize": (
             ctypes.c_uint32,
@@ -86,49 +91,103 @@ def quantize(library: ctypes.CDLL, source: str, out: str, kind: str) -> str:
     return f"llama_model_quantize returned {status}" if status else ""
 
 
-def logits(library: ctypes.CDLL, file: str, out: str, tokens: list[int]) -> str:
-    """Writes the logits after every token to `out`, float32 [tokens, vocabulary]; what went wrong, or an empty text."""
-    chosen = library.llama_model_default_params()
-    flags = (ctypes.c_uint8 * (4 * WORDS)).from_buffer(chosen)
-    if flags[USE_EXTRA_BUFTS - 2 : USE_EXTRA_BUFTS + 1] != [0, 0, 1]:
-        return "its llama_model_params are not those of llama-cpp-python 0.3.36: install that version"
-    flags[USE_EXTRA_BUFTS] = 0
-    model = library.llama_model_load_from_file(file.encode(), chosen)
-    if not model:
-        return "llama_model_load_from_file returned nothing"
-    count = len(tokens)
-    parameters = library.llama_context_default_params()
-    # n_ctx, n_batch, n_ubatch
-    parameters.words[0] = parameters.words[1] = parameters.words[2] = count
-    context = library.llama_init_from_model(model, parameters)
-    if not context:
-        return "llama_init_from_model returned nothing"
-    sequence = ctypes.pointer(ctypes.c_int32(0))
-    sequences = (ctypes.POINTER(ctypes.c_int32) * count)(*[sequence] * count)
-    batch = Batch(
-        count,
-        (ctypes.c_int32 * count)(*tokens),
-        None,
-        (ctypes.c_int32 * count)(*range(count)),
-        (ctypes.c_int32 * count)(*[1] * count),
-        sequences,
-        (ctypes.c_int8 * count)(*[1] * count),
-    )
-    status = library.llama_decode(context, batch)
-    if status:
-        return f"llama_decode returned {status}"
-    width = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
-    rows = [np.ctypeslib.as_array(library.llama_get_logits_ith(context, at), (width,)).copy() for at in range(count)]
-    np.save(Path(out), np.stack(rows))
-    return ""
+class Model:
+    """A model in memory, with room for one sequence."""
+
+    def __init__(self, library: ctypes.CDLL, file: str, length: int, *, extra: bool) -> None:
+        """`length` is that of the sequence, and of the longest pass; `extra` is `USE_EXTRA_BUFTS`.
+
+        Raises RuntimeError where the library refuses.
+        """
+        self._library = library
+        chosen = library.llama_model_default_params()
+        flags = (ctypes.c_uint8 * (4 * WORDS)).from_buffer(chosen)
+        if flags[USE_EXTRA_BUFTS - 2 : USE_EXTRA_BUFTS + 1] != [0, 0, 1]:
+            raise RuntimeError("its llama_model_params are not those of llama-cpp-python 0.3.36: install that version")
+        flags[USE_EXTRA_BUFTS] = extra
+        self._model = library.llama_model_load_from_file(file.encode(), chosen)
+        if not self._model:
+            raise RuntimeError("llama_model_load_from_file returned nothing")
+        parameters = library.llama_context_default_params()
+        # n_ctx, n_batch, n_ubatch
+        parameters.words[0] = parameters.words[1] = parameters.words[2] = length
+        self._context = library.llama_init_from_model(self._model, parameters)
+        if not self._context:
+            raise RuntimeError("llama_init_from_model returned nothing")
+        self.length = 0
+
+    def use_threads(self, count: int) -> None:
+        """For passes of one token and of many."""
+        self._library.llama_set_n_threads(self._context, count, count)
+
+    def clear(self) -> None:
+        """Forgets the sequence."""
+        self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
+        self.length = 0
+
+    def append(self, tokens: list[int], *, outputs: bool) -> None:
+        """Adds `tokens` to the sequence, with logits for all of them or the last one. Raises RuntimeError."""
+        count, first = len(tokens), self.length
+        sequence = ctypes.pointer(ctypes.c_int32(0))
+        wanted = [1] * count if outputs else [0] * (count - 1) + [1]
+        batch = Batch(
+            count,
+            (ctypes.c_int32 * count)(*tokens),
+            None,
+            (ctypes.c_int32 * count)(*range(first, first + count)),
+            (ctypes.c_int32 * count)(*[1] * count),
+            (ctypes.POINTER(ctypes.c_int32) * count)(*[sequence] * count),
+            (ctypes.c_int8 * count)(*wanted),
+        )
+        status = self._library.llama_decode(self._context, batch)
+        if status:
+            raise RuntimeError(f"llama_decode returned {status}")
+        self.length += count
+
+    def logits(self, at: int) -> np.ndarray:
+        """Those after token number `at` of the last pass, float32 [vocabulary]; waits for them."""
+        width = self._library.llama_vocab_n_tokens(self._library.llama_model_get_vocab(self._model))
+        found = np.ctypeslib.as_array(self._library.llama_get_logits_ith(self._context, at), (width,))
+        return np.array(found, np.float32)
+
+
+def logits(library: ctypes.CDLL, file: str, out: str, tokens: list[int]) -> None:
+    """Writes the logits after every token to `out`, float32 [tokens, vocabulary]."""
+    model = Model(library, file, len(tokens), extra=False)
+    model.append(tokens, outputs=True)
+    np.save(Path(out), np.stack([model.logits(at) for at in range(len(tokens))]))
+
+
+def serve(library: ctypes.CDLL, file: str, threads: int, length: int) -> None:
+    """Answers lines of JSON: a list of tokens is appended, and null forgets all of them. One line of seconds each."""
+    model = Model(library, file, length, extra=True)
+    model.use_threads(threads)
+    print("0", flush=True)
+    for line in sys.stdin:
+        tokens = json.loads(line)
+        started = time.perf_counter()
+        if tokens is None:
+            model.clear()
+        else:
+            model.append(tokens, outputs=False)
+            model.logits(-1)
+        print(time.perf_counter() - started, flush=True)
 
 
 def main(arguments: list[str]) -> int:
-    """Runs one of the two; the exit status is 1 where the library refuses."""
+    """Runs one of the three; the exit status is 1 where the library refuses."""
     action, path, *rest = arguments
     library = opened(path)
-    file, out, last = rest
-    wrong = quantize(library, file, out, last) if action == "quantize" else logits(library, file, out, json.loads(last))
+    wrong = ""
+    try:
+        if action == "quantize":
+            wrong = quantize(library, *rest)
+        elif action == "logits":
+            logits(library, rest[0], rest[1], json.loads(rest[2]))
+        else:
+            serve(library, rest[0], int(rest[1]), int(rest[2]))
+    except RuntimeError as error:
+        wrong = str(error)
     if wrong:
         print(wrong, file=sys.stderr)
     return 1 if wrong else 0

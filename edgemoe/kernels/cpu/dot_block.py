@@ -246,11 +246,15 @@ class Grouped:
             matrix = builder.add(of.matrix, builder.mul(slot, of.slot_step))
             values = builder.add(of.x, builder.mul(start, of.x_step))
             results = builder.add(of.out, builder.mul(start, of.out_step))
-            with builder.if_else(builder.icmp_signed("==", tokens, WORD(1))) as (one, several):
-                with one:
-                    self._rows(block, ROWS_OF_ONE_TOKEN, 1, matrix, values, results, tokens)
-                with several:
-                    self._rows(block, ROWS, self._dot.tokens, matrix, values, results, tokens)
+            self._group(block, matrix, values, results, tokens)
+
+    def _group(self, block: Block, matrix: Any, values: Any, results: Any, tokens: Any) -> None:
+        """The products of one matrix with its `tokens`: addresses, and their number, which is at least 1."""
+        with self._builder.if_else(self._builder.icmp_signed("==", tokens, WORD(1))) as (one, several):
+            with one:
+                self._rows(block, ROWS_OF_ONE_TOKEN, 1, matrix, values, results, tokens)
+            with several:
+                self._rows(block, ROWS, self._dot.tokens, matrix, values, results, tokens)
 
     def _rows(self, block: Block, rows: int, most: int, matrix: Any, values: Any, results: Any, tokens: Any) -> None:
         """Blocks of `rows` rows and at most `most` tokens, then the rows that are left one by one."""
@@ -278,6 +282,10 @@ class Grouped:
                 run(whole, count)
 
 
+Sums = list[list[list[Any]]]
+"""Where the partial sums of a block are kept: `UNROLLED` vectors of lanes for each row and token."""
+
+
 class Block:
     """Emits the products of a few rows with a few tokens."""
 
@@ -292,23 +300,42 @@ class Block:
         """`weights`, `values` and `results` are the addresses of the first row's, token's and result's."""
         builder, dot = self._builder, self._dot
         row_bases = self._steps(weights, self.row_step, rows)
-        token_bases = self._steps(values, self.x_step, tokens)
-        zero = ir.Constant(ir.VectorType(SINGLE, dot.lanes), [0.0] * dot.lanes)
-        sums = [
-            [[cgutils.alloca_once_value(builder, zero) for _ in range(tokens)] for _ in range(rows)]
-            for _ in range(UNROLLED)
-        ]
+        token_bases = self.token_bases(values, tokens)
+        sums = self.zeros(rows, tokens)
         wide = builder.sub(self._columns, builder.srem(self._columns, WORD(dot.values * UNROLLED)))
         whole = builder.sub(self._columns, builder.srem(self._columns, WORD(dot.values)))
         self._multiply(WORD(0), wide, sums, row_bases, token_bases)
         self._multiply(wide, whole, sums[:1], row_bases, token_bases)
-        totals = [[self._total(sums, row, token) for token in range(tokens)] for row in range(rows)]
+        totals = self.totals(sums)
         if dot.single is not None:
             self._multiply_singly(dot.single, whole, totals, row_bases, token_bases)
-        for token, base in enumerate(self._steps(results, self.out_step, tokens)):
-            for row in range(rows):
+        self.store(totals, results)
+
+    def zeros(self, rows: int, tokens: int) -> Sums:
+        """Places for the sums of a block, which are 0."""
+        builder = self._builder
+        zero = ir.Constant(ir.VectorType(SINGLE, self._dot.lanes), [0.0] * self._dot.lanes)
+        return [
+            [[cgutils.alloca_once_value(builder, zero) for _ in range(tokens)] for _ in range(rows)]
+            for _ in range(UNROLLED)
+        ]
+
+    def totals(self, sums: Sums) -> list[list[Any]]:
+        """By row and token: where the sum over the partial sums and their lanes is kept."""
+        rows, tokens = len(sums[0]), len(sums[0][0])
+        return [[self._total(sums, row, token) for token in range(tokens)] for row in range(rows)]
+
+    def store(self, totals: list[list[Any]], results: Any) -> None:
+        """Stores the sums of a block, of which `results` is the first one's address."""
+        builder = self._builder
+        for token, base in enumerate(self._steps(results, self.out_step, len(totals[0]))):
+            for row, own in enumerate(totals):
                 address = builder.inttoptr(builder.add(base, WORD(4 * row)), SINGLE.as_pointer())
-                builder.store(builder.load(totals[row][token]), address, align=4)
+                builder.store(builder.load(own[token]), address, align=4)
+
+    def token_bases(self, values: Any, tokens: int) -> list[Any]:
+        """The addresses of the inputs of `tokens` tokens, the first of which lies at `values`."""
+        return self._steps(values, self.x_step, tokens)
 
     def _steps(self, base: Any, step: Any, count: int) -> list[Any]:
         builder = self._builder
@@ -340,7 +367,7 @@ class Block:
                     value = load(builder, builder.add(token, input_place), SINGLE, align=4)
                     builder.store(builder.fadd(builder.load(total), builder.fmul(weight, value)), total)
 
-    def _total(self, sums: list[Any], row: int, token: int) -> Any:
+    def _total(self, sums: Sums, row: int, token: int) -> Any:
         """Where the sum over the partial sums and lanes of one result is kept."""
         builder, lanes = self._builder, self._dot.lanes
         vector = builder.load(sums[0][row][token])

@@ -33,7 +33,6 @@ _options: dict[str, Any] = {
     "error_model": "numpy",
 }
 
-# numba keeps compiled code by the time of this file alone: a change of `dot_block` needs one here too.
 _dots_bf16 = dot_block.grouped_dots(dot_block.Widened("bf16"))
 _dots_f16 = dot_block.grouped_dots(dot_block.Widened("f16"))
 _dots_f32 = dot_block.grouped_dots(dot_block.Widened("f32"))

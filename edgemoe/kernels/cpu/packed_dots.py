@@ -1,23 +1,32 @@
-"""Products of packed weight rows with tokens, as LLVM code: rows are widened into a tile, which the dots then read.
+"""Products of packed weight rows with tokens, as LLVM code.
 
-The tile is a few rows of float32: it stays in the first caches of the CPU, so memory is read packed and once.
+For few tokens weights are multiplied in the registers that they are widened in. For more, rows are widened into a tile
+which the dots then read: a few rows of float32, which stay in the first caches of the CPU. Memory is read packed and
+once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from edgemoe.kernels.cpu.dot_block import ROWS_OF_ONE_TOKEN, Block, Grouped, Operands, Widened
-from edgemoe.kernels.cpu.vector_ir import WORD, counting, load
+from edgemoe.kernels.cpu.dot_block import ROWS, UNROLLED, Block, Grouped, Operands, Widened
+from edgemoe.kernels.cpu.vector_ir import WORD, counting, lanes, load, offset, part, prefetch, store
 from edgemoe.kernels.cpu.widening import Widening
 
-TILE_ROWS = ROWS_OF_ONE_TOKEN
-"""Most rows that are widened at a time for a product."""
+TILE_ROWS = ROWS
+"""Rows that are widened at a time for a product."""
+FEW_TOKENS = 8
+"""Tokens up to which weights are multiplied in the registers that they are widened in, four tokens at a time."""
+STEP = 64
+"""Fewest columns that are multiplied before the next look at where the row ends: a multiple of two vectors."""
+AHEAD, LINE = 4096, 64
+"""Bytes from what is multiplied to what is asked for, about what memory delivers meanwhile, and of a cache line."""
 OFFSETS, STARTS, TILE = 1, 4, 7
 """The places of these arrays among the arguments."""
 
@@ -80,29 +89,118 @@ class _Packed(Grouped):
             with none:
                 slot = load(builder, of.slots, WORD, align=8)
                 matrix = builder.add(of.matrix, builder.mul(slot, of.slot_step))
-                self._widen(matrix, of.first, of.last)
+                self._widen(self._parts(matrix), of.first, of.last)
             with some:
                 super().emit()
 
+    def _group(self, block: Block, matrix: Any, values: Any, results: Any, tokens: Any) -> None:
+        """See the base class: weights for few tokens are multiplied as they are widened, without a tile."""
+        with self._builder.if_else(self._builder.icmp_signed("<=", tokens, WORD(FEW_TOKENS))) as (few, many):
+            with few:
+                self._fused(matrix, values, results, tokens)
+            with many:
+                self._rows(block, TILE_ROWS, self._dot.tokens, matrix, values, results, tokens)
+
+    def _fused(self, matrix: Any, values: Any, results: Any, tokens: Any) -> None:
+        """All rows with `tokens` tokens, without a tile."""
+        builder, of = self._builder, self._operands
+        block = _FusedBlock(builder, self._dot, self._widening, self._parts(matrix), of)
+        for start, stop, count in self._spans(ROWS):
+            with counting(builder, start, stop, count) as row:
+                into = builder.add(results, builder.mul(row, WORD(4)))
+                self._tokens(block, count, self._dot.tokens, row, values, into, tokens)
+
     def _rows(self, block: Block, rows: int, most: int, matrix: Any, values: Any, results: Any, tokens: Any) -> None:
         """See the base class: `rows` rows are widened, then multiplied."""
-        builder, first, last = self._builder, self._operands.first, self._operands.last
-        whole = builder.sub(last, builder.srem(builder.sub(last, first), WORD(rows)))
-        for start, stop, count in ((first, whole, rows), (whole, last, 1)):
+        builder, parts = self._builder, self._parts(matrix)
+        for start, stop, count in self._spans(rows):
             with counting(builder, start, stop, count) as row:
-                self._widen(matrix, row, builder.add(row, WORD(count)))
+                self._widen(parts, row, builder.add(row, WORD(count)))
                 into = builder.add(results, builder.mul(row, WORD(4)))
                 self._tokens(block, count, most, self._tile, values, into, tokens)
 
-    def _widen(self, matrix: Any, first: Any, last: Any) -> None:
-        """Widens the rows `first` ≤ r < `last` of the record at `matrix` into the tile."""
+    def _spans(self, rows: int) -> list[tuple[Any, Any, int]]:
+        """The first and the last of the blocks of `rows` rows, then those of the rows that are left one by one."""
+        builder, first, last = self._builder, self._operands.first, self._operands.last
+        whole = builder.sub(last, builder.srem(builder.sub(last, first), WORD(rows)))
+        return [(first, whole, rows), (whole, last, 1)] if rows > 1 else [(first, last, 1)]
+
+    def _parts(self, matrix: Any) -> list[Any]:
+        """The addresses of the matrix's parts in the record at `matrix`."""
+        builder = self._builder
+        return [
+            builder.add(matrix, load(builder, offset(builder, self._offsets, 8 * number), WORD, align=8))
+            for number in range(self._widening.parts)
+        ]
+
+    def _widen(self, parts: Sequence[Any], first: Any, last: Any) -> None:
+        """Widens the rows `first` ≤ r < `last` into the tile."""
         builder, columns, widening = self._builder, self._operands.columns, self._widening
         with counting(builder, first, last, 1) as row:
             line = builder.mul(builder.sub(row, first), builder.mul(columns, WORD(4)))
             into = builder.add(self._tile, line)
-            parts = [
-                builder.add(matrix, load(builder, builder.add(self._offsets, WORD(8 * number)), WORD, align=8))
-                for number in range(widening.parts)
-            ]
             with counting(builder, WORD(0), columns, widening.values) as column:
-                widening.emit(builder, parts, columns, row, column, builder.add(into, builder.mul(column, WORD(4))))
+                out = builder.add(into, builder.mul(column, WORD(4)))
+                widening.emit(builder, parts, columns, row, column, partial(self._store, out))
+
+    def _store(self, out: Any, first: int, values: Any) -> None:
+        store(self._builder, values, offset(self._builder, out, 4 * first))
+
+
+class _FusedBlock(Block):
+    """Emits the products of a few rows with a few tokens, in whose registers the weights are widened."""
+
+    def __init__(self, builder: Any, dot: Widened, widening: Widening, parts: Sequence[Any], of: Operands) -> None:
+        """`parts` are the addresses of the parts of one matrix."""
+        super().__init__(builder, dot, WORD(0), of.x_step, of.out_step, of.columns)
+        self._widening = widening
+        self._parts = parts
+
+    def emit(self, rows: int, tokens: int, weights: Any, values: Any, results: Any) -> None:
+        """See the base class: the same sums in the same order. `weights` is the number of the first row."""
+        builder, columns, count = self._builder, self._columns, self._widening.values
+        bases, sums = self.token_bases(values, tokens), self.zeros(rows, tokens)
+        step = max(STEP, count)
+
+        def emit(start: Any, first: int) -> None:
+            """`count` columns from start + `first` on, which is a multiple of them."""
+            column = builder.add(start, WORD(first))
+            for number in range(rows):
+                row = builder.add(weights, WORD(number))
+                if first % STEP == 0:
+                    self._prefetch(row, column)
+                put = partial(self._multiply_add, [each[number] for each in sums], bases, column, first)
+                self._widening.emit(builder, self._parts, columns, row, column, put)
+
+        whole = builder.sub(columns, builder.srem(columns, WORD(step)))
+        with counting(builder, WORD(0), whole, step) as start:
+            for first in range(0, step, count):
+                emit(start, first)
+        for first in range(0, step - count, count):
+            with builder.if_then(builder.icmp_signed("<", builder.add(whole, WORD(first)), columns)):
+                emit(whole, first)
+        self.store(self.totals(sums), results)
+
+    def _prefetch(self, row: Any, column: Any) -> None:
+        """Asks for what will be read soon: decoding is too slow for the CPU to look far enough ahead by itself."""
+        builder, (values, nbytes) = self._builder, self._widening.block
+        place = builder.add(builder.mul(row, self._columns), column)
+        at = builder.add(self._parts[0], builder.mul(builder.udiv(place, WORD(values)), WORD(nbytes)))
+        covered = -(-max(STEP, self._widening.values) // values) * nbytes
+        for line in range(0, covered, LINE):
+            prefetch(builder, offset(builder, at, AHEAD + line))
+
+    def _multiply_add(
+        self, sums: list[list[Any]], bases: Sequence[Any], column: Any, before: int, first: int, weights: Any
+    ) -> None:
+        """Adds the products of `weights`, those from `column` + `first` on, to the partial `sums` of the tokens.
+
+        `before` is how far `column` is from a multiple of `STEP`: which partial sum a column belongs to is known here.
+        """
+        builder, width = self._builder, self._dot.lanes
+        for at in range(0, lanes(weights), width):
+            own = part(builder, weights, at, width) if lanes(weights) > width else weights
+            place = builder.mul(builder.add(column, WORD(first + at)), WORD(4))
+            for base, into in zip(bases, sums[(before + first + at) // width % UNROLLED], strict=True):
+                value = self._dot.inputs(builder, builder.add(base, place))
+                builder.store(self._dot.add(builder, builder.load(into), own, value), into)

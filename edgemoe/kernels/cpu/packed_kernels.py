@@ -29,7 +29,6 @@ SIGNATURE = types.void(
 """The types of the arguments of every function here."""
 _options: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
 
-# numba keeps compiled code by the time of this file alone: a change of what is below `packed_dots` needs one here too.
 _gguf_q4_0 = packed_dots(Gguf("Q4_0"))
 _gguf_q4_1 = packed_dots(Gguf("Q4_1"))
 _gguf_q5_0 = packed_dots(Gguf("Q5_0"))

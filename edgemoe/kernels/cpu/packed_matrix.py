@@ -44,7 +44,7 @@ def packed_kernel(kind: WeightFormat, columns: int) -> PackedKernel | None:
 
     name, parts = found
     run = getattr(packed_kernels, name, None)
-    needs_halves = isinstance(kind, GgufFormat) or name.endswith("f16")
+    needs_halves = isinstance(kind, (GgufFormat, Fp8Format, Nvfp4Format)) or name.endswith("f16")
     if run is None or (needs_halves and not Widened.available("f16")):
         return None
     if not run.signatures:

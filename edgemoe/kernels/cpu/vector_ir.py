@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,19 +30,33 @@ def load(builder: Any, address: Any, kind: Any, align: int = 2) -> Any:
     return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align)
 
 
+def prefetch(builder: Any, address: Any) -> None:
+    """Asks for the cache line at `address`, which may be no valid one."""
+    pointer = builder.inttoptr(address, BYTE.as_pointer())
+    kind = ir.FunctionType(ir.VoidType(), [pointer.type, INT, INT, INT])
+    hint = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    # To read, to be kept in every cache, and data.
+    builder.call(hint, [pointer, INT(0), INT(3), INT(1)])
+
+
+def offset(builder: Any, address: Any, nbytes: int) -> Any:
+    """`address`, moved by `nbytes`."""
+    return builder.add(address, WORD(nbytes))
+
+
 def load_bytes(builder: Any, address: Any, count: int) -> Any:
     """The vector of `count` bytes at `address`."""
     return load(builder, address, ir.VectorType(BYTE, count), align=1)
 
 
-def load_byte(builder: Any, address: Any, at: int = 0) -> Any:
-    """The byte `at` bytes after `address`."""
-    return load(builder, builder.add(address, WORD(at)), BYTE, align=1)
+def load_byte(builder: Any, address: Any) -> Any:
+    """The byte at `address`."""
+    return load(builder, address, BYTE, align=1)
 
 
-def load_half(builder: Any, address: Any, at: int = 0) -> Any:
-    """The fp16 `at` bytes after `address`, as a float32."""
-    return builder.fpext(load(builder, builder.add(address, WORD(at)), HALF, align=1), SINGLE)
+def load_half(builder: Any, address: Any) -> Any:
+    """The fp16 at `address`, as a float32."""
+    return builder.fpext(load(builder, address, HALF, align=1), SINGLE)
 
 
 def store(builder: Any, values: Any, address: Any) -> None:
@@ -62,6 +76,11 @@ def splat(builder: Any, value: Any, count: int) -> Any:
     return builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), _mask([0] * count))
 
 
+def spread(builder: Any, vector: Any, places: Sequence[int], each: int) -> Any:
+    """The values of `vector` at `places`, each of them `each` times."""
+    return builder.shuffle_vector(vector, vector, _mask(place for place in places for _ in range(each)))
+
+
 def same(vector: Any, value: float) -> Any:
     """A constant of the type of `vector`, with `value` everywhere."""
     return ir.Constant(vector.type, [value] * lanes(vector))
@@ -70,12 +89,6 @@ def same(vector: Any, value: float) -> Any:
 def joined(builder: Any, first: Any, second: Any) -> Any:
     """The values of two vectors of one length, one after the other."""
     return builder.shuffle_vector(first, second, _mask(range(2 * lanes(first))))
-
-
-def interleaved(builder: Any, first: Any, second: Any) -> Any:
-    """The values of two vectors of one length, in turn."""
-    count = lanes(first)
-    return builder.shuffle_vector(first, second, _mask(at for pair in range(count) for at in (pair, pair + count)))
 
 
 def part(builder: Any, vector: Any, first: int, count: int) -> Any:
@@ -109,44 +122,64 @@ def signed_floats(builder: Any, values: Any) -> Any:
     return builder.sitofp(values, ir.VectorType(SINGLE, lanes(values)))
 
 
+def nibbles(builder: Any, address: Any, shifts: Sequence[int]) -> Any:
+    """The 16 codes of four bits in the 8 bytes at `address`, each as the lowest bits of an INT: others may follow.
+
+    `shifts` are where the eight codes of four bytes, a little-endian word, begin.
+    """
+    words = load(builder, address, ir.VectorType(INT, 2), align=1)
+    spread = builder.shuffle_vector(words, words, _mask([0] * 8 + [1] * 8))
+    return builder.lshr(spread, ir.Constant(spread.type, list(shifts) * 2))
+
+
+def split_nibbles(builder: Any, address: Any) -> tuple[Any, Any]:
+    """The lower and the higher codes of the 16 bytes at `address`, as `nibbles` has them."""
+    words = builder.zext(load_bytes(builder, address, 16), ir.VectorType(INT, 16))
+    return words, builder.lshr(words, same(words, 4))
+
+
 def looked_up(builder: Any, table: Any, codes: Any) -> Any:
-    """The values of `table`, a vector of 16 float32, that the bytes `codes`, each below 16, name."""
-    count = lanes(codes)
-    places = builder.zext(codes, ir.VectorType(INT, count))
-    width, look = _lookup(builder, table)
-    found = [look(part(builder, places, first, width)) for first in range(0, count, width)]
-    while len(found) > 1:
-        found = [joined(builder, found[at], found[at + 1]) for at in range(0, len(found), 2)]
-    return found[0]
-
-
-def _lookup(builder: Any, table: Any) -> tuple[int, Any]:
-    """How many codes are looked up at a time, and the function for them."""
+    """The values of `table`, 16 float32, that the lowest four bits of the 16 INT `codes` name."""
     if has("avx512f"):
-        wide = ir.VectorType(SINGLE, 16)
-        kind = ir.FunctionType(wide, [wide, ir.VectorType(INT, 16)])
-        permute = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.permvar.sf.512")
-        return 16, lambda places: builder.call(permute, [table, places])
+        return _permuted(builder, "llvm.x86.avx512.permvar.sf.512", table, codes)
     if is_x86() and has("avx2"):
-        wide = ir.VectorType(SINGLE, 8)
-        kind = ir.FunctionType(wide, [wide, ir.VectorType(INT, 8)])
-        permute = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx2.permps")
-        halves = part(builder, table, 0, 8), part(builder, table, 8, 8)
+        halves = [_looked_up_by_eights(builder, table, part(builder, codes, first, 8)) for first in (0, 8)]
+        return joined(builder, *halves)
+    places = builder.and_(codes, same(codes, 15))
+    found = ir.Constant(ir.VectorType(SINGLE, 16), ir.Undefined)
+    for at in range(16):
+        value = builder.extract_element(table, builder.extract_element(places, INT(at)))
+        found = builder.insert_element(found, value, INT(at))
+    return found
 
-        def look(places: Any) -> Any:
-            low, high = (builder.call(permute, [half, places]) for half in halves)
-            return builder.select(builder.icmp_unsigned(">=", places, same(places, 8)), high, low)
 
-        return 8, look
+def looks_up_at_once() -> bool:
+    """Whether one instruction looks up 16 values."""
+    return has("avx512f")
 
-    def one_by_one(places: Any) -> Any:
-        found = ir.Constant(ir.VectorType(SINGLE, 8), ir.Undefined)
-        for at in range(8):
-            value = builder.extract_element(table, builder.extract_element(places, INT(at)))
-            found = builder.insert_element(found, value, INT(at))
-        return found
 
-    return 8, one_by_one
+def _looked_up_by_eights(builder: Any, table: Any, codes: Any) -> Any:
+    """Eight values: the instruction takes tables of eight, and the lowest three bits."""
+    low, high = (_permuted(builder, "llvm.x86.avx2.permps", part(builder, table, first, 8), codes) for first in (0, 8))
+    # The fourth bit becomes the sign, which is what the instruction that selects looks at.
+    signs = builder.shl(codes, same(codes, 28))
+    return builder.select(builder.icmp_signed("<", signs, same(signs, 0)), high, low)
+
+
+def _permuted(builder: Any, name: str, table: Any, places: Any) -> Any:
+    kind = ir.FunctionType(table.type, [table.type, places.type])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [table, places])
+
+
+def of_codes(builder: Any, make: Callable[[Any], Any], codes: Sequence[Any], *, costly: bool = False) -> list[Any]:
+    """`make` of each of the `codes`, vectors as `nibbles` has them, which it gets as float32.
+
+    It is computed once for all 16 codes, and looked up, where that is faster: always, where it is `costly`.
+    """
+    if costly or looks_up_at_once():
+        table = make(ir.Constant(ir.VectorType(SINGLE, 16), [float(code) for code in range(16)]))
+        return [looked_up(builder, table, each) for each in codes]
+    return [make(unsigned_floats(builder, builder.and_(each, same(each, 15)))) for each in codes]
 
 
 def rounded_to_bf16(builder: Any, values: Any) -> Any:

@@ -1,6 +1,6 @@
 """How compiled code reads the packed types of GGUF: the float32 values of one block, as `formats.gguf_blocks` has them.
 
-Every function stores the values of the block at the address `block` at `out`, both LLVM values.
+Every function puts the values of the block at the address `block`, an LLVM value, in their order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from edgemoe.kernels.cpu.vector_ir import (
     BYTE,
     INT,
     SINGLE,
-    WORD,
     field,
     high_nibbles,
     joined,
@@ -25,24 +24,20 @@ from edgemoe.kernels.cpu.vector_ir import (
     load_half,
     looked_up,
     low_nibbles,
+    of_codes,
+    offset,
     same,
     signed_floats,
     splat,
-    store,
+    split_nibbles,
+    spread,
     unsigned_floats,
 )
 
-EmitBlock = Callable[[Any, Any, Any], None]
-"""Of a builder, a block's address, and where its values go."""
-
-
-def _at(builder: Any, address: Any, offset: int) -> Any:
-    return builder.add(address, WORD(offset))
-
-
-def _put(builder: Any, out: Any, first: int, values: Any) -> None:
-    """Stores `values` as those from number `first` of the block on."""
-    store(builder, values, _at(builder, out, 4 * first))
+Put = Callable[[int, Any], None]
+"""Takes the number of a value and a vector of float32, a multiple of 16: the values from this one on."""
+EmitBlock = Callable[[Any, Any, Put], None]
+"""Of a builder, a block's address, and what takes its values."""
 
 
 def _halves(builder: Any, address: Any) -> Any:
@@ -51,188 +46,197 @@ def _halves(builder: Any, address: Any) -> Any:
     return joined(builder, low_nibbles(builder, packed), high_nibbles(builder, packed))
 
 
-def _times(builder: Any, step: Any, values: Any) -> Any:
-    return builder.fmul(splat(builder, step, values.type.count), values)
+def _put_all(put: Put, first: int, found: Sequence[Any]) -> None:
+    """Puts vectors of 16 values one after the other, from number `first` on."""
+    for number, values in enumerate(found):
+        put(first + 16 * number, values)
 
 
-def _from_steps(builder: Any, steps: Sequence[Any], values: Any) -> Any:
-    """`values` times `steps`, one step for each 16 of them, two in all."""
-    both = joined(builder, *(splat(builder, step, 16) for step in steps))
-    return builder.fmul(both, values)
+def _half_everywhere(builder: Any, address: Any, count: int) -> Any:
+    return splat(builder, load_half(builder, address), count)
 
 
 # --- one scale for 32 values ---------------------------------------------------------------------------
 
 
-def _q4_0(builder: Any, block: Any, out: Any) -> None:
-    values = unsigned_floats(builder, _halves(builder, _at(builder, block, 2)))
-    _put(builder, out, 0, _times(builder, load_half(builder, block), builder.fsub(values, same(values, 8.0))))
+def _q4_0(builder: Any, block: Any, put: Put) -> None:
+    step = _half_everywhere(builder, block, 16)
+
+    def make(codes: Any) -> Any:
+        return builder.fmul(step, builder.fsub(codes, same(codes, 8.0)))
+
+    _put_all(put, 0, of_codes(builder, make, split_nibbles(builder, offset(builder, block, 2))))
 
 
-def _q4_1(builder: Any, block: Any, out: Any) -> None:
-    _with_low(builder, block, unsigned_floats(builder, _halves(builder, _at(builder, block, 4))), out)
+def _q4_1(builder: Any, block: Any, put: Put) -> None:
+    step, low = (_half_everywhere(builder, offset(builder, block, at), 16) for at in (0, 2))
 
+    def make(codes: Any) -> Any:
+        return builder.fadd(builder.fmul(step, codes), low)
 
-def _with_low(builder: Any, block: Any, values: Any, out: Any) -> None:
-    """The scale is the first number of the block, and the second one is what is added."""
-    low = splat(builder, load_half(builder, block, 2), 32)
-    _put(builder, out, 0, builder.fadd(_times(builder, load_half(builder, block), values), low))
+    _put_all(put, 0, of_codes(builder, make, split_nibbles(builder, offset(builder, block, 4))))
 
 
 def _five_bits(builder: Any, address: Any) -> Any:
     """32 values of five bits, the highest of which lie in the four bytes at `address`, before the others."""
-    wide = ir.VectorType(INT, 32)
-    bits = splat(builder, load(builder, address, INT, align=1), 32)
-    ones = builder.and_(builder.lshr(bits, ir.Constant(wide, list(range(32)))), ir.Constant(wide, [1] * 32))
-    low = builder.zext(_halves(builder, _at(builder, address, 4)), wide)
-    return unsigned_floats(builder, builder.or_(low, builder.shl(ones, ir.Constant(wide, [4] * 32))))
+    low = _halves(builder, offset(builder, address, 4))
+    bits = builder.bitcast(load(builder, address, INT, align=1), ir.VectorType(ir.IntType(1), 32))
+    return unsigned_floats(builder, builder.or_(low, builder.select(bits, same(low, 16), same(low, 0))))
 
 
-def _q5_0(builder: Any, block: Any, out: Any) -> None:
-    values = _five_bits(builder, _at(builder, block, 2))
-    _put(builder, out, 0, _times(builder, load_half(builder, block), builder.fsub(values, same(values, 16.0))))
+def _q5_0(builder: Any, block: Any, put: Put) -> None:
+    values = _five_bits(builder, offset(builder, block, 2))
+    put(0, builder.fmul(_half_everywhere(builder, block, 32), builder.fsub(values, same(values, 16.0))))
 
 
-def _q5_1(builder: Any, block: Any, out: Any) -> None:
-    _with_low(builder, block, _five_bits(builder, _at(builder, block, 4)), out)
+def _q5_1(builder: Any, block: Any, put: Put) -> None:
+    step, low = (_half_everywhere(builder, offset(builder, block, at), 32) for at in (0, 2))
+    put(0, builder.fadd(builder.fmul(step, _five_bits(builder, offset(builder, block, 4))), low))
 
 
-def _q8_0(builder: Any, block: Any, out: Any) -> None:
-    values = signed_floats(builder, load_bytes(builder, _at(builder, block, 2), 32))
-    _put(builder, out, 0, _times(builder, load_half(builder, block), values))
+def _q8_0(builder: Any, block: Any, put: Put) -> None:
+    values = signed_floats(builder, load_bytes(builder, offset(builder, block, 2), 32))
+    put(0, builder.fmul(_half_everywhere(builder, block, 32), values))
 
 
-def _iq4_nl(builder: Any, block: Any, out: Any) -> None:
-    values = looked_up(builder, _table(IQ4), _halves(builder, _at(builder, block, 2)))
-    _put(builder, out, 0, _times(builder, load_half(builder, block), values))
+def _iq4_nl(builder: Any, block: Any, put: Put) -> None:
+    _put_from_table(builder, IQ4, _half_everywhere(builder, block, 16), offset(builder, block, 2), put, 0)
 
 
-def _mxfp4(builder: Any, block: Any, out: Any) -> None:
-    doubled = looked_up(builder, _table(MXFP4), _halves(builder, _at(builder, block, 1)))
+def _mxfp4(builder: Any, block: Any, put: Put) -> None:
     exponent = builder.zext(load_byte(builder, block), INT)
-    # 2 to the exponent - 128, the smallest two of which are subnormal.
+    # 2 to the exponent - 128, the smallest two of which are subnormal; the table has twice the values.
     normal = builder.shl(builder.sub(exponent, INT(1)), INT(23))
     small = builder.shl(INT(0x00200000), exponent)
     bits = builder.select(builder.icmp_unsigned("<", exponent, INT(2)), small, normal)
-    _put(builder, out, 0, _times(builder, builder.bitcast(bits, SINGLE), doubled))
+    step = splat(builder, builder.bitcast(bits, SINGLE), 16)
+    _put_from_table(builder, MXFP4, step, offset(builder, block, 1), put, 0)
 
 
-def _table(values: tuple[float, ...]) -> Any:
-    return ir.Constant(ir.VectorType(SINGLE, 16), list(values))
+def _put_from_table(builder: Any, table: Sequence[float], step: Any, address: Any, put: Put, first: int) -> None:
+    """`step`, a vector, times the values of `table` that the 32 codes in the 16 bytes at `address` name."""
+    own = builder.fmul(step, ir.Constant(step.type, list(table)))
+    _put_all(put, first, [looked_up(builder, own, codes) for codes in split_nibbles(builder, address)])
 
 
 # --- 256 values with scales of their own for every 16 or 32 ----------------------------------------------
 
 
-def _float(builder: Any, value: Any) -> Any:
-    """An unsigned byte as a float32."""
-    return builder.uitofp(value, SINGLE)
+def _with_scales(builder: Any, scales: Any, number: int, values: Any) -> Any:
+    """32 `values` times their `scales`, a vector with one for each 16 of the block; they begin at 32 * `number`."""
+    return builder.fmul(spread(builder, scales, (2 * number, 2 * number + 1), 16), values)
 
 
-def _q2_k(builder: Any, block: Any, out: Any) -> None:
-    step, low = load_half(builder, block, 80), load_half(builder, block, 82)
+def _q2_k(builder: Any, block: Any, put: Put) -> None:
+    packed_scales = load_bytes(builder, block, 16)
+    step, low = (_half_everywhere(builder, offset(builder, block, at), 16) for at in (80, 82))
+    steps = builder.fmul(step, unsigned_floats(builder, low_nibbles(builder, packed_scales)))
+    lows = builder.fmul(low, unsigned_floats(builder, high_nibbles(builder, packed_scales)))
     for half in range(2):
-        packed = load_bytes(builder, _at(builder, block, 16 + 32 * half), 32)
+        packed = load_bytes(builder, offset(builder, block, 16 + 32 * half), 32)
         for shift in range(4):
-            place = 8 * half + 2 * shift
-            codes = [load_byte(builder, block, place + side) for side in range(2)]
-            steps = [builder.fmul(step, _float(builder, builder.and_(code, BYTE(15)))) for code in codes]
-            lows = [builder.fmul(low, _float(builder, builder.lshr(code, BYTE(4)))) for code in codes]
+            number = 4 * half + shift
             values = unsigned_floats(builder, field(builder, packed, 2 * shift, 3))
-            lowest = joined(builder, *(splat(builder, each, 16) for each in lows))
-            _put(builder, out, 16 * place, builder.fsub(_from_steps(builder, steps, values), lowest))
+            lowest = spread(builder, lows, (2 * number, 2 * number + 1), 16)
+            put(32 * number, builder.fsub(_with_scales(builder, steps, number, values), lowest))
 
 
-def _q3_k(builder: Any, block: Any, out: Any) -> None:
-    step, present = load_half(builder, block, 108), load_bytes(builder, block, 32)
+def _q3_k(builder: Any, block: Any, put: Put) -> None:
+    present, scales = load_bytes(builder, block, 32), _q3_scales(builder, block)
     for half in range(2):
-        packed = load_bytes(builder, _at(builder, block, 32 + 32 * half), 32)
+        packed = load_bytes(builder, offset(builder, block, 32 + 32 * half), 32)
         for shift in range(4):
-            place = 4 * half + shift
-            steps = [builder.fmul(step, _q3_scale(builder, block, 2 * place + side)) for side in range(2)]
-            absent = builder.xor(field(builder, present, place, 1), same(present, 1))
+            number = 4 * half + shift
+            absent = builder.xor(field(builder, present, number, 1), same(present, 1))
             codes = builder.sub(field(builder, packed, 2 * shift, 3), builder.shl(absent, same(absent, 2)))
-            _put(builder, out, 32 * place, _from_steps(builder, steps, signed_floats(builder, codes)))
+            put(32 * number, _with_scales(builder, scales, number, signed_floats(builder, codes)))
 
 
-def _q3_scale(builder: Any, block: Any, number: int) -> Any:
-    low = load_byte(builder, block, 96 + number % 8)
-    low = builder.and_(low, BYTE(15)) if number < 8 else builder.lshr(low, BYTE(4))
-    high = builder.lshr(load_byte(builder, block, 104 + number % 4), BYTE(2 * (number // 4)))
-    code = builder.or_(low, builder.shl(builder.and_(high, BYTE(3)), BYTE(4)))
-    return builder.sitofp(builder.sub(code, BYTE(32)), SINGLE)
+def _q3_scales(builder: Any, block: Any) -> Any:
+    """Scales of six bits: the lower four in eight bytes, low halves first, and the upper two in four more."""
+    packed = load_bytes(builder, offset(builder, block, 96), 8)
+    four = joined(builder, low_nibbles(builder, packed), high_nibbles(builder, packed))
+    words = splat(builder, load(builder, offset(builder, block, 104), INT, align=1), 4)
+    upper = builder.lshr(words, ir.Constant(words.type, [0, 2, 4, 6]))
+    two = builder.bitcast(builder.and_(upper, same(upper, 0x03030303)), four.type)
+    codes = builder.sub(builder.or_(four, builder.shl(two, same(two, 4))), same(four, 32))
+    return builder.fmul(_half_everywhere(builder, offset(builder, block, 108), 16), signed_floats(builder, codes))
 
 
-def _steps_and_lows(builder: Any, block: Any) -> list[tuple[Any, Any]]:
-    """The scale, and what is subtracted, of each 32 values of Q4_K and Q5_K."""
-    step, low = load_half(builder, block, 0), load_half(builder, block, 2)
-    packed = [load_byte(builder, block, 4 + at) for at in range(12)]
+def _steps_and_lows(builder: Any, block: Any) -> Any:
+    """The scale of each 32 values of Q4_K and Q5_K, then what is subtracted from each 32: 16 float32.
 
-    def six(four: Any, two: Any) -> Any:
-        """Six bits: the lower four of `four`, and the upper two of `two`."""
-        return builder.or_(four, builder.shl(builder.lshr(two, BYTE(6)), BYTE(4)))
+    They have six bits each: the first four of both are bytes, in whose upper bits the upper two of the others lie.
+    """
+    scales, lows, others = (load(builder, offset(builder, block, at), INT, align=1) for at in (4, 8, 12))
 
-    found = []
-    for at in range(8):
-        if at < 4:
-            scale, minimum = (builder.and_(packed[at + by], BYTE(63)) for by in (0, 4))
-        else:
-            scale = six(builder.and_(packed[at + 4], BYTE(15)), packed[at - 4])
-            minimum = six(builder.lshr(packed[at + 4], BYTE(4)), packed[at])
-        found.append((builder.fmul(step, _float(builder, scale)), builder.fmul(low, _float(builder, minimum))))
-    return found
+    def first(packed: Any) -> Any:
+        return builder.and_(packed, INT(0x3F3F3F3F))
+
+    def last(packed: Any, four: Any) -> Any:
+        two = builder.and_(builder.lshr(packed, INT(2)), INT(0x30303030))
+        return builder.or_(builder.and_(four, INT(0x0F0F0F0F)), two)
+
+    words = ir.Constant(ir.VectorType(INT, 4), ir.Undefined)
+    found = first(scales), last(scales, others), first(lows), last(lows, builder.lshr(others, INT(4)))
+    for at, word in enumerate(found):
+        words = builder.insert_element(words, word, INT(at))
+    codes = unsigned_floats(builder, builder.bitcast(words, ir.VectorType(BYTE, 16)))
+    step, low = (_half_everywhere(builder, offset(builder, block, at), 8) for at in (0, 2))
+    return builder.fmul(joined(builder, step, low), codes)
 
 
-def _q4_k(builder: Any, block: Any, out: Any) -> None:
+def _q4_k(builder: Any, block: Any, put: Put) -> None:
     scales = _steps_and_lows(builder, block)
     for pair in range(4):
-        packed = load_bytes(builder, _at(builder, block, 16 + 32 * pair), 32)
-        for side, codes in enumerate((low_nibbles(builder, packed), high_nibbles(builder, packed))):
-            _put_affine(builder, out, 2 * pair + side, scales, codes)
+        halves = [split_nibbles(builder, offset(builder, block, 16 + 32 * pair + at)) for at in (0, 16)]
+        for side in range(2):
+            number = 2 * pair + side
+            step, low = (spread(builder, scales, [at], 16) for at in (number, 8 + number))
+
+            def make(codes: Any, step: Any = step, low: Any = low) -> Any:
+                return builder.fsub(builder.fmul(step, codes), low)
+
+            _put_all(put, 32 * number, of_codes(builder, make, [half[side] for half in halves]))
 
 
-def _q5_k(builder: Any, block: Any, out: Any) -> None:
-    scales, high = _steps_and_lows(builder, block), load_bytes(builder, _at(builder, block, 16), 32)
+def _q5_k(builder: Any, block: Any, put: Put) -> None:
+    scales, high = _steps_and_lows(builder, block), load_bytes(builder, offset(builder, block, 16), 32)
     for pair in range(4):
-        packed = load_bytes(builder, _at(builder, block, 48 + 32 * pair), 32)
+        packed = load_bytes(builder, offset(builder, block, 48 + 32 * pair), 32)
         for side, codes in enumerate((low_nibbles(builder, packed), high_nibbles(builder, packed))):
             number = 2 * pair + side
             bit = field(builder, high, number, 1)
-            _put_affine(builder, out, number, scales, builder.or_(codes, builder.shl(bit, same(bit, 4))))
+            values = unsigned_floats(builder, builder.or_(codes, builder.shl(bit, same(bit, 4))))
+            step, low = (spread(builder, scales, [at], 32) for at in (number, 8 + number))
+            put(32 * number, builder.fsub(builder.fmul(step, values), low))
 
 
-def _put_affine(builder: Any, out: Any, number: int, scales: list[tuple[Any, Any]], codes: Any) -> None:
-    step, low = scales[number]
-    values = _times(builder, step, unsigned_floats(builder, codes))
-    _put(builder, out, 32 * number, builder.fsub(values, splat(builder, low, 32)))
-
-
-def _q6_k(builder: Any, block: Any, out: Any) -> None:
-    step = load_half(builder, block, 208)
+def _q6_k(builder: Any, block: Any, put: Put) -> None:
+    codes = signed_floats(builder, load_bytes(builder, offset(builder, block, 192), 16))
+    scales = builder.fmul(_half_everywhere(builder, offset(builder, block, 208), 16), codes)
     for half in range(2):
-        low = [load_bytes(builder, _at(builder, block, 64 * half + 32 * side), 32) for side in range(2)]
-        high = load_bytes(builder, _at(builder, block, 128 + 32 * half), 32)
+        low = [load_bytes(builder, offset(builder, block, 64 * half + 32 * side), 32) for side in range(2)]
+        high = load_bytes(builder, offset(builder, block, 128 + 32 * half), 32)
         for part in range(4):
             four = low_nibbles(builder, low[part]) if part < 2 else high_nibbles(builder, low[part - 2])
             two = field(builder, high, 2 * part, 3)
             codes = builder.sub(builder.or_(four, builder.shl(two, same(two, 4))), same(four, 32))
             number = 4 * half + part
-            scales = [load_byte(builder, block, 192 + 2 * number + side) for side in range(2)]
-            steps = [builder.fmul(step, builder.sitofp(scale, SINGLE)) for scale in scales]
-            _put(builder, out, 32 * number, _from_steps(builder, steps, signed_floats(builder, codes)))
+            put(32 * number, _with_scales(builder, scales, number, signed_floats(builder, codes)))
 
 
-def _iq4_xs(builder: Any, block: Any, out: Any) -> None:
-    step, table = load_half(builder, block), _table(IQ4)
-    high = builder.zext(load(builder, _at(builder, block, 2), ir.IntType(16), align=1), INT)
+def _iq4_xs(builder: Any, block: Any, put: Put) -> None:
+    low = splat(builder, load(builder, offset(builder, block, 4), INT, align=1), 8)
+    four = builder.and_(builder.lshr(low, ir.Constant(low.type, list(range(0, 32, 4)))), same(low, 15))
+    half = load(builder, offset(builder, block, 2), ir.IntType(16), align=1)
+    high = splat(builder, builder.zext(half, INT), 8)
+    two = builder.and_(builder.lshr(high, ir.Constant(high.type, list(range(0, 16, 2)))), same(high, 3))
+    codes = builder.sub(builder.or_(four, builder.shl(two, same(two, 4))), same(four, 32))
+    scales = builder.fmul(_half_everywhere(builder, block, 8), signed_floats(builder, codes))
     for number in range(8):
-        low = builder.zext(load_byte(builder, block, 4 + number // 2), INT)
-        low = builder.and_(builder.lshr(low, INT(4 * (number % 2))), INT(15))
-        two = builder.and_(builder.lshr(high, INT(2 * number)), INT(3))
-        scale = builder.sub(builder.or_(low, builder.shl(two, INT(4))), INT(32))
-        own = builder.fmul(step, builder.sitofp(scale, SINGLE))
-        codes = _halves(builder, _at(builder, block, 8 + 16 * number))
-        _put(builder, out, 32 * number, _times(builder, own, looked_up(builder, table, codes)))
+        own = spread(builder, scales, [number], 16)
+        _put_from_table(builder, IQ4, own, offset(builder, block, 8 + 16 * number), put, 32 * number)
 
 
 EMITTED: dict[str, EmitBlock] = {

@@ -1,0 +1,36 @@
+"""The wide checkpoint as GGUF files that llama.cpp makes, in the folder of the measurements."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bench.support.byte_tokenizer import with_tokenizer
+from bench.support.checkpoints import wide
+from bench.support.llama_cpp_peer.llama_cpp import LlamaCpp
+
+
+def wide_gguf(peer: LlamaCpp, kind: str, *, small: bool = False) -> Path:
+    """The wide checkpoint in `kind`, BF16 or what llama.cpp quantises to. Made once."""
+    source = wide(small=small)
+    out = source.with_name(f"{source.name}-{kind}.gguf")
+    if out.exists():
+        return out
+    begun = out.with_suffix(".part")
+    if kind == "BF16":
+        peer.convert(_with_tokenizer(source), begun, "bf16")
+    else:
+        peer.quantize(wide_gguf(peer, "BF16", small=small), begun, kind)
+    begun.rename(out)
+    return out
+
+
+def _with_tokenizer(source: Path) -> Path:
+    """The same weights with a tokenizer, which llama.cpp's converter needs."""
+    folder = source.with_name(f"{source.name}-with-tokenizer")
+    folder.mkdir(exist_ok=True)
+    for file in source.iterdir():
+        linked = folder / file.name
+        if not linked.exists():
+            # The converter's helper writes into config.json.
+            linked.write_bytes(file.read_bytes()) if file.suffix == ".json" else linked.symlink_to(file)
+    return with_tokenizer(folder, merge=("a", "b"))
