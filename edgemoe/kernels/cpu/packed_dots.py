@@ -21,8 +21,6 @@ from edgemoe.kernels.cpu.widening import Widening
 
 TILE_ROWS = ROWS
 """Rows that are widened at a time for a product."""
-FEW_TOKENS = 8
-"""Tokens up to which weights are multiplied in the registers that they are widened in, four tokens at a time."""
 STEP = 64
 """Fewest columns that are multiplied before the next look at where the row ends: a multiple of two vectors."""
 AHEAD, LINE = 4096, 64
@@ -81,6 +79,10 @@ class _Packed(Grouped):
         self._widening = widening
         self._offsets = offsets
         self._tile = tile
+        # Widening is cheap, beside the products of so many tokens, where a register holds 16 values, and there is room
+        # for the sums of more rows.
+        wide = self._dot.lanes == 16
+        self._fused_tokens, self._fused_rows = (8, 2) if wide else (3, 1)
 
     def emit(self) -> None:
         """See the base class; without groups the rows are only widened."""
@@ -95,7 +97,8 @@ class _Packed(Grouped):
 
     def _group(self, block: Block, matrix: Any, values: Any, results: Any, tokens: Any) -> None:
         """See the base class: weights for few tokens are multiplied as they are widened, without a tile."""
-        with self._builder.if_else(self._builder.icmp_signed("<=", tokens, WORD(FEW_TOKENS))) as (few, many):
+        most = self._fused_tokens
+        with self._builder.if_else(self._builder.icmp_signed("<=", tokens, WORD(most))) as (few, many):
             with few:
                 self._fused(matrix, values, results, tokens)
             with many:
@@ -105,7 +108,7 @@ class _Packed(Grouped):
         """All rows with `tokens` tokens, without a tile."""
         builder, of = self._builder, self._operands
         block = _FusedBlock(builder, self._dot, self._widening, self._parts(matrix), of)
-        for start, stop, count in self._spans(ROWS):
+        for start, stop, count in self._spans(self._fused_rows):
             with counting(builder, start, stop, count) as row:
                 into = builder.add(results, builder.mul(row, WORD(4)))
                 self._tokens(block, count, self._dot.tokens, row, values, into, tokens)

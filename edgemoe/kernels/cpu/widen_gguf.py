@@ -21,7 +21,7 @@ from edgemoe.kernels.cpu.vector_ir import (
     load,
     load_byte,
     load_bytes,
-    load_half,
+    load_halves,
     looked_up,
     low_nibbles,
     of_codes,
@@ -52,15 +52,27 @@ def _put_all(put: Put, first: int, found: Sequence[Any]) -> None:
         put(first + 16 * number, values)
 
 
-def _half_everywhere(builder: Any, address: Any, count: int) -> Any:
-    return splat(builder, load_half(builder, address), count)
+def _first(builder: Any, block: Any, count: int) -> Any:
+    """The fp16 that a block begins with, `count` times."""
+    return spread(builder, load_halves(builder, block), [0], count)
+
+
+def _first_two(builder: Any, address: Any, count: int) -> tuple[Any, Any]:
+    """Both fp16 at `address`, `count` times each."""
+    halves = load_halves(builder, address)
+    return spread(builder, halves, [0], count), spread(builder, halves, [1], count)
+
+
+def _last(builder: Any, block: Any, at: int, count: int) -> Any:
+    """The fp16 that a block ends with, `at` bytes from its beginning, `count` times."""
+    return spread(builder, load_halves(builder, offset(builder, block, at - 2)), [1], count)
 
 
 # --- one scale for 32 values ---------------------------------------------------------------------------
 
 
 def _q4_0(builder: Any, block: Any, put: Put) -> None:
-    step = _half_everywhere(builder, block, 16)
+    step = _first(builder, block, 16)
 
     def make(codes: Any) -> Any:
         return builder.fmul(step, builder.fsub(codes, same(codes, 8.0)))
@@ -69,7 +81,7 @@ def _q4_0(builder: Any, block: Any, put: Put) -> None:
 
 
 def _q4_1(builder: Any, block: Any, put: Put) -> None:
-    step, low = (_half_everywhere(builder, offset(builder, block, at), 16) for at in (0, 2))
+    step, low = _first_two(builder, block, 16)
 
     def make(codes: Any) -> Any:
         return builder.fadd(builder.fmul(step, codes), low)
@@ -86,21 +98,21 @@ def _five_bits(builder: Any, address: Any) -> Any:
 
 def _q5_0(builder: Any, block: Any, put: Put) -> None:
     values = _five_bits(builder, offset(builder, block, 2))
-    put(0, builder.fmul(_half_everywhere(builder, block, 32), builder.fsub(values, same(values, 16.0))))
+    put(0, builder.fmul(_first(builder, block, 32), builder.fsub(values, same(values, 16.0))))
 
 
 def _q5_1(builder: Any, block: Any, put: Put) -> None:
-    step, low = (_half_everywhere(builder, offset(builder, block, at), 32) for at in (0, 2))
+    step, low = _first_two(builder, block, 32)
     put(0, builder.fadd(builder.fmul(step, _five_bits(builder, offset(builder, block, 4))), low))
 
 
 def _q8_0(builder: Any, block: Any, put: Put) -> None:
     values = signed_floats(builder, load_bytes(builder, offset(builder, block, 2), 32))
-    put(0, builder.fmul(_half_everywhere(builder, block, 32), values))
+    put(0, builder.fmul(_first(builder, block, 32), values))
 
 
 def _iq4_nl(builder: Any, block: Any, put: Put) -> None:
-    _put_from_table(builder, IQ4, _half_everywhere(builder, block, 16), offset(builder, block, 2), put, 0)
+    _put_from_table(builder, IQ4, _first(builder, block, 16), offset(builder, block, 2), put, 0)
 
 
 def _mxfp4(builder: Any, block: Any, put: Put) -> None:
@@ -129,7 +141,7 @@ def _with_scales(builder: Any, scales: Any, number: int, values: Any) -> Any:
 
 def _q2_k(builder: Any, block: Any, put: Put) -> None:
     packed_scales = load_bytes(builder, block, 16)
-    step, low = (_half_everywhere(builder, offset(builder, block, at), 16) for at in (80, 82))
+    step, low = _first_two(builder, offset(builder, block, 80), 16)
     steps = builder.fmul(step, unsigned_floats(builder, low_nibbles(builder, packed_scales)))
     lows = builder.fmul(low, unsigned_floats(builder, high_nibbles(builder, packed_scales)))
     for half in range(2):
@@ -160,7 +172,7 @@ def _q3_scales(builder: Any, block: Any) -> Any:
     upper = builder.lshr(words, ir.Constant(words.type, [0, 2, 4, 6]))
     two = builder.bitcast(builder.and_(upper, same(upper, 0x03030303)), four.type)
     codes = builder.sub(builder.or_(four, builder.shl(two, same(two, 4))), same(four, 32))
-    return builder.fmul(_half_everywhere(builder, offset(builder, block, 108), 16), signed_floats(builder, codes))
+    return builder.fmul(_last(builder, block, 108, 16), signed_floats(builder, codes))
 
 
 def _steps_and_lows(builder: Any, block: Any) -> Any:
@@ -182,7 +194,7 @@ def _steps_and_lows(builder: Any, block: Any) -> Any:
     for at, word in enumerate(found):
         words = builder.insert_element(words, word, INT(at))
     codes = unsigned_floats(builder, builder.bitcast(words, ir.VectorType(BYTE, 16)))
-    step, low = (_half_everywhere(builder, offset(builder, block, at), 8) for at in (0, 2))
+    step, low = _first_two(builder, block, 8)
     return builder.fmul(joined(builder, step, low), codes)
 
 
@@ -214,7 +226,7 @@ def _q5_k(builder: Any, block: Any, put: Put) -> None:
 
 def _q6_k(builder: Any, block: Any, put: Put) -> None:
     codes = signed_floats(builder, load_bytes(builder, offset(builder, block, 192), 16))
-    scales = builder.fmul(_half_everywhere(builder, offset(builder, block, 208), 16), codes)
+    scales = builder.fmul(_last(builder, block, 208, 16), codes)
     for half in range(2):
         low = [load_bytes(builder, offset(builder, block, 64 * half + 32 * side), 32) for side in range(2)]
         high = load_bytes(builder, offset(builder, block, 128 + 32 * half), 32)
@@ -233,7 +245,7 @@ def _iq4_xs(builder: Any, block: Any, put: Put) -> None:
     high = splat(builder, builder.zext(half, INT), 8)
     two = builder.and_(builder.lshr(high, ir.Constant(high.type, list(range(0, 16, 2)))), same(high, 3))
     codes = builder.sub(builder.or_(four, builder.shl(two, same(two, 4))), same(four, 32))
-    scales = builder.fmul(_half_everywhere(builder, block, 8), signed_floats(builder, codes))
+    scales = builder.fmul(_first(builder, block, 8), signed_floats(builder, codes))
     for number in range(8):
         own = spread(builder, scales, [number], 16)
         _put_from_table(builder, IQ4, own, offset(builder, block, 8 + 16 * number), put, 32 * number)

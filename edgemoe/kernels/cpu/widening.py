@@ -17,6 +17,7 @@ from edgemoe.kernels.cpu.vector_ir import (
     load,
     load_byte,
     load_bytes,
+    load_half,
     looked_up,
     nibbles,
     of_codes,
@@ -208,7 +209,7 @@ def _scalar(builder: Any, address: Any, number: Any, kind: str) -> Any:
         return load(builder, builder.add(address, builder.mul(number, WORD(4))), SINGLE, align=4)
     place = builder.add(address, builder.mul(number, WORD(2)))
     if kind == "f16":
-        return builder.fpext(load(builder, place, ir.HalfType()), SINGLE)
+        return load_half(builder, place)
     bits = builder.zext(load(builder, place, ir.IntType(16)), INT)
     return builder.bitcast(builder.shl(bits, INT(16)), SINGLE)
 
