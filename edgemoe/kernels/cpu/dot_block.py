@@ -108,11 +108,11 @@ class Widened:
 
     def weights(self, builder: Any, address: Any) -> Any:
         """See `Dot`."""
-        return self._widened(builder, address, self.lanes)
+        return self.widened(builder, address, self.lanes)
 
     def single(self, builder: Any, address: Any) -> Any:
         """See `Dot`."""
-        return builder.extract_element(self._widened(builder, address, 1), ir.IntType(32)(0))
+        return builder.extract_element(self.widened(builder, address, 1), ir.IntType(32)(0))
 
     def inputs(self, builder: Any, address: Any) -> Any:
         """See `Dot`."""
@@ -126,7 +126,8 @@ class Widened:
         fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(self._vector, [self._vector] * 3), name)
         return builder.call(fma, [weights, inputs, total])
 
-    def _widened(self, builder: Any, address: Any, lanes: int) -> Any:
+    def widened(self, builder: Any, address: Any, lanes: int) -> Any:
+        """The `lanes` weights at `address` as float32."""
         singles = ir.VectorType(SINGLE, lanes)
         if self._kind == "f32":
             return load(builder, address, singles)

@@ -12,7 +12,7 @@ from numba import types
 
 from edgemoe.cache.compiled import compiled
 from edgemoe.kernels.cpu.packed_dots import packed_dots
-from edgemoe.kernels.cpu.widening import FourBits, Fp8, Gguf, GroupsOfInt4, Mxfp4, Nvfp4, RowsOfInt8
+from edgemoe.kernels.cpu.widening import Floats, FourBits, Fp8, Gguf, GroupsOfInt4, Mxfp4, Nvfp4, RowsOfInt8
 
 SIGNATURE = types.void(
     types.Array(types.int64, 1, "C"),
@@ -29,6 +29,9 @@ SIGNATURE = types.void(
 """The types of the arguments of every function here."""
 _options: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
 
+_floats_bf16 = packed_dots(Floats("bf16"))
+_floats_f16 = packed_dots(Floats("f16"))
+_floats_f32 = packed_dots(Floats("f32"))
 _gguf_q4_0 = packed_dots(Gguf("Q4_0"))
 _gguf_q4_1 = packed_dots(Gguf("Q4_1"))
 _gguf_q5_0 = packed_dots(Gguf("Q5_0"))
@@ -259,3 +262,21 @@ def fp8_one_f32(slots, offsets, columns, pool, starts, x, out, tile, first, last
 def fp8_one_bf16(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
     """See `gguf_q8_0`."""
     _fp8_one_bf16(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+
+
+@compiled(**_options)
+def floats_bf16(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+    """See `gguf_q8_0`."""
+    _floats_bf16(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+
+
+@compiled(**_options)
+def floats_f16(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+    """See `gguf_q8_0`."""
+    _floats_f16(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+
+
+@compiled(**_options)
+def floats_f32(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+    """See `gguf_q8_0`."""
+    _floats_f32(slots, offsets, columns, pool, starts, x, out, tile, first, last)

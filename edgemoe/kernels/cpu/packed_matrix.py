@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from edgemoe.formats.bnb_format import BnbFourBitFormat, BnbInt8Format
+from edgemoe.formats.float_format import FloatFormat
 from edgemoe.formats.fp8_format import Fp8Format
 from edgemoe.formats.gguf_format import GgufFormat
 from edgemoe.formats.int_group_format import IntGroupFormat
@@ -57,6 +58,8 @@ def packed_kernel(kind: WeightFormat, columns: int) -> PackedKernel | None:
 def _named(kind: WeightFormat, columns: int) -> tuple[str, tuple[str, ...]] | None:
     """The name of the function in `packed_kernels`, if it is there, and the parts that it reads."""
     match kind:
+        case FloatFormat() if columns % 32 == 0:
+            return f"floats_{FLOATS[kind.dtype]}", ("",)
         case GgufFormat():
             return f"gguf_{kind.kind.lower()}", ("",)
         case Mxfp4Format():

@@ -9,6 +9,7 @@ from llvmlite import ir
 
 from edgemoe.formats.codes import E2M1
 from edgemoe.formats.gguf_format import BLOCKS
+from edgemoe.kernels.cpu.dot_block import Widened
 from edgemoe.kernels.cpu.vector_ir import (
     HALF,
     INT,
@@ -65,6 +66,25 @@ class Gguf:
         """See `Widening`."""
         number = _over(builder, _place(builder, columns, row, column), self.values)
         self._emit(builder, builder.add(parts[0], builder.mul(number, WORD(self._nbytes))), put)
+
+
+class Floats:
+    """Floats of 16 or 32 bits."""
+
+    values, parts = 32, 1
+
+    def __init__(self, kind: str) -> None:
+        """`kind` is `bf16`, `f16` or `f32`."""
+        self._dot = Widened(kind)
+        self._nbytes = self._dot.weight_nbytes
+        self.block = 1, self._nbytes
+
+    def emit(self, builder: Any, parts: Sequence[Any], columns: Any, row: Any, column: Any, put: Put) -> None:
+        """See `Widening`."""
+        place = builder.mul(_place(builder, columns, row, column), WORD(self._nbytes))
+        address = builder.add(parts[0], place)
+        for at in range(0, self.values, 16):
+            put(at, self._dot.widened(builder, offset(builder, address, at * self._nbytes), 16))
 
 
 class FourBits:
