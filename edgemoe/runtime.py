@@ -26,7 +26,7 @@ from edgemoe.experts import expert_layer
 from edgemoe.experts.expert_predictor import ExpertPredictor
 from edgemoe.experts.lookahead import Lookahead
 from edgemoe.formats.float_format import FloatFormat
-from edgemoe.kernels.cpu import batch_invariant_linear, packed_matrix
+from edgemoe.kernels.cpu import batch_invariant_linear, packed_matrix, rms_norm
 from edgemoe.kernels.cpu.packed_matrix import PackedMatrix
 from edgemoe.kernels.cpu.threads import KernelThreads
 from edgemoe.kernels.packed_layers import PackedLinear
@@ -78,6 +78,7 @@ class Runtime:
         self._packed = all(_is_packed(moe) for moe in blueprint.experts_modules)
         if device.type == "cpu":
             batch_invariant_linear.install_gemv(self.model, threads)
+            rms_norm.install_rms_norm(self.model)
             for module in self.model.modules():
                 if isinstance(module, PackedLinear):
                     module.use_kernels(threads)

@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from edgemoe.kernels.cpu.dot_block import ROWS, UNROLLED, Block, Grouped, Operands, Widened
+from edgemoe.kernels.cpu.dot_block import ROWS, UNROLLED, Block, Dot, Grouped, Operands, Widened
 from edgemoe.kernels.cpu.vector_ir import WORD, counting, lanes, load, offset, part, prefetch, store
 from edgemoe.kernels.cpu.widening import Widening
 
@@ -153,7 +153,7 @@ class _Packed(Grouped):
 class _FusedBlock(Block):
     """Emits the products of a few rows with a few tokens, in whose registers the weights are widened."""
 
-    def __init__(self, builder: Any, dot: Widened, widening: Widening, parts: Sequence[Any], of: Operands) -> None:
+    def __init__(self, builder: Any, dot: Dot, widening: Widening, parts: Sequence[Any], of: Operands) -> None:
         """`parts` are the addresses of the parts of one matrix."""
         super().__init__(builder, dot, WORD(0), of.x_step, of.out_step, of.columns)
         self._widening = widening
