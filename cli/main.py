@@ -34,6 +34,8 @@ Answers go to standard output, everything else to standard error. EDGEMOE_TRACEB
 
 def main(argv: Sequence[str] | None = None, *, engine: EngineFactory | None = None) -> int:
     """Run one command and return its exit code. `engine` stands in for the class `edgemoe.Engine`."""
+    # Before anything imports PyTorch: its threads would spin while they wait, on cores that kernels or others run on.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     with standard_streams():
         return _run(argv, engine)
 

@@ -21,6 +21,7 @@ from edgemoe.cache.slots import SlotRegion
 from edgemoe.checkpoint.experts_module import ExpertsModule
 from edgemoe.formats.float_format import FloatFormat
 from edgemoe.kernels.cpu import packed_matrix
+from edgemoe.kernels.cpu.kernel_choice import widens
 from edgemoe.kernels.cpu.packed_matrix import PackedMatrix
 from edgemoe.kernels.cpu.slot_matrix import SlotMatrix
 from edgemoe.kernels.cpu.threads import KernelThreads, kernels_have_the_cores
@@ -209,10 +210,10 @@ class FastExperts(Experts):
         self._max_tokens = min(matrix.max_tokens for matrix in self._matrices.values())
 
     def _matrix(self, region: SlotRegion, moe: ExpertsModule, name: str) -> SlotMatrix | PackedMatrix:
-        kind = self._formats[name]
-        if isinstance(kind, FloatFormat):
+        kind, shape = self._formats[name], self._shapes[name]
+        widened = name not in moe.transposed and isinstance(kind, FloatFormat) and widens(kind.dtype, shape[1])
+        if isinstance(kind, FloatFormat) and not widened:
             return SlotMatrix(region, moe.layout, name, name in moe.transposed)
-        shape = self._shapes[name]
         places = {part.name: moe.layout.part_offset(name + part.name) for part in kind.parts("", shape)}
         return PackedMatrix(kind, shape, region.memory, places)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from edgemoe.kernels.cpu.threads import torch_threads
 from edgemoe.model.draft_tree import TreeMask, additive_mask
 from edgemoe.model.rope import scales_with_length
 
@@ -27,6 +28,8 @@ NAME = "edgemoe_packed"
 """The entry in transformers' registry of attention functions. It keeps no state: every model brings its own."""
 KINDS = {"full_attention", "sliding_attention"}
 """Kinds of attention whose masks this module can make."""
+MIN_THREADED_PAIRS = 1 << 16
+"""Pairs of tokens that attend to one another from which attention gains from several of PyTorch's threads."""
 _ATTRIBUTE = "edgemoe_packed_attention"
 
 
@@ -53,8 +56,12 @@ class _Attached(NamedTuple):
 class PackedAttention:
     """The attention of one model's packed passes. Used by one thread at a time."""
 
-    def __init__(self, model: Any) -> None:
-        """`attached` is False where the family's attention cannot be packed; `model` is then left as it is."""
+    def __init__(self, model: Any, threads: int = 1) -> None:
+        """`attached` is False where the family's attention cannot be packed; `model` is then left as it is.
+
+        `threads` are PyTorch's for long rows, in passes in which kernels have the cores otherwise.
+        """
+        self._threads = threads
         self._rows: Sequence[Row] = ()
         self._masks: dict[object, torch.Tensor] = {}
         self._picks: dict[object, list[slice | torch.Tensor]] = {}
@@ -111,8 +118,15 @@ class PackedAttention:
                     outputs.append(single(module, own, keys[:, :, pick], values[:, :, pick], None, **options)[0])
             else:
                 mask = self._mask(row, keys, window, additive=attached.additive)
-                outputs.append(attached.base(module, query[:, :, first:last], keys, values, mask, **options)[0])
+                with self._enough_threads((last - first) * keys.shape[-2]):
+                    outputs.append(attached.base(module, query[:, :, first:last], keys, values, mask, **options)[0])
         return torch.cat(outputs, dim=1)
+
+    def _enough_threads(self, pairs: int) -> AbstractContextManager[None]:
+        """Where `pairs` of tokens attend to one another."""
+        if pairs < MIN_THREADED_PAIRS:
+            return nullcontext()
+        return torch_threads(max(self._threads, torch.get_num_threads()))
 
     def _mask(self, row: Row, keys: torch.Tensor, window: int | None, *, additive: bool) -> torch.Tensor | None:
         """Which of `keys`, [1, heads, keys, width], each token of `row` attends to; None where no mask is needed.

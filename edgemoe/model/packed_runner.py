@@ -21,7 +21,7 @@ class PackedRunner:
         """Attaches to the model's attention and probes packed passes, on a few tokens and without experts."""
         self._runner = runner
         # A KV cache that cannot be rolled back has layers of other kinds than `attend` appends to.
-        packed = PackedAttention(runner.model) if runner.start(1).can_roll_back else None
+        packed = PackedAttention(runner.model, runner.threads) if runner.start(1).can_roll_back else None
         self._attention = packed if packed is not None and packed.attached else None
         if self._attention is not None:
             batch_invariant_linear.install_batch_invariance(runner.model, partial(_batch_invariant, self._attention))

@@ -12,10 +12,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edgemoe.experts.expert_layer import ExpertLayers
-from edgemoe.kernels.cpu.gemv_kernels import few_tokens
+from edgemoe.kernels.cpu.kernel_choice import few_tokens
 from edgemoe.kernels.cpu.threads import torch_threads
 from edgemoe.model.draft_tree import TreeMask, additive_mask
 from edgemoe.model.kv_cache import SequenceCache, has_recurrent_state
+from edgemoe.model.packed_attention import MIN_THREADED_PAIRS
 from edgemoe.quiet import quiet_transformers
 
 ATTENTION_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -23,13 +24,13 @@ ATTENTION_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
 AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 3e-2}
 """How far logits may differ, relative to their spread, for two ways of computing the same thing."""
 
+BATCH_INVARIANT_TOKENS = 64
+"""Tokens of a pass up to which what has no kernel is multiplied token by token for the sake of a verification."""
 MIN_THREADED_WORK = 2 << 30
 """Tokens times weight bytes per token from which a pass runs on several of PyTorch's threads.
 
 Threads that share less work mostly wait for each other, and for long where other programs run on the cores.
 """
-MIN_THREADED_PAIRS = 1 << 16
-"""Pairs of tokens that attend to one another from which a pass runs on several threads, whatever its weights."""
 
 PROBE_TOKENS = 8
 """Number of tokens that a probe runs in two ways to see whether they agree."""
@@ -83,7 +84,7 @@ class SequentialRunner:
         self.layers = layers
         self.device = device
         self.prefill_chunk = prefill_chunk
-        self._threads = threads
+        self.threads = threads
         self._nbytes_per_token = nbytes_per_token
         self._expert_share = expert_share
         self.keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -161,7 +162,7 @@ class SequentialRunner:
         alone = small or few or self.device.type != "cpu"
         quiet = nullcontext() if kind in self._seen else quiet_transformers()
         self._seen.add(kind)
-        threads = torch_threads(1 if alone else self._threads)
+        threads = torch_threads(1 if alone else self.threads)
         with torch.inference_mode(), threads, _attention_kernels(self.device), quiet:
             yield
 
@@ -172,7 +173,8 @@ class SequentialRunner:
         tokens would cost more than drafts gain.
         """
         tokens = sum(len(item.tokens) for item in inputs)
-        return 1 < tokens <= self._few_tokens and any(item.verifies for item in inputs)
+        most = min(self._few_tokens, BATCH_INVARIANT_TOKENS)
+        return 1 < tokens <= most and any(item.verifies for item in inputs)
 
     def _spread_thin(self, tokens: int) -> bool:
         """Whether each expert gets so few of `tokens` that kernels gain more on experts than they lose elsewhere."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from edgemoe.experts.expert_ffn import FastExperts, PlainExperts, TokenGroups
-from edgemoe.kernels.cpu.gemv_kernels import few_tokens
+from edgemoe.kernels.cpu.kernel_choice import few_tokens
 from edgemoe.kernels.cpu.threads import torch_threads
 from tests.support.checkpoints import Zoo, reference, running
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from bench.support.format_samples import Sample, same_bits, samples
 from edgemoe.cache.record import RecordLayout
+from edgemoe.formats.float_format import FloatFormat
 from edgemoe.formats.made import MADE, made_format
 from edgemoe.formats.stacked_format import StackedFormat
 from edgemoe.formats.weight_format import WeightFormat
@@ -79,6 +80,24 @@ def test_a_product_has_the_same_bits_alone_and_in_a_batch_on_one_thread_and_on_t
     assert same_bits(together.contiguous(), alone.contiguous())
     assert same_bits(together.contiguous(), matrix.multiply_one(single, x).contiguous())
     single.close()
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "bf16", "fp16", "fp32"])
+def test_long_rows_and_many_tokens_have_the_bits_of_one(name: str, threads: KernelThreads) -> None:
+    """The rows are taken in pieces, the tokens in portions, and neither divides them."""
+    shape = (13, 1120)
+    kinds = {each.name: each for each in map(FloatFormat, (torch.bfloat16, torch.float16, torch.float32))}
+    generator = torch.Generator().manual_seed(6)
+    values = torch.randn(shape, generator=generator)
+    kind = kinds.get(name) or made_format(name, shape[1])
+    parts = {"": values.to(kind.dtype)} if isinstance(kind, FloatFormat) else kind.quantize(values)
+    views = {"w" + suffix: part for suffix, part in parts.items()}
+    matrix, plain = placed(kind, shape, views), kind.dequantize(views, "w").float()
+    x = torch.randn(303, shape[1], generator=generator)
+    found = matrix.multiply(threads, np.array([0, 0]), np.array([0, 2, 303]), x)
+    assert torch.allclose(found, x @ plain.t(), rtol=1e-4, atol=1e-4)
+    alone = torch.cat([matrix.multiply_one(threads, row.unsqueeze(0)) for row in x[:150]])
+    assert same_bits(found[:150].contiguous(), alone)
 
 
 @pytest.mark.parametrize("name", MADE)

@@ -3,10 +3,11 @@ from __future__ import annotations
 import pytest
 
 from edgemoe import Engine, Sampling
+from edgemoe.kernels.cpu.packed_matrix import PackedMatrix
 from tests.support.checkpoints import Zoo
 
 
-@pytest.mark.parametrize(("experts", "batch_invariant"), [("native", 2), ("int8", 64)])
+@pytest.mark.parametrize(("experts", "batch_invariant"), [("native", 2), ("int8", PackedMatrix.max_tokens)])
 def test_packed_experts_let_as_many_tokens_run_on_kernels_as_they_multiply(
     experts: str, batch_invariant: int, zoo: Zoo
 ) -> None:

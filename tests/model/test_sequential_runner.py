@@ -106,7 +106,7 @@ def test_a_device_leaves_nothing_to_several_threads_of_the_cpu(zoo: Zoo, monkeyp
     """On 16 cores they cost 10 ms a layer, more than all else."""
     with running(zoo("mixtral")) as own:
         runner = own.runner()
-        monkeypatch.setattr(runner, "_threads", 4)
+        monkeypatch.setattr(runner, "threads", 4)
         item = PassInput(runner.start(1), [1] * 4096)
         monkeypatch.setattr("edgemoe.model.sequential_runner.MIN_THREADED_WORK", 0)
         used, plans = {}, {}

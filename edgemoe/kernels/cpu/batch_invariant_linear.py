@@ -12,7 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from edgemoe.kernels.cpu.threads import KernelThreads, kernels_have_the_cores
+from edgemoe.formats.float_format import FloatFormat
+from edgemoe.kernels.cpu.kernel_choice import widens
+from edgemoe.kernels.cpu.packed_matrix import PackedMatrix
+from edgemoe.kernels.cpu.threads import KernelThreads, kernels_have_the_cores, torch_threads
 
 MIN_VALUES = 1 << 12
 """Values of a weight below which a GEMV kernel is no faster than PyTorch's product."""
@@ -25,7 +28,8 @@ def install_gemv(model: nn.Module, threads: KernelThreads) -> None:
     """
     for module in model.modules():
         if type(module) is nn.Linear and _fits(module.weight):
-            module.forward = types.MethodType(_forward(module.weight, threads), module)  # type: ignore[method-assign]
+            own = _widening_forward if widens(module.weight.dtype, module.weight.shape[1]) else _forward
+            module.forward = types.MethodType(own(module.weight, threads), module)  # type: ignore[method-assign]
 
 
 def _fits(weight: torch.Tensor) -> bool:
@@ -33,6 +37,20 @@ def _fits(weight: torch.Tensor) -> bool:
 
     usable = weight.device.type == "cpu" and weight.is_contiguous() and weight.numel() >= MIN_VALUES
     return usable and gemv_kernels.row_kernel(weight.dtype, weight.shape[1]) is not None
+
+
+def _widening_forward(weight: torch.Tensor, threads: KernelThreads) -> Any:
+    matrix = PackedMatrix.of_views(FloatFormat(weight.dtype), {"": weight.detach()}, "", weight.shape[1])
+
+    def forward(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
+        if not input.numel() or not kernels_have_the_cores(threads):
+            return F.linear(input, module.weight, module.bias)
+        result = matrix.multiply_one(threads, input.reshape(-1, weight.shape[1]))
+        if module.bias is not None:
+            result = result + module.bias.float()
+        return result.to(input.dtype).view(*input.shape[:-1], weight.shape[0])
+
+    return forward
 
 
 def _forward(weight: torch.Tensor, threads: KernelThreads) -> Any:
@@ -46,7 +64,11 @@ def _forward(weight: torch.Tensor, threads: KernelThreads) -> Any:
 
     def forward(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
         tokens = input.numel() // columns
-        if not 0 < tokens <= kernel.max_tokens or not kernels_have_the_cores(threads):
+        if tokens > kernel.max_tokens:
+            # Also where kernels have the cores otherwise, as with packed experts.
+            with torch_threads(max(threads.count, torch.get_num_threads())):
+                return F.linear(input, module.weight, module.bias)
+        if not tokens or not kernels_have_the_cores(threads):
             return F.linear(input, module.weight, module.bias)
         values = kernel.values(input.reshape(tokens, columns))
         out, starts = kernel.results(tokens, rows), np.array([0, tokens])

@@ -18,8 +18,6 @@ from numba.extending import intrinsic
 from edgemoe.kernels.cpu.cpu_features import float_lanes, has, is_x86
 from edgemoe.kernels.cpu.vector_ir import SINGLE, WORD, counting, load
 
-UNROLLED = 2
-"""Partial sums per dot product, to hide the latency of the instructions. The same for every block."""
 ROWS_OF_ONE_TOKEN = 4
 """Rows of a block for one token: enough independent sums to keep the multipliers busy."""
 ROWS = 2
@@ -38,6 +36,8 @@ class Dot(Protocol):
     """Bytes of a value."""
     tokens: int
     """Most tokens of a block: as many as there are registers for."""
+    partial_sums: int
+    """Sums per dot product, whose steps take turns, to hide the latency of the instructions. In every block so many."""
 
     @property
     def single(self) -> Callable[[Any, Any], Any] | None:
@@ -62,7 +62,7 @@ class PairsOfBf16:
     Products are exact, and subnormals count as zero (Intel's definition of the instruction).
     """
 
-    values, lanes, weight_nbytes, input_nbytes, tokens = 32, 16, 2, 2, 4
+    values, lanes, weight_nbytes, input_nbytes, tokens, partial_sums = 32, 16, 2, 2, 4, 2
     single: Callable[[Any, Any], Any] | None = None
 
     def __init__(self) -> None:
@@ -92,9 +92,10 @@ class Widened:
 
     input_nbytes = 4
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, partial_sums: int = 2) -> None:
         """`kind` is `bf16`, `f16` or `f32`."""
         self._kind = kind
+        self.partial_sums = partial_sums
         self.weight_nbytes = 4 if kind == "f32" else 2
         self.lanes = self.values = float_lanes()
         self.tokens = 4 if self.lanes == 16 else 3
@@ -284,7 +285,7 @@ class Grouped:
 
 
 Sums = list[list[list[Any]]]
-"""Where the partial sums of a block are kept: `UNROLLED` vectors of lanes for each row and token."""
+"""Where the partial sums of a block are kept: some vectors of lanes for each row and token."""
 
 
 class Block:
@@ -303,7 +304,7 @@ class Block:
         row_bases = self._steps(weights, self.row_step, rows)
         token_bases = self.token_bases(values, tokens)
         sums = self.zeros(rows, tokens)
-        wide = builder.sub(self._columns, builder.srem(self._columns, WORD(dot.values * UNROLLED)))
+        wide = builder.sub(self._columns, builder.srem(self._columns, WORD(dot.values * dot.partial_sums)))
         whole = builder.sub(self._columns, builder.srem(self._columns, WORD(dot.values)))
         self._multiply(WORD(0), wide, sums, row_bases, token_bases)
         self._multiply(wide, whole, sums[:1], row_bases, token_bases)
@@ -318,7 +319,7 @@ class Block:
         zero = ir.Constant(ir.VectorType(SINGLE, self._dot.lanes), [0.0] * self._dot.lanes)
         return [
             [[cgutils.alloca_once_value(builder, zero) for _ in range(tokens)] for _ in range(rows)]
-            for _ in range(UNROLLED)
+            for _ in range(self._dot.partial_sums)
         ]
 
     def totals(self, sums: Sums) -> list[list[Any]]:
@@ -372,7 +373,7 @@ class Block:
         """Where the sum over the partial sums and lanes of one result is kept."""
         builder, lanes = self._builder, self._dot.lanes
         vector = builder.load(sums[0][row][token])
-        for part in range(1, UNROLLED):
+        for part in range(1, len(sums)):
             vector = builder.fadd(vector, builder.load(sums[part][row][token]))
         kind = ir.FunctionType(SINGLE, [SINGLE, ir.VectorType(SINGLE, lanes)])
         reduce = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fadd.v{lanes}f32")

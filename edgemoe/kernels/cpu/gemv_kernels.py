@@ -129,12 +129,6 @@ def row_kernel(dtype: torch.dtype, columns: int) -> Kernel | None:
     return kinds.get(dtype)
 
 
-def few_tokens(dtype: torch.dtype) -> int:
-    """Tokens up to which a kernel multiplies most matrices of `dtype`; 0 without a kernel."""
-    kernel = row_kernel(dtype, PairsOfBf16.values)
-    return kernel.max_tokens if kernel is not None else 0
-
-
 def column_kernel(dtype: torch.dtype) -> Kernel | None:
     """The kernel for transposed matrices, [columns, rows], of `dtype`; None when there is none."""
     return Kernel(grouped_gemv_bf16_transposed, np.uint16, 2) if dtype is torch.bfloat16 else None

@@ -15,18 +15,26 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from edgemoe.kernels.cpu.dot_block import ROWS, UNROLLED, Block, Dot, Grouped, Operands, Widened
+from edgemoe.kernels.cpu.cpu_features import float_lanes
+from edgemoe.kernels.cpu.dot_block import ROWS_OF_ONE_TOKEN, Block, Dot, Grouped, Operands, Widened
+from edgemoe.kernels.cpu.tile_block import TileBlock
 from edgemoe.kernels.cpu.vector_ir import WORD, counting, lanes, load, offset, part, prefetch, store
 from edgemoe.kernels.cpu.widening import Widening
 
-TILE_ROWS = ROWS
-"""Rows that are widened at a time for a product."""
+TILE_ROWS = {16: 6, 8: 3}
+"""Rows that are widened at a time for a product with many tokens, by the lanes of a register: as there is room for."""
 STEP = 64
-"""Fewest columns that are multiplied before the next look at where the row ends: a multiple of two vectors."""
+"""Fewest columns that are multiplied before the next look at where the row ends."""
 AHEAD, LINE = 4096, 64
 """Bytes from what is multiplied to what is asked for, about what memory delivers meanwhile, and of a cache line."""
 OFFSETS, STARTS, TILE = 1, 4, 7
 """The places of these arrays among the arguments."""
+
+
+def tile_values(columns: int, tokens: int) -> int:
+    """Float32 values of the memory that products of a matrix with `tokens` tokens need as `tile`."""
+    width = float_lanes()
+    return TILE_ROWS[width] * (columns + width * tokens)
 
 
 def packed_dots(widening: Widening) -> Callable[..., None]:
@@ -74,15 +82,14 @@ class _Packed(Grouped):
         self, builder: Any, widening: Widening, operands: Operands, offsets: Any, tile: Any, bounds: Any
     ) -> None:
         """`bounds` is the length of `starts`."""
-        super().__init__(builder, Widened("f32"), operands)
+        super().__init__(builder, Widened("f32", partial_sums=1), operands)
         self._bounds = bounds
         self._widening = widening
         self._offsets = offsets
         self._tile = tile
         # Widening is cheap, beside the products of so many tokens, where a register holds 16 values, and there is room
         # for the sums of more rows.
-        wide = self._dot.lanes == 16
-        self._fused_tokens, self._fused_rows = (8, 2) if wide else (3, 1)
+        self._fused_tokens, self._fused_rows = (8, 2) if self._dot.lanes == 16 else (3, 1)
 
     def emit(self) -> None:
         """See the base class; without groups the rows are only widened."""
@@ -97,30 +104,36 @@ class _Packed(Grouped):
 
     def _group(self, block: Block, matrix: Any, values: Any, results: Any, tokens: Any) -> None:
         """See the base class: weights for few tokens are multiplied as they are widened, without a tile."""
-        most = self._fused_tokens
-        with self._builder.if_else(self._builder.icmp_signed("<=", tokens, WORD(most))) as (few, many):
-            with few:
-                self._fused(matrix, values, results, tokens)
+        builder, parts = self._builder, self._parts(matrix)
+        with builder.if_else(builder.icmp_signed("<=", tokens, WORD(self._fused_tokens))) as (few, many):
+            with few, builder.if_else(builder.icmp_signed("==", tokens, WORD(1))) as (one, several):
+                with one:
+                    self._fused(ROWS_OF_ONE_TOKEN, 1, parts, values, results, tokens)
+                with several:
+                    self._fused(self._fused_rows, self._dot.tokens, parts, values, results, tokens)
             with many:
-                self._rows(block, TILE_ROWS, self._dot.tokens, matrix, values, results, tokens)
+                self._tiled(parts, values, results, tokens)
 
-    def _fused(self, matrix: Any, values: Any, results: Any, tokens: Any) -> None:
-        """All rows with `tokens` tokens, without a tile."""
+    def _fused(self, rows: int, most: int, parts: Sequence[Any], values: Any, results: Any, tokens: Any) -> None:
+        """All rows, a few at a time, with at most `most` tokens at a time, without a tile."""
         builder, of = self._builder, self._operands
-        block = _FusedBlock(builder, self._dot, self._widening, self._parts(matrix), of)
-        for start, stop, count in self._spans(self._fused_rows):
+        block = _FusedBlock(builder, self._dot, self._widening, parts, of)
+        for start, stop, count in self._spans(rows):
             with counting(builder, start, stop, count) as row:
                 into = builder.add(results, builder.mul(row, WORD(4)))
-                self._tokens(block, count, self._dot.tokens, row, values, into, tokens)
+                self._tokens(block, count, most, row, values, into, tokens)
 
-    def _rows(self, block: Block, rows: int, most: int, matrix: Any, values: Any, results: Any, tokens: Any) -> None:
-        """See the base class: `rows` rows are widened, then multiplied."""
-        builder, parts = self._builder, self._parts(matrix)
+    def _tiled(self, parts: Sequence[Any], values: Any, results: Any, tokens: Any) -> None:
+        """All rows, a few of them widened at a time."""
+        builder, of = self._builder, self._operands
+        row_step, rows = builder.mul(of.columns, WORD(4)), TILE_ROWS[self._dot.lanes]
+        block = TileBlock(builder, self._dot, row_step, of.x_step, of.out_step, of.columns)
+        scratch = builder.add(self._tile, builder.mul(row_step, WORD(rows)))
         for start, stop, count in self._spans(rows):
             with counting(builder, start, stop, count) as row:
                 self._widen(parts, row, builder.add(row, WORD(count)))
                 into = builder.add(results, builder.mul(row, WORD(4)))
-                self._tokens(block, count, most, self._tile, values, into, tokens)
+                block.emit_all(count, self._tile, scratch, values, into, tokens)
 
     def _spans(self, rows: int) -> list[tuple[Any, Any, int]]:
         """The first and the last of the blocks of `rows` rows, then those of the rows that are left one by one."""
@@ -172,7 +185,7 @@ class _FusedBlock(Block):
                 row = builder.add(weights, WORD(number))
                 if first % STEP == 0:
                     self._prefetch(row, column)
-                put = partial(self._multiply_add, [each[number] for each in sums], bases, column, first)
+                put = partial(self._multiply_add, sums[0][number], bases, column)
                 self._widening.emit(builder, self._parts, columns, row, column, put)
 
         whole = builder.sub(columns, builder.srem(columns, WORD(step)))
@@ -193,17 +206,12 @@ class _FusedBlock(Block):
         for line in range(0, covered, LINE):
             prefetch(builder, offset(builder, at, AHEAD + line))
 
-    def _multiply_add(
-        self, sums: list[list[Any]], bases: Sequence[Any], column: Any, before: int, first: int, weights: Any
-    ) -> None:
-        """Adds the products of `weights`, those from `column` + `first` on, to the partial `sums` of the tokens.
-
-        `before` is how far `column` is from a multiple of `STEP`: which partial sum a column belongs to is known here.
-        """
+    def _multiply_add(self, sums: Sequence[Any], bases: Sequence[Any], column: Any, first: int, weights: Any) -> None:
+        """Adds the products of `weights`, those from `column` + `first` on, to the `sums` of the tokens."""
         builder, width = self._builder, self._dot.lanes
         for at in range(0, lanes(weights), width):
             own = part(builder, weights, at, width) if lanes(weights) > width else weights
             place = builder.mul(builder.add(column, WORD(first + at)), WORD(4))
-            for base, into in zip(bases, sums[(before + first + at) // width % UNROLLED], strict=True):
+            for base, into in zip(bases, sums, strict=True):
                 value = self._dot.inputs(builder, builder.add(base, place))
                 builder.store(self._dot.add(builder, builder.load(into), own, value), into)

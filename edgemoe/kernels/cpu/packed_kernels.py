@@ -72,7 +72,7 @@ def gguf_q8_0(slots, offsets, columns, pool, starts, x, out, tile, first, last):
 
     The pairs `starts[i]` ≤ p < `starts[i + 1]` belong to `slots[i]`. `slots`, `starts` and `offsets` are int64; `pool`
     is uint8 [slots, bytes], and `offsets` are those of the matrix's parts in a slot. `x` is float32 [pairs, columns],
-    `out` float32 [pairs, rows], and `tile` float32 [at least `packed_dots.TILE_ROWS`, columns], which is overwritten.
+    `out` float32 [pairs, rows], and `tile` float32 of at least `packed_dots.tile_values`, which is overwritten.
     With no pair in `starts`, the rows of `slots[0]` are widened into `tile`, float32 [last - first, columns].
     """
     _gguf_q8_0(slots, offsets, columns, pool, starts, x, out, tile, first, last)

@@ -23,6 +23,9 @@ from edgemoe.kernels.packed_linear import TILE_VALUES, tiled_linear
 
 FLOATS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
+PORTION = 128
+"""Tokens whose inputs stay in the second cache while all rows pass."""
+
 
 @dataclass(frozen=True)
 class PackedKernel:
@@ -86,8 +89,8 @@ def fits(kind: WeightFormat, columns: int) -> bool:
 class PackedMatrix:
     """A matrix [rows, columns] at one place of records in memory, which kernels read packed. On the CPU."""
 
-    max_tokens = 64
-    """Tokens up to which products are summed in one order; beyond, PyTorch multiplies widened tiles faster."""
+    max_tokens = 1 << 20
+    """Tokens up to which products are summed in one order: more than any pass has."""
 
     def __init__(
         self, kind: WeightFormat, shape: tuple[int, int], memory: torch.Tensor, places: Mapping[str, int]
@@ -125,18 +128,22 @@ class PackedMatrix:
     def multiply(self, threads: KernelThreads, slots: Any, starts: Any, x: torch.Tensor) -> torch.Tensor:
         """The products of all pairs, float32 [pairs, rows]; see `SlotMatrix.multiply`."""
         from edgemoe.kernels.cpu.gemv_kernels import Kernel
-        from edgemoe.kernels.cpu.packed_dots import TILE_ROWS
+        from edgemoe.kernels.cpu.packed_dots import tile_values
 
         values = x.float().contiguous().numpy()
         out = Kernel.results(len(values), self._rows)
+        nbytes = self._nbytes * len(slots)
+        if len(values) > len(slots):
+            slots, starts = _in_portions(slots, starts)
+        needed = tile_values(self._columns, int((starts[1:] - starts[:-1]).max()))
 
         def run(first: int, last: int) -> None:
-            tile = np.empty((TILE_ROWS, self._columns), np.float32)
+            tile = np.empty((1, needed), np.float32)
             for (kernel, offsets), low, high, place in self._within(first, last):
                 columns, pool = self._columns, self._pool
                 kernel.run(slots, offsets, columns, pool, starts, values, out[:, place:], tile, low, high)
 
-        threads.split(self._rows, run, nbytes=self._nbytes * len(slots))
+        threads.split(self._rows, run, nbytes=nbytes)
         result = torch.from_numpy(out)
         return self._in_turn(result, 1) if self._interleaved else result
 
@@ -175,6 +182,16 @@ class PackedMatrix:
         """`values` of one piece after the other, in the order of an interleaved matrix along `dim`."""
         pieces: torch.Tensor = values.unflatten(dim, (len(self._pieces), self._height))
         return pieces.transpose(dim, dim + 1).flatten(dim, dim + 1)
+
+
+def _in_portions(slots: Any, starts: Any) -> tuple[Any, Any]:
+    """The same groups, of which large ones are several of `PORTION` tokens of the same slot."""
+    counts = starts[1:] - starts[:-1]
+    portions = -(-counts // PORTION)
+    if int(portions.max()) <= 1:
+        return slots, starts
+    bounds = [np.arange(first, last, PORTION) for first, last in zip(starts[:-1], starts[1:], strict=True)]
+    return np.repeat(slots, portions), np.concatenate([*bounds, starts[-1:]])
 
 
 def _stacked(kind: WeightFormat) -> tuple[WeightFormat, ...]:
