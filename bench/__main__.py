@@ -48,6 +48,7 @@ MEASUREMENTS = {
     },
     "cpu": {
         "llamacpp-resident": "decode and prefill of GGUF files in memory against llama.cpp and the floor",
+        "sampler": "the time of one sample of 152,000 logits, with every usual setting and with less",
         "cpu-kernels": "bytes and weights a second of every format's kernels, by tokens, against the memory's own",
     },
     "batch": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import tempfile
 import warnings
@@ -21,6 +22,7 @@ from bench.support.zoo import make
 from edgemoe import Engine, Sampling
 from edgemoe.checkpoint.generation_defaults import NOT_SERVED, not_served
 from edgemoe.quiet import quiet_transformers
+from edgemoe.request.gumbel_noise import gumbel_noise
 
 NAME = "generate-parity"
 BAR = "the same tokens as generate alone, with drafts and in a batch, or the field is named as not served"
@@ -185,13 +187,13 @@ def generated(model: Any, draw: Draw) -> list[int] | None:
 
     It fails where processors make a NaN: where a token that may not come yet is made likelier by its position.
     """
-    generator = torch.Generator().manual_seed(draw.seed)
+    samples = itertools.count()
 
     def multinomial(probabilities: torch.Tensor, num_samples: int) -> torch.Tensor:
         if probabilities.isnan().any():
             raise ArithmeticError
-        exponential = torch.empty(probabilities.shape[-1]).exponential_(generator=generator)
-        return (probabilities.log() - exponential.log()).argmax(-1, keepdim=True)
+        noise = gumbel_noise(draw.seed, next(samples), torch.arange(probabilities.shape[-1]))
+        return (probabilities.log() + noise).argmax(-1, keepdim=True)
 
     model.generation_config = draw.config()
     patched = mock.patch.object(torch, "multinomial", multinomial)

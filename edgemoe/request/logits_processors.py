@@ -30,8 +30,9 @@ class OccurrencePenalty(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """`scores` lowered, float32 [1, vocabulary]; `input_ids` is [1, tokens], prompt and reply."""
-        counts = torch.bincount(input_ids[0, self._prompt_length :], minlength=scores.shape[-1])
-        return scores - self._frequency * counts - self._presence * (counts > 0)
+        tokens, counts = input_ids[0, self._prompt_length :].unique(return_counts=True)
+        lowered = scores[0, tokens] - self._frequency * counts - self._presence
+        return scores.index_copy(1, tokens, lowered[None])
 
 
 def make_processors(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList
 
 from edgemoe.errors import CheckpointError, RequestError, is_device_or_memory_error, reason
+from edgemoe.request.gumbel_noise import gumbel_noise
+from edgemoe.request.kept_logits import Kept, LogitsSteps
 from edgemoe.request.logits_processors import OccurrencePenalty, make_processors, without_state
 from edgemoe.sampling import ResolvedSampling, Sampling, resolve
 
@@ -23,7 +23,7 @@ class Sampler:
     """Samples tokens for one request, with transformers' logits processors in transformers' order.
 
     A sample is the argmax of the processed logits plus Gumbel noise, which follows their softmax. The noise of future
-    samples is drawn in advance: a drafter that adds the same noise to its own logits drafts the token that will be
+    samples is known in advance: a drafter that adds the same noise to its own logits drafts the token that will be
     sampled, as far as its logits are right, and the samples do not depend on the drafts (Daliri, Musco and Suresh 2024,
     "Coupling without communication and drafter-invariant speculative decoding").
     """
@@ -31,42 +31,37 @@ class Sampler:
     def __init__(self, settings: ResolvedSampling, prompt_length: int, vocabulary: int) -> None:
         """For a reply to `prompt_length` tokens, of a model with logits for `vocabulary` tokens."""
         self.greedy = not settings.generation.do_sample
-        self._generator = torch.Generator().manual_seed(settings.seed)
-        self._noise: deque[torch.Tensor] = deque()
+        self._seed = settings.seed
+        self._drawn = 0
         own = []
         if settings.presence_penalty or settings.frequency_penalty:
             own.append(OccurrencePenalty(prompt_length, settings.presence_penalty, settings.frequency_penalty))
         self.processors = make_processors(settings.generation, prompt_length, vocabulary, own)
         """What the logits go through, transformers' LogitsProcessorList."""
-        self._for_drafts = without_state(self.processors)
+        self._steps = LogitsSteps(self.processors)
+        self._for_drafts = LogitsSteps(without_state(self.processors))
 
     def draw(self, tokens: Sequence[int], logits: torch.Tensor) -> int:
         """Samples the token after `tokens` (prompt and reply) from its `logits`, float32 [vocabulary] on the CPU.
 
         Uses up the noise of one sample, unless greedy.
         """
-        token = int(self._with_noise(self._processed(self.processors, tokens, logits)).argmax())
-        if not self.greedy:
-            self._noise.popleft()
-        return token
+        found = self._with_noise(self._steps.run(tokens, logits))
+        self._drawn += 1
+        return found.best
 
     def scores(self, tokens: Sequence[int], logits: torch.Tensor, ahead: int = 0) -> torch.Tensor:
         """The scores, float32 [vocabulary], whose argmax is likely to be the sample after `tokens`.
 
         The last `ahead` of `tokens` are drafted: the scores have the noise of the sample after the next `ahead` ones.
         """
-        return self._with_noise(self._processed(self._for_drafts, tokens, logits), ahead)
+        return self._with_noise(self._for_drafts.run(tokens, logits), ahead).spread(len(logits))
 
-    def _processed(self, processors: LogitsProcessorList, tokens: Sequence[int], logits: torch.Tensor) -> torch.Tensor:
-        return processors(torch.tensor([tokens]), logits[None])[0] if processors else logits  # type: ignore[arg-type]
-
-    def _with_noise(self, scores: torch.Tensor, ahead: int = 0) -> torch.Tensor:
+    def _with_noise(self, kept: Kept, ahead: int = 0) -> Kept:
         if self.greedy:
-            return scores
-        while len(self._noise) <= ahead:
-            exponential = torch.empty(len(scores)).exponential_(generator=self._generator)
-            self._noise.append(-exponential.log())
-        return scores + self._noise[ahead]
+            return kept
+        tokens = torch.arange(len(kept.scores)) if kept.ids is None else kept.ids
+        return kept._replace(scores=kept.scores + gumbel_noise(self._seed, self._drawn + ahead, tokens))
 
 
 def check_defaults(defaults: Any, source: str, vocabulary: int) -> None:
