@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from edgemoe.request.sparse_processors import in_place
 
 BY_VALUE = (TopPLogitsWarper, MinPLogitsWarper)
 """Processors to which only the values matter that are not minus infinity, and their order."""
@@ -23,7 +32,10 @@ class Kept(NamedTuple):
     @property
     def best(self) -> int:
         """The token of the largest score."""
-        place = int(self.scores.argmax())
+        return self.token(int(self.scores.argmax()))
+
+    def token(self, place: int) -> int:
+        """The token that the score number `place` belongs to."""
         return place if self.ids is None else int(self.ids[place])
 
     def spread(self, vocabulary: int) -> torch.Tensor:
@@ -41,25 +53,39 @@ class LogitsSteps:
 
     def __init__(self, processors: LogitsProcessorList) -> None:
         self._all = processors
-        self._first, self._top_k, self._last = LogitsProcessorList(), 0, LogitsProcessorList()
+        self._top_k = 0
+        self._first, self._last = LogitsProcessorList(), LogitsProcessorList()
         for place, each in enumerate(processors):
             behind = processors[place + 1 :]
             if type(each) is TopKLogitsWarper and all(type(other) in BY_VALUE for other in behind):
-                self._first = LogitsProcessorList(processors[:place])
-                self._top_k, self._last = each.top_k, LogitsProcessorList(behind)
+                # The order stays the same when all are divided by the temperature.
+                first = place - (place > 0 and type(processors[place - 1]) is TemperatureLogitsWarper)
+                self._first = LogitsProcessorList(processors[:first])
+                self._top_k, self._last = each.top_k, LogitsProcessorList([*processors[first:place], *behind])
+        self._in_place = [in_place(each) for each in self._first]
 
     def run(self, tokens: Sequence[int], logits: torch.Tensor) -> Kept:
         """What becomes of `logits`, float32 [vocabulary] on the CPU, after `tokens`. The logits are not changed."""
         if not self._all:
             return Kept(logits)
-        ids = torch.tensor([tokens])
+        text = torch.frombuffer(array("q", tokens), dtype=torch.int64) if tokens else torch.empty(0, dtype=torch.int64)
         if self._top_k:
-            scores = _processed(self._first, ids, logits)
+            scores = self._changed(text, logits)
             kept = top_k(scores, self._top_k)
             # Nothing is left where a logit is not a number.
             if len(kept):
-                return Kept(_processed(self._last, ids, scores[kept]), kept)
-        return Kept(_processed(self._all, ids, logits))
+                return Kept(_processed(self._last, text, scores[kept]), kept)
+        return Kept(_processed(self._all, text, logits))
+
+    def _changed(self, text: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """`logits` after the processors before top-k and the temperature."""
+        if not self._first or not all(self._in_place):
+            return _processed(self._first, text, logits)
+        scores = logits.clone()
+        for change in self._in_place:
+            assert change is not None
+            change(text, scores)
+        return scores
 
 
 def top_k(scores: torch.Tensor, count: int) -> torch.Tensor:
@@ -81,5 +107,5 @@ def top_k(scores: torch.Tensor, count: int) -> torch.Tensor:
     return places[found >= found.topk(count).values[-1]]
 
 
-def _processed(processors: LogitsProcessorList, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    return processors(ids, scores[None])[0] if processors else scores  # type: ignore[arg-type]
+def _processed(processors: LogitsProcessorList, text: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    return processors(text[None], scores[None])[0] if processors else scores  # type: ignore[arg-type]

@@ -30,9 +30,14 @@ class OccurrencePenalty(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """`scores` lowered, float32 [1, vocabulary]; `input_ids` is [1, tokens], prompt and reply."""
-        tokens, counts = input_ids[0, self._prompt_length :].unique(return_counts=True)
-        lowered = scores[0, tokens] - self._frequency * counts - self._presence
-        return scores.index_copy(1, tokens, lowered[None])
+        scores = scores.clone()
+        self.lower(input_ids[0], scores[0])
+        return scores
+
+    def lower(self, text: torch.Tensor, scores: torch.Tensor) -> None:
+        """Lowers `scores`, float32 [vocabulary], after `text`, int64 [tokens], prompt and reply."""
+        tokens, counts = text[self._prompt_length :].unique(return_counts=True)
+        scores[tokens] = scores[tokens] - self._frequency * counts - self._presence
 
 
 def make_processors(

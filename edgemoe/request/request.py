@@ -159,9 +159,8 @@ class Request:
         `logits`, float32 [vocabulary], are a drafter's. The probabilities are the softmax of the sampler's scores, with
         the noise that the next sample will use; tokens of probability 0 are left out.
         """
-        scores = self._sampler.scores(self.tokens + tree.text(node), logits, ahead=tree.depths[node])
-        best = scores.softmax(-1).topk(min(count, len(scores)))
-        return [(int(token), float(probability)) for probability, token in zip(*best, strict=True) if probability > 0]
+        text = self.tokens + tree.text(node)
+        return self._sampler.candidates(text, logits, count, ahead=tree.depths[node])
 
     def cancel(self) -> None:
         """Ends it with the reply so far."""

@@ -57,6 +57,15 @@ class Sampler:
         """
         return self._with_noise(self._for_drafts.run(tokens, logits), ahead).spread(len(logits))
 
+    def candidates(
+        self, tokens: Sequence[int], logits: torch.Tensor, count: int, ahead: int = 0
+    ) -> list[tuple[int, float]]:
+        """The `count` tokens of the highest `scores`, highest first, and the softmax of these: none of 0."""
+        kept = self._with_noise(self._for_drafts.run(tokens, logits), ahead)
+        best = kept.scores.softmax(-1).topk(min(count, len(kept.scores)))
+        found = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        return [(kept.token(place), probability) for probability, place in found if probability > 0]
+
     def _with_noise(self, kept: Kept, ahead: int = 0) -> Kept:
         if self.greedy:
             return kept

@@ -6,9 +6,11 @@ import pytest
 import torch
 from transformers import (
     EpsilonLogitsWarper,
+    LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -16,6 +18,8 @@ from transformers import (
 
 from edgemoe.request.gumbel_noise import gumbel_noise
 from edgemoe.request.kept_logits import LogitsSteps, top_k
+from edgemoe.request.logits_processors import OccurrencePenalty
+from edgemoe.request.sparse_processors import in_place
 
 TOKENS = [3, 8, 3, 200]
 
@@ -51,6 +55,42 @@ def test_processors_that_look_at_more_than_values_see_all_logits() -> None:
     kept = LogitsSteps(processors).run(TOKENS, logits)
     assert kept.ids is None
     assert torch.equal(kept.scores, plain(processors, logits))
+
+
+@pytest.mark.parametrize("text", [TOKENS, [], [4999, 5000, 7000, 3]])
+def test_changes_in_place_are_those_of_the_processors(text: list[int]) -> None:
+    """Also where the embeddings have more tokens than there are logits."""
+    processors = LogitsProcessorList([SequenceBiasLogitsProcessor([[[3], 2.0], [[40], -100.0]])])
+    processors += [RepetitionPenaltyLogitsProcessor(1.3)]
+    if max(text, default=0) < 5000:
+        processors.append(OccurrencePenalty(1, 0.5, 0.25))
+    assert all(in_place(each) for each in processors)
+    processors.append(TopKLogitsWarper(30))
+    for seed in range(5):
+        logits = 2 * torch.randn(5000, generator=torch.Generator().manual_seed(seed))
+        logits[[3, 8, 200]] = torch.tensor([4.0, 9.0, -1.0])
+        before = logits.clone()
+        expected = processors(torch.LongTensor([text]), logits[None].clone())[0]
+        assert torch.equal(LogitsSteps(processors).run(text, logits).spread(5000), expected)
+        assert torch.equal(logits, before)
+
+
+def test_a_bias_for_a_token_without_a_logit_is_refused_by_name() -> None:
+    processors = LogitsProcessorList([SequenceBiasLogitsProcessor([[[77], 2.0]]), TopKLogitsWarper(3)])
+    with pytest.raises(ValueError, match="77"):
+        LogitsSteps(processors).run(TOKENS, torch.zeros(50))
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        SequenceBiasLogitsProcessor([[[3, 4], 2.0]]),
+        RepetitionPenaltyLogitsProcessor(1.2, prompt_ignore_length=2),
+        TemperatureLogitsWarper(0.5),
+    ],
+)
+def test_what_changes_more_than_known_tokens_has_no_form_in_place(processor: LogitsProcessor) -> None:
+    assert in_place(processor) is None
 
 
 def test_no_processors_leave_the_logits() -> None:
