@@ -71,9 +71,10 @@ def measure(cell: Cell, size: Size) -> dict[str, float]:
             begin = place * (WARMING + size.questions)
             race.ask(turns[begin : begin + WARMING], counts=False)
             race.ask(turns[begin + WARMING : begin + WARMING + size.questions])
-            for again in range(1, size.rounds):
-                begin = first + (place * (size.rounds - 1) + again - 1) * size.questions
-                race.ask(turns[begin : begin + size.questions], only=race.below(WORST))
+            # The temperatures take turns at what is left: some tasks have few questions.
+            others = turns[first + place :: len(TEMPERATURES)]
+            for again in range(size.rounds - 1):
+                race.ask(others[again * size.questions :][: size.questions], only=race.below(WORST))
             found |= {f"{task}, {how}": ratio for task, ratio in race.ratios.items()}
     worst = min(found, key=lambda name: found[name])
     mean = sum(found.values()) / len(found)

@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from transformers import (
     LogitsProcessorList,
@@ -74,7 +75,11 @@ class LogitsSteps:
             kept = top_k(scores, self._top_k)
             # Nothing is left where a logit is not a number.
             if len(kept):
-                return Kept(_processed(self._last, text, scores[kept]), kept)
+                few = scores[kept][None]
+                # One by one: transformers' list looks at the signature of each in every call.
+                for each in self._last:
+                    few = each(text[None], few)
+                return Kept(few[0], kept)
         return Kept(_processed(self._all, text, logits))
 
     def _changed(self, text: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -93,18 +98,20 @@ def top_k(scores: torch.Tensor, count: int) -> torch.Tensor:
 
     They lie in the blocks of the `count` largest maxima: nothing else is looked at twice. Empty where there is a NaN.
     """
-    count = min(count, len(scores))
-    blocks = scores[: len(scores) - len(scores) % BLOCK].view(-1, BLOCK)
-    if len(blocks) <= count:
+    count, values = min(count, len(scores)), scores.numpy()
+    blocks = len(values) // BLOCK
+    if blocks <= count:
         return (scores >= scores.topk(count).values[-1]).nonzero()[:, 0]
-    maxima = blocks.amax(-1)
-    if maxima.isnan().any() or scores[blocks.numel() :].isnan().any():
+    maxima = scores[: blocks * BLOCK].view(-1, BLOCK).amax(-1).numpy()
+    # A NaN is the largest of all, for numpy, and equal to none.
+    numbers = np.flatnonzero(maxima >= np.partition(maxima, -count)[-count])
+    places = np.concatenate(
+        [(numbers[:, None] * BLOCK + np.arange(BLOCK)).ravel(), np.arange(blocks * BLOCK, len(values))]
+    )
+    found = values[places]
+    if np.isnan(maxima).any() or np.isnan(found).any():
         return torch.empty(0, dtype=torch.long)
-    numbers = (maxima >= maxima.topk(count).values[-1]).nonzero()[:, 0]
-    rest = torch.arange(blocks.numel(), len(scores))
-    places = torch.cat([(numbers[:, None] * BLOCK + torch.arange(BLOCK)).flatten(), rest])
-    found = scores[places]
-    return places[found >= found.topk(count).values[-1]]
+    return torch.from_numpy(places[found >= np.partition(found, -count)[-count]])
 
 
 def _processed(processors: LogitsProcessorList, text: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
