@@ -10,26 +10,10 @@ from importlib.resources import files
 from typing import Any
 
 from numba import njit
-from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.caching import IndexDataCacheFile
 
 GENERATORS = ("edgemoe.kernels.cpu", "edgemoe.formats")
 """Packages whose modules write the code that others compile, or hold its tables."""
-
-
-class _Kept(FunctionCache):
-    """What numba keeps of one function, until its module or the `GENERATORS` change.
-
-    numba looks at the function's own module alone, and would run code of an older version after an upgrade.
-    """
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__(function)  # type: ignore[no-untyped-call]
-        locator = self._impl.locator
-        self._cache_file = IndexDataCacheFile(
-            cache_path=locator.get_cache_path(),
-            filename_base=self._impl.filename_base,
-            source_stamp=(locator.get_source_stamp(), generators_digest()),
-        )
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -40,14 +24,28 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
     def compile_it(function: Callable[..., Any]) -> Any:
         try:
-            found = njit(cache=True, **options)(function)
-            found._cache = _Kept(function)
-            return found
+            return _keyed(njit(cache=True, **options)(function))
         except RuntimeError:
             # numba found no folder.
             return njit(**options)(function)
 
     return compile_it
+
+
+def _keyed(function: Any) -> Any:
+    """The compiled `function`, of which numba keeps code until its module or the `GENERATORS` change.
+
+    numba looks at the function's own module alone, and would run code of an older version after an upgrade.
+    """
+    # There is none where numba is told not to compile.
+    kept = getattr(function, "_cache", None)
+    if kept is not None:
+        kept._cache_file = IndexDataCacheFile(
+            cache_path=kept.cache_path,
+            filename_base=kept._impl.filename_base,
+            source_stamp=(kept._impl.locator.get_source_stamp(), generators_digest()),
+        )
+    return function
 
 
 @cache

@@ -11,9 +11,9 @@ from typing import Any
 
 from bench.measurement import BaseSize, Measurement
 from bench.support.engine_parts import cache_of
-from bench.support.lru_policies import BalancedLRU, GlobalLRU
-from bench.support.rival_policies import LRFU, BalancedLRFU
-from bench.support.trace import belady_misses, replay
+from bench.support.policies.lru import BalancedLRU, GlobalLRU
+from bench.support.policies.rivals import LRFU, BalancedLRFU
+from bench.support.policies.trace import belady_misses, replay
 from edgemoe import Engine, Sampling
 from edgemoe.cache.hot_temporal import HotTemporal
 from edgemoe.cache.policy import EvictionPolicy

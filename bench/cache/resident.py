@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,8 @@ import torch
 
 from bench.measurement import BaseSize, Measurement
 from bench.support.checkpoints import wide
-from bench.support.engine_parts import cache_of, runner_of
+from bench.support.decode_round import decode_round, read_bandwidth, timed
+from bench.support.engine_parts import cache_of, runner_of, weights_nbytes_per_token
 from edgemoe import Engine
 from edgemoe.cache import ExpertId
 from edgemoe.quiet import quiet_transformers
@@ -44,18 +44,24 @@ def run(size: Size = FULL) -> Measurement:
         make_resident(engine)
         with quiet_transformers():
             peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-        rounds = [_round(engine, peer, seed, size) for seed in range(size.rounds)]
-        floor_bytes = _bytes_per_token(engine, peer)
+        rounds = [
+            decode_round(
+                {"ours": timed(engine_steps(engine, size.prompt + size.steps)), "peer": timed(peer_steps(peer))},
+                seed, size.prompt, size.steps,
+            ) | {"bandwidth": read_bandwidth(cache_of(engine).pool.memory)}
+            for seed in range(size.rounds)
+        ]  # fmt: skip
+        floor_bytes = weights_nbytes_per_token(engine)
     bandwidth = statistics.median(item["bandwidth"] for item in rounds)
-    ours = statistics.median(item["decode"] for item in rounds)
-    decode = statistics.median(item["peer_decode"] / item["decode"] for item in rounds)
-    prefill = statistics.median(item["peer_prefill"] / item["prefill"] for item in rounds)
-    of_floor = statistics.median(floor_bytes / item["bandwidth"] / item["decode"] for item in rounds)
+    ours = statistics.median(item["ours decode"] for item in rounds)
+    decode = statistics.median(item["peer decode"] / item["ours decode"] for item in rounds)
+    prefill = statistics.median(item["peer prefill"] / item["ours prefill"] for item in rounds)
+    of_floor = statistics.median(floor_bytes / item["bandwidth"] / item["ours decode"] for item in rounds)
     detail = {
         "tokens_per_second": 1 / ours,
-        "peer_tokens_per_second": 1 / statistics.median(item["peer_decode"] for item in rounds),
-        "prefill_tokens_per_second": size.prompt / statistics.median(item["prefill"] for item in rounds),
-        "peer_prefill_tokens_per_second": size.prompt / statistics.median(item["peer_prefill"] for item in rounds),
+        "peer_tokens_per_second": 1 / statistics.median(item["peer decode"] for item in rounds),
+        "prefill_tokens_per_second": size.prompt / statistics.median(item["ours prefill"] for item in rounds),
+        "peer_prefill_tokens_per_second": size.prompt / statistics.median(item["peer prefill"] for item in rounds),
         "bytes_per_token": floor_bytes,
         "read_bandwidth_gb_per_second": bandwidth / 1e9,
         "threads": THREADS,
@@ -72,20 +78,6 @@ def make_resident(engine: Engine) -> None:
         for _ in cache.borrow(layer, range(count)):
             pass
         assert all(cache.is_resident(ExpertId(layer, number)) for number in range(count))
-
-
-def _round(engine: Engine, peer: Any, seed: int, size: Size) -> dict[str, float]:
-    generator = torch.Generator().manual_seed(seed)
-    prompt = torch.randint(3, 32000, (size.prompt,), generator=generator).tolist()
-    tokens = torch.randint(3, 32000, (size.steps,), generator=generator).tolist()
-    memory = cache_of(engine).pool.memory.view(torch.int64)
-    contenders = [("", engine_steps(engine, size.prompt + size.steps)), ("peer_", peer_steps(peer))]
-    found: dict[str, float] = {}
-    for whose, step in contenders if seed % 2 else contenders[::-1]:
-        found[f"{whose}prefill"] = _timed(step, prompt)
-        found[f"{whose}decode"] = statistics.median(_timed(step, [token]) for token in tokens)
-    seconds = min(_timed(torch.sum, memory) for _ in range(3))
-    return found | {"bandwidth": memory.nbytes / seconds}
 
 
 def engine_steps(engine: Engine, length: int) -> Callable[[list[int]], object]:
@@ -106,16 +98,3 @@ def peer_steps(peer: Any) -> Callable[[list[int]], object]:
             return peer(torch.tensor([tokens]), past_key_values=cache, use_cache=True, logits_to_keep=1).logits
 
     return step
-
-
-def _timed(action: Callable[[Any], object], argument: Any) -> float:
-    started = time.perf_counter()
-    action(argument)
-    return time.perf_counter() - started
-
-
-def _bytes_per_token(engine: Engine, peer: Any) -> int:
-    """Weights that one token must read: every matrix but the embedding's rows, and top-k experts a layer."""
-    plan = engine.plan
-    dense = plan.dense_nbytes - peer.get_input_embeddings().weight.nbytes
-    return int(dense + plan.layers * plan.top_k * plan.record_nbytes)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from bench.measurement import BaseSize, Measurement
+from bench.support.decode_round import read_bandwidth
 from edgemoe.cache.record import RecordLayout
 from edgemoe.cache.slot_classes import SlotClass
 from edgemoe.cache.slots import SlotPool
@@ -24,7 +25,7 @@ from edgemoe.formats.nvfp4_format import Nvfp4Format
 from edgemoe.formats.weight_format import WeightFormat
 from edgemoe.kernels.cpu.gemv_kernels import row_kernel
 from edgemoe.kernels.cpu.packed_matrix import PackedMatrix
-from edgemoe.kernels.cpu.threads import KernelThreads
+from edgemoe.kernels.cpu.threads import KernelThreads, torch_threads
 
 NAME = "cpu-kernels"
 BAR = "none: the figures say which kernels wait for memory"
@@ -49,16 +50,14 @@ FULL, SMALL = Size(), Size(small=True, shape=(32, 256), nbytes=1 << 18, tokens=(
 
 def run(size: Size = FULL) -> Measurement:
     """Formats one after the other, warm; medians. Two threads."""
-    threads = KernelThreads(THREADS)
-    torch.set_num_threads(THREADS)
-    memory = torch.ones(size.nbytes // 8, dtype=torch.int64)
-    bandwidth = memory.nbytes / statistics.median(_seconds(lambda: torch.sum(memory)) for _ in range(5))
-    torch.set_num_threads(1)
-    table = {}
-    for kind in _formats(size.shape[1]):
-        table[kind.name] = _measured(kind, threads, size, bandwidth)
-        if not size.small:
-            print(f"{kind.name:8} {table[kind.name]}", flush=True)
+    with torch_threads(THREADS):
+        bandwidth = read_bandwidth(torch.ones(size.nbytes // 8, dtype=torch.int64))
+    threads, table = KernelThreads(THREADS), {}
+    with torch_threads(1):
+        for kind in _formats(size.shape[1]):
+            table[kind.name] = _measured(kind, threads, size, bandwidth)
+            if not size.small:
+                print(f"{kind.name:8} {table[kind.name]}", flush=True)
     threads.close()
     return Measurement(NAME, {"read_gb_per_second": round(bandwidth / 1e9, 1)}, BAR, None, table)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import random
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,8 @@ import torch
 
 from bench.cache.resident import engine_steps, make_resident
 from bench.measurement import BaseSize, Measurement
-from bench.support.engine_parts import cache_of, embedding_nbytes
+from bench.support.decode_round import TimedStep, decode_round, read_bandwidth, timed
+from bench.support.engine_parts import cache_of, weights_nbytes_per_token
 from bench.support.llama_cpp_files import wide_gguf
 from bench.support.llama_cpp_peer.llama_cpp import INSTALL, LlamaCpp, llama_cpp
 from edgemoe import Engine
@@ -70,12 +69,12 @@ def _measured(peer: LlamaCpp, file: Path, size: Size) -> dict[str, float]:
     settings: dict[str, Any] = {"device": "cpu", "threads": THREADS, "expert_cache": "100%", "state_folder": "none"}
     with Engine.load(file, context=length, **settings) as engine, peer.serving(file, THREADS, length) as session:
         make_resident(engine)
-        rounds = [
-            _round(engine, {"peer": _peer_steps(session), "ours": _own_steps(engine, length)}, seed, size)
-            for seed in range(size.rounds)
-        ]
-        plan = engine.plan
-        nbytes = plan.dense_nbytes - embedding_nbytes(engine) + plan.layers * plan.top_k * plan.record_nbytes
+        nbytes, rounds = weights_nbytes_per_token(engine), []
+        for seed in range(size.rounds):
+            session.clear()
+            contenders: dict[str, TimedStep] = {"ours": timed(engine_steps(engine, length)), "peer": session.append}
+            found = decode_round(contenders, seed, size.prompt, size.steps)
+            rounds.append(found | {"bandwidth": read_bandwidth(cache_of(engine).pool.memory)})
 
     def median(of: Callable[[dict[str, float]], float]) -> float:
         return round(statistics.median(map(of, rounds)), 3)
@@ -94,41 +93,3 @@ def _measured(peer: LlamaCpp, file: Path, size: Size) -> dict[str, float]:
     if not size.small:
         print(f"{file.stem:16} {row}", flush=True)
     return row
-
-
-def _own_steps(engine: Engine, length: int) -> Callable[[list[int]], float]:
-    step = engine_steps(engine, length)
-
-    def timed(tokens: list[int]) -> float:
-        started = time.perf_counter()
-        step(tokens)
-        return time.perf_counter() - started
-
-    return timed
-
-
-def _peer_steps(session: Any) -> Callable[[list[int]], float]:
-    session.clear()
-    append: Callable[[list[int]], float] = session.append
-    return append
-
-
-def _round(
-    engine: Engine, contenders: dict[str, Callable[[list[int]], float]], seed: int, size: Size
-) -> dict[str, float]:
-    draw = random.Random(seed)
-    prompt, tokens = ([draw.randrange(300, 32000) for _ in range(count)] for count in (size.prompt, size.steps))
-    found: dict[str, float] = {}
-    for whose in sorted(contenders, reverse=bool(seed % 2)):
-        step = contenders[whose]
-        found[f"{whose} prefill"] = step(prompt)
-        found[f"{whose} decode"] = statistics.median(step([token]) for token in tokens)
-    memory = cache_of(engine).pool.memory
-    memory = memory[: memory.numel() // 8 * 8].view(torch.int64)
-    return found | {"bandwidth": memory.nbytes / min(_seconds_to_read(memory) for _ in range(3))}
-
-
-def _seconds_to_read(memory: torch.Tensor) -> float:
-    started = time.perf_counter()
-    torch.sum(memory)
-    return time.perf_counter() - started

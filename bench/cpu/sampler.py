@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from bench.measurement import BaseSize, Measurement
 from edgemoe import Sampling
+from edgemoe.kernels.cpu.threads import torch_threads
 from edgemoe.request.sampler import Sampler
 from edgemoe.sampling import resolve
 
@@ -42,12 +43,8 @@ FULL, SMALL = Size(), Size(small=True, vocabulary=500, text=16, samples=3)
 
 def run(size: Size = FULL) -> Measurement:
     """One thread, random logits of bf16; warm, medians."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with torch_threads(1):
         found = {name: _seconds(sampling, size) for name, sampling in SETTINGS.items()}
-    finally:
-        torch.set_num_threads(before)
     value = {name: round(1e3 * seconds, 3) for name, seconds in found.items()}
     return Measurement(NAME, {"milliseconds": value}, BAR, found["all"] <= MOST_SECONDS)
 

@@ -34,7 +34,13 @@ def speculation_of(engine: Engine) -> Speculation:
     return engine._loop.speculation
 
 
-def embedding_nbytes(engine: Engine) -> int:
+def weights_nbytes_per_token(engine: Engine) -> int:
+    """Bytes of the weights that one token must read: every matrix but the embedding's, and top-k experts a layer."""
+    plan = engine.plan
+    return plan.dense_nbytes - _embedding_nbytes(engine) + plan.layers * plan.top_k * plan.record_nbytes
+
+
+def _embedding_nbytes(engine: Engine) -> int:
     """Bytes of the input embeddings of `engine`, of which a token reads one row; 0 where they are the head as well."""
     model = runner_of(engine).sequential.model
     embedding, head = (_weight(layer) for layer in (model.get_input_embeddings(), model.get_output_embeddings()))

@@ -30,7 +30,11 @@ def _with_tokenizer(source: Path) -> Path:
     folder.mkdir(exist_ok=True)
     for file in source.iterdir():
         linked = folder / file.name
-        if not linked.exists():
-            # The converter's helper writes into config.json.
-            linked.write_bytes(file.read_bytes()) if file.suffix == ".json" else linked.symlink_to(file)
+        if linked.exists():
+            continue
+        if file.suffix == ".json":
+            # What makes the converter take a checkpoint is written into config.json.
+            linked.write_bytes(file.read_bytes())
+        else:
+            linked.symlink_to(file)
     return with_tokenizer(folder, merge=("a", "b"))

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from edgemoe.kernels.cpu.threads import torch_threads
+from edgemoe.kernels.cpu.threads import at_least_torch_threads
 from edgemoe.model.draft_tree import TreeMask, additive_mask
 from edgemoe.model.rope import scales_with_length
 
@@ -124,9 +124,7 @@ class PackedAttention:
 
     def _enough_threads(self, pairs: int) -> AbstractContextManager[None]:
         """Where `pairs` of tokens attend to one another."""
-        if pairs < MIN_THREADED_PAIRS:
-            return nullcontext()
-        return torch_threads(max(self._threads, torch.get_num_threads()))
+        return at_least_torch_threads(self._threads) if pairs >= MIN_THREADED_PAIRS else nullcontext()
 
     def _mask(self, row: Row, keys: torch.Tensor, window: int | None, *, additive: bool) -> torch.Tensor | None:
         """Which of `keys`, [1, heads, keys, width], each token of `row` attends to; None where no mask is needed.

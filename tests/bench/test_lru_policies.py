@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from bench.support.lru_policies import BalancedLRU, GlobalLRU, ReferenceLRU
-from bench.support.rival_policies import LRFU, BalancedLRFU
+from bench.support.policies.lru import BalancedLRU, GlobalLRU, ReferenceLRU
+from bench.support.policies.rivals import LRFU, BalancedLRFU
 from edgemoe.cache.policy import EvictionPolicy
 from edgemoe.cache.record import ExpertId
 

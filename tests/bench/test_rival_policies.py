@@ -5,9 +5,9 @@ import random
 
 import pytest
 
-from bench.support.lru_policies import BalancedLRU, GlobalLRU
-from bench.support.rival_policies import LRFU, BalancedLRFU
-from bench.support.trace import replay
+from bench.support.policies.lru import BalancedLRU, GlobalLRU
+from bench.support.policies.rivals import LRFU, BalancedLRFU
+from bench.support.policies.trace import replay
 from edgemoe.cache.record import ExpertId
 
 A, B, C, D = (ExpertId(0, number) for number in range(4))

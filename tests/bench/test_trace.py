@@ -7,9 +7,9 @@ from functools import cache
 
 import pytest
 
-from bench.support.lru_policies import BalancedLRU, GlobalLRU, ReferenceLRU
-from bench.support.rival_policies import LRFU
-from bench.support.trace import belady_misses, replay
+from bench.support.policies.lru import BalancedLRU, GlobalLRU, ReferenceLRU
+from bench.support.policies.rivals import LRFU
+from bench.support.policies.trace import belady_misses, replay
 from edgemoe.cache.hot_temporal import HotTemporal
 from edgemoe.cache.policy import EvictionPolicy
 from edgemoe.cache.record import ExpertId

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from bench.support.lru_policies import BalancedLRU
+from bench.support.policies.lru import BalancedLRU
 from edgemoe.cache import ExpertId, Transfer
 from tests.support.cache_fakes import holds
 from tests.support.driven_cache import NBYTES, free_slots, link_of, make, use

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from bench.support.lru_policies import BalancedLRU
+from bench.support.policies.lru import BalancedLRU
 from edgemoe.cache import ExpertCache, ExpertId
 from tests.support.cache_fakes import holds
 from tests.support.driven_cache import NBYTES, free_slots, ids, link_of, make, prefetched, use

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench.support.lru_policies import GlobalLRU
-from bench.support.trace import replay
+from bench.support.policies.lru import GlobalLRU
+from bench.support.policies.trace import replay
 from edgemoe.cache import EvictionPolicy, ExpertCache, ExpertId, SlotClass, SlotPool
 from edgemoe.cache.hot_temporal import HotTemporal
 from tests.support.cache_fakes import FakeLink, FakeStore, holds

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from bench.support.lru_policies import GlobalLRU
+from bench.support.policies.lru import GlobalLRU
 from edgemoe.cache import ExpertCache, ExpertId, Loan, SlotClass, SlotPool
 from edgemoe.cache.hot_temporal import HotTemporal
 from edgemoe.cache.policy import EvictionPolicy

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from bench.support.lru_policies import BalancedLRU, GlobalLRU
-from bench.support.rival_policies import LRFU, BalancedLRFU
-from bench.support.trace import belady_misses, replay
+from bench.support.policies.lru import BalancedLRU, GlobalLRU
+from bench.support.policies.rivals import LRFU, BalancedLRFU
+from bench.support.policies.trace import belady_misses, replay
 from edgemoe.cache.hot_temporal import AVERAGE_PASSES, AVERAGE_WEIGHT, DECAY, RECENT_WEIGHT, WARM_PASSES, HotTemporal
 from edgemoe.cache.policy import EvictionPolicy
 from edgemoe.cache.record import ExpertId

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.support.lru_policies import BalancedLRU
+from bench.support.policies.lru import BalancedLRU
 from edgemoe.cache import ExpertCache, ExpertId, Part, RecordLayout, SlotClass, SlotPool, Throttle
 from edgemoe.cache import safetensors_store as store_module
 from edgemoe.cache.reader_link import ReaderLink

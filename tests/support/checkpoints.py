@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.support.lru_policies import BalancedLRU
+from bench.support.policies.lru import BalancedLRU
 from bench.support.zoo import make
 from edgemoe.cache import ExpertCache, SlotPool
 from edgemoe.cache.reader_link import ReaderLink

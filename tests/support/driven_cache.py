@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from bench.support.lru_policies import GlobalLRU
+from bench.support.policies.lru import GlobalLRU
 from edgemoe.cache import EvictionPolicy, ExpertCache, ExpertId, Loan, SlotClass, SlotPool
 from tests.support.cache_fakes import FakeLink, FakeStore, holds
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from bench.support.lru_policies import GlobalLRU
+from bench.support.policies.lru import GlobalLRU
 from edgemoe.cache import ExpertCache, ExpertId, SlotPool
 from edgemoe.cache.slot_classes import limit_slots, slot_classes
 from edgemoe.prefetch import prefetcher as module

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,12 @@ from torch.overrides import TorchFunctionMode
 from edgemoe.formats.float_format import FloatFormat
 from edgemoe.kernels.cpu.kernel_choice import widens
 from edgemoe.kernels.cpu.packed_matrix import PackedMatrix
-from edgemoe.kernels.cpu.threads import KernelThreads, kernels_have_the_cores, torch_threads
+from edgemoe.kernels.cpu.threads import KernelThreads, at_least_torch_threads, kernels_have_the_cores
 
 MIN_VALUES = 1 << 12
 """Values of a weight below which a GEMV kernel is no faster than PyTorch's product."""
+MIN_THREADED_NBYTES = 1 << 26
+"""Tokens times bytes of a weight from which its product runs on several of PyTorch's threads in any pass."""
 
 
 def install_gemv(model: nn.Module, threads: KernelThreads) -> None:
@@ -28,8 +31,7 @@ def install_gemv(model: nn.Module, threads: KernelThreads) -> None:
     """
     for module in model.modules():
         if type(module) is nn.Linear and _fits(module.weight):
-            own = _widening_forward if widens(module.weight.dtype, module.weight.shape[1]) else _forward
-            module.forward = types.MethodType(own(module.weight, threads), module)  # type: ignore[method-assign]
+            module.forward = types.MethodType(_forward(module.weight, threads), module)  # type: ignore[method-assign]
 
 
 def _fits(weight: torch.Tensor) -> bool:
@@ -39,50 +41,49 @@ def _fits(weight: torch.Tensor) -> bool:
     return usable and gemv_kernels.row_kernel(weight.dtype, weight.shape[1]) is not None
 
 
-def _widening_forward(weight: torch.Tensor, threads: KernelThreads) -> Any:
-    matrix = PackedMatrix.of_views(FloatFormat(weight.dtype), {"": weight.detach()}, "", weight.shape[1])
-
-    def forward(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
-        if not input.numel() or not kernels_have_the_cores(threads):
-            return F.linear(input, module.weight, module.bias)
-        result = matrix.multiply_one(threads, input.reshape(-1, weight.shape[1]))
-        if module.bias is not None:
-            result = result + module.bias.float()
-        return result.to(input.dtype).view(*input.shape[:-1], weight.shape[0])
-
-    return forward
-
-
 def _forward(weight: torch.Tensor, threads: KernelThreads) -> Any:
-    from edgemoe.kernels.cpu import gemv_kernels
-
     rows, columns = weight.shape
-    kernel = gemv_kernels.row_kernel(weight.dtype, columns)
-    assert kernel is not None
-    matrix = weight.detach().view(torch.uint8).view(1, -1).numpy().view(kernel.unit)
-    only_slot = np.zeros(1, np.int64)
+    multiply, most = _product(weight.detach(), threads)
 
     def forward(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:
         tokens = input.numel() // columns
-        if tokens > kernel.max_tokens:
+        if tokens > most and tokens * weight.nbytes >= MIN_THREADED_NBYTES:
             # Also where kernels have the cores otherwise, as with packed experts.
-            with torch_threads(max(threads.count, torch.get_num_threads())):
+            with at_least_torch_threads(threads.count):
                 return F.linear(input, module.weight, module.bias)
-        if not tokens or not kernels_have_the_cores(threads):
+        if not 0 < tokens <= most or not kernels_have_the_cores(threads):
             return F.linear(input, module.weight, module.bias)
-        values = kernel.values(input.reshape(tokens, columns))
-        out, starts = kernel.results(tokens, rows), np.array([0, tokens])
-
-        def run(first: int, last: int) -> None:
-            kernel.run(only_slot, 0, columns, matrix, starts, values, out, first, last)
-
-        threads.split(rows, run, nbytes=weight.nbytes)
-        result = torch.from_numpy(out)
+        result = multiply(input.reshape(tokens, columns))
         if module.bias is not None:
             result = result + module.bias.float()
         return result.to(input.dtype).view(*input.shape[:-1], rows)
 
     return forward
+
+
+def _product(weight: torch.Tensor, threads: KernelThreads) -> tuple[Callable[[torch.Tensor], torch.Tensor], int]:
+    """What multiplies inputs [tokens, columns] by `weight`, to float32 [tokens, rows], and for how many tokens."""
+    from edgemoe.kernels.cpu import gemv_kernels
+
+    rows, columns = weight.shape
+    if widens(weight.dtype, columns):
+        widened = PackedMatrix.of_views(FloatFormat(weight.dtype), {"": weight}, "", columns)
+        return partial(widened.multiply_one, threads), widened.max_tokens
+    kernel = gemv_kernels.row_kernel(weight.dtype, columns)
+    assert kernel is not None
+    matrix = weight.view(torch.uint8).view(1, -1).numpy().view(kernel.unit)
+    only_slot = np.zeros(1, np.int64)
+
+    def multiply(x: torch.Tensor) -> torch.Tensor:
+        values, out, starts = kernel.values(x), kernel.results(len(x), rows), np.array([0, len(x)])
+
+        def run(first: int, last: int) -> None:
+            kernel.run(only_slot, 0, columns, matrix, starts, values, out, first, last)
+
+        threads.split(rows, run, nbytes=weight.nbytes)
+        return torch.from_numpy(out)
+
+    return multiply, kernel.max_tokens
 
 
 class BatchInvariantMode(TorchFunctionMode):

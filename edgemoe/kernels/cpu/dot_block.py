@@ -16,7 +16,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from edgemoe.kernels.cpu.cpu_features import float_lanes, has, is_x86
-from edgemoe.kernels.cpu.vector_ir import SINGLE, WORD, counting, load
+from edgemoe.kernels.cpu.vector_ir import SINGLE, WORD, counting, in_portions, load, row_blocks
 
 ROWS_OF_ONE_TOKEN = 4
 """Rows of a block for one token: enough independent sums to keep the multipliers busy."""
@@ -260,28 +260,19 @@ class Grouped:
 
     def _rows(self, block: Block, rows: int, most: int, matrix: Any, values: Any, results: Any, tokens: Any) -> None:
         """Blocks of `rows` rows and at most `most` tokens, then the rows that are left one by one."""
-        builder, first, last = self._builder, self._operands.first, self._operands.last
-        whole = builder.sub(last, builder.srem(builder.sub(last, first), WORD(rows)))
-        for start, stop, count in ((first, whole, rows), (whole, last, 1)):
-            with counting(builder, start, stop, count) as row:
-                weights = builder.add(matrix, builder.mul(row, block.row_step))
-                self._tokens(
-                    block, count, most, weights, values, builder.add(results, builder.mul(row, WORD(4))), tokens
-                )
+        builder, of = self._builder, self._operands
+        for row, count in row_blocks(builder, of.first, of.last, rows):
+            weights = builder.add(matrix, builder.mul(row, block.row_step))
+            self._tokens(block, count, most, weights, values, builder.add(results, builder.mul(row, WORD(4))), tokens)
 
     def _tokens(self, block: Block, rows: int, most: int, weights: Any, values: Any, results: Any, tokens: Any) -> None:
         builder = self._builder
-        whole = builder.sub(tokens, builder.srem(tokens, WORD(most)))
 
         def run(token: Any, count: int) -> None:
             x = builder.add(values, builder.mul(token, block.x_step))
             block.emit(rows, count, weights, x, builder.add(results, builder.mul(token, block.out_step)))
 
-        with counting(builder, WORD(0), whole, most) as token:
-            run(token, most)
-        for count in range(1, most):
-            with builder.if_then(builder.icmp_signed("==", builder.sub(tokens, whole), WORD(count))):
-                run(whole, count)
+        in_portions(builder, WORD(0), tokens, most, run)
 
 
 Sums = list[list[list[Any]]]

@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 from edgemoe.kernels.cpu.cpu_features import float_lanes
 from edgemoe.kernels.cpu.dot_block import ROWS_OF_ONE_TOKEN, Block, Dot, Grouped, Operands, Widened
 from edgemoe.kernels.cpu.tile_block import TileBlock
-from edgemoe.kernels.cpu.vector_ir import WORD, counting, lanes, load, offset, part, prefetch, store
+from edgemoe.kernels.cpu.vector_ir import WORD, counting, lanes, load, offset, part, prefetch, row_blocks, store
 from edgemoe.kernels.cpu.widening import Widening
 
 TILE_ROWS = {16: 6, 8: 3}
@@ -118,10 +118,9 @@ class _Packed(Grouped):
         """All rows, a few at a time, with at most `most` tokens at a time, without a tile."""
         builder, of = self._builder, self._operands
         block = _FusedBlock(builder, self._dot, self._widening, parts, of)
-        for start, stop, count in self._spans(rows):
-            with counting(builder, start, stop, count) as row:
-                into = builder.add(results, builder.mul(row, WORD(4)))
-                self._tokens(block, count, most, row, values, into, tokens)
+        for row, count in row_blocks(builder, of.first, of.last, rows):
+            into = builder.add(results, builder.mul(row, WORD(4)))
+            self._tokens(block, count, most, row, values, into, tokens)
 
     def _tiled(self, parts: Sequence[Any], values: Any, results: Any, tokens: Any) -> None:
         """All rows, a few of them widened at a time."""
@@ -129,17 +128,10 @@ class _Packed(Grouped):
         row_step, rows = builder.mul(of.columns, WORD(4)), TILE_ROWS[self._dot.lanes]
         block = TileBlock(builder, self._dot, row_step, of.x_step, of.out_step, of.columns)
         scratch = builder.add(self._tile, builder.mul(row_step, WORD(rows)))
-        for start, stop, count in self._spans(rows):
-            with counting(builder, start, stop, count) as row:
-                self._widen(parts, row, builder.add(row, WORD(count)))
-                into = builder.add(results, builder.mul(row, WORD(4)))
-                block.emit_all(count, self._tile, scratch, values, into, tokens)
-
-    def _spans(self, rows: int) -> list[tuple[Any, Any, int]]:
-        """The first and the last of the blocks of `rows` rows, then those of the rows that are left one by one."""
-        builder, first, last = self._builder, self._operands.first, self._operands.last
-        whole = builder.sub(last, builder.srem(builder.sub(last, first), WORD(rows)))
-        return [(first, whole, rows), (whole, last, 1)] if rows > 1 else [(first, last, 1)]
+        for row, count in row_blocks(builder, of.first, of.last, rows):
+            self._widen(parts, row, builder.add(row, WORD(count)))
+            into = builder.add(results, builder.mul(row, WORD(4)))
+            block.emit_all(count, self._tile, scratch, values, into, tokens)
 
     def _parts(self, matrix: Any) -> list[Any]:
         """The addresses of the matrix's parts in the record at `matrix`."""

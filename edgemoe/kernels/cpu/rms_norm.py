@@ -1,4 +1,4 @@
-"""RMS norms for few tokens by one kernel: a model of 48 layers has two hundred, and PyTorch takes 60 µs for each."""
+"""RMS norms for few tokens by one kernel: a model of 48 layers has two hundred, of seven operations in PyTorch each."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 import torch
@@ -110,6 +110,11 @@ def torch_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def at_least_torch_threads(count: int) -> AbstractContextManager[None]:
+    """`torch_threads` with `count`, or with as many as there are now if these are more."""
+    return torch_threads(max(count, torch.get_num_threads()))
 
 
 def kernels_have_the_cores(threads: KernelThreads) -> bool:

@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from edgemoe.kernels.cpu.dot_block import Block
-from edgemoe.kernels.cpu.vector_ir import SINGLE, WORD, counting, load, store
+from edgemoe.kernels.cpu.vector_ir import SINGLE, WORD, counting, in_portions, load, store
 
 PIECE = 512
 """Columns of a piece: a multiple of every width of a register."""
@@ -26,23 +26,18 @@ class TileBlock(Block):
 
         Columns are a multiple of the width of a register. `scratch` is overwritten.
         """
-        builder, most = self._builder, self._dot.tokens
-        whole = builder.sub(tokens, builder.srem(tokens, WORD(most)))
+        builder = self._builder
         with counting(builder, WORD(0), self._columns, PIECE) as start:
             stop = builder.add(start, WORD(PIECE))
             stop = builder.select(builder.icmp_signed("<", stop, self._columns), stop, self._columns)
 
-            def piece(token: Any, count: int, start: Any = start, stop: Any = stop) -> None:
+            def piece(token: Any, count: int) -> None:
                 kept = builder.add(scratch, builder.mul(token, WORD(rows * self._dot.lanes * 4)))
                 x = builder.add(values, builder.mul(token, self.x_step))
                 out = builder.add(results, builder.mul(token, self.out_step))
                 self._piece(rows, count, start, stop, tile, kept, x, out)
 
-            with counting(builder, WORD(0), whole, most) as token:
-                piece(token, most)
-            for count in range(1, most):
-                with builder.if_then(builder.icmp_signed("==", builder.sub(tokens, whole), WORD(count))):
-                    piece(whole, count)
+            in_portions(builder, WORD(0), tokens, self._dot.tokens, piece)
 
     def _piece(
         self, rows: int, tokens: int, start: Any, stop: Any, tile: Any, scratch: Any, values: Any, results: Any

@@ -25,6 +25,28 @@ def counting(builder: Any, first: Any, stop: Any, step: int) -> Iterator[Any]:
         yield number
 
 
+def in_portions(builder: Any, first: Any, stop: Any, most: int, run: Callable[[Any, int], None]) -> None:
+    """`run(number, count)` for portions of `most` numbers from `first` to `stop`, then for those that are left."""
+    whole = builder.sub(stop, builder.srem(builder.sub(stop, first), WORD(most)))
+    with counting(builder, first, whole, most) as number:
+        run(number, most)
+    for count in range(1, most):
+        with builder.if_then(builder.icmp_signed("==", builder.sub(stop, whole), WORD(count))):
+            run(whole, count)
+
+
+def row_blocks(builder: Any, first: Any, stop: Any, most: int) -> Iterator[tuple[Any, int]]:
+    """Loops over blocks of `most` rows from `first` to `stop`, then over the rows that are left.
+
+    Gives the first row of a block, and how many there are; what the caller then emits is the loop's body.
+    """
+    whole = builder.sub(stop, builder.srem(builder.sub(stop, first), WORD(most)))
+    left = [(whole, stop, 1)] if most > 1 else []
+    for begin, end, count in [(first, whole, most), *left]:
+        with counting(builder, begin, end, count) as row:
+            yield row, count
+
+
 def load(builder: Any, address: Any, kind: Any, align: int = 2) -> Any:
     """The value of type `kind` at `address`."""
     return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from bench.support.lru_policies import BalancedLRU
+from bench.support.policies.lru import BalancedLRU
 from edgemoe.cache import ExpertCache, ExpertId, ExpertStore, SlotClass, SlotPool, Throttle, Transfer
 from edgemoe.cache.cuda_link import CudaLink, CudaStreams, Streams
 from edgemoe.cache.link import Priority

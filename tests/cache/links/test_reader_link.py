@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from bench.support.lru_policies import BalancedLRU
+from bench.support.policies.lru import BalancedLRU
 from edgemoe.cache import ExpertCache, ExpertId, SlotClass, SlotPool, Throttle, Transfer
 from edgemoe.cache.link import Priority
 from edgemoe.cache.reader_link import ReaderLink
