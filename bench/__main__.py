@@ -48,6 +48,10 @@ MEASUREMENTS = {
     },
     "cpu": {
         "llamacpp-resident": "decode and prefill of GGUF files in memory against llama.cpp and the floor",
+        "same-bits": "logits of chains, trees and batches against single steps, bit for bit, every format and family",
+        "llamacpp-capped": "GGUF files larger than memory, cold, against llama.cpp's memory map and the floor",
+        "floor": "spec-floor's cells in bf16 and 4 bit, with the share of every part",
+        "busy-neighbour": "a long prompt beside another busy process, against the same prompt alone",
         "sampler": "the time of one sample of 152,000 logits, with every usual setting and with less",
         "cpu-kernels": "bytes and weights a second of every format's kernels, by tokens, against the memory's own",
     },

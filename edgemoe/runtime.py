@@ -141,6 +141,7 @@ class Runtime:
             plan.nbytes_per_token,
             share,
             PackedMatrix.max_tokens if self._packed else None,
+            self.kernel_threads,
         )
 
     def close(self) -> None:

@@ -65,10 +65,10 @@ def run(size: Size = FULL) -> Measurement:
     return Measurement(NAME, value, BAR, ours / peer >= 1.15 and reached / disk >= 0.8, found | {"cache": "cold"})
 
 
-def forget_pages(folder: Path) -> None:
-    """Drops the page cache of every file in `folder`, so that the next reader finds it cold."""
+def forget_pages(place: Path) -> None:
+    """Drops the page cache of the file `place`, or of every file in that folder: the next reader finds it cold."""
     os.sync()
-    for file in folder.rglob("*.*"):
+    for file in [place] if place.is_file() else place.rglob("*.*"):
         if file.is_file():
             handle = os.open(file, os.O_RDONLY)
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -143,14 +143,17 @@ def peer(folder: Path, size: Size) -> dict[str, Any]:
     return {"value": size.steps / seconds}
 
 
-def disk(folder: Path, size: Size) -> dict[str, Any]:
-    """The disk's bandwidth for random pieces with several reads in flight, bytes/s: the best of four ways."""
-    files = sorted(folder.glob("*.safetensors"))
+def disk(place: Path, size: Size) -> dict[str, Any]:
+    """The disk's bandwidth for random pieces of the file, or of a checkpoint's, with several reads in flight.
+
+    In bytes a second: the best of four ways.
+    """
+    files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
     pieces = [(file, start) for file in files for start in range(0, file.stat().st_size - size.piece, size.piece)]
     best: dict[str, float] = {}
     for threads in (4, 8):
         for flag, way in ((0, "buffered"), (os.O_DIRECT, "direct")):
-            forget_pages(folder)
+            forget_pages(place)
             chosen = random.Random(threads).sample(pieces, size.disk_sample // size.piece)
             # Some file systems, those in memory above all, know no direct reads.
             with suppress(OSError):

@@ -23,8 +23,8 @@ from edgemoe.formats.made import MADE, made_format
 from edgemoe.formats.mxfp4_format import Mxfp4Format
 from edgemoe.formats.nvfp4_format import Nvfp4Format
 from edgemoe.formats.weight_format import WeightFormat
-from edgemoe.kernels.cpu.gemv_kernels import row_kernel
 from edgemoe.kernels.cpu.packed_matrix import PackedMatrix
+from edgemoe.kernels.cpu.slot_matrix import SlotMatrix
 from edgemoe.kernels.cpu.threads import KernelThreads, torch_threads
 
 NAME = "cpu-kernels"
@@ -96,23 +96,12 @@ def _prepared(
     for name, view in layout.views(memory[0]).items():
         view.copy_(_content(name, view))
     memory[1:] = memory[0]
-    if not isinstance(kind, FloatFormat):
+    if isinstance(kind, FloatFormat):
+        matrix: SlotMatrix | PackedMatrix = SlotMatrix(kind.dtype, size.shape, memory)
+    else:
         places = {part.name: layout.part_offset("w" + part.name) for part in kind.parts("", size.shape)}
         matrix = PackedMatrix(kind, size.shape, memory, places)
-        return lambda slots, starts, x: matrix.multiply(threads, slots, starts, x), layout.nbytes, records
-    kernel, (rows, columns) = row_kernel(kind.dtype, size.shape[1]), size.shape
-    assert kernel is not None
-    pool = memory.numpy().view(kernel.unit)
-
-    def multiply(slots: np.ndarray, starts: np.ndarray, x: torch.Tensor) -> None:
-        values, out = kernel.values(x), kernel.results(len(x), rows)
-
-        def part(first: int, last: int) -> None:
-            kernel.run(slots, 0, columns, pool, starts, values, out, first, last)
-
-        threads.split(rows, part, nbytes=GROUPS * layout.nbytes)
-
-    return multiply, layout.nbytes, records
+    return lambda slots, starts, x: matrix.multiply(threads, slots, starts, x), layout.nbytes, records
 
 
 def _content(name: str, view: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from bench.measurement import BaseSize, Measurement
 from bench.support.alternating import Question, loaded, questions, warm_up
 from bench.support.checkpoints import FACTOR, SMALL_FACTOR, inflated
-from bench.support.engine_parts import cache_of, link_of
+from bench.support.engine_parts import TimedKernels, cache_of, link_of
 from bench.support.link_cells import CELLS, Cell
 from edgemoe import Engine, Sampling
 from edgemoe.cache import ExpertId
@@ -64,12 +65,17 @@ class Reading:
     moved: int
     busy: float
     """Seconds in which the link moved something."""
+    waited: float
+    """Seconds in which steps waited for the link."""
+    kernels: float
+    """Seconds in which steps ran kernels."""
 
     @classmethod
-    def of(cls, engine: Engine) -> Reading:
+    def of(cls, engine: Engine, kernels: TimedKernels) -> Reading:
         """Up to now."""
-        stats, link = engine.stats, link_of(engine)
-        return cls(stats.seconds, stats.steps, stats.hits + stats.misses, link.bytes_moved, link.busy_seconds)
+        stats, link, waited = engine.stats, link_of(engine), cache_of(engine).counters.link_wait_seconds
+        asked = stats.hits + stats.misses
+        return cls(stats.seconds, stats.steps, asked, link.bytes_moved, link.busy_seconds, waited, kernels.seconds)
 
     def __add__(self, other: Reading) -> Reading:
         return self._with(other, 1)
@@ -81,13 +87,14 @@ class Reading:
         return Reading(**{name: value + sign * getattr(other, name) for name, value in vars(self).items()})
 
 
-def measure(cell: Cell, size: Size) -> dict[str, Any]:
-    """All steps of one cell that decode, against their floor."""
+def measure(cell: Cell, size: Size, variant: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """All steps of one cell that decode, against their floor: of the widened demo, or of a `variant` of it."""
     sampling = Sampling(temperature=0, max_tokens=size.tokens)
-    with loaded(inflated(size.factor), **cell.settings) as engine:
+    settings = {"model": inflated(size.factor), **cell.settings, **(variant or {})}
+    with loaded(**settings) as engine, TimedKernels(engine) as kernels:
         warm_up(engine, sampling)
         memory, link = _read_bandwidth(engine), _link_bandwidth(engine)
-        decoded = [_decode(engine, question, sampling) for question in questions(1, size.tasks)]
+        decoded = [_decode(engine, question, sampling, kernels) for question in questions(1, size.tasks)]
         memory, plan = max(memory, _read_bandwidth(engine)), engine.plan
     did = sum(decoded[1:], decoded[0])
     # What this machine reads, and no more than a simulated link brings.
@@ -106,25 +113,27 @@ def measure(cell: Cell, size: Size) -> dict[str, Any]:
         "memory_gb_per_second": memory / 1e9,
         "link_gb_per_second": link / 1e9,
         "link_busy": did.busy / did.seconds,
+        "waited": did.waited / did.seconds,
+        "kernels": did.kernels / did.seconds,
     }
     print(
         f"{cell.name:32} {at['over_floor']:.2f}x its floor ({at['bound_by']}), {at['over_both']:.2f}x the sum of both; "
         f"{at['ms_per_step']:.1f} ms a step, link {link / 1e9:.1f} GB/s and {at['link_busy']:.0%} busy, "
-        f"memory {memory / 1e9:.1f} GB/s",
+        f"memory {memory / 1e9:.1f} GB/s; waited {at['waited']:.0%}, kernels {at['kernels']:.0%}",
         flush=True,
     )
     return at
 
 
-def _decode(engine: Engine, question: Question, sampling: Sampling) -> Reading:
+def _decode(engine: Engine, question: Question, sampling: Sampling, kernels: TimedKernels) -> Reading:
     """What the engine did for an answer after its first token."""
     prompt = engine.chat_prompt([{"role": "user", "content": question.text}])
     chunks = engine.stream(prompt, sampling)
     next(chunks)
-    before = Reading.of(engine)
+    before = Reading.of(engine, kernels)
     for _ in chunks:
         pass
-    return Reading.of(engine) - before
+    return Reading.of(engine, kernels) - before
 
 
 def _link_bandwidth(engine: Engine) -> float:

@@ -39,8 +39,10 @@ class MemoryGroup:
         with suppress(OSError):
             self._folder.rmdir()
 
-    def run(self, arguments: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    def run(self, arguments: Sequence[str], folder: Path, input: str = "") -> subprocess.CompletedProcess[str]:
         """Runs this Python in `folder` with `arguments`, a module first, inside the group; its captured output."""
         entry = f"import os,sys,runpy; open({str(self._folder / 'cgroup.procs')!r},'w').write(str(os.getpid()))"
         program = f"{entry}; sys.argv = {list(arguments)!r}; runpy.run_module(sys.argv[0], run_name='__main__')"
-        return subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            [sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=False, input=input
+        )

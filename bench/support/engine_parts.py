@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -32,6 +33,28 @@ def link_of(engine: Engine) -> Link:
 def speculation_of(engine: Engine) -> Speculation:
     """What proposes the drafts of `engine` and learns from them."""
     return engine._loop.speculation
+
+
+class TimedKernels:
+    """Used as a context manager: in the block the time in which an engine's kernels run is summed."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.seconds = 0.0
+        self._threads = engine._loaded().kernel_threads
+
+    def __enter__(self) -> TimedKernels:
+        split = self._threads.split
+
+        def timed(*arguments: Any, **named: Any) -> None:
+            started = time.perf_counter()
+            split(*arguments, **named)
+            self.seconds += time.perf_counter() - started
+
+        self._threads.split = timed  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        del self._threads.split
 
 
 def weights_nbytes_per_token(engine: Engine) -> int:

@@ -14,6 +14,7 @@ from gguf import GGMLQuantizationType, GGUFWriter, quants
 from safetensors.torch import load_file
 
 from bench.support.zoo import make
+from edgemoe.formats.gguf_format import BLOCKS
 
 LEAVES = {
     "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
@@ -37,6 +38,11 @@ ARCHITECTURES = {
 SETTINGS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"mlp_only_layers": [], "decoder_sparse_step": 1, "norm_topk_prob": True}
 }
+SCALES = {
+    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,),
+    "IQ3_S": (0,), "IQ3_XXS": (0,), "IQ2_XXS": (0,), "IQ2_XS": (0,), "IQ2_S": (0,),
+}  # fmt: skip
+"""Where in a block the scales of type float16 are, of types that the gguf package reads and does not write."""
 Kind = GGMLQuantizationType
 
 
@@ -97,7 +103,7 @@ class GgufMaker:
             if kind is None or array.ndim < 2 or "norm" in name or "ffn_gate_inp" in name:
                 writer.add_tensor(name, array)
             else:
-                writer.add_tensor(name, quants.quantize(array, kind), raw_dtype=kind)
+                writer.add_tensor(name, _packed(array, kind), raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -236,6 +242,20 @@ class GgufMaker:
     def _offset(self, name: str, value: torch.Tensor) -> torch.Tensor:
         offset = self.arch == "qwen3next" and "norm" in name and "linear_attn" not in name
         return value + 1 if offset else value
+
+
+def _packed(values: np.ndarray, kind: Kind) -> np.ndarray:
+    """`values` in `kind`, or as many random ones of a like size where the gguf package does not quantise to it."""
+    if kind.name not in SCALES:
+        return quants.quantize(values, kind)
+    count, nbytes = BLOCKS[kind.name]
+    blocks = np.random.default_rng(values.size).integers(0, 256, (values.size // count, nbytes), np.uint8)
+    for scale in (1.0, None):
+        # Of values with a scale of 1 the size is known, and so the scale for the wanted one.
+        spread = 1.0 if scale else float(quants.dequantize(blocks, kind).std())
+        for at in SCALES[kind.name]:
+            blocks[:, at : at + 2] = np.array([scale or values.std() / spread], np.float16).view(np.uint8)
+    return blocks.reshape(*values.shape[:-1], -1)
 
 
 def _yarn() -> Any:

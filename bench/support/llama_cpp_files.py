@@ -1,4 +1,4 @@
-"""The wide checkpoint as GGUF files that llama.cpp makes, in the folder of the measurements."""
+"""Checkpoints as GGUF files that llama.cpp makes, in the folder of the measurements."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from bench.support.llama_cpp_peer.llama_cpp import LlamaCpp
 
 def wide_gguf(peer: LlamaCpp, kind: str, *, small: bool = False) -> Path:
     """The wide checkpoint in `kind`, BF16 or what llama.cpp quantises to. Made once."""
-    source = wide(small=small)
+    return gguf_by_peer(peer, wide(small=small), kind)
+
+
+def gguf_by_peer(peer: LlamaCpp, source: Path, kind: str) -> Path:
+    """The checkpoint `source`, in the folder of the measurements, in `kind`. Made once."""
     out = source.with_name(f"{source.name}-{kind}.gguf")
     if out.exists():
         return out
@@ -19,7 +23,7 @@ def wide_gguf(peer: LlamaCpp, kind: str, *, small: bool = False) -> Path:
     if kind == "BF16":
         peer.convert(_with_tokenizer(source), begun, "bf16")
     else:
-        peer.quantize(wide_gguf(peer, "BF16", small=small), begun, kind)
+        peer.quantize(gguf_by_peer(peer, source, "BF16"), begun, kind)
     begun.rename(out)
     return out
 

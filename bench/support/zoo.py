@@ -156,7 +156,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 32,
         **WINDOWED,
         "global_head_dim": 32,
-        "hidden_size_per_layer_input": 8,
+        "hidden_size_per_layer_input": 64,
         "vocab_size_per_layer_input": 256,
         "tie_word_embeddings": True,
     },

@@ -21,11 +21,13 @@ from edgemoe.cache.slots import SlotRegion
 from edgemoe.checkpoint.experts_module import ExpertsModule
 from edgemoe.formats.float_format import FloatFormat
 from edgemoe.kernels.cpu import packed_matrix
+from edgemoe.kernels.cpu.activation import ACTIVATION_DTYPES, gated_silu, is_gated_silu
 from edgemoe.kernels.cpu.kernel_choice import widens
 from edgemoe.kernels.cpu.packed_matrix import PackedMatrix
 from edgemoe.kernels.cpu.slot_matrix import SlotMatrix
 from edgemoe.kernels.cpu.threads import KernelThreads, kernels_have_the_cores
 from edgemoe.kernels.packed_linear import packed_linear
+from edgemoe.kernels.row_linear import few_on_cpu, row_linear
 
 
 class TokenGroups:
@@ -167,23 +169,28 @@ class Experts(ABC):
         """The reference arithmetic of one expert."""
         module, views = self.module, self.region.views(slot, self._layout)
         x = groups.inputs(expert, self.row_multiple)
-        inner = self._linear(x, views, _up_name(module), slot)
+        row_by_row = few_on_cpu(groups.hidden)
+        inner = self._linear(x, views, _up_name(module), slot, row_by_row)
         inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-        groups.write(expert, self._linear(inner, views, "down_proj", slot))
+        groups.write(expert, self._linear(inner, views, "down_proj", slot, row_by_row))
 
-    def _linear(self, x: torch.Tensor, views: Mapping[str, torch.Tensor], name: str, slot: int) -> torch.Tensor:
+    def _linear(
+        self, x: torch.Tensor, views: Mapping[str, torch.Tensor], name: str, slot: int, row_by_row: bool
+    ) -> torch.Tensor:
         kind = self._formats[name]
         if isinstance(kind, FloatFormat):
             weight = kind.dequantize(views, name)
             weight = weight.t() if name in self._transposed else weight
-            product = F.linear(x.to(weight.dtype), weight)
+            product = (row_linear if row_by_row else F.linear)(x.to(weight.dtype), weight)
         else:
-            product = self._packed_linear(x, views, name, slot).to(x.dtype)
+            product = self._packed_linear(x, views, name, slot, row_by_row).to(x.dtype)
         # Added separately, as in transformers: a fused bias rounds differently in bf16.
         return product + views[f"{name}_bias"] if self.module.has_bias else product
 
-    def _packed_linear(self, x: torch.Tensor, views: Mapping[str, torch.Tensor], name: str, slot: int) -> torch.Tensor:
-        return packed_linear(x, self._formats[name], views, name, self._shapes[name][0])
+    def _packed_linear(
+        self, x: torch.Tensor, views: Mapping[str, torch.Tensor], name: str, slot: int, row_by_row: bool
+    ) -> torch.Tensor:
+        return packed_linear(x, self._formats[name], views, name, self._shapes[name][0], row_by_row=row_by_row)
 
 
 class PlainExperts(Experts):
@@ -206,26 +213,29 @@ class FastExperts(Experts):
         super().__init__(module, moe, region)
         self._threads = threads
         self._up_name = _up_name(module)
+        self._is_gated_silu = not module.has_bias and is_gated_silu(module)
         self._matrices = {name: self._matrix(region, moe, name) for name in (self._up_name, "down_proj")}
         self._max_tokens = min(matrix.max_tokens for matrix in self._matrices.values())
 
     def _matrix(self, region: SlotRegion, moe: ExpertsModule, name: str) -> SlotMatrix | PackedMatrix:
         kind, shape = self._formats[name], self._shapes[name]
-        widened = name not in moe.transposed and isinstance(kind, FloatFormat) and widens(kind.dtype, shape[1])
-        if isinstance(kind, FloatFormat) and not widened:
-            return SlotMatrix(region, moe.layout, name, name in moe.transposed)
+        transposed = name in moe.transposed
+        if isinstance(kind, FloatFormat) and (transposed or not widens(kind.dtype, shape[1])):
+            return SlotMatrix(kind.dtype, shape, region.memory, moe.layout.part_offset(name), transposed=transposed)
         places = {part.name: moe.layout.part_offset(name + part.name) for part in kind.parts("", shape)}
         return PackedMatrix(kind, shape, region.memory, places)
 
     @staticmethod
     def fits(module: Any, moe: ExpertsModule) -> bool:
         """Whether the kernels support the formats and the orientation that these experts are stored in."""
-        return all(
-            SlotMatrix.fits(moe.layout, name, name in moe.transposed)
-            if isinstance(moe.formats[name], FloatFormat)
-            else packed_matrix.fits(moe.formats[name], moe.matrix_shape(name)[1])
-            for name in (_up_name(module), "down_proj")
-        )
+
+        def fits(name: str) -> bool:
+            kind, (_, columns) = moe.formats[name], moe.matrix_shape(name)
+            if isinstance(kind, FloatFormat):
+                return SlotMatrix.fits(kind.dtype, columns, transposed=name in moe.transposed)
+            return packed_matrix.fits(kind, columns)
+
+        return fits(_up_name(module)) and fits("down_proj")
 
     def compute(self, groups: TokenGroups, experts: Sequence[int], slots: Sequence[int]) -> None:
         """See the base class."""
@@ -238,28 +248,35 @@ class FastExperts(Experts):
             if len(groups.rows[expert]) > limit:
                 self._one(groups, expert, slot)
 
-    def _packed_linear(self, x: torch.Tensor, views: Mapping[str, torch.Tensor], name: str, slot: int) -> torch.Tensor:
+    def _packed_linear(
+        self, x: torch.Tensor, views: Mapping[str, torch.Tensor], name: str, slot: int, row_by_row: bool
+    ) -> torch.Tensor:
         matrix = self._matrices[name]
         assert isinstance(matrix, PackedMatrix)
         return matrix.linear(slot, x)
 
     def _few(self, groups: TokenGroups, few: Sequence[tuple[int, int]]) -> None:
         """The kernels' arithmetic for all of `few`, (expert, slot) each, in one call per matrix."""
-        module = self.module
         rows = [row for expert, _ in few for row in groups.rows[expert]]
         starts = np.cumsum([0] + [len(groups.rows[expert]) for expert, _ in few])
         slots = np.array([slot for _, slot in few])
         owners = [slot for expert, slot in few for _ in groups.rows[expert]]
         hidden, up, down = groups.hidden, self._matrices[self._up_name], self._matrices["down_proj"]
-        inner = up.multiply(self._threads, slots, starts, hidden[groups.tokens(rows)])
-        inner = self._biased(inner.to(hidden.dtype), self._up_name, owners)
-        inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+        chosen = hidden.expand(len(rows), -1) if len(hidden) == 1 else hidden[groups.tokens(rows)]
+        inner = self._activated(up.multiply(self._threads, slots, starts, chosen), hidden.dtype, owners)
         outer = down.multiply(self._threads, slots, starts, inner)
         outer = self._biased(outer.to(hidden.dtype), "down_proj", owners)
         if rows == list(range(len(groups.outputs))):
             groups.outputs = outer
         else:
             groups.outputs[rows] = outer
+
+    def _activated(self, products: torch.Tensor, dtype: torch.dtype, owners: Sequence[int]) -> torch.Tensor:
+        """What the second matrix multiplies, [pairs, columns] of `dtype`; `products` are the first one's, float32."""
+        if self._is_gated_silu and dtype in ACTIVATION_DTYPES:
+            return gated_silu(self._threads, products, dtype)
+        module, inner = self.module, self._biased(products.to(dtype), self._up_name, owners)
+        return module._apply_gate(inner) if module.has_gate else module.act_fn(inner)  # type: ignore[no-any-return]
 
     def _biased(self, values: torch.Tensor, name: str, owners: Sequence[int]) -> torch.Tensor:
         if not self.module.has_bias:

@@ -11,6 +11,7 @@ from torch import nn
 from edgemoe.formats.weight_format import WeightFormat
 from edgemoe.kernels.cpu.threads import KernelThreads, kernels_have_the_cores
 from edgemoe.kernels.packed_linear import packed_linear
+from edgemoe.kernels.row_linear import few_on_cpu
 
 if TYPE_CHECKING:
     from edgemoe.kernels.cpu.packed_matrix import PackedMatrix
@@ -74,7 +75,8 @@ class PackedLinear(nn.Module):
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         matrix, threads = self._matrix, self._threads
         if matrix is None or threads is None:
-            return packed_linear(x, self.packed.kind, self.packed.parts, "", self.out_features)
+            few, packed = few_on_cpu(x), self.packed
+            return packed_linear(x, packed.kind, packed.parts, "", self.out_features, row_by_row=few)
         if 0 < len(x) <= matrix.max_tokens and kernels_have_the_cores(threads):
             return matrix.multiply_one(threads, x)
         return matrix.linear(0, x)

@@ -16,11 +16,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from edgemoe.kernels.cpu.threads import at_least_torch_threads
+from edgemoe.kernels.cpu import attention
+from edgemoe.kernels.cpu.attention import SeenKeys
+from edgemoe.kernels.cpu.threads import KernelThreads, at_least_torch_threads
 from edgemoe.model.draft_tree import TreeMask, additive_mask
 from edgemoe.model.rope import scales_with_length
 
@@ -56,15 +57,15 @@ class _Attached(NamedTuple):
 class PackedAttention:
     """The attention of one model's packed passes. Used by one thread at a time."""
 
-    def __init__(self, model: Any, threads: int = 1) -> None:
+    def __init__(self, model: Any, threads: KernelThreads) -> None:
         """`attached` is False where the family's attention cannot be packed; `model` is then left as it is.
 
-        `threads` are PyTorch's for long rows, in passes in which kernels have the cores otherwise.
+        `threads` run kernels; PyTorch gets as many for long rows, in passes in which kernels have the cores otherwise.
         """
         self._threads = threads
         self._rows: Sequence[Row] = ()
         self._masks: dict[object, torch.Tensor] = {}
-        self._picks: dict[object, list[slice | torch.Tensor]] = {}
+        self._seen: dict[object, SeenKeys] = {}
         self._configs = configs_of(model)
         self._bases = [config._attn_implementation for config in self._configs]
         self.attached = self._attach(model)
@@ -88,7 +89,7 @@ class PackedAttention:
                 config._attn_implementation = base
             self._rows = ()
             self._masks.clear()
-            self._picks.clear()
+            self._seen.clear()
 
     def _attach(self, model: Any) -> bool:
         kinds = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or KINDS)
@@ -110,21 +111,41 @@ class PackedAttention:
             keys, values = row.kv.update(key[:, :, first:last], value[:, :, first:last], module.layer_idx)
             layer = row.kv.layers[module.layer_idx]
             window = layer.sliding_window if layer.is_sliding else None
-            folds = not attached.additive and keys.device.type == "cpu" and options.get("position_bias") is None
-            if row.batch_invariant or (folds and last - first == 1):
-                single = _single_sdpa if folds else attached.base
-                for place, pick in enumerate(self._picked_keys(row, keys.shape[-2], window), first):
-                    own = query[:, :, place : place + 1]
-                    outputs.append(single(module, own, keys[:, :, pick], values[:, :, pick], None, **options)[0])
+            own = query[:, :, first:last]
+            if row.batch_invariant or last - first == 1:
+                outputs.append(self._one_by_one(module, own, keys, values, row, window, attached, options))
             else:
                 mask = self._mask(row, keys, window, additive=attached.additive)
                 with self._enough_threads((last - first) * keys.shape[-2]):
-                    outputs.append(attached.base(module, query[:, :, first:last], keys, values, mask, **options)[0])
+                    outputs.append(attached.base(module, own, keys, values, mask, **options)[0])
+        return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
+
+    def _one_by_one(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        row: Row,
+        window: int | None,
+        attached: _Attached,
+        options: Any,
+    ) -> torch.Tensor:
+        """The attention of each token as it is in a step of its own."""
+        seen = self._seen_keys(row, keys.shape[-2], window)
+        plain = not attached.additive and options.get("position_bias") is None
+        if plain and attention.fits(query, keys, values):
+            return attention.attend(self._threads, query, keys, values, seen, options.get("scaling"))
+        outputs = []
+        for place in range(query.shape[-2]):
+            pick = seen.of(place)
+            picked = keys[:, :, pick], values[:, :, pick]
+            outputs.append(attached.base(module, query[:, :, place : place + 1], *picked, None, **options)[0])
         return torch.cat(outputs, dim=1)
 
     def _enough_threads(self, pairs: int) -> AbstractContextManager[None]:
         """Where `pairs` of tokens attend to one another."""
-        return at_least_torch_threads(self._threads) if pairs >= MIN_THREADED_PAIRS else nullcontext()
+        return at_least_torch_threads(self._threads.count) if pairs >= MIN_THREADED_PAIRS else nullcontext()
 
     def _mask(self, row: Row, keys: torch.Tensor, window: int | None, *, additive: bool) -> torch.Tensor | None:
         """Which of `keys`, [1, heads, keys, width], each token of `row` attends to; None where no mask is needed.
@@ -143,16 +164,16 @@ class PackedAttention:
             self._masks[key] = (additive_mask(visible, keys.dtype) if additive else visible)[None, None]
         return self._masks[key]
 
-    def _picked_keys(self, row: Row, count: int, window: int | None) -> list[slice | torch.Tensor]:
-        """For each token of `row`, which of the last `count` keys it attends to; a slice where these are adjacent."""
+    def _seen_keys(self, row: Row, count: int, window: int | None) -> SeenKeys:
+        """Which of the last `count` keys each token of `row` attends to."""
         key = (row.first, count, window)
-        if key not in self._picks:
+        if key not in self._seen:
             if row.tree_mask:
-                self._picks[key] = [_pick(each.nonzero()[:, 0]) for each in row.tree_mask.visible(count, window)]
+                self._seen[key] = SeenKeys.visible(row.tree_mask.visible(count, window))
             else:
                 ends = range(count - (row.last - row.first) + 1, count + 1)
-                self._picks[key] = [slice(max(0, end - window) if window else 0, end) for end in ends]
-        return self._picks[key]
+                self._seen[key] = SeenKeys.ranges([(max(0, end - window) if window else 0, end) for end in ends])
+        return self._seen[key]
 
 
 def attend(
@@ -172,35 +193,11 @@ def configs_of(model: Any) -> list[Any]:
     return list(found.values())
 
 
-def _pick(positions: torch.Tensor) -> slice | torch.Tensor:
-    first, last = int(positions[0]), int(positions[-1])
-    return slice(first, last + 1) if last - first + 1 == len(positions) else positions
-
-
 def _causal(queries: int, count: int, window: int | None) -> torch.Tensor:
     """Bool [queries, count]: the causal mask of the last `queries` of `count` tokens."""
     positions = torch.arange(count)
     own = positions[count - queries :, None]
     return positions <= own if window is None else (positions <= own) & (positions > own - window)
-
-
-def _single_sdpa(
-    module: Any,
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    attention_mask: None,
-    scaling: float | None = None,
-    **options: Any,
-) -> tuple[torch.Tensor, None]:
-    """transformers' SDPA for a single query that attends to all keys, on a CPU.
-
-    Query heads that share a key head take the places of queries: PyTorch's own grouping is fifteen times as slow.
-    """
-    heads, width = query.shape[1], query.shape[-1]
-    folded = query.reshape(1, keys.shape[1], heads // keys.shape[1], width)
-    output = F.scaled_dot_product_attention(folded, keys, values, scale=scaling)
-    return output.reshape(1, 1, heads, values.shape[-1]), None
 
 
 def _base_attention(module: Any) -> tuple[Callable[..., Any], bool] | None:

@@ -9,7 +9,7 @@ import torch
 
 from edgemoe.errors import is_device_or_memory_error
 from edgemoe.kernels.cpu import batch_invariant_linear
-from edgemoe.model.packed_attention import PackedAttention, Row
+from edgemoe.model.packed_attention import MIN_THREADED_PAIRS, PackedAttention, Row
 from edgemoe.model.sequential_runner import PROBE_TOKENS, PassInput, SequentialRunner
 from edgemoe.quiet import quiet_transformers
 
@@ -21,7 +21,7 @@ class PackedRunner:
         """Attaches to the model's attention and probes packed passes, on a few tokens and without experts."""
         self._runner = runner
         # A KV cache that cannot be rolled back has layers of other kinds than `attend` appends to.
-        packed = PackedAttention(runner.model, runner.threads) if runner.start(1).can_roll_back else None
+        packed = PackedAttention(runner.model, runner.kernel_threads) if runner.start(1).can_roll_back else None
         self._attention = packed if packed is not None and packed.attached else None
         if self._attention is not None:
             batch_invariant_linear.install_batch_invariance(runner.model, partial(_batch_invariant, self._attention))
@@ -39,7 +39,8 @@ class PackedRunner:
             batch_invariant = runner.batch_invariant(inputs)
             for item in inputs:
                 first, last = len(ids), len(ids) + len(item.tokens)
-                rows.append(Row(item.cache.kv, first, last, item.tree_mask, batch_invariant and item.verifies))
+                one_by_one = batch_invariant and (item.verifies or item.pairs < MIN_THREADED_PAIRS)
+                rows.append(Row(item.cache.kv, first, last, item.tree_mask, one_by_one))
                 positions += item.positions
                 ids += item.tokens
                 wanted += range(len(ids) - item.outputs, len(ids))

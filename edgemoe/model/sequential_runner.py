@@ -13,7 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edgemoe.experts.expert_layer import ExpertLayers
 from edgemoe.kernels.cpu.kernel_choice import few_tokens
-from edgemoe.kernels.cpu.threads import torch_threads
+from edgemoe.kernels.cpu.threads import KernelThreads, torch_threads
+from edgemoe.kernels.row_linear import BATCH_INVARIANT_TOKENS
 from edgemoe.model.draft_tree import TreeMask, additive_mask
 from edgemoe.model.kv_cache import SequenceCache, has_recurrent_state
 from edgemoe.model.packed_attention import MIN_THREADED_PAIRS
@@ -24,8 +25,6 @@ ATTENTION_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
 AGREEMENT = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 3e-2}
 """How far logits may differ, relative to their spread, for two ways of computing the same thing."""
 
-BATCH_INVARIANT_TOKENS = 64
-"""Tokens of a pass up to which what has no kernel is multiplied token by token for the sake of a verification."""
 MIN_THREADED_WORK = 2 << 30
 """Tokens times weight bytes per token from which a pass runs on several of PyTorch's threads.
 
@@ -46,12 +45,17 @@ class PassInput(NamedTuple):
     tree_mask: TreeMask | None = None
     """The tokens as nodes of a draft tree; None where each follows the one before it."""
     verifies: bool = False
-    """Whether the logits verify drafts: they must then have the bits of single steps, as far as that is possible."""
+    """Whether the logits verify drafts."""
 
     @property
     def outputs(self) -> int:
         """Number of tokens whose logits the pass returns."""
         return len(self.tokens) if self.every else 1
+
+    @property
+    def pairs(self) -> int:
+        """Number of the pairs of a token and a cached or new one, each of which may attend to the other."""
+        return len(self.tokens) * (self.cache.tokens + len(self.tokens))
 
     @property
     def positions(self) -> Sequence[int]:
@@ -74,8 +78,10 @@ class SequentialRunner:
         nbytes_per_token: int,
         expert_share: float = 1.0,
         kernel_tokens: int | None = None,
+        kernel_threads: KernelThreads | None = None,
     ) -> None:
-        """`nbytes_per_token` are the weight bytes that a token multiplies.
+        """`nbytes_per_token` are the weight bytes that a token multiplies. `kernel_threads` run attention's kernels;
+        without them the caller does.
 
         `expert_share`, from 0 to 1, is the share of a layer's experts that a token uses. `kernel_tokens` are those up
         to which the CPU's kernels multiply most weights; None takes what holds for weights of the model's dtype.
@@ -85,6 +91,7 @@ class SequentialRunner:
         self.device = device
         self.prefill_chunk = prefill_chunk
         self.threads = threads
+        self.kernel_threads = kernel_threads or KernelThreads(1)
         self._nbytes_per_token = nbytes_per_token
         self._expert_share = expert_share
         self.keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -153,7 +160,7 @@ class SequentialRunner:
         transformers names its fallbacks in the first pass of each `kind`; that pass is silenced.
         """
         tokens = sum(len(item.tokens) for item in inputs)
-        pairs = sum(len(item.tokens) * (item.cache.tokens + len(item.tokens)) for item in inputs)
+        pairs = sum(item.pairs for item in inputs)
         small = tokens * self._nbytes_per_token < MIN_THREADED_WORK and pairs < MIN_THREADED_PAIRS
         # PyTorch's threads spin after an operation, on the cores that kernel threads would run on next: only one of
         # the two kinds gets the cores of a pass.
@@ -167,14 +174,11 @@ class SequentialRunner:
             yield
 
     def batch_invariant(self, inputs: Sequence[PassInput]) -> bool:
-        """Whether the tokens of a pass get the bits of single steps: where drafts are verified and kernels allow it.
+        """Whether the tokens of a pass get the bits of single steps: where there are few, on a CPU.
 
-        Kernels allow it up to the number of tokens that they multiply. Beyond that number, and on GPUs, a loop over
-        tokens would cost more than drafts gain.
+        For more tokens, and on GPUs, a loop over them would cost more than it is worth.
         """
-        tokens = sum(len(item.tokens) for item in inputs)
-        most = min(self._few_tokens, BATCH_INVARIANT_TOKENS)
-        return 1 < tokens <= most and any(item.verifies for item in inputs)
+        return self.device.type == "cpu" and 1 < sum(len(item.tokens) for item in inputs) <= BATCH_INVARIANT_TOKENS
 
     def _spread_thin(self, tokens: int) -> bool:
         """Whether each expert gets so few of `tokens` that kernels gain more on experts than they lose elsewhere."""

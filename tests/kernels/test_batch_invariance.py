@@ -5,22 +5,22 @@ So a reply does not depend on its drafts, in bf16 as in float32.
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
-from edgemoe.kernels.cpu import gemv_kernels
+from edgemoe.kernels.cpu.slot_matrix import SlotMatrix
+from edgemoe.kernels.cpu.threads import KernelThreads
 from edgemoe.model.draft_tree import DraftTree
 from edgemoe.model.kv_cache import SequenceCache
 from edgemoe.model.model_runner import ModelRunner, tree_input
 from edgemoe.model.sequential_runner import PassInput
 from tests.support.checkpoints import Zoo, random_ids, running
 
-PACKED = ["mixtral", "qwen3_moe", "gemma4", "exaone_moe", "cohere2_moe", "phimoe", "mimo_v2_flash", "olmoe"]
-"""Half of them have windows of 6 tokens in some layers, one has values narrower than keys.
-
-Transposed experts (gpt_oss) have no kernel for more than two tokens, and are not batch-invariant.
-"""
+PACKED = [
+    "mixtral", "qwen3_moe", "gemma4", "exaone_moe", "cohere2_moe", "phimoe", "mimo_v2_flash", "olmoe", "gpt_oss",
+]  # fmt: skip
+"""Half of them have windows of 6 tokens in some layers, one has values narrower than keys, one transposed experts."""
+DTYPES = ["bfloat16", "float32"]
 
 
 class Drafted:
@@ -38,14 +38,14 @@ class Drafted:
         return past
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", PACKED)
-def test_a_chain(family: str, zoo: Zoo) -> None:
-    with running(zoo(family), 40, dtype="bfloat16") as own:
+def test_a_chain(family: str, dtype: str, zoo: Zoo) -> None:
+    with running(zoo(family), 40, dtype=dtype) as own:
         drafted = Drafted(ModelRunner(own.runner()))
         for length in (2, 3, 5, 8, 17):
             past = drafted.past()
-            past.mark()
-            found = drafted.runner.run([PassInput(past, drafted.tokens[:length], every=True, verifies=True)])[0]
+            found = drafted.runner.run([PassInput(past, drafted.tokens[:length], every=True)])[0]
             assert torch.equal(found, torch.stack(drafted.expected[:length])), length
 
 
@@ -61,27 +61,39 @@ def test_a_tree_and_the_step_after_it(family: str, zoo: Zoo) -> None:
             path.append(tree.add(path[-1], token, 0.5))
         past = drafted.past()
         past.mark()
-        found = drafted.runner.run([tree_input(past, tree, range(len(tree)), ())._replace(verifies=True)])[0]
+        found = drafted.runner.run([tree_input(past, tree, range(len(tree)), ())])[0]
         assert torch.equal(found[path], torch.stack(drafted.expected[:8]))
         past.rollback(len(drafted.prompt), path)
         assert torch.equal(drafted.runner.step(past, [drafted.tokens[8]]), drafted.expected[8])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", PACKED)
+def test_a_batch(family: str, dtype: str, zoo: Zoo) -> None:
+    """Sequences of different lengths, one of which appends several tokens."""
+    with running(zoo(family), 40, dtype=dtype) as own:
+        drafted = Drafted(ModelRunner(own.runner()))
+        runner, count = drafted.runner, 9
+        pasts = [drafted.past() for _ in range(count)]
+        for number, past in enumerate(pasts):
+            for token in drafted.tokens[:number]:
+                runner.step(past, [token])
+        several = PassInput(drafted.past(), drafted.tokens[:4], every=True)
+        ones = [PassInput(past, [drafted.tokens[number]]) for number, past in enumerate(pasts)]
+        *found, last = runner.run([*ones, several])
+        assert torch.equal(torch.stack(found), torch.stack(drafted.expected[:count]))
+        assert torch.equal(last, torch.stack(drafted.expected[:4]))
+
+
 @pytest.mark.parametrize("columns", [32, 96, 2048, 12288])
 def test_a_product_has_the_same_bits_with_any_number_of_others(columns: int) -> None:
     generator = torch.Generator().manual_seed(columns)
-    kernel = gemv_kernels.row_kernel(torch.bfloat16, columns)
-    assert kernel is not None
-    rows = 5
-    weights = torch.randn(rows, columns, generator=generator).to(torch.bfloat16)
-    pool = weights.view(torch.uint8).view(1, -1).numpy().view(kernel.unit)
+    weights = torch.randn(5, columns, generator=generator).to(torch.bfloat16)
+    matrix, threads = SlotMatrix.of_weight(weights), KernelThreads(1)
     x = torch.randn(9, columns, generator=generator)
 
     def products(first: int, last: int) -> torch.Tensor:
-        out = kernel.results(last - first, rows)
-        values = kernel.values(x[first:last])
-        kernel.run(np.zeros(1, np.int64), 0, columns, pool, np.array([0, last - first]), values, out, 0, rows)
-        return torch.from_numpy(out.copy())
+        return matrix.multiply_one(threads, x[first:last])
 
     alone = torch.cat([products(place, place + 1) for place in range(len(x))])
     for count in range(2, len(x) + 1):

@@ -1,19 +1,21 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from edgemoe import Engine, Sampling
+from edgemoe.kernels.cpu.kernel_choice import few_tokens
 from edgemoe.kernels.cpu.packed_matrix import PackedMatrix
 from tests.support.checkpoints import Zoo
 
 
-@pytest.mark.parametrize(("experts", "batch_invariant"), [("native", 2), ("int8", PackedMatrix.max_tokens)])
-def test_packed_experts_let_as_many_tokens_run_on_kernels_as_they_multiply(
-    experts: str, batch_invariant: int, zoo: Zoo
-) -> None:
-    with Engine.load(zoo("qwen3_moe"), experts=experts, dtype="float32", device="cpu", state_folder="none") as engine:
+@pytest.mark.parametrize(
+    ("experts", "tokens"), [("native", few_tokens(torch.bfloat16)), ("int8", PackedMatrix.max_tokens)]
+)
+def test_packed_experts_let_as_many_tokens_run_on_kernels_as_they_multiply(experts: str, tokens: int, zoo: Zoo) -> None:
+    with Engine.load(zoo("qwen3_moe"), experts=experts, dtype="bfloat16", device="cpu", state_folder="none") as engine:
         assert engine._runtime is not None
-        assert engine._runtime.runner()._few_tokens == batch_invariant
+        assert engine._runtime.runner()._few_tokens == tokens
 
 
 @pytest.mark.parametrize("dense", ["native", "int8"])

@@ -107,6 +107,7 @@ def test_a_device_leaves_nothing_to_several_threads_of_the_cpu(zoo: Zoo, monkeyp
     with running(zoo("mixtral")) as own:
         runner = own.runner()
         monkeypatch.setattr(runner, "threads", 4)
+        monkeypatch.setattr(runner, "_few_tokens", 64)
         item = PassInput(runner.start(1), [1] * 4096)
         monkeypatch.setattr("edgemoe.model.sequential_runner.MIN_THREADED_WORK", 0)
         used, plans = {}, {}

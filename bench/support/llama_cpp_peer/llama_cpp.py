@@ -31,6 +31,7 @@ INSTALL = (
 CONVERTER = "convert_hf_to_gguf.py"
 FOLDERS = ("", "vendor/llama.cpp")
 """Where the converter may be in the named folder: in llama.cpp's own source, and in that of llama-cpp-python."""
+PACKAGE = "bench.support.llama_cpp_peer"
 TIMEOUT = 1200.0
 """Seconds for one call."""
 
@@ -56,11 +57,15 @@ class LlamaCpp:
         _run("llama_cpp_library", "quantize", self.library, file, out, kind)
         return out
 
+    def server(self, file: Path, threads: int, length: int) -> list[str]:
+        """A module and its arguments: what `serving` runs, which answers lines as `llama_cpp_library.serve` says."""
+        return [f"{PACKAGE}.llama_cpp_library", "serve", str(self.library), str(file), str(threads), str(length)]
+
     @contextmanager
     def serving(self, file: Path, threads: int, length: int) -> Iterator[LlamaCppSession]:
         """A process with `file` in memory and room for `length` tokens. Raises PeerError."""
         with subprocess.Popen(
-            _command("llama_cpp_library", "serve", self.library, file, str(threads), str(length)),
+            [sys.executable, "-m", *self.server(file, threads, length)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=_environment(),
         ) as process:  # fmt: skip
             try:
@@ -145,7 +150,7 @@ def _run(module: str, *arguments: str | Path) -> None:
 
 
 def _command(module: str, *arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", f"bench.support.llama_cpp_peer.{module}", *(str(each) for each in arguments)]
+    return [sys.executable, "-m", f"{PACKAGE}.{module}", *(str(each) for each in arguments)]
 
 
 def _environment() -> dict[str, str]:

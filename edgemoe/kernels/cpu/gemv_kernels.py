@@ -4,27 +4,26 @@ Decoding one token is bound by this bandwidth, and PyTorch's GEMV reaches 8 to 2
 40. numba compiles the loops for the CPU they run on, needs no compiler, and caches the result on disk. All sums are
 float32.
 
-A weight matrix is row-major `[rows, columns]`, or, where a family stores it transposed, `[columns, rows]`. Buffers are
-unsigned integers, since numpy has no bf16: uint16 for bf16 and fp16.
+A weight matrix is row-major `[rows, columns]`, or, where a family stores it transposed, `[columns, rows]`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numba import types
+from numba.extending import overload
 
-from edgemoe.cache.compiled import compiled
+from edgemoe.cache.compiled import Native, compiled
 from edgemoe.kernels.cpu import dot_block
 from edgemoe.kernels.cpu.dot_block import PairsOfBf16, Widened
 
 CACHE_LINE = 16
 """Float32 values in a cache line."""
-MAX_TOKENS = 64
-"""Tokens per matrix up to which 16-bit weights are multiplied by kernels: PyTorch's products are faster beyond."""
+BLOCK_ACROSS, BLOCK_ALONG = 1024, 64
+"""Values of a row, and rows, of a transposed matrix that several tokens share: of float32, a quarter of a MiB."""
 
 _options: dict[str, Any] = {
     "nogil": True,
@@ -40,95 +39,107 @@ if dot_block.PairsOfBf16.available():
     _dots_of_pairs = dot_block.grouped_dots(dot_block.PairsOfBf16())
 
 
-@compiled(**_options)
-def grouped_gemv_bf16(slots, offset, columns, pool, starts, x, out, first, last):  # type: ignore[no-untyped-def]
+@Native
+def grouped_gemv_bf16(job, tile, first, last):  # type: ignore[no-untyped-def]
     """out[p, r] = W(slot of p)[r] · x[p] for the rows first ≤ r < last; bf16 weights.
 
-    The pairs `starts[i]` ≤ p < `starts[i + 1]` belong to `slots[i]`, of which each row is read from memory once for all
-    of them. `slots` and `starts` are int64. `pool` is uint16 [slots, values]; `offset` is the matrix's first value in a
-    slot; `columns` is the number of values in a row; `x` is float32 [pairs, columns]; `out` is float32 [pairs, rows],
-    written. The rows of `x` and `out` are contiguous.
+    `job` is the address of an `arrays.Job`: the pairs `starts[i]` ≤ p < `starts[i + 1]` belong to `slots[i]`, of which
+    each row is read from memory once for all of them. `x` is float32 [pairs, columns], and `out` float32 [pairs, rows].
+    `tile` is not used.
     """
-    _dots_bf16(slots, offset, columns, pool, starts, x, out, first, last)
+    _dots_bf16(job, tile, first, last)
 
 
-@compiled(**_options)
-def grouped_gemv_f16(slots, offset, columns, pool, starts, x, out, first, last):  # type: ignore[no-untyped-def]
+@Native
+def grouped_gemv_f16(job, tile, first, last):  # type: ignore[no-untyped-def]
     """As `grouped_gemv_bf16` for fp16 weights."""
-    _dots_f16(slots, offset, columns, pool, starts, x, out, first, last)
+    _dots_f16(job, tile, first, last)
+
+
+@Native
+def grouped_gemv_f32(job, tile, first, last):  # type: ignore[no-untyped-def]
+    """As `grouped_gemv_bf16` for float32 weights."""
+    _dots_f32(job, tile, first, last)
+
+
+@Native
+def grouped_gemv_bf16_pairs(job, tile, first, last):  # type: ignore[no-untyped-def]
+    """As `grouped_gemv_bf16` with AVX512-BF16: `x` is bf16, and `columns` a multiple of 32."""
+    _dots_of_pairs(job, tile, first, last)
 
 
 @compiled(**_options)
-def grouped_gemv_f32(slots, offset, columns, pool, starts, x, out, first, last):  # type: ignore[no-untyped-def]
-    """As `grouped_gemv_bf16` for float32 weights; `pool` is float32."""
-    _dots_f32(slots, offset, columns, pool, starts, x, out, first, last)
+def grouped_gemv_transposed(offset, rows, pool, slots, starts, x, out, first, last):  # type: ignore[no-untyped-def]
+    """As `grouped_gemv_bf16` for matrices stored [columns, rows], of bf16 as uint16 or of float32, as arrays.
 
-
-@compiled(**_options)
-def grouped_gemv_bf16_pairs(slots, offset, columns, pool, starts, x, out, first, last):  # type: ignore[no-untyped-def]
-    """As `grouped_gemv_bf16` with AVX512-BF16: `x` is uint16, and `columns` a multiple of 32."""
-    _dots_of_pairs(slots, offset, columns, pool, starts, x, out, first, last)
-
-
-@compiled(**_options)
-def grouped_gemv_bf16_transposed(slots, offset, rows, pool, starts, x, out, first, last):  # type: ignore[no-untyped-def]
-    """As `grouped_gemv_bf16` for matrices stored [columns, rows]; `pool` is uint16, `offset` is in values."""
+    `slots` and `starts` are int64. `pool` is [slots, values], and `offset` the matrix's first value in a slot; `x` is
+    float32 [pairs, columns], and `out` float32 [pairs, rows].
+    """
     columns = x.shape[1]
     for i in range(slots.shape[0]):
         for p in range(starts[i], starts[i + 1]):
-            result = out[p]
-            value = x[p]
-            for r in range(first, last):
-                result[r] = np.float32(0)
-            for c in range(columns):
-                row = pool[slots[i], offset + c * rows : offset + (c + 1) * rows]
-                scale = value[c]
-                for r in range(first, last):
-                    result[r] += np.uint32(np.uint32(row[r]) << np.uint32(16)).view(np.float32) * scale
+            out[p, first:last] = np.float32(0)
+        # One token reads whole rows. Several share a part that stays in a cache, each of them in the same order.
+        alone = starts[i + 1] - starts[i] == 1
+        across, along = (last - first, columns) if alone else (BLOCK_ACROSS, BLOCK_ALONG)
+        for begin in range(first, last, max(across, 1)):
+            end = min(begin + across, last)
+            for top in range(0, columns, along):
+                for p in range(starts[i], starts[i + 1]):
+                    result = out[p, begin:end]
+                    for c in range(top, min(top + along, columns)):
+                        place = offset + c * rows
+                        _add_row(result, pool[slots[i], place + begin : place + end], x[p, c])
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """A compiled loop and the arrays that it takes."""
-
-    run: Callable[..., None]
-    """One of the loops above, with the arguments of `grouped_gemv_bf16`."""
-    unit: Any
-    """The numpy dtype of `pool`."""
-    max_tokens: int
-    """Tokens per matrix up to which the loop is faster than PyTorch's product (measured)."""
-    takes_bf16: bool = False
-    """Whether `x` is bf16, passed as uint16, and not float32."""
-
-    def values(self, x: torch.Tensor) -> Any:
-        """`x`, [pairs, columns] in any float dtype, as the loop takes it."""
-        if self.takes_bf16:
-            return x.to(torch.bfloat16).contiguous().view(torch.int16).numpy().view(np.uint16)
-        return x.float().contiguous().numpy()
-
-    @staticmethod
-    def results(pairs: int, rows: int) -> Any:
-        """An uninitialised array for the results, float32 [pairs, rows].
-
-        Its rows are padded by a cache line: `rows` is often a multiple of a power of two, and at such strides the
-        writes of many pairs would compete for the same few lines of the cache.
-        """
-        return np.empty((pairs, rows + CACHE_LINE), np.float32)[:, :rows]
+def _add_row(sums: Any, row: Any, scale: Any) -> None:
+    """Adds `row`, of bf16 as uint16 or of float32, times `scale` to `sums`."""
+    raise NotImplementedError
 
 
-def row_kernel(dtype: torch.dtype, columns: int) -> Kernel | None:
-    """The kernel for row-major matrices [rows, columns] of `dtype`; None when there is none."""
+@overload(_add_row, inline="always")
+def _add_typed_row(sums, row, scale):  # type: ignore[no-untyped-def]
+    if row.dtype is types.float32:
+
+        def add(sums, row, scale):  # type: ignore[no-untyped-def]
+            for r in range(len(sums)):
+                sums[r] += row[r] * scale
+
+    else:
+
+        def add(sums, row, scale):  # type: ignore[no-untyped-def]
+            for r in range(len(sums)):
+                sums[r] += np.uint32(np.uint32(row[r]) << np.uint32(16)).view(np.float32) * scale
+
+    return add
+
+
+def results(pairs: int, rows: int) -> torch.Tensor:
+    """Uninitialised memory for results, float32 [pairs, rows].
+
+    Its rows are padded by a cache line: `rows` is often a multiple of a power of two, and at such strides the writes of
+    many pairs would compete for the same few lines of the cache.
+    """
+    return torch.empty(pairs, rows + CACHE_LINE)[:, :rows]
+
+
+class RowKernel(NamedTuple):
+    """A loop over row-major matrices, and what it takes."""
+
+    loop: Native
+    inputs: torch.dtype
+    """The dtype of `x`."""
+
+
+def row_kernel(dtype: torch.dtype, columns: int) -> RowKernel | None:
+    """The kernel for matrices [rows, columns] of `dtype`; None when there is none."""
     if dtype is torch.bfloat16 and columns % PairsOfBf16.values == 0 and PairsOfBf16.available():
-        return Kernel(grouped_gemv_bf16_pairs, np.uint16, MAX_TOKENS, takes_bf16=True)
-    kinds = {
-        torch.bfloat16: Kernel(grouped_gemv_bf16, np.uint16, MAX_TOKENS),
-        torch.float32: Kernel(grouped_gemv_f32, np.float32, 2),
-    }
-    if Widened.available("f16"):
-        kinds[torch.float16] = Kernel(grouped_gemv_f16, np.uint16, MAX_TOKENS)
-    return kinds.get(dtype)
+        return RowKernel(grouped_gemv_bf16_pairs, torch.bfloat16)
+    if dtype is torch.float16 and not Widened.available("f16"):
+        return None
+    loops = {torch.bfloat16: grouped_gemv_bf16, torch.float16: grouped_gemv_f16, torch.float32: grouped_gemv_f32}
+    return RowKernel(loops[dtype], torch.float32) if dtype in loops else None
 
 
-def column_kernel(dtype: torch.dtype) -> Kernel | None:
-    """The kernel for transposed matrices, [columns, rows], of `dtype`; None when there is none."""
-    return Kernel(grouped_gemv_bf16_transposed, np.uint16, 2) if dtype is torch.bfloat16 else None
+TRANSPOSED_UNITS = {torch.bfloat16: np.uint16, torch.float32: np.float32}
+"""What numpy calls the values of `grouped_gemv_transposed`."""

@@ -7,6 +7,7 @@ import torch
 from edgemoe.formats.float_format import FloatFormat
 from edgemoe.kernels.cpu import packed_matrix
 from edgemoe.kernels.cpu.packed_matrix import PackedMatrix
+from edgemoe.kernels.cpu.slot_matrix import SlotMatrix
 
 USUAL_COLUMNS = 64
 """A width that every kernel takes."""
@@ -15,21 +16,17 @@ USUAL_COLUMNS = 64
 def widens(dtype: torch.dtype, columns: int) -> bool:
     """Whether matrices of `dtype` are best widened to float32 and multiplied as packed ones are, for any tokens.
 
-    Where the CPU has AVX512-BF16, it multiplies bf16 as it is, and PyTorch's products of many tokens are fast; they are
-    for float32 anywhere. In fp16, and in bf16 on other CPUs, they are several times slower than in float32.
+    Where the CPU has AVX512-BF16, it multiplies bf16 as it is, and PyTorch's products of many tokens are fast.
     """
     # Imported late: importing numba is slow.
     from edgemoe.kernels.cpu.dot_block import PairsOfBf16
 
-    slow = dtype is torch.float16 or (dtype is torch.bfloat16 and not PairsOfBf16.available())
-    return slow and packed_matrix.fits(FloatFormat(dtype), columns)
+    as_it_is = dtype is torch.bfloat16 and PairsOfBf16.available()
+    return not as_it_is and packed_matrix.fits(FloatFormat(dtype), columns)
 
 
 def few_tokens(dtype: torch.dtype) -> int:
     """Tokens up to which a kernel multiplies most matrices of `dtype`; 0 without a kernel."""
-    from edgemoe.kernels.cpu.gemv_kernels import row_kernel
-
     if widens(dtype, USUAL_COLUMNS):
         return PackedMatrix.max_tokens
-    kernel = row_kernel(dtype, USUAL_COLUMNS)
-    return kernel.max_tokens if kernel is not None else 0
+    return SlotMatrix.max_tokens if SlotMatrix.fits(dtype, USUAL_COLUMNS) else 0

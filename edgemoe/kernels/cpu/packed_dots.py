@@ -12,11 +12,10 @@ from functools import partial
 from typing import Any
 
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from edgemoe.kernels.cpu.cpu_features import float_lanes
-from edgemoe.kernels.cpu.dot_block import ROWS_OF_ONE_TOKEN, Block, Dot, Grouped, Operands, Widened
+from edgemoe.kernels.cpu.dot_block import AHEAD, LINE, ROWS, WORDS, Block, Dot, Grouped, Operands, Widened
 from edgemoe.kernels.cpu.tile_block import TileBlock
 from edgemoe.kernels.cpu.vector_ir import WORD, counting, lanes, load, offset, part, prefetch, row_blocks, store
 from edgemoe.kernels.cpu.widening import Widening
@@ -25,15 +24,19 @@ TILE_ROWS = {16: 6, 8: 3}
 """Rows that are widened at a time for a product with many tokens, by the lanes of a register: as there is room for."""
 STEP = 64
 """Fewest columns that are multiplied before the next look at where the row ends."""
-AHEAD, LINE = 4096, 64
-"""Bytes from what is multiplied to what is asked for, about what memory delivers meanwhile, and of a cache line."""
-OFFSETS, STARTS, TILE = 1, 4, 7
-"""The places of these arrays among the arguments."""
+FUSED_TOKENS = {16: 8, 8: 3}
+"""Tokens up to which weights are multiplied in the registers that they are widened in, by the lanes of a register.
+
+Widening is cheap, beside the products of so many tokens, where a register holds 16 values, and there is room for the
+sums of more rows."""
+FUSED_ROWS = {16: 2, 8: 1}
 
 
 def tile_values(columns: int, tokens: int) -> int:
     """Float32 values of the memory that products of a matrix with `tokens` tokens need as `tile`."""
     width = float_lanes()
+    if tokens <= FUSED_TOKENS[width]:
+        return 0
     return TILE_ROWS[width] * (columns + width * tokens)
 
 
@@ -41,36 +44,13 @@ def packed_dots(widening: Widening) -> Callable[..., None]:
     """A numba intrinsic with the arguments of `packed_kernels.gguf_q8_0`."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        def array(place: int) -> Any:
-            return context.make_array(signature.args[place])(context, builder, arguments[place])
-
-        def address(place: int) -> Any:
-            return builder.ptrtoint(array(place).data, WORD)
-
-        slots, _, columns, pool, starts, x, out, _, first, last = arguments
-        plain = (slots, WORD(0), columns, pool, starts, x, out, first, last)
-        kinds = [signature.args[at] for at in (0, 8, 2, 3, 4, 5, 6, 8, 9)]
-        operands = Operands.of(context, builder, types.void(*kinds), plain)
-        bounds = cgutils.unpack_tuple(builder, array(STARTS).shape)[0]
-        _Packed(builder, widening, operands, address(OFFSETS), address(TILE), bounds).emit()
+        job, tile, first, last = arguments
+        _Packed(builder, widening, Operands.of(builder, job, first, last), job, tile).emit()
         return context.get_dummy_value()
 
     @intrinsic
-    def packed(
-        typing_context: Any,
-        slots: Any,
-        offsets: Any,
-        columns: Any,
-        pool: Any,
-        starts: Any,
-        x: Any,
-        out: Any,
-        tile: Any,
-        first: Any,
-        last: Any,
-    ) -> Any:
-        whole = types.int64
-        return types.void(slots, offsets, whole, pool, starts, x, out, tile, whole, whole), generate
+    def packed(typing_context: Any, job: Any, tile: Any, first: Any, last: Any) -> Any:
+        return types.void(job, tile, first, last), generate
 
     return packed
 
@@ -78,23 +58,18 @@ def packed_dots(widening: Widening) -> Callable[..., None]:
 class _Packed(Grouped):
     """The loops over groups, rows and tokens of packed matrices."""
 
-    def __init__(
-        self, builder: Any, widening: Widening, operands: Operands, offsets: Any, tile: Any, bounds: Any
-    ) -> None:
-        """`bounds` is the length of `starts`."""
+    def __init__(self, builder: Any, widening: Widening, operands: Operands, job: Any, tile: Any) -> None:
+        """`job` and `tile` are addresses."""
         super().__init__(builder, Widened("f32", partial_sums=1), operands)
-        self._bounds = bounds
         self._widening = widening
-        self._offsets = offsets
+        self._offsets = offset(builder, job, 8 * WORDS)
         self._tile = tile
-        # Widening is cheap, beside the products of so many tokens, where a register holds 16 values, and there is room
-        # for the sums of more rows.
-        self._fused_tokens, self._fused_rows = (8, 2) if self._dot.lanes == 16 else (3, 1)
+        self._fused_tokens, self._fused_rows = FUSED_TOKENS[self._dot.lanes], FUSED_ROWS[self._dot.lanes]
 
     def emit(self) -> None:
         """See the base class; without groups the rows are only widened."""
         builder, of = self._builder, self._operands
-        with builder.if_else(builder.icmp_signed("==", self._bounds, WORD(0))) as (none, some):
+        with builder.if_else(builder.icmp_signed("==", of.groups, WORD(0))) as (none, some):
             with none:
                 slot = load(builder, of.slots, WORD, align=8)
                 matrix = builder.add(of.matrix, builder.mul(slot, of.slot_step))
@@ -108,7 +83,7 @@ class _Packed(Grouped):
         with builder.if_else(builder.icmp_signed("<=", tokens, WORD(self._fused_tokens))) as (few, many):
             with few, builder.if_else(builder.icmp_signed("==", tokens, WORD(1))) as (one, several):
                 with one:
-                    self._fused(ROWS_OF_ONE_TOKEN, 1, parts, values, results, tokens)
+                    self._fused(ROWS, 1, parts, values, results, tokens)
                 with several:
                     self._fused(self._fused_rows, self._dot.tokens, parts, values, results, tokens)
             with many:

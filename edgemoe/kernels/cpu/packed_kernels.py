@@ -6,28 +6,9 @@ of one order, that of `gemv_kernels.grouped_gemv_f32`: batch-invariant.
 
 from __future__ import annotations
 
-from typing import Any
-
-from numba import types
-
-from edgemoe.cache.compiled import compiled
+from edgemoe.cache.compiled import Native
 from edgemoe.kernels.cpu.packed_dots import packed_dots
 from edgemoe.kernels.cpu.widening import Floats, FourBits, Fp8, Gguf, GroupsOfInt4, Mxfp4, Nvfp4, RowsOfInt8
-
-SIGNATURE = types.void(
-    types.Array(types.int64, 1, "C"),
-    types.Array(types.int64, 1, "C"),
-    types.int64,
-    types.Array(types.uint8, 2, "A"),
-    types.Array(types.int64, 1, "C"),
-    types.Array(types.float32, 2, "C"),
-    types.Array(types.float32, 2, "A"),
-    types.Array(types.float32, 2, "C"),
-    types.int64,
-    types.int64,
-)
-"""The types of the arguments of every function here."""
-_options: dict[str, Any] = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
 
 _floats_bf16 = packed_dots(Floats("bf16"))
 _floats_f16 = packed_dots(Floats("f16"))
@@ -66,217 +47,216 @@ _fp8_one_f32 = packed_dots(Fp8((0, 0), "f32"))
 _fp8_one_bf16 = packed_dots(Fp8((0, 0), "bf16"))
 
 
-@compiled(**_options)
-def gguf_q8_0(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+@Native
+def gguf_q8_0(job, tile, first, last):  # type: ignore[no-untyped-def]
     """out[p, r] = W(slot of p)[r] · x[p] for the rows first ≤ r < last.
 
-    The pairs `starts[i]` ≤ p < `starts[i + 1]` belong to `slots[i]`. `slots`, `starts` and `offsets` are int64; `pool`
-    is uint8 [slots, bytes], and `offsets` are those of the matrix's parts in a slot. `x` is float32 [pairs, columns],
-    `out` float32 [pairs, rows], and `tile` float32 of at least `packed_dots.tile_values`, which is overwritten.
-    With no pair in `starts`, the rows of `slots[0]` are widened into `tile`, float32 [last - first, columns].
+    `job` is the address of an `arrays.Job`: the pairs `starts[i]` ≤ p < `starts[i + 1]` belong to `slots[i]`. `x` is
+    float32 [pairs, columns], and `out` float32 [pairs, rows]. `tile` is the address of `packed_dots.tile_values`
+    float32, which are overwritten. Without pairs the rows of `slots[0]` are widened to it, [last - first, columns].
     """
-    _gguf_q8_0(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+    _gguf_q8_0(job, tile, first, last)
 
 
-@compiled(**_options)
-def gguf_q4_0(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+@Native
+def gguf_q4_0(job, tile, first, last):  # type: ignore[no-untyped-def]
     """See `gguf_q8_0`."""
-    _gguf_q4_0(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+    _gguf_q4_0(job, tile, first, last)
 
 
-@compiled(**_options)
-def gguf_q4_1(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+@Native
+def gguf_q4_1(job, tile, first, last):  # type: ignore[no-untyped-def]
     """See `gguf_q8_0`."""
-    _gguf_q4_1(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+    _gguf_q4_1(job, tile, first, last)
 
 
-@compiled(**_options)
-def gguf_q5_0(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+@Native
+def gguf_q5_0(job, tile, first, last):  # type: ignore[no-untyped-def]
     """See `gguf_q8_0`."""
-    _gguf_q5_0(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+    _gguf_q5_0(job, tile, first, last)
 
 
-@compiled(**_options)
-def gguf_q5_1(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+@Native
+def gguf_q5_1(job, tile, first, last):  # type: ignore[no-untyped-def]
     """See `gguf_q8_0`."""
-    _gguf_q5_1(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+    _gguf_q5_1(job, tile, first, last)
 
 
-@compiled(**_options)
-def gguf_q2_k(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+@Native
+def gguf_q2_k(job, tile, first, last):  # type: ignore[no-untyped-def]
     """See `gguf_q8_0`."""
-    _gguf_q2_k(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+    _gguf_q2_k(job, tile, first, last)
 
 
-@compiled(**_options)
-def gguf_q3_k(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+@Native
+def gguf_q3_k(job, tile, first, last):  # type: ignore[no-untyped-def]
     """See `gguf_q8_0`."""
-    _gguf_q3_k(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+    _gguf_q3_k(job, tile, first, last)
 
 
-@compiled(**_options)
-def gguf_q4_k(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+@Native
+def gguf_q4_k(job, tile, first, last):  # type: ignore[no-untyped-def]
     """See `gguf_q8_0`."""
-    _gguf_q4_k(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+    _gguf_q4_k(job, tile, first, last)
 
 
-@compiled(**_options)
-def gguf_q5_k(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+@Native
+def gguf_q5_k(job, tile, first, last):  # type: ignore[no-untyped-def]
     """See `gguf_q8_0`."""
-    _gguf_q5_k(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+    _gguf_q5_k(job, tile, first, last)
 
 
-@compiled(**_options)
-def gguf_q6_k(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+@Native
+def gguf_q6_k(job, tile, first, last):  # type: ignore[no-untyped-def]
     """See `gguf_q8_0`."""
-    _gguf_q6_k(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+    _gguf_q6_k(job, tile, first, last)
 
 
-@compiled(**_options)
-def gguf_iq4_nl(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+@Native
+def gguf_iq4_nl(job, tile, first, last):  # type: ignore[no-untyped-def]
     """See `gguf_q8_0`."""
-    _gguf_iq4_nl(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+    _gguf_iq4_nl(job, tile, first, last)
 
 
-@compiled(**_options)
-def gguf_iq4_xs(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+@Native
+def gguf_iq4_xs(job, tile, first, last):  # type: ignore[no-untyped-def]
     """See `gguf_q8_0`."""
-    _gguf_iq4_xs(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+    _gguf_iq4_xs(job, tile, first, last)
 
 
-@compiled(**_options)
-def gguf_mxfp4(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+@Native
+def gguf_mxfp4(job, tile, first, last):  # type: ignore[no-untyped-def]
     """See `gguf_q8_0`."""
-    _gguf_mxfp4(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+    _gguf_mxfp4(job, tile, first, last)
 
 
-@compiled(**_options)
-def four_bits(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+@Native
+def four_bits(job, tile, first, last):  # type: ignore[no-untyped-def]
     """See `gguf_q8_0`."""
-    _four_bits(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+    _four_bits(job, tile, first, last)
 
 
-@compiled(**_options)
-def rows_of_int8(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+@Native
+def rows_of_int8(job, tile, first, last):  # type: ignore[no-untyped-def]
     """See `gguf_q8_0`."""
-    _rows_of_int8(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+    _rows_of_int8(job, tile, first, last)
 
 
-@compiled(**_options)
-def int4_0_bf16(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+@Native
+def int4_0_bf16(job, tile, first, last):  # type: ignore[no-untyped-def]
     """See `gguf_q8_0`."""
-    _int4_0_bf16(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+    _int4_0_bf16(job, tile, first, last)
 
 
-@compiled(**_options)
-def int4_0_f16(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+@Native
+def int4_0_f16(job, tile, first, last):  # type: ignore[no-untyped-def]
     """See `gguf_q8_0`."""
-    _int4_0_f16(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+    _int4_0_f16(job, tile, first, last)
 
 
-@compiled(**_options)
-def int4_32_bf16(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+@Native
+def int4_32_bf16(job, tile, first, last):  # type: ignore[no-untyped-def]
     """See `gguf_q8_0`."""
-    _int4_32_bf16(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+    _int4_32_bf16(job, tile, first, last)
 
 
-@compiled(**_options)
-def int4_32_f16(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+@Native
+def int4_32_f16(job, tile, first, last):  # type: ignore[no-untyped-def]
     """See `gguf_q8_0`."""
-    _int4_32_f16(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+    _int4_32_f16(job, tile, first, last)
 
 
-@compiled(**_options)
-def int4_64_bf16(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+@Native
+def int4_64_bf16(job, tile, first, last):  # type: ignore[no-untyped-def]
     """See `gguf_q8_0`."""
-    _int4_64_bf16(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+    _int4_64_bf16(job, tile, first, last)
 
 
-@compiled(**_options)
-def int4_64_f16(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+@Native
+def int4_64_f16(job, tile, first, last):  # type: ignore[no-untyped-def]
     """See `gguf_q8_0`."""
-    _int4_64_f16(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+    _int4_64_f16(job, tile, first, last)
 
 
-@compiled(**_options)
-def int4_128_bf16(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+@Native
+def int4_128_bf16(job, tile, first, last):  # type: ignore[no-untyped-def]
     """See `gguf_q8_0`."""
-    _int4_128_bf16(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+    _int4_128_bf16(job, tile, first, last)
 
 
-@compiled(**_options)
-def int4_128_f16(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+@Native
+def int4_128_f16(job, tile, first, last):  # type: ignore[no-untyped-def]
     """See `gguf_q8_0`."""
-    _int4_128_f16(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+    _int4_128_f16(job, tile, first, last)
 
 
-@compiled(**_options)
-def mxfp4(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+@Native
+def mxfp4(job, tile, first, last):  # type: ignore[no-untyped-def]
     """See `gguf_q8_0`."""
-    _mxfp4(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+    _mxfp4(job, tile, first, last)
 
 
-@compiled(**_options)
-def nvfp4_divided(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+@Native
+def nvfp4_divided(job, tile, first, last):  # type: ignore[no-untyped-def]
     """See `gguf_q8_0`."""
-    _nvfp4_divided(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+    _nvfp4_divided(job, tile, first, last)
 
 
-@compiled(**_options)
-def nvfp4_multiplied(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+@Native
+def nvfp4_multiplied(job, tile, first, last):  # type: ignore[no-untyped-def]
     """See `gguf_q8_0`."""
-    _nvfp4_multiplied(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+    _nvfp4_multiplied(job, tile, first, last)
 
 
-@compiled(**_options)
-def fp8_blocks_f32(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+@Native
+def fp8_blocks_f32(job, tile, first, last):  # type: ignore[no-untyped-def]
     """See `gguf_q8_0`."""
-    _fp8_blocks_f32(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+    _fp8_blocks_f32(job, tile, first, last)
 
 
-@compiled(**_options)
-def fp8_blocks_bf16(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+@Native
+def fp8_blocks_bf16(job, tile, first, last):  # type: ignore[no-untyped-def]
     """See `gguf_q8_0`."""
-    _fp8_blocks_bf16(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+    _fp8_blocks_bf16(job, tile, first, last)
 
 
-@compiled(**_options)
-def fp8_rows_f32(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+@Native
+def fp8_rows_f32(job, tile, first, last):  # type: ignore[no-untyped-def]
     """See `gguf_q8_0`."""
-    _fp8_rows_f32(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+    _fp8_rows_f32(job, tile, first, last)
 
 
-@compiled(**_options)
-def fp8_rows_bf16(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+@Native
+def fp8_rows_bf16(job, tile, first, last):  # type: ignore[no-untyped-def]
     """See `gguf_q8_0`."""
-    _fp8_rows_bf16(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+    _fp8_rows_bf16(job, tile, first, last)
 
 
-@compiled(**_options)
-def fp8_one_f32(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+@Native
+def fp8_one_f32(job, tile, first, last):  # type: ignore[no-untyped-def]
     """See `gguf_q8_0`."""
-    _fp8_one_f32(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+    _fp8_one_f32(job, tile, first, last)
 
 
-@compiled(**_options)
-def fp8_one_bf16(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+@Native
+def fp8_one_bf16(job, tile, first, last):  # type: ignore[no-untyped-def]
     """See `gguf_q8_0`."""
-    _fp8_one_bf16(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+    _fp8_one_bf16(job, tile, first, last)
 
 
-@compiled(**_options)
-def floats_bf16(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+@Native
+def floats_bf16(job, tile, first, last):  # type: ignore[no-untyped-def]
     """See `gguf_q8_0`."""
-    _floats_bf16(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+    _floats_bf16(job, tile, first, last)
 
 
-@compiled(**_options)
-def floats_f16(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+@Native
+def floats_f16(job, tile, first, last):  # type: ignore[no-untyped-def]
     """See `gguf_q8_0`."""
-    _floats_f16(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+    _floats_f16(job, tile, first, last)
 
 
-@compiled(**_options)
-def floats_f32(slots, offsets, columns, pool, starts, x, out, tile, first, last):  # type: ignore[no-untyped-def]
+@Native
+def floats_f32(job, tile, first, last):  # type: ignore[no-untyped-def]
     """See `gguf_q8_0`."""
-    _floats_f32(slots, offsets, columns, pool, starts, x, out, tile, first, last)
+    _floats_f32(job, tile, first, last)

@@ -18,6 +18,7 @@ from edgemoe.formats.mxfp4_format import Mxfp4Format
 from edgemoe.formats.nvfp4_format import Nvfp4Format
 from edgemoe.formats.stacked_format import StackedFormat
 from edgemoe.formats.weight_format import WeightFormat
+from edgemoe.kernels.cpu.arrays import Job, address
 from edgemoe.kernels.cpu.threads import KernelThreads
 from edgemoe.kernels.packed_linear import TILE_VALUES, tiled_linear
 
@@ -31,8 +32,8 @@ PORTION = 128
 class PackedKernel:
     """A compiled loop over matrices of one format."""
 
-    run: Callable[..., None]
-    """A function of `packed_kernels`."""
+    call: Callable[[int, int, int, int], None]
+    """A function of `packed_kernels`, compiled."""
     parts: tuple[str, ...]
     """The suffixes of the names of the parts that it reads, in its order."""
 
@@ -51,11 +52,8 @@ def packed_kernel(kind: WeightFormat, columns: int) -> PackedKernel | None:
     needs_halves = isinstance(kind, (GgufFormat, Fp8Format, Nvfp4Format)) or name.endswith("f16")
     if run is None or (needs_halves and not Widened.available("f16")):
         return None
-    if not run.signatures:
-        # One machine code for all shapes of arrays, made now and not with the first token.
-        run.compile(packed_kernels.SIGNATURE)
-        run.disable_compile()
-    return PackedKernel(run, parts)
+    # Compiled now, and not with the first token.
+    return PackedKernel(run.call, parts)
 
 
 def _named(kind: WeightFormat, columns: int) -> tuple[str, tuple[str, ...]] | None:
@@ -101,17 +99,17 @@ class PackedMatrix:
         one.
         """
         self._rows, self._columns = shape
-        self._pool = memory.numpy()
+        self._memory = memory
         formats = _stacked(kind)
         self._interleaved = isinstance(kind, StackedFormat) and kind.interleaved
         self._height = self._rows // len(formats)
-        self._pieces = []
+        self._pieces: list[tuple[PackedKernel, Job]] = []
         for number, each in enumerate(formats):
             kernel = packed_kernel(each, self._columns)
             assert kernel is not None, f"there is no kernel for {each}"
             prefix = f".{number}" if isinstance(kind, StackedFormat) else ""
-            offsets = np.array([places[prefix + suffix] for suffix in kernel.parts], np.int64)
-            self._pieces.append((kernel, offsets))
+            offsets = [places[prefix + suffix] for suffix in kernel.parts]
+            self._pieces.append((kernel, Job(memory.data_ptr(), memory.stride(0), self._columns, offsets)))
         self._nbytes = sum(part.nbytes for part in kind.parts("", shape))
 
     @classmethod
@@ -127,25 +125,23 @@ class PackedMatrix:
 
     def multiply(self, threads: KernelThreads, slots: Any, starts: Any, x: torch.Tensor) -> torch.Tensor:
         """The products of all pairs, float32 [pairs, rows]; see `SlotMatrix.multiply`."""
-        from edgemoe.kernels.cpu.gemv_kernels import Kernel
+        from edgemoe.kernels.cpu.gemv_kernels import results
         from edgemoe.kernels.cpu.packed_dots import tile_values
 
-        values = x.float().contiguous().numpy()
-        out = Kernel.results(len(values), self._rows)
+        values, out = x.float().contiguous(), results(len(x), self._rows)
         nbytes = self._nbytes * len(slots)
         if len(values) > len(slots):
             slots, starts = _in_portions(slots, starts)
         needed = tile_values(self._columns, int((starts[1:] - starts[:-1]).max()))
+        jobs = [job.of(slots, starts, values, out, place * self._height) for place, (_, job) in enumerate(self._pieces)]
 
         def run(first: int, last: int) -> None:
-            tile = np.empty((1, needed), np.float32)
-            for (kernel, offsets), low, high, place in self._within(first, last):
-                columns, pool = self._columns, self._pool
-                kernel.run(slots, offsets, columns, pool, starts, values, out[:, place:], tile, low, high)
+            tile = np.empty(needed, np.float32)
+            for piece, low, high in self._within(first, last):
+                self._pieces[piece][0].call(jobs[piece].address, address(tile), low, high)
 
         threads.split(self._rows, run, nbytes=nbytes)
-        result = torch.from_numpy(out)
-        return self._in_turn(result, 1) if self._interleaved else result
+        return self._in_turn(out, 1) if self._interleaved else out
 
     def multiply_one(self, threads: KernelThreads, x: torch.Tensor) -> torch.Tensor:
         """The products of `x`, [tokens, columns], with the matrix of the first record, float32 [tokens, rows]."""
@@ -157,26 +153,27 @@ class PackedMatrix:
         Of interleaved matrices all rows alone.
         """
         assert not self._interleaved or (first, last) == (0, self._rows)
-        tile = np.empty((last - first, self._columns), np.float32)
-        number, none, nothing = np.array([record]), np.empty(0, np.int64), np.empty((1, 1), np.float32)
-        for (kernel, offsets), low, high, place in self._within(first, last):
-            into = tile[place + low - first :]
-            kernel.run(number, offsets, self._columns, self._pool, none, nothing, nothing, into, low, high)
-        result = torch.from_numpy(tile)
-        return self._in_turn(result, 0) if self._interleaved else result
+        tile = torch.empty(last - first, self._columns)
+        number = np.array([record])
+        for piece, low, high in self._within(first, last):
+            kernel, job = self._pieces[piece]
+            widening = job.widening(number)
+            into = tile[piece * self._height + low - first :]
+            kernel.call(widening.address, into.data_ptr(), low, high)
+        return self._in_turn(tile, 0) if self._interleaved else tile
 
     def linear(self, record: int, x: torch.Tensor) -> torch.Tensor:
         """x · Wᵀ in float32, [..., rows], for many tokens: by PyTorch, tile by tile."""
         tile = self._rows if self._interleaved else max(1, TILE_VALUES // self._columns)
         return tiled_linear(x, self._rows, tile, lambda *span: self.rows(record, *span))
 
-    def _within(self, first: int, last: int) -> Iterator[tuple[tuple[PackedKernel, Any], int, int, int]]:
-        """The pieces that have rows first ≤ r < last, with their own numbers of these and of their first row."""
-        for number, piece in enumerate(self._pieces):
-            start = number * self._height
+    def _within(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+        """The pieces that have rows first ≤ r < last, with their own numbers of these."""
+        for piece in range(len(self._pieces)):
+            start = piece * self._height
             low, high = max(first - start, 0), min(last - start, self._height)
             if low < high:
-                yield piece, low, high, start
+                yield piece, low, high
 
     def _in_turn(self, values: torch.Tensor, dim: int) -> torch.Tensor:
         """`values` of one piece after the other, in the order of an interleaved matrix along `dim`."""

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from edgemoe.kernels.cpu.arrays import array
+
 MAX_VALUES = 1 << 18
 """Values of an input up to which one thread is faster than PyTorch's operations on all of them."""
 PROBED_ROWS = 5
@@ -55,10 +57,9 @@ def _forwards(module: nn.Module, weight: torch.Tensor, epsilon: float) -> Iterat
 def _forward(
     other: Callable[..., torch.Tensor], arithmetic: _Arithmetic, dtype: torch.dtype, epsilon: float
 ) -> Callable[..., torch.Tensor]:
-    from edgemoe.kernels.cpu import rms_norm_kernels
+    from edgemoe.kernels.cpu import row_kernels
 
-    halves = dtype is torch.bfloat16
-    run = rms_norm_kernels.rms_norm_bf16 if halves else rms_norm_kernels.rms_norm_f32
+    run = row_kernels.rms_norm_bf16 if dtype is torch.bfloat16 else row_kernels.rms_norm_f32
     weight, small, columns = arithmetic.weight.numpy(), np.float32(epsilon), len(arithmetic.weight)
 
     def forward(module: nn.Module, hidden_states: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
@@ -67,16 +68,11 @@ def _forward(
             return other(hidden_states, *others, **named)
         x = hidden_states.contiguous()
         out = torch.empty_like(x)
-        run(_array(x, columns, halves), weight, small, arithmetic.rounds, _array(out, columns, halves))
+        rows, results = (array(each.view(-1, columns)) for each in (x, out))
+        run(rows, weight, small, arithmetic.rounds, results)
         return out
 
     return forward
-
-
-def _array(values: torch.Tensor, columns: int, halves: bool) -> Any:
-    """The memory of `values` as numpy has it, [rows, columns]: bf16 as uint16."""
-    flat = values.view(-1, columns)
-    return flat.view(torch.int16).numpy().view(np.uint16) if halves else flat.numpy()
 
 
 def _agrees(module: nn.Module, forward: Callable[..., torch.Tensor]) -> bool:

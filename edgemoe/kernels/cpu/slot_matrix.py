@@ -1,64 +1,87 @@
-"""One weight matrix of every record in the slots of one size, as the kernels read it."""
+"""A matrix of plain floats at one place of records in memory, as the kernels read it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 
-from edgemoe.cache.record import Part, RecordLayout
-from edgemoe.cache.slots import SlotRegion
+from edgemoe.kernels.cpu.arrays import Job
 from edgemoe.kernels.cpu.threads import KernelThreads
-
-if TYPE_CHECKING:
-    from edgemoe.kernels.cpu.gemv_kernels import Kernel
+from edgemoe.kernels.row_linear import BATCH_INVARIANT_TOKENS
 
 
 class SlotMatrix:
-    """The part `name` of every record in `region`, a matrix [rows, columns] or, `transposed`, [columns, rows]."""
+    """A matrix [rows, columns], or stored transposed, in every record of some memory on the CPU."""
 
-    def __init__(self, region: SlotRegion, layout: RecordLayout, name: str, transposed: bool) -> None:
-        """`fits` must hold. Shares the region's memory, which must be on the CPU."""
-        part = next(part for part in layout.parts if part.name == name)
-        kernel = self._find_kernel(part, transposed)
-        assert kernel is not None, f"there is no kernel for {part}"
-        self.name = name
-        self.max_tokens = kernel.max_tokens
-        """Tokens per matrix up to which the kernel is faster than PyTorch's product."""
-        self._kernel = kernel
-        self._transposed = transposed
-        self._rows, self._columns = part.shape[::-1] if transposed else part.shape
-        self._nbytes = part.nbytes
-        self._memory = region.memory.numpy().view(kernel.unit)
-        self._offset = layout.part_offset(name) // np.dtype(kernel.unit).itemsize
+    max_tokens = BATCH_INVARIANT_TOKENS
+    """Tokens up to which products are summed in one order: PyTorch's are faster beyond."""
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        shape: tuple[int, int],
+        memory: torch.Tensor,
+        offset: int = 0,
+        *,
+        transposed: bool = False,
+    ) -> None:
+        """`fits` must hold. `shape` is rows and columns. `memory` is uint8 [records, bytes], `offset` in bytes."""
+        from edgemoe.kernels.cpu import gemv_kernels
+
+        self._rows, self._columns = shape
+        self._nbytes = self._rows * self._columns * dtype.itemsize
+        self._memory = memory
+        self._inputs = torch.float32
+        self._transposed: Callable[..., None] | None = None
+        if transposed:
+            pool = memory.numpy().view(gemv_kernels.TRANSPOSED_UNITS[dtype])
+            first = offset // dtype.itemsize
+            self._transposed = partial(gemv_kernels.grouped_gemv_transposed, first, self._rows, pool)
+            return
+        kernel = gemv_kernels.row_kernel(dtype, self._columns)
+        assert kernel is not None, f"there is no kernel for {dtype}"
+        self._inputs, self._call = kernel.inputs, kernel.loop.call
+        self._job = Job(memory.data_ptr() + offset, memory.stride(0), self._columns)
 
     @classmethod
-    def fits(cls, layout: RecordLayout, name: str, transposed: bool) -> bool:
-        """Whether a kernel exists for this part's dtype, orientation and width."""
-        return cls._find_kernel(next(part for part in layout.parts if part.name == name), transposed) is not None
+    def of_weight(cls, weight: torch.Tensor) -> SlotMatrix:
+        """A contiguous matrix by itself, which must stay where it is."""
+        rows, columns = weight.shape
+        return cls(weight.dtype, (rows, columns), weight.view(torch.uint8).view(1, -1))
 
     @staticmethod
-    def _find_kernel(part: Part, transposed: bool) -> Kernel | None:
+    def fits(dtype: torch.dtype, columns: int, *, transposed: bool = False) -> bool:
+        """Whether a kernel exists for this dtype, width and orientation."""
         # Imported late: importing numba is slow.
         from edgemoe.kernels.cpu import gemv_kernels
 
-        return (
-            gemv_kernels.column_kernel(part.dtype) if transposed else gemv_kernels.row_kernel(part.dtype, part.shape[1])
-        )
+        if transposed:
+            return dtype in gemv_kernels.TRANSPOSED_UNITS
+        return gemv_kernels.row_kernel(dtype, columns) is not None
 
     def multiply(self, threads: KernelThreads, slots: Any, starts: Any, x: torch.Tensor) -> torch.Tensor:
         """The products of all pairs, float32 [pairs, rows].
 
-        `x` is [pairs, columns] in any float dtype. `slots` and `starts` are integer arrays of numpy: the pairs
+        `x` is [pairs, columns] in any float dtype. `slots` and `starts` are int64 arrays of numpy: the pairs
         `starts[i]` ≤ p < `starts[i + 1]` are multiplied by the matrix in `slots[i]`, which must be pinned.
         """
-        values = self._kernel.values(x)
-        out = self._kernel.results(len(values), self._rows)
-        extent = self._rows if self._transposed else self._columns
+        from edgemoe.kernels.cpu.gemv_kernels import results
 
-        def run(first: int, last: int) -> None:
-            self._kernel.run(slots, self._offset, extent, self._memory, starts, values, out, first, last)
+        values, out = x.to(self._inputs).contiguous(), results(len(x), self._rows)
+        threads.split(self._rows, self._bound(slots, starts, values, out), nbytes=self._nbytes * len(slots))
+        return out
 
-        threads.split(self._rows, run, nbytes=self._nbytes * len(slots))
-        return torch.from_numpy(out)
+    def multiply_one(self, threads: KernelThreads, x: torch.Tensor) -> torch.Tensor:
+        """The products of `x`, [tokens, columns], with the matrix of the first record, float32 [tokens, rows]."""
+        return self.multiply(threads, np.zeros(1, np.int64), np.array([0, len(x)]), x)
+
+    def _bound(self, slots: Any, starts: Any, values: torch.Tensor, out: torch.Tensor) -> Callable[[int, int], None]:
+        """What writes some rows of `out`, by the first one and the end."""
+        if self._transposed is not None:
+            return partial(self._transposed, slots, starts, values.numpy(), out.numpy())
+        call, job = self._call, self._job.of(slots, starts, values, out)
+        return lambda first, last: call(job.address, 0, first, last)

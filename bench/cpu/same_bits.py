@@ -1,0 +1,188 @@
+"""`same-bits`: logits of tokens in one pass, a chain, a tree or a batch, against those of steps of their own."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGMLQuantizationType
+
+from bench.measurement import BaseSize, Measurement
+from bench.support.engine_parts import runner_of
+from bench.support.gguf_files import GgufMaker
+from bench.support.packing import PACKINGS, mxfp4_checkpoint, packed_checkpoint
+from bench.support.zoo import TESTED, make
+from edgemoe import Engine
+from edgemoe.formats.gguf_format import BLOCKS
+from edgemoe.model.draft_tree import DraftTree
+from edgemoe.model.kv_cache import SequenceCache
+from edgemoe.model.model_runner import ModelRunner, tree_input
+from edgemoe.model.sequential_runner import PassInput
+from edgemoe.quiet import quiet_transformers
+
+NAME = "same-bits"
+BAR = "every logit has the bits of a step of its own, in every format and family that shares a pass, on 1 and 2 threads"
+WIDE: dict[str, Any] = {
+    "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 256, "head_dim": 64, "mlp_only_layers": [],
+    "decoder_sparse_step": 1, "norm_topk_prob": True,
+}  # fmt: skip
+"""Rows of whole blocks of every format."""
+CONTEXT = 256
+BEGUN = 4
+"""Tokens before the tree."""
+Make = Callable[[Path], dict[str, Any]]
+"""Makes a checkpoint in a folder; how an engine is loaded with it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size(BaseSize):
+    """What is compared: formats by parts of their names (all where there are none), families, and passes."""
+
+    formats: tuple[str, ...] = ()
+    families: tuple[str, ...] = TESTED
+    threads: tuple[int, ...] = (1, 2)
+    chains: tuple[int, ...] = (2, 3, 4, 5, 8, 9, 16, 33, 64)
+    batches: tuple[int, ...] = (2, 3, 8, 32)
+    tree: int = 8
+    """Depth of the tree, each of whose tokens has a sibling before it."""
+
+
+FULL = Size()
+SMALL = Size(
+    small=True, formats=("Q4_K", "bf16"), families=("mixtral",), threads=(1,), chains=(3,), batches=(2,), tree=2
+)
+
+
+def run(size: Size = FULL) -> Measurement:
+    """Qwen3-MoE in every format, and every family in bf16 and float32. Tiny checkpoints."""
+    wrong: dict[str, Any] = {}
+    alone: list[str] = []
+    passes = 0
+    for name, make_it in _cases(size):
+        with tempfile.TemporaryDirectory(prefix="edgemoe-bits-") as folder, quiet_transformers():
+            settings = make_it(Path(folder))
+            for threads in size.threads:
+                found = _compared(settings, threads, size)
+                passes += len(found)
+                if not found:
+                    alone.append(name)
+                different = sorted(each for each, same in found.items() if not same)
+                if different:
+                    wrong[f"{name}, {threads} threads"] = different
+                    print(f"{name}, {threads} threads: {different}", flush=True)
+    value = {"passes": passes, "wrong": sorted(wrong), "share no pass": sorted(set(alone))}
+    return Measurement(NAME, value, BAR, not wrong, wrong)
+
+
+def _cases(size: Size) -> Iterator[tuple[str, Make]]:
+    """By what they are called."""
+    for name, make_it in _formats():
+        if not size.formats or any(part in name for part in size.formats):
+            yield name, make_it
+    for family in size.families:
+        for dtype in ("bfloat16", "float32"):
+            yield f"{family} {dtype}", _floats(family, dtype)
+
+
+def _formats() -> Iterator[tuple[str, Make]]:
+    for dtype in ("bfloat16", "float16", "float32"):
+        yield f"floats {dtype}", _floats("qwen3_moe", dtype, WIDE)
+    for kind in (*BLOCKS, "F16", "BF16", "F32"):
+        yield f"GGUF {kind}", _gguf(kind)
+    for packing in PACKINGS:
+        yield packing, _packed(packing)
+    yield "mxfp4", lambda folder: {"model": mxfp4_checkpoint(make("gpt_oss", folder))}
+    for experts in ("int8", "nf4", "fp4", "int4"):
+        yield f"made here {experts}", _made_here(experts)
+
+
+def _floats(family: str, dtype: str, config: Mapping[str, Any] | None = None) -> Make:
+    return lambda folder: {"model": make(family, folder, **config or {}), "dtype": dtype}
+
+
+def _gguf(kind: str) -> Make:
+    def make_it(folder: Path) -> dict[str, Any]:
+        maker, number = GgufMaker(make("qwen3_moe", folder / "hf", **WIDE)), GGMLQuantizationType[kind]
+        return {"model": maker.write(folder / "model.gguf", number, number)}
+
+    return make_it
+
+
+def _packed(packing: str) -> Make:
+    return lambda folder: {"model": packed_checkpoint(make("qwen3_moe", folder, **WIDE), PACKINGS[packing])}
+
+
+def _made_here(experts: str) -> Make:
+    def make_it(folder: Path) -> dict[str, Any]:
+        dense = experts if experts in ("int8", "nf4") else "native"
+        return {"model": make("qwen3_moe", folder, **WIDE), "experts": experts, "dense": dense}
+
+    return make_it
+
+
+def _compared(settings: Mapping[str, Any], threads: int, size: Size) -> dict[str, bool]:
+    """By pass, whether its logits have the bits of single steps; nothing where no tokens share a pass."""
+    options: dict[str, Any] = {"device": "cpu", "threads": threads, "context": CONTEXT, "state_folder": "none"}
+    with Engine.load(**options, **settings) as engine:
+        runner = runner_of(engine)
+        if not runner.packs:
+            return {}
+        found = {}
+        single = _Sequence(runner, 0)
+        logits = [single.step() for _ in range(max(*size.chains, BEGUN + size.tree))]
+        for length in size.chains:
+            own = PassInput(runner.start(CONTEXT), single.tokens[:length], every=True)
+            found[f"chain of {length}"] = torch.equal(runner.run([own])[0], torch.stack(logits[:length]))
+        if runner.verifies == "tree":
+            found[f"tree of depth {size.tree}"] = _tree_agrees(runner, single.tokens, logits, size.tree)
+        for batch in size.batches:
+            found[f"batch of {batch}"] = _batch_agrees(runner, batch)
+        return found
+
+
+class _Sequence:
+    """A sequence of tokens of its own, run one by one."""
+
+    def __init__(self, runner: ModelRunner, seed: int) -> None:
+        self._runner = runner
+        self.cache: SequenceCache = runner.start(CONTEXT)
+        generator = torch.Generator().manual_seed(seed)
+        self.tokens = torch.randint(3, runner.vocabulary, (CONTEXT,), generator=generator).tolist()
+
+    def step(self) -> torch.Tensor:
+        """Appends the next token; the logits after it."""
+        return self._runner.step(self.cache, [self.next])
+
+    @property
+    def next(self) -> int:
+        """The token that follows."""
+        return int(self.tokens[self.cache.tokens])
+
+
+def _tree_agrees(runner: ModelRunner, tokens: list[int], logits: list[torch.Tensor], depth: int) -> bool:
+    """The tree's path through the right tokens, after the first ones in a pass of their own."""
+    cache = runner.start(CONTEXT)
+    runner.run([PassInput(cache, tokens[:BEGUN])])
+    cache.mark()
+    tree, path = DraftTree(tokens[BEGUN]), [0]
+    for token in tokens[BEGUN + 1 : BEGUN + depth]:
+        tree.add(path[-1], (token + 1) % runner.vocabulary, 0.5)
+        path.append(tree.add(path[-1], token, 0.5))
+    found = runner.run([tree_input(cache, tree, range(len(tree)), ())])[0]
+    return torch.equal(found[path], torch.stack(logits[BEGUN : BEGUN + depth]))
+
+
+def _batch_agrees(runner: ModelRunner, count: int) -> bool:
+    """One step of sequences of different lengths together."""
+    sequences, twins = ([_Sequence(runner, seed) for seed in range(count)] for _ in range(2))
+    for number, (sequence, twin) in enumerate(zip(sequences, twins, strict=True)):
+        for _ in range(1 + number % 7):
+            sequence.step()
+            twin.step()
+    expected = [sequence.step() for sequence in sequences]
+    found = runner.run([PassInput(twin.cache, [twin.next]) for twin in twins])
+    return all(map(torch.equal, expected, found))
