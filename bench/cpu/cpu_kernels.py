@@ -23,6 +23,7 @@ from edgemoe.formats.made import MADE, made_format
 from edgemoe.formats.mxfp4_format import Mxfp4Format
 from edgemoe.formats.nvfp4_format import Nvfp4Format
 from edgemoe.formats.weight_format import WeightFormat
+from edgemoe.kernels.cpu.arrays import Groups
 from edgemoe.kernels.cpu.packed_matrix import PackedMatrix
 from edgemoe.kernels.cpu.slot_matrix import SlotMatrix
 from edgemoe.kernels.cpu.threads import KernelThreads, torch_threads
@@ -77,7 +78,7 @@ def _measured(kind: WeightFormat, threads: KernelThreads, size: Size, bandwidth:
         starts, seconds = np.arange(GROUPS + 1) * tokens, []
         for turn in range(size.repeats + 1):
             slots = (np.arange(GROUPS) + turn * GROUPS) % records
-            seconds.append(_seconds(partial(multiply, slots, starts, x)))
+            seconds.append(_seconds(partial(multiply, Groups(slots, starts), x)))
         speed = GROUPS * nbytes / statistics.median(seconds[1:])
         found["GB/s"].append(round(speed / 1e9, 1))
         found["of the memory's"].append(round(speed / bandwidth, 2))
@@ -88,7 +89,7 @@ def _measured(kind: WeightFormat, threads: KernelThreads, size: Size, bandwidth:
 
 def _prepared(
     kind: WeightFormat, threads: KernelThreads, size: Size
-) -> tuple[Callable[[np.ndarray, np.ndarray, torch.Tensor], object], int, int]:
+) -> tuple[Callable[[Groups, torch.Tensor], object], int, int]:
     """The product of records of one matrix each, whose content is random; a matrix's bytes; and how many there are."""
     layout = RecordLayout([*kind.parts("w", size.shape)])
     records = max(2 * GROUPS, size.nbytes // layout.nbytes)
@@ -101,7 +102,7 @@ def _prepared(
     else:
         places = {part.name: layout.part_offset("w" + part.name) for part in kind.parts("", size.shape)}
         matrix = PackedMatrix(kind, size.shape, memory, places)
-    return lambda slots, starts, x: matrix.multiply(threads, slots, starts, x), layout.nbytes, records
+    return lambda groups, x: matrix.multiply(threads, groups, x), layout.nbytes, records
 
 
 def _content(name: str, view: torch.Tensor) -> torch.Tensor:

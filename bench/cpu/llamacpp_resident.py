@@ -61,7 +61,7 @@ def run(size: Size = FULL) -> Measurement:
         for kind, row in table.items()
     )
     value = {kind: {name: row[name] for name in ("decode", "of_floor", "prefill")} for kind, row in table.items()}
-    return Measurement(NAME, value, BAR, ok, table)
+    return Measurement(NAME, value, BAR, ok, table | {"peer": peer.features()})
 
 
 def _measured(peer: LlamaCpp, file: Path, size: Size) -> dict[str, float]:

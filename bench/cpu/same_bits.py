@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from bench.support.packing import PACKINGS, mxfp4_checkpoint, packed_checkpoint
 from bench.support.zoo import TESTED, make
 from edgemoe import Engine
 from edgemoe.formats.gguf_format import BLOCKS
+from edgemoe.kernels.cpu import threads as kernel_threads
 from edgemoe.model.draft_tree import DraftTree
 from edgemoe.model.kv_cache import SequenceCache
 from edgemoe.model.model_runner import ModelRunner, tree_input
@@ -64,17 +66,15 @@ def run(size: Size = FULL) -> Measurement:
     passes = 0
     for name, make_it in _cases(size):
         with tempfile.TemporaryDirectory(prefix="edgemoe-bits-") as folder, quiet_transformers():
-            settings = make_it(Path(folder))
-            for threads in size.threads:
-                found = _compared(settings, threads, size)
-                passes += len(found)
-                if not found:
-                    alone.append(name)
-                different = sorted(each for each, same in found.items() if not same)
-                if different:
-                    wrong[f"{name}, {threads} threads"] = different
-                    print(f"{name}, {threads} threads: {different}", flush=True)
-    value = {"passes": passes, "wrong": sorted(wrong), "share no pass": sorted(set(alone))}
+            found = _compared(make_it(Path(folder)), size)
+        passes += len(found)
+        if not found:
+            alone.append(name)
+        different = sorted(each for each, same in found.items() if not same)
+        if different:
+            wrong[name] = different
+            print(f"{name}: {different}", flush=True)
+    value = {"passes": passes, "wrong": sorted(wrong), "share no pass": alone}
     return Measurement(NAME, value, BAR, not wrong, wrong)
 
 
@@ -124,24 +124,47 @@ def _made_here(experts: str) -> Make:
     return make_it
 
 
-def _compared(settings: Mapping[str, Any], threads: int, size: Size) -> dict[str, bool]:
-    """By pass, whether its logits have the bits of single steps; nothing where no tokens share a pass."""
-    options: dict[str, Any] = {"device": "cpu", "threads": threads, "context": CONTEXT, "state_folder": "none"}
-    with Engine.load(**options, **settings) as engine:
-        runner = runner_of(engine)
-        if not runner.packs:
-            return {}
-        found = {}
-        single = _Sequence(runner, 0)
-        logits = [single.step() for _ in range(max(*size.chains, BEGUN + size.tree))]
-        for length in size.chains:
-            own = PassInput(runner.start(CONTEXT), single.tokens[:length], every=True)
-            found[f"chain of {length}"] = torch.equal(runner.run([own])[0], torch.stack(logits[:length]))
-        if runner.verifies == "tree":
-            found[f"tree of depth {size.tree}"] = _tree_agrees(runner, single.tokens, logits, size.tree)
-        for batch in size.batches:
-            found[f"batch of {batch}"] = _batch_agrees(runner, batch)
-        return found
+def _compared(settings: Mapping[str, Any], size: Size) -> dict[str, bool]:
+    """By pass, whether its logits have the bits of single steps; nothing where no tokens share a pass.
+
+    The single steps are those of the first number of threads.
+    """
+    options: dict[str, Any] = {"device": "cpu", "context": CONTEXT, "state_folder": "none"}
+    expected: _SingleSteps | None = None
+    found = {}
+    for threads in size.threads:
+        with _every_product_split(), Engine.load(threads=threads, **options, **settings) as engine:
+            runner = runner_of(engine)
+            if not runner.packs:
+                return {}
+            expected = expected or _SingleSteps(runner, size)
+            for name, same in _passes(runner, expected, size):
+                found[f"{name}, {threads} threads"] = same
+    return found
+
+
+@contextmanager
+def _every_product_split() -> Iterator[None]:
+    """In the block kernels use all threads for products of any size."""
+    least, kernel_threads.MIN_SPLIT_NBYTES = kernel_threads.MIN_SPLIT_NBYTES, 0
+    try:
+        yield
+    finally:
+        kernel_threads.MIN_SPLIT_NBYTES = least
+
+
+def _passes(runner: ModelRunner, expected: _SingleSteps, size: Size) -> Iterator[tuple[str, bool]]:
+    """Whether each pass agrees."""
+    single, logits = expected.sequence, expected.logits
+    for length in size.chains:
+        own = PassInput(runner.start(CONTEXT), single.tokens[:length], every=True)
+        yield f"chain of {length}", torch.equal(runner.run([own])[0], torch.stack(logits[:length]))
+    if runner.verifies == "tree":
+        yield f"tree of depth {size.tree}", _tree_agrees(runner, single.tokens, logits, size.tree)
+    for batch in size.batches:
+        sequences = [_begun(runner, number) for number in range(batch)]
+        found = runner.run([PassInput(each.cache, [each.next]) for each in sequences])
+        yield f"batch of {batch}", all(map(torch.equal, expected.of_batch[:batch], found))
 
 
 class _Sequence:
@@ -163,6 +186,24 @@ class _Sequence:
         return int(self.tokens[self.cache.tokens])
 
 
+def _begun(runner: ModelRunner, number: int) -> _Sequence:
+    """A sequence of a few tokens: how many depends on its number."""
+    sequence = _Sequence(runner, number)
+    for _ in range(1 + number % 7):
+        sequence.step()
+    return sequence
+
+
+class _SingleSteps:
+    """Logits of tokens that are computed one by one."""
+
+    def __init__(self, runner: ModelRunner, size: Size) -> None:
+        self.sequence = _Sequence(runner, 0)
+        self.logits = [self.sequence.step() for _ in range(max(*size.chains, BEGUN + size.tree))]
+        self.of_batch = [_begun(runner, number).step() for number in range(max(size.batches))]
+        """After one more token of each sequence of the largest batch."""
+
+
 def _tree_agrees(runner: ModelRunner, tokens: list[int], logits: list[torch.Tensor], depth: int) -> bool:
     """The tree's path through the right tokens, after the first ones in a pass of their own."""
     cache = runner.start(CONTEXT)
@@ -174,15 +215,3 @@ def _tree_agrees(runner: ModelRunner, tokens: list[int], logits: list[torch.Tens
         path.append(tree.add(path[-1], token, 0.5))
     found = runner.run([tree_input(cache, tree, range(len(tree)), ())])[0]
     return torch.equal(found[path], torch.stack(logits[BEGUN : BEGUN + depth]))
-
-
-def _batch_agrees(runner: ModelRunner, count: int) -> bool:
-    """One step of sequences of different lengths together."""
-    sequences, twins = ([_Sequence(runner, seed) for seed in range(count)] for _ in range(2))
-    for number, (sequence, twin) in enumerate(zip(sequences, twins, strict=True)):
-        for _ in range(1 + number % 7):
-            sequence.step()
-            twin.step()
-    expected = [sequence.step() for sequence in sequences]
-    found = runner.run([PassInput(twin.cache, [twin.next]) for twin in twins])
-    return all(map(torch.equal, expected, found))

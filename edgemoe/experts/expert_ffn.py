@@ -22,6 +22,7 @@ from edgemoe.checkpoint.experts_module import ExpertsModule
 from edgemoe.formats.float_format import FloatFormat
 from edgemoe.kernels.cpu import packed_matrix
 from edgemoe.kernels.cpu.activation import ACTIVATION_DTYPES, gated_silu, is_gated_silu
+from edgemoe.kernels.cpu.arrays import Groups
 from edgemoe.kernels.cpu.kernel_choice import widens
 from edgemoe.kernels.cpu.packed_matrix import PackedMatrix
 from edgemoe.kernels.cpu.slot_matrix import SlotMatrix
@@ -259,12 +260,12 @@ class FastExperts(Experts):
         """The kernels' arithmetic for all of `few`, (expert, slot) each, in one call per matrix."""
         rows = [row for expert, _ in few for row in groups.rows[expert]]
         starts = np.cumsum([0] + [len(groups.rows[expert]) for expert, _ in few])
-        slots = np.array([slot for _, slot in few])
+        matrices = Groups(np.array([slot for _, slot in few]), starts)
         owners = [slot for expert, slot in few for _ in groups.rows[expert]]
         hidden, up, down = groups.hidden, self._matrices[self._up_name], self._matrices["down_proj"]
         chosen = hidden.expand(len(rows), -1) if len(hidden) == 1 else hidden[groups.tokens(rows)]
-        inner = self._activated(up.multiply(self._threads, slots, starts, chosen), hidden.dtype, owners)
-        outer = down.multiply(self._threads, slots, starts, inner)
+        inner = self._activated(up.multiply(self._threads, matrices, chosen), hidden.dtype, owners)
+        outer = down.multiply(self._threads, matrices, inner)
         outer = self._biased(outer.to(hidden.dtype), "down_proj", owners)
         if rows == list(range(len(groups.outputs))):
             groups.outputs = outer

@@ -12,7 +12,7 @@ from edgemoe.kernels.cpu.attention import SeenKeys
 from edgemoe.kernels.cpu.threads import KernelThreads
 
 DTYPES = [torch.bfloat16, torch.float32]
-CASES = [(4, 4, 16, 16), (8, 2, 64, 64), (6, 2, 24, 16), (5, 1, 7, 9)]
+CASES = [(4, 4, 16, 16), (8, 2, 64, 64), (6, 2, 48, 16), (5, 1, 16, 80)]
 """Heads of the query and of the keys, and the widths of keys and of values."""
 TOKENS, KEYS = 5, 37
 
@@ -106,6 +106,7 @@ def test_what_a_token_sees() -> None:
 
 def test_others_have_no_kernel() -> None:
     query, keys, values = inputs(CASES[0], torch.float32)
+    assert not attention.fits(query[..., :7], keys[..., :7], values)
     assert not attention.fits(query.half(), keys.half(), values.half())
     assert not attention.fits(query, keys.bfloat16(), values)
     assert not attention.fits(query, keys.transpose(2, 3), values)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from edgemoe.kernels.cpu import gemv_kernels
-from edgemoe.kernels.cpu.arrays import Job
+from edgemoe.kernels.cpu.arrays import Groups, Matrix
 from edgemoe.kernels.cpu.dot_block import PairsOfBf16
 from edgemoe.kernels.cpu.gemv_kernels import RowKernel
 from edgemoe.kernels.cpu.slot_matrix import SlotMatrix
@@ -63,7 +63,7 @@ def run(kernel: RowKernel, matrices: torch.Tensor, x: torch.Tensor, spans: list[
     out[:] = torch.nan
     pool, values = pool_of(matrices), x[OF_TOKENS].to(kernel.inputs)
     matrix = pool.data_ptr() + PADDING * matrices.dtype.itemsize
-    job = Job(matrix, pool.stride(0), matrices.shape[-1]).of(CHOSEN, STARTS, values, out)
+    job = Matrix(matrix, pool.stride(0), matrices.shape[-1]).product(Groups(CHOSEN, STARTS), values, out)
     for first, last in spans:
         kernel.loop.call(job.address, 0, first, last)
     return np.asarray(out.numpy())
@@ -99,11 +99,11 @@ def test_transposed(dtype: torch.dtype, count: int, monkeypatch: pytest.MonkeyPa
     pool = pool_of(matrices)
     matrix = SlotMatrix(dtype, (1300, COLUMNS + 7), pool, PADDING * dtype.itemsize, transposed=True)
     threads = KernelThreads(count)
-    out = matrix.multiply(threads, CHOSEN, STARTS, x[OF_TOKENS])
+    out = matrix.multiply(threads, Groups(CHOSEN, STARTS), x[OF_TOKENS])
     np.testing.assert_allclose(out.numpy(), expected(wide, x), rtol=1e-4, atol=1e-4)
     for pair, token in enumerate(OF_TOKENS):
         group = int(np.searchsorted(STARTS, pair, side="right")) - 1
-        alone = matrix.multiply(threads, CHOSEN[group : group + 1], np.array([0, 1]), x[token : token + 1])
+        alone = matrix.multiply(threads, Groups(CHOSEN[group : group + 1], np.array([0, 1])), x[token : token + 1])
         assert torch.equal(out[pair], alone[0])
     threads.close()
 
@@ -134,7 +134,7 @@ def test_every_weight_dtype_has_a_kernel_that_takes_any_input_dtype(dtype: torch
     threads = KernelThreads(1)
     for given in (torch.float32, torch.bfloat16, torch.float64):
         strided = torch.stack([x, x], dim=1).to(given)[OF_TOKENS, 0]
-        out = matrix.multiply(threads, CHOSEN, STARTS, torch.stack([strided, strided], dim=1)[:, 0])
+        out = matrix.multiply(threads, Groups(CHOSEN, STARTS), torch.stack([strided, strided], dim=1)[:, 0])
         np.testing.assert_allclose(out.numpy(), expected(matrices, x), rtol=1e-5, atol=1e-5)
 
 

@@ -14,6 +14,7 @@ from edgemoe.formats.made import MADE, made_format
 from edgemoe.formats.stacked_format import StackedFormat
 from edgemoe.formats.weight_format import WeightFormat
 from edgemoe.kernels.cpu import packed_matrix
+from edgemoe.kernels.cpu.arrays import Groups
 from edgemoe.kernels.cpu.packed_matrix import PackedMatrix
 from edgemoe.kernels.cpu.threads import KernelThreads
 from edgemoe.kernels.packed_layers import PackedLinear, PackedWeight
@@ -94,7 +95,7 @@ def test_long_rows_and_many_tokens_have_the_bits_of_one(name: str, threads: Kern
     views = {"w" + suffix: part for suffix, part in parts.items()}
     matrix, plain = placed(kind, shape, views), kind.dequantize(views, "w").float()
     x = torch.randn(303, shape[1], generator=generator)
-    found = matrix.multiply(threads, np.array([0, 0]), np.array([0, 2, 303]), x)
+    found = matrix.multiply(threads, Groups(np.array([0, 0]), np.array([0, 2, 303])), x)
     assert torch.allclose(found, x @ plain.t(), rtol=1e-4, atol=1e-4)
     alone = torch.cat([matrix.multiply_one(threads, row.unsqueeze(0)) for row in x[:150]])
     assert same_bits(found[:150].contiguous(), alone)
@@ -109,7 +110,7 @@ def test_a_product_is_near_the_plain_one(name: str, threads: KernelThreads) -> N
     matrix = placed(kind, (40, 256), *views)
     x = torch.randn(9, 256, generator=generator)
     # Two groups of tokens, in records of another order.
-    found = matrix.multiply(threads, np.array([2, 0]), np.array([0, 4, 9]), x)
+    found = matrix.multiply(threads, Groups(np.array([2, 0]), np.array([0, 4, 9])), x)
     for record, first, last in ((2, 0, 4), (0, 4, 9)):
         expected = x[first:last] @ kind.dequantize(views[record], "w").t()
         assert torch.allclose(found[first:last], expected, rtol=1e-5, atol=1e-4)

@@ -50,6 +50,13 @@ class CentredRMSNorm(_Norm):
         return self.weight * self.normalised(hidden_states - hidden_states.mean(-1, keepdim=True))
 
 
+class GatedRMSNorm(_Norm):
+    def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        self.calls += 1
+        # Raises AttributeError without a gate, as a family's does.
+        return self.weight * self.normalised(hidden_states) * gate.sigmoid()  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind", [LlamaRMSNorm, GptRMSNorm, GemmaRMSNorm])
 def test_a_norm_has_the_values_of_its_family(kind: type[_Norm], dtype: torch.dtype) -> None:
@@ -78,8 +85,9 @@ def test_strided_inputs_and_values_that_are_not_finite() -> None:
         assert torch.allclose(norm(x).float(), expected.float(), rtol=1e-2, equal_nan=True)
 
 
-def test_what_only_has_the_name_keeps_its_forward() -> None:
-    norm = CentredRMSNorm(torch.float32)
+@pytest.mark.parametrize("kind", [CentredRMSNorm, GatedRMSNorm])
+def test_what_only_has_the_name_keeps_its_forward(kind: type[_Norm]) -> None:
+    norm = kind(torch.float32)
     install_rms_norm(norm)
     assert "forward" not in vars(norm)
 

@@ -57,6 +57,10 @@ class LlamaCpp:
         _run("llama_cpp_library", "quantize", self.library, file, out, kind)
         return out
 
+    def features(self) -> str:
+        """The instructions that the library was built for, as it names them. Raises PeerError."""
+        return _run("llama_cpp_library", "features", self.library).strip()
+
     def server(self, file: Path, threads: int, length: int) -> list[str]:
         """A module and its arguments: what `serving` runs, which answers lines as `llama_cpp_library.serve` says."""
         return [f"{PACKAGE}.llama_cpp_library", "serve", str(self.library), str(file), str(threads), str(length)]
@@ -137,7 +141,8 @@ def _libraries(source: Path) -> Iterator[Path]:
             yield from (Path(folder) / "lib" / f"libllama.{end}" for end in ("so", "dylib"))
 
 
-def _run(module: str, *arguments: str | Path) -> None:
+def _run(module: str, *arguments: str | Path) -> str:
+    """What it prints."""
     try:
         done = subprocess.run(
             _command(module, *arguments), capture_output=True, text=True, errors="replace", timeout=TIMEOUT,
@@ -147,6 +152,7 @@ def _run(module: str, *arguments: str | Path) -> None:
         raise PeerError(f"{module} took more than {TIMEOUT:.0f} seconds") from error
     if done.returncode:
         raise PeerError(f"{module} ended with {done.returncode}: {_reason(done.stderr)}")
+    return done.stdout
 
 
 def _command(module: str, *arguments: str | Path) -> list[str]:

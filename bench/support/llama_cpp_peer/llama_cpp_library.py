@@ -1,5 +1,6 @@
-"""llama.cpp's library in a process of its own: `quantize LIBRARY IN OUT TYPE`, `logits LIBRARY FILE OUT TOKENS`, and
-`serve LIBRARY FILE THREADS LENGTH`, which reads lines and answers each with the seconds that it took.
+"""llama.cpp's library in a process of its own: `quantize LIBRARY IN OUT TYPE`, `logits LIBRARY FILE OUT TOKENS`,
+`features LIBRARY`, which prints what it was built for, and `serve LIBRARY FILE THREADS LENGTH`, which reads lines and
+answers each with the seconds that it took.
 
 Parameters are what the library says itself, in a buffer longer than any version's structure, so that none is described
 here. The fields that are set are the first ones, which have been the same for two years, and one by its place in the
@@ -57,6 +58,7 @@ def opened(path: str) -> ctypes.CDLL:
     pointer = ctypes.c_void_p
     signatures = {
         "llama_backend_init": (None, ()),
+        "llama_print_system_info": (ctypes.c_char_p, ()),
         "llama_model_default_params": (Parameters, ()),
         "llama_context_default_params": (Parameters, ()),
         "llama_model_quantize_default_params": (Parameters, ()),
@@ -175,7 +177,7 @@ def serve(library: ctypes.CDLL, file: str, threads: int, length: int) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Runs one of the three; the exit status is 1 where the library refuses."""
+    """Runs one of the four; the exit status is 1 where the library refuses."""
     action, path, *rest = arguments
     library = opened(path)
     wrong = ""
@@ -184,6 +186,8 @@ def main(arguments: list[str]) -> int:
             wrong = quantize(library, *rest)
         elif action == "logits":
             logits(library, rest[0], rest[1], json.loads(rest[2]))
+        elif action == "features":
+            print(library.llama_print_system_info().decode())
         else:
             serve(library, rest[0], int(rest[1]), int(rest[2]))
     except RuntimeError as error:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.activations import SiLUActivation
 
-from edgemoe.kernels.cpu.arrays import array, flat
+from edgemoe.kernels.cpu.arrays import as_array, flat
 from edgemoe.kernels.cpu.threads import KernelThreads
 
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float32)
@@ -33,7 +33,7 @@ def gated_silu(threads: KernelThreads, products: torch.Tensor, dtype: torch.dtyp
 
     pairs, both = products.shape
     out = torch.empty(pairs, both // 2, dtype=dtype)
-    x, into = flat(products), array(out)
+    x, into = flat(products), as_array(out)
     kernel = row_kernels.gated_silu_bf16 if dtype is torch.bfloat16 else row_kernels.gated_silu_f32
     threads.split(pairs, partial(kernel, x, products.stride(0), into), nbytes=products.nbytes)
     return out

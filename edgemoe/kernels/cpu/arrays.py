@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
-from copy import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,49 +13,71 @@ import torch
 def flat(values: torch.Tensor) -> Any:
     """The memory from the first to the last of `values`, with what lies between them, one-dimensional. Shared."""
     extent = 1 + sum((size - 1) * step for size, step in zip(values.shape, values.stride(), strict=True))
-    return array(values.as_strided((extent,), (1,)))
+    return as_array(values.as_strided((extent,), (1,)))
 
 
-def array(values: torch.Tensor) -> Any:
+def as_array(values: torch.Tensor) -> Any:
     """The contiguous `values`, in their shape. Shared."""
     return values.view(torch.int16).numpy().view(np.uint16) if values.dtype is torch.bfloat16 else values.numpy()
+
+
+class Groups(NamedTuple):
+    """Which pairs of a token and a matrix are multiplied: those `starts[i]` ≤ p < `starts[i + 1]` by `slots[i]`'s."""
+
+    slots: Any
+    starts: Any
+    """Arrays of int64."""
+
+    @classmethod
+    def of_one(cls, tokens: int) -> Groups:
+        """All tokens by the matrix of the first record."""
+        return cls(np.zeros(1, np.int64), np.array([0, tokens]))
 
 
 class Job:
     """What a native kernel multiplies: addresses, counts, and steps in bytes, in the order of `dot_block.Operands`.
 
-    Holds the arrays that it names, so that they stay where they are.
+    Holds what it names, so that it stays where it is.
     """
 
-    def __init__(self, matrix: int, slot_step: int, columns: int, parts: Sequence[int] = ()) -> None:
-        """`matrix` is the address of the matrix in slot 0; `parts` are the offsets of its parts from there."""
-        self._words = np.array([0, 0, 0, matrix, slot_step, 0, 0, 0, 0, columns, *parts], np.int64)
-        self._held: tuple[Any, ...] = ()
+    __slots__ = ("_held", "_words", "address")
 
-    def of(self, slots: Any, starts: Any, x: torch.Tensor, out: torch.Tensor, first_row: int = 0) -> Job:
-        """The same matrix with arguments: `slots` and `starts`, int64 arrays, and the inputs and results of pairs.
+    def __init__(self, words: Sequence[int], held: object) -> None:
+        self._words = array("q", words)
+        self._held = held
+        self.address = self._words.buffer_info()[0]
+        """Of the words, as long as this object is there."""
 
-        The rows of `x` and `out` are contiguous. The matrix's rows are those of `out` from `first_row` on.
+
+class Matrix(NamedTuple):
+    """A matrix at one place of every record in memory."""
+
+    address: int
+    """Of the one in slot 0."""
+    slot_step: int
+    """Bytes from one record to the next."""
+    columns: int
+    parts: tuple[int, ...] = ()
+    """The offsets of a packed matrix's parts from its address."""
+
+    def product(self, groups: Groups, x: torch.Tensor, out: torch.Tensor, first_row: int = 0) -> Job:
+        """The products of `x`, the inputs of pairs, to `out`; the rows of both are contiguous.
+
+        The matrix's rows are those of `out` from `first_row` on.
         """
-        other = copy(self)
-        other._words = words = self._words.copy()
-        words[:3] = address(slots), address(starts), len(starts) - 1
-        words[5:7] = x.data_ptr(), x.stride(0) * x.element_size()
-        words[7:9] = out.data_ptr() + first_row * out.element_size(), out.stride(0) * out.element_size()
-        other._held = slots, starts, x, out
-        return other
+        slots, starts = groups
+        words = (
+            address(slots), address(starts), len(slots), self.address, self.slot_step,
+            x.data_ptr(), x.stride(0) * x.element_size(),
+            out.data_ptr() + first_row * out.element_size(), out.stride(0) * out.element_size(),
+            self.columns, *self.parts,
+        )  # fmt: skip
+        return Job(words, (groups, x, out))
 
     def widening(self, slots: Any) -> Job:
-        """The same matrix in `slots[0]`, with no token: its rows are only widened."""
-        other = copy(self)
-        other._words = self._words.copy()
-        other._words[0], other._held = address(slots), (slots,)
-        return other
-
-    @property
-    def address(self) -> int:
-        """Of the words, as long as this object is there."""
-        return address(self._words)
+        """The rows in `slots[0]`, an int64 array, without a token: they are only widened."""
+        words = (address(slots), 0, 0, self.address, self.slot_step, 0, 0, 0, 0, self.columns, *self.parts)
+        return Job(words, slots)
 
 
 def address(values: Any) -> int:

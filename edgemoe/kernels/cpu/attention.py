@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from edgemoe.kernels.cpu.arrays import flat
+from edgemoe.kernels.cpu.arrays import Job, address
 from edgemoe.kernels.cpu.threads import KernelThreads, kernels_have_the_cores
 
 DTYPES = (torch.bfloat16, torch.float32)
+REGISTER = 16
+"""Values that widths are a multiple of: those of the widest register."""
 
 
 class SeenKeys(NamedTuple):
@@ -24,10 +26,15 @@ class SeenKeys(NamedTuple):
     starts: Any
     """Where those of each token begin in `places`, and the end, [tokens + 1]."""
 
+    most: int
+    """Of the keys that one token sees."""
+    total: int
+    """Of the keys that all tokens see."""
+
     @classmethod
     def ranges(cls, spans: Sequence[tuple[int, int]]) -> SeenKeys:
         """Ranges alone."""
-        return cls(np.array(spans, np.int64), np.empty(0, np.int64), np.zeros(len(spans) + 1, np.int64))
+        return cls._counted(spans, [np.empty(0, np.int64)] * len(spans))
 
     @classmethod
     def visible(cls, visible: torch.Tensor) -> SeenKeys:
@@ -38,8 +45,14 @@ class SeenKeys(NamedTuple):
             near = int(np.count_nonzero(seen == seen[0] + np.arange(len(seen))))
             spans.append((int(seen[0]), int(seen[0]) + near))
             singles.append(seen[near:])
-        starts = np.cumsum([0, *map(len, singles)]).astype(np.int64)
-        return cls(np.array(spans, np.int64), np.concatenate(singles).astype(np.int64), starts)
+        return cls._counted(spans, singles)
+
+    @classmethod
+    def _counted(cls, spans: Sequence[tuple[int, int]], singles: Sequence[Any]) -> SeenKeys:
+        counts = [end - first + len(own) for (first, end), own in zip(spans, singles, strict=True)]
+        starts = np.cumsum([0, *map(len, singles)])
+        places = np.concatenate(singles).astype(np.int64)
+        return cls(np.array(spans, np.int64), places, starts, max(counts), sum(counts))
 
     def of(self, token: int) -> slice | torch.Tensor:
         """The keys of one token: a slice where they are adjacent, else their places."""
@@ -51,10 +64,12 @@ class SeenKeys(NamedTuple):
 
 
 def fits(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
-    """Whether there is a kernel for these, [1, heads, tokens, width] each, whose rows are contiguous."""
+    """Whether there is a kernel for these, [1, heads, tokens, width] each: rows are contiguous and whole registers."""
     every = (query, keys, values)
     return (
         query.dtype in DTYPES
+        and query.shape[-1] % REGISTER == 0
+        and values.shape[-1] % REGISTER == 0
         and all(each.dtype is query.dtype and each.device.type == "cpu" for each in every)
         and all(len(each) == 1 and each.stride(-1) == 1 for each in every)
     )
@@ -74,21 +89,28 @@ def attend(
     heads of the query. `fits` must hold. `scaling` is 1 / sqrt(width) where it is None.
     """
     # Imported late: importing numba is slow.
-    from edgemoe.kernels.cpu import attention_kernels
+    from edgemoe.kernels.cpu.attention_kernels import Words, attend_bf16, attend_f32
 
     _, heads, tokens, width = query.shape
-    groups, depth = keys.shape[1], values.shape[-1]
+    groups, depth, nbytes = keys.shape[1], values.shape[-1], query.element_size()
+    group = heads // groups
     out = query.new_empty(1, tokens, heads, depth)
-    strides = [each.stride()[1:3] for each in (query, keys, values, out.transpose(1, 2))]
-    shape = np.array([groups, heads // groups, tokens, width, depth, *(step for own in strides for step in own)])
-    q, k, v, result = map(flat, (query, keys, values, out))
+    padded = -(-seen.most // REGISTER) * REGISTER
+    steps = [step * nbytes for each in (query, keys, values, out.transpose(1, 2)) for step in each.stride()[1:3]]
     scale = np.float32(width**-0.5 if scaling is None else scaling)
+    words = Words._make([
+        query.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(), group, tokens, width, depth, *steps,
+        address(seen.spans), address(seen.places), address(seen.starts), padded, int(scale.view(np.uint32)),
+    ])  # fmt: skip
+    job = Job(words, (query, keys, values, seen, out))
+    call = (attend_bf16 if query.dtype is torch.bfloat16 else attend_f32).call
 
     def run(first: int, last: int) -> None:
-        attention_kernels.attend(q, k, v, shape, *seen, scale, result, first, last)
+        scratch = np.empty(group * (padded + width), np.float32)
+        call(job.address, address(scratch), first, last)
 
-    pairs = int((seen.spans[:, 1] - seen.spans[:, 0]).sum()) + len(seen.places)
-    # Where PyTorch has several threads, they have the other cores.
-    nbytes = pairs * groups * (width + depth) * query.element_size() if kernels_have_the_cores(threads) else 0
-    threads.split(groups * tokens, run, nbytes=nbytes)
+    # With several query heads a key, multiplying takes longer than reading. Where PyTorch has several threads, they
+    # have the other cores.
+    read = seen.total * groups * (width + depth) * nbytes * max(1, group // 2)
+    threads.split(groups * tokens, run, nbytes=read if kernels_have_the_cores(threads) else 0)
     return out

@@ -72,6 +72,10 @@ ONE_BY_ONE = (F.linear, F.softplus, torch.sigmoid, torch.Tensor.sigmoid)
 another way at the end of a tensor that does not fill the registers."""
 
 
+WHOLE_REGISTERS = 64
+"""Values of a row whose exponentials PyTorch computes in the same way wherever it lies, in every dtype."""
+
+
 class BatchInvariantMode(TorchFunctionMode):
     """In this mode the functions `ONE_BY_ONE` get one row of their input at a time."""
 
@@ -88,15 +92,15 @@ class BatchInvariantMode(TorchFunctionMode):
 
 
 def install_batch_invariance(model: nn.Module, wanted: Callable[[], bool]) -> None:
-    """Wraps the forward of modules of `model` with a matrix of their own or a gate: batch-invariant if `wanted()`.
+    """Wraps the forward of modules of `model`: batch-invariant whenever `wanted()`.
 
-    Modules with a GEMV kernel (`install_gemv`, called before) are batch-invariant already and are left out. The others,
-    routers and narrow projections, are small enough for one product per row.
+    They are those with a matrix of their own but no GEMV kernel (`install_gemv`, called before), routers and narrow
+    projections, which are small enough for one product per row, and those with scores or gates of an odd width.
     """
     for module in model.modules():
         matrices = any(parameter.dim() == 2 for parameter in module.parameters(recurse=False))
-        gates = any(getattr(child, "out_features", 0) == 1 for child in module.children())
-        if (matrices or gates) and not isinstance(module, nn.Embedding) and "forward" not in vars(module):
+        odd = any(getattr(child, "out_features", 0) % WHOLE_REGISTERS for child in module.children())
+        if (matrices or odd) and not isinstance(module, nn.Embedding) and "forward" not in vars(module):
             module.forward = _batch_invariant(module.forward, wanted)
 
 

@@ -326,12 +326,18 @@ class Block:
 
     def _total(self, sums: Sums, row: int, token: int) -> Any:
         """Where the sum over the partial sums and lanes of one result is kept."""
-        builder, lanes = self._builder, self._dot.lanes
+        builder = self._builder
         vector = builder.load(sums[0][row][token])
         for part in range(1, len(sums)):
             vector = builder.fadd(vector, builder.load(sums[part][row][token]))
-        kind = ir.FunctionType(SINGLE, [SINGLE, ir.VectorType(SINGLE, lanes)])
-        reduce = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fadd.v{lanes}f32")
         total = cgutils.alloca_once(builder, SINGLE)
-        builder.store(builder.call(reduce, [SINGLE(-0.0), vector], fastmath=("reassoc",)), total)
+        builder.store(reduced(builder, vector), total)
         return total
+
+
+def reduced(builder: Any, vector: Any) -> Any:
+    """The sum of the lanes of `vector`, in an order that its number of lanes decides."""
+    kind = ir.FunctionType(SINGLE, [SINGLE, vector.type])
+    name = f"llvm.vector.reduce.fadd.v{vector.type.count}f32"
+    reduce = cgutils.get_or_insert_function(builder.module, kind, name)
+    return builder.call(reduce, [SINGLE(-0.0), vector], fastmath=("reassoc",))

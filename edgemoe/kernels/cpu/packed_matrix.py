@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from edgemoe.formats.mxfp4_format import Mxfp4Format
 from edgemoe.formats.nvfp4_format import Nvfp4Format
 from edgemoe.formats.stacked_format import StackedFormat
 from edgemoe.formats.weight_format import WeightFormat
-from edgemoe.kernels.cpu.arrays import Job, address
+from edgemoe.kernels.cpu.arrays import Groups, Matrix, address
 from edgemoe.kernels.cpu.threads import KernelThreads
 from edgemoe.kernels.packed_linear import TILE_VALUES, tiled_linear
 
@@ -103,13 +102,13 @@ class PackedMatrix:
         formats = _stacked(kind)
         self._interleaved = isinstance(kind, StackedFormat) and kind.interleaved
         self._height = self._rows // len(formats)
-        self._pieces: list[tuple[PackedKernel, Job]] = []
+        self._pieces: list[tuple[PackedKernel, Matrix]] = []
         for number, each in enumerate(formats):
             kernel = packed_kernel(each, self._columns)
             assert kernel is not None, f"there is no kernel for {each}"
             prefix = f".{number}" if isinstance(kind, StackedFormat) else ""
-            offsets = [places[prefix + suffix] for suffix in kernel.parts]
-            self._pieces.append((kernel, Job(memory.data_ptr(), memory.stride(0), self._columns, offsets)))
+            offsets = tuple(places[prefix + suffix] for suffix in kernel.parts)
+            self._pieces.append((kernel, Matrix(memory.data_ptr(), memory.stride(0), self._columns, offsets)))
         self._nbytes = sum(part.nbytes for part in kind.parts("", shape))
 
     @classmethod
@@ -123,17 +122,18 @@ class PackedMatrix:
             kind, (rows, columns), memory, {each: views[name + each].data_ptr() - base.data_ptr() for each in names}
         )
 
-    def multiply(self, threads: KernelThreads, slots: Any, starts: Any, x: torch.Tensor) -> torch.Tensor:
+    def multiply(self, threads: KernelThreads, groups: Groups, x: torch.Tensor) -> torch.Tensor:
         """The products of all pairs, float32 [pairs, rows]; see `SlotMatrix.multiply`."""
         from edgemoe.kernels.cpu.gemv_kernels import results
-        from edgemoe.kernels.cpu.packed_dots import tile_values
 
         values, out = x.float().contiguous(), results(len(x), self._rows)
-        nbytes = self._nbytes * len(slots)
-        if len(values) > len(slots):
-            slots, starts = _in_portions(slots, starts)
-        needed = tile_values(self._columns, int((starts[1:] - starts[:-1]).max()))
-        jobs = [job.of(slots, starts, values, out, place * self._height) for place, (_, job) in enumerate(self._pieces)]
+        nbytes, needed = self._nbytes * len(groups.slots), 0
+        if len(values) > len(groups.slots):
+            groups, needed = self._in_portions(groups)
+        jobs = [
+            matrix.product(groups, values, out, number * self._height)
+            for number, (_, matrix) in enumerate(self._pieces)
+        ]
 
         def run(first: int, last: int) -> None:
             tile = np.empty(needed, np.float32)
@@ -145,7 +145,22 @@ class PackedMatrix:
 
     def multiply_one(self, threads: KernelThreads, x: torch.Tensor) -> torch.Tensor:
         """The products of `x`, [tokens, columns], with the matrix of the first record, float32 [tokens, rows]."""
-        return self.multiply(threads, np.zeros(1, np.int64), np.array([0, len(x)]), x)
+        return self.multiply(threads, Groups.of_one(len(x)), x)
+
+    def _in_portions(self, groups: Groups) -> tuple[Groups, int]:
+        """The same groups, of which large ones are several of the same slot, and the values of a tile for the largest.
+
+        A portion is at most `PORTION` tokens.
+        """
+        from edgemoe.kernels.cpu.packed_dots import tile_values
+
+        slots, starts = groups
+        counts = starts[1:] - starts[:-1]
+        most = int(counts.max())
+        if most > PORTION:
+            bounds = [np.arange(first, last, PORTION) for first, last in zip(starts[:-1], starts[1:], strict=True)]
+            groups = Groups(np.repeat(slots, -(-counts // PORTION)), np.concatenate([*bounds, starts[-1:]]))
+        return groups, tile_values(self._columns, min(most, PORTION))
 
     def rows(self, record: int, first: int, last: int) -> torch.Tensor:
         """The rows first ≤ r < last of the matrix in one record, float32 [rows, columns]: bits of the format's `rows`.
@@ -156,8 +171,8 @@ class PackedMatrix:
         tile = torch.empty(last - first, self._columns)
         number = np.array([record])
         for piece, low, high in self._within(first, last):
-            kernel, job = self._pieces[piece]
-            widening = job.widening(number)
+            kernel, matrix = self._pieces[piece]
+            widening = matrix.widening(number)
             into = tile[piece * self._height + low - first :]
             kernel.call(widening.address, into.data_ptr(), low, high)
         return self._in_turn(tile, 0) if self._interleaved else tile
@@ -179,16 +194,6 @@ class PackedMatrix:
         """`values` of one piece after the other, in the order of an interleaved matrix along `dim`."""
         pieces: torch.Tensor = values.unflatten(dim, (len(self._pieces), self._height))
         return pieces.transpose(dim, dim + 1).flatten(dim, dim + 1)
-
-
-def _in_portions(slots: Any, starts: Any) -> tuple[Any, Any]:
-    """The same groups, of which large ones are several of `PORTION` tokens of the same slot."""
-    counts = starts[1:] - starts[:-1]
-    portions = -(-counts // PORTION)
-    if int(portions.max()) <= 1:
-        return slots, starts
-    bounds = [np.arange(first, last, PORTION) for first, last in zip(starts[:-1], starts[1:], strict=True)]
-    return np.repeat(slots, portions), np.concatenate([*bounds, starts[-1:]])
 
 
 def _stacked(kind: WeightFormat) -> tuple[WeightFormat, ...]:

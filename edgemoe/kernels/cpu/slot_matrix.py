@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
-import numpy as np
 import torch
 
-from edgemoe.kernels.cpu.arrays import Job
+from edgemoe.kernels.cpu.arrays import Groups, Matrix
 from edgemoe.kernels.cpu.threads import KernelThreads
 from edgemoe.kernels.row_linear import BATCH_INVARIANT_TOKENS
 
@@ -45,7 +43,7 @@ class SlotMatrix:
         kernel = gemv_kernels.row_kernel(dtype, self._columns)
         assert kernel is not None, f"there is no kernel for {dtype}"
         self._inputs, self._call = kernel.inputs, kernel.loop.call
-        self._job = Job(memory.data_ptr() + offset, memory.stride(0), self._columns)
+        self._matrix = Matrix(memory.data_ptr() + offset, memory.stride(0), self._columns)
 
     @classmethod
     def of_weight(cls, weight: torch.Tensor) -> SlotMatrix:
@@ -63,25 +61,24 @@ class SlotMatrix:
             return dtype in gemv_kernels.TRANSPOSED_UNITS
         return gemv_kernels.row_kernel(dtype, columns) is not None
 
-    def multiply(self, threads: KernelThreads, slots: Any, starts: Any, x: torch.Tensor) -> torch.Tensor:
+    def multiply(self, threads: KernelThreads, groups: Groups, x: torch.Tensor) -> torch.Tensor:
         """The products of all pairs, float32 [pairs, rows].
 
-        `x` is [pairs, columns] in any float dtype. `slots` and `starts` are int64 arrays of numpy: the pairs
-        `starts[i]` ≤ p < `starts[i + 1]` are multiplied by the matrix in `slots[i]`, which must be pinned.
+        `x` is [pairs, columns] in any float dtype. The slots of `groups` must be pinned.
         """
         from edgemoe.kernels.cpu.gemv_kernels import results
 
         values, out = x.to(self._inputs).contiguous(), results(len(x), self._rows)
-        threads.split(self._rows, self._bound(slots, starts, values, out), nbytes=self._nbytes * len(slots))
+        threads.split(self._rows, self._bound(groups, values, out), nbytes=self._nbytes * len(groups.slots))
         return out
 
     def multiply_one(self, threads: KernelThreads, x: torch.Tensor) -> torch.Tensor:
         """The products of `x`, [tokens, columns], with the matrix of the first record, float32 [tokens, rows]."""
-        return self.multiply(threads, np.zeros(1, np.int64), np.array([0, len(x)]), x)
+        return self.multiply(threads, Groups.of_one(len(x)), x)
 
-    def _bound(self, slots: Any, starts: Any, values: torch.Tensor, out: torch.Tensor) -> Callable[[int, int], None]:
+    def _bound(self, groups: Groups, values: torch.Tensor, out: torch.Tensor) -> Callable[[int, int], None]:
         """What writes some rows of `out`, by the first one and the end."""
         if self._transposed is not None:
-            return partial(self._transposed, slots, starts, values.numpy(), out.numpy())
-        call, job = self._call, self._job.of(slots, starts, values, out)
+            return partial(self._transposed, *groups, values.numpy(), out.numpy())
+        call, job = self._call, self._matrix.product(groups, values, out)
         return lambda first, last: call(job.address, 0, first, last)

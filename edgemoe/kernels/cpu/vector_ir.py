@@ -93,9 +93,9 @@ def load_halves(builder: Any, address: Any) -> Any:
     return builder.fpext(halves, ir.VectorType(SINGLE, 4))
 
 
-def store(builder: Any, values: Any, address: Any) -> None:
+def store(builder: Any, values: Any, address: Any, align: int = 4) -> None:
     """Stores `values` at `address`."""
-    builder.store(values, builder.inttoptr(address, values.type.as_pointer()), align=4)
+    builder.store(values, builder.inttoptr(address, values.type.as_pointer()), align=align)
 
 
 def lanes(vector: Any) -> int:
@@ -222,6 +222,50 @@ def rounded_to_bf16(builder: Any, values: Any) -> Any:
     odd = builder.and_(builder.lshr(bits, same(bits, 16)), same(bits, 1))
     raised = builder.add(builder.add(bits, same(bits, 0x7FFF)), odd)
     return builder.bitcast(builder.and_(raised, same(bits, 0xFFFF0000)), values.type)
+
+
+def stored_as_bf16(builder: Any, values: Any) -> Any:
+    """Float32 `values` as the bits of the nearest bf16, ties to even; what is no number stays none."""
+    halves = ir.VectorType(ir.IntType(16), lanes(values))
+    bits = builder.bitcast(rounded_to_bf16(builder, values), ir.VectorType(INT, lanes(values)))
+    rounded = builder.trunc(builder.lshr(bits, same(bits, 16)), halves)
+    none = builder.fcmp_unordered("uno", values, values)
+    return builder.select(none, same(rounded, 0x7FC0), rounded)
+
+
+def exponential(builder: Any, values: Any) -> Any:
+    """e to the power of float32 `values` ≤ 0, to the last bit or two (Cephes' polynomial).
+
+    Below -87, the logarithm of about the smallest normal float32, it is that of -87.
+    """
+    kind = values.type
+
+    def number(value: float) -> Any:
+        return same(values, value)
+
+    def multiply_add(first: Any, second: Any, third: Any) -> Any:
+        fma = ir.FunctionType(kind, [kind] * 3)
+        called = cgutils.get_or_insert_function(builder.module, fma, f"llvm.fmuladd.v{lanes(values)}f32")
+        return builder.call(called, [first, second, third])
+
+    low = builder.fcmp_ordered("<", values, number(-87.0))
+    x = builder.select(low, number(-87.0), values)
+    floor = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(kind, [kind]), f"llvm.floor.v{lanes(values)}f32"
+    )
+    twos = builder.call(floor, [multiply_add(x, number(1.44269504), number(0.5))])
+    rest = multiply_add(twos, number(2.12194440e-4), multiply_add(twos, number(-0.693359375), x))
+    power = number(EXPONENTIAL[0])
+    for factor in EXPONENTIAL[1:]:
+        power = multiply_add(power, rest, number(factor))
+    found = builder.fadd(multiply_add(builder.fmul(power, rest), rest, rest), number(1.0))
+    whole = builder.fptosi(twos, ir.VectorType(INT, lanes(values)))
+    scale = builder.shl(builder.add(whole, same(whole, 127)), same(whole, 23))
+    return builder.fmul(found, builder.bitcast(scale, kind))
+
+
+EXPONENTIAL = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+"""Factors of the polynomial."""
 
 
 def rounded_to_fp16(builder: Any, values: Any) -> Any:
