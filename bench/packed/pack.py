@@ -31,7 +31,7 @@ FULL, SMALL = Size(), Size(small=True, kills=1)
 
 
 def run(size: Size = FULL) -> Measurement:
-    """`edgemoe pack MODEL OUT --experts nf4` in processes of its own."""
+    """`edgemoe pack MODEL OUT --experts nf4 --dense nf4` in processes of its own."""
     source = wide(small=size.small)
     whole, again = (work_folder() / f"packed-{name}" for name in ("whole", "killed"))
     for folder in (whole, again):
@@ -53,7 +53,7 @@ def run(size: Size = FULL) -> Measurement:
 
 def _command(source: Path, out: Path) -> list[str]:
     run = "import sys; from edgemoe.cli.main import main; sys.exit(main())"
-    return [sys.executable, "-c", run, "pack", str(source), str(out), "--experts", "nf4"]
+    return [sys.executable, "-c", run, "pack", str(source), str(out), "--experts", "nf4", "--dense", "nf4"]
 
 
 def _interrupted(command: list[str], out: Path, seconds: float, kills: int) -> int:
