@@ -263,14 +263,39 @@ class FastExperts(Experts):
         matrices = Groups(np.array([slot for _, slot in few]), starts)
         owners = [slot for expert, slot in few for _ in groups.rows[expert]]
         hidden, up, down = groups.hidden, self._matrices[self._up_name], self._matrices["down_proj"]
-        chosen = hidden.expand(len(rows), -1) if len(hidden) == 1 else hidden[groups.tokens(rows)]
+        chosen = self._gathered(hidden, groups.tokens(rows))
         inner = self._activated(up.multiply(self._threads, matrices, chosen), hidden.dtype, owners)
         outer = down.multiply(self._threads, matrices, inner)
-        outer = self._biased(outer.to(hidden.dtype), "down_proj", owners)
+        if self.module.has_bias:
+            outer = self._biased(outer.to(hidden.dtype), "down_proj", owners)
+        self._scatter(outer, rows, groups)
+
+    def _gathered(self, hidden: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
+        """The rows of `hidden` for each pair."""
+        if len(hidden) == 1:
+            return hidden.expand(len(tokens), -1)
+        index, out = torch.tensor(tokens), hidden.new_empty(len(tokens), hidden.shape[-1])
+
+        def run(first: int, last: int) -> None:
+            # A thread's own: the mode of the caller does not hold in the others.
+            with torch.inference_mode():
+                torch.index_select(hidden, 0, index[first:last], out=out[first:last])
+
+        self._threads.split(len(tokens), run, nbytes=out.nbytes)
+        return out
+
+    def _scatter(self, outer: torch.Tensor, rows: Sequence[int], groups: TokenGroups) -> None:
+        """Writes the results of the pairs `rows`, in the dtype of the hidden states."""
         if rows == list(range(len(groups.outputs))):
-            groups.outputs = outer
-        else:
-            groups.outputs[rows] = outer
+            groups.outputs = outer.to(groups.hidden.dtype)
+            return
+        index, outputs = torch.tensor(rows), groups.outputs
+
+        def run(first: int, last: int) -> None:
+            with torch.inference_mode():
+                outputs.index_copy_(0, index[first:last], outer[first:last].to(outputs.dtype))
+
+        self._threads.split(len(rows), run, nbytes=outer.nbytes)
 
     def _activated(self, products: torch.Tensor, dtype: torch.dtype, owners: Sequence[int]) -> torch.Tensor:
         """What the second matrix multiplies, [pairs, columns] of `dtype`; `products` are the first one's, float32."""

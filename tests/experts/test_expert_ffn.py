@@ -182,3 +182,16 @@ def test_with_pytorchs_threads_at_work_the_kernels_stay_out(zoo: Zoo, monkeypatc
             with torch.inference_mode(), torch_threads(threads):
                 moe.module(own.model).forward(*inputs)
             assert reference_calls == expected
+
+
+def test_many_tokens_have_the_same_result_on_one_thread_and_on_two(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their rows are gathered and written by the kernels' threads, which are in no inference mode of their own."""
+    monkeypatch.setattr("edgemoe.kernels.cpu.threads.MIN_SPLIT_NBYTES", 0)
+    results = []
+    for threads in (1, 2):
+        with running(zoo("mixtral"), threads=threads) as own:
+            moe = own.blueprint.experts_modules[0]
+            inputs = choices(50, moe.experts, 2, 64, "float32")
+            with torch.inference_mode(), torch_threads(1):
+                results.append(moe.module(own.model).forward(*inputs))
+    assert torch.equal(*results)

@@ -67,28 +67,32 @@ def _matrix(weight: torch.Tensor) -> SlotMatrix | PackedMatrix:
     return SlotMatrix.of_weight(weight)
 
 
-ONE_BY_ONE = (F.linear, F.softplus, torch.sigmoid, torch.Tensor.sigmoid)
-"""What gives a row another last bit beside others: sums of another order, and exponentials, which are computed in
-another way at the end of a tensor that does not fill the registers."""
-
-
+EXPONENTIALS = (F.silu, F.gelu, F.softplus, torch.sigmoid, torch.Tensor.sigmoid)
+"""What PyTorch computes in another way at the end of a tensor that does not fill the registers."""
 WHOLE_REGISTERS = 64
 """Values of a row whose exponentials PyTorch computes in the same way wherever it lies, in every dtype."""
 
 
 class BatchInvariantMode(TorchFunctionMode):
-    """In this mode the functions `ONE_BY_ONE` get one row of their input at a time."""
+    """In this mode `F.linear` and the `EXPONENTIALS` get one token at a time.
+
+    `F.linear` sums in another order for several rows than for one, so that the last bit may differ.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """See PyTorch's TorchFunctionMode."""
         kwargs = kwargs or {}
-        if func not in ONE_BY_ONE or not args:
+        if not args or (func is not F.linear and func not in EXPONENTIALS):
             return func(*args, **kwargs)
         input, *others = args
-        rows = input.reshape(-1, 1, input.shape[-1])
-        return torch.cat([func(row, *others, **kwargs) for row in rows]).view(*input.shape[:-1], -1)
+        if func is F.linear:
+            rows = input.reshape(-1, 1, input.shape[-1])
+            return torch.cat([func(row, *others, **kwargs) for row in rows]).view(*input.shape[:-1], -1)
+        # [tokens, ...], or [1, tokens, ...].
+        dim = 1 if input.dim() > 2 and len(input) == 1 else 0
+        return torch.cat([func(token, *others, **kwargs) for token in input.split(1, dim)], dim)
 
 
 def install_batch_invariance(model: nn.Module, wanted: Callable[[], bool]) -> None:
