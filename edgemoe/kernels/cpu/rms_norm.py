@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from edgemoe.errors import is_device_or_memory_error
 from edgemoe.kernels.cpu.arrays import as_array
 
 MAX_VALUES = 1 << 18
@@ -82,7 +83,9 @@ def _agrees(module: nn.Module, forward: Callable[..., torch.Tensor]) -> bool:
     with torch.inference_mode():
         try:
             expected, found = module(values), forward(module, values)
-        except Exception:
+        except Exception as error:
+            if is_device_or_memory_error(error):
+                raise
             # It wants more than values, as gated norms do.
             return False
     if expected.dtype is not found.dtype or expected.shape != found.shape:
