@@ -26,7 +26,8 @@ def gguf_of(source: Path, name: str, experts: str, dense: str, **own: str) -> di
 
     `experts` and `dense` are types of ggml, as are those in `own`, by a part of the tensors' names.
     """
-    path = work_folder() / f"{source.name}-{name}.gguf"
+    # Files that llama.cpp makes have the other names, and a tokenizer.
+    path = work_folder() / f"{source.name}-{name}-without-tokenizer.gguf"
     if not path.exists():
         maker = GgufMaker(source)
         names = [(tensor, kind) for tensor in maker.names() for part, kind in own.items() if part in tensor]
