@@ -103,7 +103,8 @@ def _measured(peer: LlamaCpp, file: Path, kind: str, tokens: Sequence[int], size
             ours.append(json.loads(_output(group, [__name__, "ours", str(file)], json.dumps(tokens))[-1]))
             forget_pages(file)
             lines = [json.dumps(tokens[:PROMPT]), *(json.dumps([token]) for token in tokens[PROMPT:])]
-            seconds = _output(group, peer.server(file, THREADS, len(tokens)), "\n".join(lines))[2:]
+            command = [*peer.server(file, THREADS, len(tokens)), "mapped"]
+            seconds = _output(group, command, "\n".join(lines))[2:]
             theirs.append(statistics.fmean(map(float, seconds)))
         disk = json.loads(_output(group, [__name__, "disk", str(file), *["small"] * size.small], "")[-1])["value"]
 

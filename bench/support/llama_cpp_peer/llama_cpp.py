@@ -62,7 +62,10 @@ class LlamaCpp:
         return _run("llama_cpp_library", "features", self.library).strip()
 
     def server(self, file: Path, threads: int, length: int) -> list[str]:
-        """A module and its arguments: what `serving` runs, which answers lines as `llama_cpp_library.serve` says."""
+        """A module and its arguments: what `serving` runs, which answers lines as `llama_cpp_library.serve` says.
+
+        With "mapped" behind them the weights stay in the file's memory map.
+        """
         return [f"{PACKAGE}.llama_cpp_library", "serve", str(self.library), str(file), str(threads), str(length)]
 
     @contextmanager

@@ -1,6 +1,6 @@
 """llama.cpp's library in a process of its own: `quantize LIBRARY IN OUT TYPE`, `logits LIBRARY FILE OUT TOKENS`,
-`features LIBRARY`, which prints what it was built for, and `serve LIBRARY FILE THREADS LENGTH`, which reads lines and
-answers each with the seconds that it took.
+`features LIBRARY`, which prints what it was built for, and `serve LIBRARY FILE THREADS LENGTH [mapped]`, which reads
+lines and answers each with the seconds that it took.
 
 Parameters are what the library says itself, in a buffer longer than any version's structure, so that none is described
 here. The fields that are set are the first ones, which have been the same for two years, and one by its place in the
@@ -26,6 +26,8 @@ TYPES = {
 WORDS = 512
 """Of 4 bytes: more than any version's parameters take."""
 THREADS = 2
+MAPPED = "mapped"
+"""Weights stay in the file's memory map, where arranging them would copy them to memory."""
 USE_EXTRA_BUFTS = 74
 """The byte of `llama_model_params` that lets the library arrange weights for AMX: 1 by itself, after two bytes of 0.
 
@@ -160,9 +162,9 @@ def logits(library: ctypes.CDLL, file: str, out: str, tokens: list[int]) -> None
     np.save(Path(out), np.stack([model.logits(at) for at in range(len(tokens))]))
 
 
-def serve(library: ctypes.CDLL, file: str, threads: int, length: int) -> None:
+def serve(library: ctypes.CDLL, file: str, threads: int, length: int, *, extra: bool) -> None:
     """Answers lines of JSON: a list of tokens is appended, and null forgets all of them. One line of seconds each."""
-    model = Model(library, file, length, extra=True)
+    model = Model(library, file, length, extra=extra)
     model.use_threads(threads)
     print("0", flush=True)
     for line in sys.stdin:
@@ -189,7 +191,7 @@ def main(arguments: list[str]) -> int:
         elif action == "features":
             print(library.llama_print_system_info().decode())
         else:
-            serve(library, rest[0], int(rest[1]), int(rest[2]))
+            serve(library, rest[0], int(rest[1]), int(rest[2]), extra=MAPPED not in rest)
     except RuntimeError as error:
         wrong = str(error)
     if wrong:
