@@ -13,6 +13,7 @@ import torch
 from bench.measurement import BaseSize, Measurement
 from bench.support.alternating import Question, loaded, questions, warm_up
 from bench.support.checkpoints import FACTOR, SMALL_FACTOR, inflated
+from bench.support.decode_round import read_bandwidth
 from bench.support.engine_parts import TimedKernels, cache_of, link_of
 from bench.support.link_cells import CELLS, Cell
 from edgemoe import Engine, Sampling
@@ -160,12 +161,4 @@ def _link_bandwidth(engine: Engine) -> float:
 def _read_bandwidth(engine: Engine) -> float:
     """Bytes a second at which the slots' memory can be read now, by as many threads as compute."""
     torch.set_num_threads(engine.plan.threads)
-    memory = cache_of(engine).pool.memory.view(torch.int64)
-    best = min(_timed(memory) for _ in range(3))
-    return memory.nbytes / best
-
-
-def _timed(memory: torch.Tensor) -> float:
-    started = time.perf_counter()
-    torch.sum(memory)
-    return time.perf_counter() - started
+    return read_bandwidth(cache_of(engine).pool.memory)

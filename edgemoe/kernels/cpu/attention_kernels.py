@@ -10,9 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from llvmlite import ir
-from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 from edgemoe.cache.compiled import Native
 from edgemoe.kernels.cpu.dot_block import Widened, reduced
@@ -23,6 +21,8 @@ from edgemoe.kernels.cpu.vector_ir import (
     counting,
     exponential,
     load,
+    load_words,
+    native_loop,
     offset,
     row_blocks,
     splat,
@@ -74,17 +74,11 @@ class Words(NamedTuple):
 def _attention(kind: str) -> Callable[..., None]:
     """A numba intrinsic with the arguments of `attend_bf16`, for tensors of `kind`, `bf16` or `f32`."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        job, scratch, first, last = arguments
-        words = [load(builder, offset(builder, job, 8 * at), WORD, align=8) for at in range(len(Words._fields))]
-        _Attention(builder, kind, Words._make(words), scratch).emit(first, last)
-        return context.get_dummy_value()
+    def emit(builder: Any, job: Any, scratch: Any, first: Any, last: Any) -> None:
+        words = Words._make(load_words(builder, job, len(Words._fields)))
+        _Attention(builder, kind, words, scratch).emit(first, last)
 
-    @intrinsic
-    def attention(typing_context: Any, job: Any, scratch: Any, first: Any, last: Any) -> Any:
-        return types.void(job, scratch, first, last), generate
-
-    return attention
+    return native_loop(emit)
 
 
 _of_bf16, _of_f32 = _attention("bf16"), _attention("f32")

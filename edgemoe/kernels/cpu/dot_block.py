@@ -11,12 +11,21 @@ from typing import Any, NamedTuple, Protocol
 
 import llvmlite.binding as llvm
 from llvmlite import ir
-from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 from edgemoe.kernels.cpu.cpu_features import float_lanes, has, is_x86
-from edgemoe.kernels.cpu.vector_ir import SINGLE, WORD, counting, in_portions, load, offset, prefetch, row_blocks
+from edgemoe.kernels.cpu.vector_ir import (
+    SINGLE,
+    WORD,
+    counting,
+    in_portions,
+    load,
+    load_words,
+    native_loop,
+    offset,
+    prefetch,
+    row_blocks,
+)
 
 ROWS = 2
 """Rows of a block. With four at a time, one token's weights are read a third slower, and Q8_0's by half."""
@@ -146,16 +155,10 @@ if PairsOfBf16.available():
 def grouped_dots(dot: Dot) -> Callable[..., None]:
     """A numba intrinsic with the arguments of `gemv_kernels.grouped_gemv_bf16`."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        job, _, first, last = arguments
+    def emit(builder: Any, job: Any, tile: Any, first: Any, last: Any) -> None:
         Grouped(builder, dot, Operands.of(builder, job, first, last)).emit()
-        return context.get_dummy_value()
 
-    @intrinsic
-    def grouped(typing_context: Any, job: Any, tile: Any, first: Any, last: Any) -> Any:
-        return types.void(job, tile, first, last), generate
-
-    return grouped
+    return native_loop(emit)
 
 
 class Operands(NamedTuple):
@@ -182,8 +185,7 @@ class Operands(NamedTuple):
     @classmethod
     def of(cls, builder: Any, job: Any, first: Any, last: Any) -> Operands:
         """Reads the words at the address `job`."""
-        words = [load(builder, offset(builder, job, 8 * at), WORD, align=8) for at in range(WORDS)]
-        return cls._make([*words, first, last])
+        return cls._make([*load_words(builder, job, WORDS), first, last])
 
 
 WORDS = 10

@@ -89,29 +89,21 @@ def grouped_gemv_transposed(offset, rows, pool, slots, starts, x, out, first, la
                     result = out[p, begin:end]
                     for c in range(top, min(top + along, columns)):
                         place = offset + c * rows
-                        _add_row(result, pool[slots[i], place + begin : place + end], x[p, c])
+                        row, scale = pool[slots[i], place + begin : place + end], x[p, c]
+                        for r in range(len(result)):
+                            result[r] += _single(row[r]) * scale
 
 
-def _add_row(sums: Any, row: Any, scale: Any) -> None:
-    """Adds `row`, of bf16 as uint16 or of float32, times `scale` to `sums`."""
-    raise NotImplementedError
+def _single(value: Any) -> Any:
+    """A weight, of float32 or of bf16 as uint16, as float32."""
+    return value if isinstance(value, np.float32) else np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
 
 
-@overload(_add_row, inline="always")
-def _add_typed_row(sums, row, scale):  # type: ignore[no-untyped-def]
-    if row.dtype is types.float32:
-
-        def add(sums, row, scale):  # type: ignore[no-untyped-def]
-            for r in range(len(sums)):
-                sums[r] += row[r] * scale
-
-    else:
-
-        def add(sums, row, scale):  # type: ignore[no-untyped-def]
-            for r in range(len(sums)):
-                sums[r] += np.uint32(np.uint32(row[r]) << np.uint32(16)).view(np.float32) * scale
-
-    return add
+@overload(_single, inline="always")
+def _single_by_type(value):  # type: ignore[no-untyped-def]
+    if value is types.float32:
+        return lambda value: value
+    return lambda value: np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
 
 
 def results(pairs: int, rows: int) -> torch.Tensor:

@@ -11,13 +11,22 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from numba import types
-from numba.extending import intrinsic
-
 from edgemoe.kernels.cpu.cpu_features import float_lanes
 from edgemoe.kernels.cpu.dot_block import AHEAD, LINE, ROWS, WORDS, Block, Dot, Grouped, Operands, Widened
 from edgemoe.kernels.cpu.tile_block import TileBlock
-from edgemoe.kernels.cpu.vector_ir import WORD, counting, lanes, load, offset, part, prefetch, row_blocks, store
+from edgemoe.kernels.cpu.vector_ir import (
+    WORD,
+    counting,
+    lanes,
+    load,
+    load_words,
+    native_loop,
+    offset,
+    part,
+    prefetch,
+    row_blocks,
+    store,
+)
 from edgemoe.kernels.cpu.widening import Widening
 
 TILE_ROWS = {16: 6, 8: 3}
@@ -43,16 +52,10 @@ def tile_values(columns: int, tokens: int) -> int:
 def packed_dots(widening: Widening) -> Callable[..., None]:
     """A numba intrinsic with the arguments of `packed_kernels.gguf_q8_0`."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        job, tile, first, last = arguments
+    def emit(builder: Any, job: Any, tile: Any, first: Any, last: Any) -> None:
         _Packed(builder, widening, Operands.of(builder, job, first, last), job, tile).emit()
-        return context.get_dummy_value()
 
-    @intrinsic
-    def packed(typing_context: Any, job: Any, tile: Any, first: Any, last: Any) -> Any:
-        return types.void(job, tile, first, last), generate
-
-    return packed
+    return native_loop(emit)
 
 
 class _Packed(Grouped):
@@ -111,10 +114,7 @@ class _Packed(Grouped):
     def _parts(self, matrix: Any) -> list[Any]:
         """The addresses of the matrix's parts in the record at `matrix`."""
         builder = self._builder
-        return [
-            builder.add(matrix, load(builder, offset(builder, self._offsets, 8 * number), WORD, align=8))
-            for number in range(self._widening.parts)
-        ]
+        return [builder.add(matrix, each) for each in load_words(builder, self._offsets, self._widening.parts)]
 
     def _widen(self, parts: Sequence[Any], first: Any, last: Any) -> None:
         """Widens the rows `first` ≤ r < `last` into the tile."""

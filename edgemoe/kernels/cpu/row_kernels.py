@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from edgemoe.cache.compiled import compiled
+from edgemoe.kernels.cpu.vector_ir import EXPONENTIAL, SMALLEST
 
 _in_order: dict[str, Any] = {
     "nogil": True,
@@ -18,9 +19,6 @@ _in_order: dict[str, Any] = {
     "error_model": "numpy",
 }
 _options = _in_order | {"fastmath": {"reassoc", "contract", "nsz"}}
-
-SMALLEST = np.float32(-87.0)
-"""The logarithm of about the smallest normal float32."""
 
 
 @compiled(**_options)
@@ -113,15 +111,12 @@ def nearest_bf16(value):  # type: ignore[no-untyped-def]
 
 @compiled(**_in_order)
 def exponential(x):  # type: ignore[no-untyped-def]
-    """e to the power of `x` ≤ 0, float32, to the last bit or two (Cephes' polynomial); below `SMALLEST`, its own."""
-    x = max(x, SMALLEST)
+    """As `vector_ir.exponential`, of one float32."""
+    x = max(x, np.float32(SMALLEST))
     twos = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
     r = x - twos * np.float32(0.693359375) - twos * np.float32(-2.12194440e-4)
-    y = np.float32(1.9875691500e-4)
-    y = y * r + np.float32(1.3981999507e-3)
-    y = y * r + np.float32(8.3334519073e-3)
-    y = y * r + np.float32(4.1665795894e-2)
-    y = y * r + np.float32(1.6666665459e-1)
-    y = y * r + np.float32(5.0000001201e-1)
+    y = np.float32(EXPONENTIAL[0])
+    for at in range(1, len(EXPONENTIAL)):
+        y = y * r + np.float32(EXPONENTIAL[at])
     y = y * r * r + r + np.float32(1)
     return y * np.int32((np.int32(twos) + np.int32(127)) << np.int32(23)).view(np.float32)

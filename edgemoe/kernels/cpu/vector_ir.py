@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from llvmlite import ir
+from numba import types
 from numba.core import cgutils
+from numba.extending import intrinsic
 
 from edgemoe.kernels.cpu.cpu_features import has, is_x86
 
@@ -45,6 +47,28 @@ def row_blocks(builder: Any, first: Any, stop: Any, most: int) -> Iterator[tuple
     for begin, end, count in [(first, whole, most), *left]:
         with counting(builder, begin, end, count) as row:
             yield row, count
+
+
+def native_loop(emit: Callable[[Any, Any, Any, Any, Any], None]) -> Callable[..., None]:
+    """A numba intrinsic of four words: the address of a job, that of memory to work in, the first row and the end.
+
+    `emit` writes its code, of a builder and these.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        emit(builder, *arguments)
+        return context.get_dummy_value()
+
+    @intrinsic
+    def loop(typing_context: Any, job: Any, scratch: Any, first: Any, last: Any) -> Any:
+        return types.void(job, scratch, first, last), generate
+
+    return loop
+
+
+def load_words(builder: Any, address: Any, count: int) -> list[Any]:
+    """The `count` words from `address` on."""
+    return [load(builder, offset(builder, address, 8 * at), WORD, align=8) for at in range(count)]
 
 
 def load(builder: Any, address: Any, kind: Any, align: int = 2) -> Any:
@@ -236,7 +260,7 @@ def stored_as_bf16(builder: Any, values: Any) -> Any:
 def exponential(builder: Any, values: Any) -> Any:
     """e to the power of float32 `values` ≤ 0, to the last bit or two (Cephes' polynomial).
 
-    Below -87, the logarithm of about the smallest normal float32, it is that of -87.
+    Below `SMALLEST` it is that of `SMALLEST`.
     """
     kind = values.type
 
@@ -248,8 +272,8 @@ def exponential(builder: Any, values: Any) -> Any:
         called = cgutils.get_or_insert_function(builder.module, fma, f"llvm.fmuladd.v{lanes(values)}f32")
         return builder.call(called, [first, second, third])
 
-    low = builder.fcmp_ordered("<", values, number(-87.0))
-    x = builder.select(low, number(-87.0), values)
+    low = builder.fcmp_ordered("<", values, number(SMALLEST))
+    x = builder.select(low, number(SMALLEST), values)
     floor = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(kind, [kind]), f"llvm.floor.v{lanes(values)}f32"
     )
@@ -266,6 +290,8 @@ def exponential(builder: Any, values: Any) -> Any:
 
 EXPONENTIAL = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 """Factors of the polynomial."""
+SMALLEST = -87.0
+"""The logarithm of about the smallest normal float32."""
 
 
 def rounded_to_fp16(builder: Any, values: Any) -> Any:
