@@ -31,6 +31,24 @@ class HostBuffer:
         self._map = None
 
 
+HUGE_PAGE = 2 << 20
+"""Bytes of a huge page on x86 and ARM, with pages of 4 KiB."""
+
+
+def memory_of_its_own(nbytes: int) -> torch.Tensor:
+    """uint8 [nbytes], of zeros, freed with the last tensor that shares it; in huge pages where the system has them.
+
+    For weights, which every token reads. What does not fill a huge page lies in small ones, so that none is wasted.
+    """
+    if nbytes < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(nbytes, dtype=torch.uint8)
+    made = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = torch.frombuffer(made, dtype=torch.uint8)
+    first = -memory.data_ptr() % HUGE_PAGE
+    made.madvise(mmap.MADV_HUGEPAGE, first, nbytes // HUGE_PAGE * HUGE_PAGE)
+    return memory[first : first + nbytes]
+
+
 def private_map(nbytes: int) -> mmap.mmap:
     """An anonymous private map with huge pages where the system has them.
 

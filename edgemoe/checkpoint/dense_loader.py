@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from edgemoe.cache.host_buffer import memory_of_its_own
 from edgemoe.cache.record import host_bytes
 from edgemoe.checkpoint.blueprint import Blueprint, build_skeleton, load_config
 from edgemoe.checkpoint.experts_module import release_weights
@@ -31,7 +32,7 @@ class LazyTensor:
 
     def __getitem__(self, everything: Any) -> torch.Tensor:
         entry = self._entry
-        buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
+        buffer = memory_of_its_own(entry.nbytes)
         with self._path.open("rb", buffering=0) as file:
             file.seek(entry.offset)
             memory, done = host_bytes(buffer), 0

@@ -21,6 +21,7 @@ from edgemoe.kernels.cpu.vector_ir import (
     in_portions,
     load,
     load_words,
+    multiply_add,
     native_loop,
     offset,
     prefetch,
@@ -109,7 +110,6 @@ class Widened:
         self.lanes = self.values = float_lanes()
         self.tokens = 4 if self.lanes == 16 else 3
         self._vector = ir.VectorType(SINGLE, self.lanes)
-        self._fused = has("fma") or not is_x86()
 
     @staticmethod
     def available(kind: str) -> bool:
@@ -130,11 +130,7 @@ class Widened:
 
     def add(self, builder: Any, total: Any, weights: Any, inputs: Any) -> Any:
         """See `Dot`."""
-        if not self._fused:
-            return builder.fadd(total, builder.fmul(weights, inputs))
-        name = f"llvm.fma.v{self.lanes}f32"
-        fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(self._vector, [self._vector] * 3), name)
-        return builder.call(fma, [weights, inputs, total])
+        return multiply_add(builder, weights, inputs, total)
 
     def widened(self, builder: Any, address: Any, lanes: int) -> Any:
         """The `lanes` weights at `address` as float32."""

@@ -240,6 +240,15 @@ def of_codes(builder: Any, make: Callable[[Any], Any], codes: Sequence[Any], *, 
     return [make(unsigned_floats(builder, builder.and_(each, same(each, 15)))) for each in codes]
 
 
+def multiply_add(builder: Any, first: Any, second: Any, third: Any) -> Any:
+    """first * second + third of float32 vectors, rounded once where the CPU can."""
+    if is_x86() and not has("fma"):
+        return builder.fadd(builder.fmul(first, second), third)
+    kind = ir.FunctionType(first.type, [first.type] * 3)
+    fma = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{lanes(first)}f32")
+    return builder.call(fma, [first, second, third])
+
+
 def rounded_to_bf16(builder: Any, values: Any) -> Any:
     """Finite float32 `values`, rounded to the nearest bf16, ties to even, as float32."""
     bits = builder.bitcast(values, ir.VectorType(INT, lanes(values)))
@@ -267,22 +276,17 @@ def exponential(builder: Any, values: Any) -> Any:
     def number(value: float) -> Any:
         return same(values, value)
 
-    def multiply_add(first: Any, second: Any, third: Any) -> Any:
-        fma = ir.FunctionType(kind, [kind] * 3)
-        called = cgutils.get_or_insert_function(builder.module, fma, f"llvm.fmuladd.v{lanes(values)}f32")
-        return builder.call(called, [first, second, third])
-
     low = builder.fcmp_ordered("<", values, number(SMALLEST))
     x = builder.select(low, number(SMALLEST), values)
     floor = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(kind, [kind]), f"llvm.floor.v{lanes(values)}f32"
     )
-    twos = builder.call(floor, [multiply_add(x, number(1.44269504), number(0.5))])
-    rest = multiply_add(twos, number(2.12194440e-4), multiply_add(twos, number(-0.693359375), x))
+    twos = builder.call(floor, [multiply_add(builder, x, number(1.44269504), number(0.5))])
+    rest = multiply_add(builder, twos, number(2.12194440e-4), multiply_add(builder, twos, number(-0.693359375), x))
     power = number(EXPONENTIAL[0])
     for factor in EXPONENTIAL[1:]:
-        power = multiply_add(power, rest, number(factor))
-    found = builder.fadd(multiply_add(builder.fmul(power, rest), rest, rest), number(1.0))
+        power = multiply_add(builder, power, rest, number(factor))
+    found = builder.fadd(multiply_add(builder, builder.fmul(power, rest), rest, rest), number(1.0))
     whole = builder.fptosi(twos, ir.VectorType(INT, lanes(values)))
     scale = builder.shl(builder.add(whole, same(whole, 127)), same(whole, 23))
     return builder.fmul(found, builder.bitcast(scale, kind))

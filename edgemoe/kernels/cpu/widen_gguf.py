@@ -1,6 +1,7 @@
 """How compiled code reads the packed types of GGUF: the float32 values of one block, as `formats.gguf_blocks` has them.
 
-Every function puts the values of the block at the address `block`, an LLVM value, in their order.
+Every function puts the values of the block at the address `block`, an LLVM value, in their order. Where a scale is
+multiplied by a code and something is added, the product is exact in float32, so that one rounding is the same as two.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from edgemoe.kernels.cpu.vector_ir import (
     load_halves,
     looked_up,
     low_nibbles,
+    multiply_add,
     of_codes,
     offset,
     same,
@@ -84,7 +86,7 @@ def _q4_1(builder: Any, block: Any, put: Put) -> None:
     step, low = _first_two(builder, block, 16)
 
     def make(codes: Any) -> Any:
-        return builder.fadd(builder.fmul(step, codes), low)
+        return multiply_add(builder, step, codes, low)
 
     _put_all(put, 0, of_codes(builder, make, split_nibbles(builder, offset(builder, block, 4))))
 
@@ -103,7 +105,7 @@ def _q5_0(builder: Any, block: Any, put: Put) -> None:
 
 def _q5_1(builder: Any, block: Any, put: Put) -> None:
     step, low = _first_two(builder, block, 32)
-    put(0, builder.fadd(builder.fmul(step, _five_bits(builder, offset(builder, block, 4))), low))
+    put(0, multiply_add(builder, step, _five_bits(builder, offset(builder, block, 4)), low))
 
 
 def _q8_0(builder: Any, block: Any, put: Put) -> None:
@@ -143,14 +145,14 @@ def _q2_k(builder: Any, block: Any, put: Put) -> None:
     packed_scales = load_bytes(builder, block, 16)
     step, low = _first_two(builder, offset(builder, block, 80), 16)
     steps = builder.fmul(step, unsigned_floats(builder, low_nibbles(builder, packed_scales)))
-    lows = builder.fmul(low, unsigned_floats(builder, high_nibbles(builder, packed_scales)))
+    lows = builder.fmul(builder.fneg(low), unsigned_floats(builder, high_nibbles(builder, packed_scales)))
     for half in range(2):
         packed = load_bytes(builder, offset(builder, block, 16 + 32 * half), 32)
         for shift in range(4):
             number = 4 * half + shift
             values = unsigned_floats(builder, field(builder, packed, 2 * shift, 3))
-            lowest = spread(builder, lows, (2 * number, 2 * number + 1), 16)
-            put(32 * number, builder.fsub(_with_scales(builder, steps, number, values), lowest))
+            step, lowest = (spread(builder, each, (2 * number, 2 * number + 1), 16) for each in (steps, lows))
+            put(32 * number, multiply_add(builder, step, values, lowest))
 
 
 def _q3_k(builder: Any, block: Any, put: Put) -> None:
@@ -176,7 +178,7 @@ def _q3_scales(builder: Any, block: Any) -> Any:
 
 
 def _steps_and_lows(builder: Any, block: Any) -> Any:
-    """The scale of each 32 values of Q4_K and Q5_K, then what is subtracted from each 32: 16 float32.
+    """The scale of each 32 values of Q4_K and Q5_K, then what is added to each 32: 16 float32.
 
     They have six bits each: the first four of both are bytes, in whose upper bits the upper two of the others lie.
     """
@@ -195,7 +197,7 @@ def _steps_and_lows(builder: Any, block: Any) -> Any:
         words = builder.insert_element(words, word, INT(at))
     codes = unsigned_floats(builder, builder.bitcast(words, ir.VectorType(BYTE, 16)))
     step, low = _first_two(builder, block, 8)
-    return builder.fmul(joined(builder, step, low), codes)
+    return builder.fmul(joined(builder, step, builder.fneg(low)), codes)
 
 
 def _q4_k(builder: Any, block: Any, put: Put) -> None:
@@ -207,7 +209,7 @@ def _q4_k(builder: Any, block: Any, put: Put) -> None:
             step, low = (spread(builder, scales, [at], 16) for at in (number, 8 + number))
 
             def make(codes: Any, step: Any = step, low: Any = low) -> Any:
-                return builder.fsub(builder.fmul(step, codes), low)
+                return multiply_add(builder, step, codes, low)
 
             _put_all(put, 32 * number, of_codes(builder, make, [half[side] for half in halves]))
 
@@ -221,7 +223,7 @@ def _q5_k(builder: Any, block: Any, put: Put) -> None:
             bit = field(builder, high, number, 1)
             values = unsigned_floats(builder, builder.or_(codes, builder.shl(bit, same(bit, 4))))
             step, low = (spread(builder, scales, [at], 32) for at in (number, 8 + number))
-            put(32 * number, builder.fsub(builder.fmul(step, values), low))
+            put(32 * number, multiply_add(builder, step, values, low))
 
 
 def _q6_k(builder: Any, block: Any, put: Put) -> None:

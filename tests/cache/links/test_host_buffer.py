@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import mmap
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from edgemoe.cache.host_buffer import HostBuffer
+from edgemoe.cache.host_buffer import HUGE_PAGE, HostBuffer, memory_of_its_own
 
 
 class Runtime:
@@ -78,3 +79,20 @@ def test_an_empty_buffer_is_one() -> None:
     buffer = HostBuffer(0, pin=False)
     assert len(buffer.memory) == 0
     buffer.close()
+
+
+@pytest.mark.parametrize("nbytes", [0, 5, HUGE_PAGE - 1, HUGE_PAGE, 3 * HUGE_PAGE + 7])
+def test_memory_of_its_own_is_zeros_that_live_as_long_as_a_part_of_them(nbytes: int) -> None:
+    memory = memory_of_its_own(nbytes)
+    assert memory.dtype is torch.uint8
+    assert len(memory) == nbytes
+    assert not memory.any()
+    part = memory[nbytes // 2 :]
+    del memory
+    part.fill_(3)
+    assert int(part.sum()) == 3 * len(part)
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="a system without huge pages")
+def test_memory_of_whole_huge_pages_begins_at_one() -> None:
+    assert memory_of_its_own(2 * HUGE_PAGE + 1).data_ptr() % HUGE_PAGE == 0
