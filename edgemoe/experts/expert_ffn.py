@@ -29,6 +29,7 @@ from edgemoe.kernels.cpu.threads import KernelThreads, kernels_have_the_cores
 from edgemoe.kernels.gated_silu import ACTIVATION_DTYPES, gated_silu, is_gated_silu
 from edgemoe.kernels.packed_linear import packed_linear
 from edgemoe.kernels.row_linear import few_on_cpu, row_linear
+from edgemoe.kernels.weighted_sum import fast_weighted_sum, weighted_sum
 
 
 class TokenGroups:
@@ -45,11 +46,8 @@ class TokenGroups:
         """
         self.hidden = hidden
         self.top_k = index.shape[-1]
-        # Some families give "no expert" the weight 0: it causes no load.
-        chosen = index.masked_fill(weights == 0, -1).reshape(-1)
-        self._sort(chosen)
         rows: dict[int, list[int]] = {}
-        for pair, expert in enumerate(self._on_host(chosen)):
+        for pair, expert in enumerate(self._chosen(index, weights)):
             if 0 <= expert < experts:
                 rows.setdefault(expert, []).append(pair)
         self.rows: Mapping[int, list[int]] = rows
@@ -63,11 +61,10 @@ class TokenGroups:
         make = self.hidden.new_empty if complete else self.hidden.new_zeros
         return make(self._pairs, self.hidden.shape[-1])
 
-    def _sort(self, chosen: torch.Tensor) -> None:
-        """For a device, on which work is queued before the host has read `chosen`, int [pairs]."""
-
-    def _on_host(self, chosen: torch.Tensor) -> list[int]:
-        return chosen.tolist()
+    def _chosen(self, index: torch.Tensor, weights: torch.Tensor) -> list[int]:
+        """The expert of each pair; -1 where its weight is 0, as some families write "no expert": it causes no load."""
+        pairs = zip(index.flatten().tolist(), weights.flatten().tolist(), strict=True)
+        return [expert if weight else -1 for expert, weight in pairs]
 
     def inputs(self, expert: int, multiple: int = 1) -> torch.Tensor:
         """The hidden states of an expert's pairs, [pairs, hidden size].
@@ -116,14 +113,16 @@ class SortedGroups(TokenGroups):
         """The first pair of each expert and the number of its pairs, in the sorted order."""
         self._written: dict[int, torch.Tensor] = {}
 
-    def _sort(self, chosen: torch.Tensor) -> None:
-        """See the base class."""
+    def _chosen(self, index: torch.Tensor, weights: torch.Tensor) -> list[int]:
+        """See the base class. Sorting is queued on the device before it is read."""
+        chosen = index.masked_fill(weights == 0, -1).reshape(-1)
         self._order = chosen.argsort(stable=True)
         self._sorted = self.hidden.index_select(0, self._order // self.top_k)
+        return self._on_host(chosen)
 
     def _on_host(self, chosen: torch.Tensor) -> list[int]:
-        """See the base class. The only read of the device."""
-        choices = super()._on_host(chosen)
+        """The only read of the device."""
+        choices: list[int] = chosen.tolist()
         self._below = sum(expert < 0 for expert in choices)
         return choices
 
@@ -165,6 +164,10 @@ class Experts(ABC):
     @abstractmethod
     def compute(self, groups: TokenGroups, experts: Sequence[int], slots: Sequence[int]) -> None:
         """Writes `groups.outputs` for the pairs of `experts`, whose records are in `slots`, pinned."""
+
+    def combined(self, outputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The sums of the tokens' experts, times their `weights`; see `weighted_sum`."""
+        return weighted_sum(outputs, weights)
 
     def _one(self, groups: TokenGroups, expert: int, slot: int) -> None:
         """The reference arithmetic of one expert."""
@@ -248,6 +251,10 @@ class FastExperts(Experts):
         for expert, slot in pairs:
             if len(groups.rows[expert]) > limit:
                 self._one(groups, expert, slot)
+
+    def combined(self, outputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """See the base class."""
+        return fast_weighted_sum(self._threads, outputs, weights)
 
     def _packed_linear(
         self, x: torch.Tensor, views: Mapping[str, torch.Tensor], name: str, slot: int, row_by_row: bool

@@ -65,11 +65,10 @@ class ExpertLayer:
         return make(flat, index.reshape(len(flat), -1), weights.reshape(len(flat), -1), self._count)
 
     def _combined(self, groups: TokenGroups, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        outputs, module, tokens = groups.complete(), self._experts.module, len(groups.hidden)
+        outputs, module = groups.complete(), self._experts.module
         if getattr(module, "has_post_expert_norm", False):
             outputs = module.post_expert_norm(outputs)
-        weighted = outputs.view(tokens, groups.top_k, -1) * weights.reshape(tokens, -1, 1)
-        return weighted.sum(dim=1).to(hidden.dtype).view(hidden.shape)
+        return self._experts.combined(outputs, weights.reshape(len(groups.hidden), -1)).view(hidden.shape)
 
     def compute_together(
         self, hidden: Sequence[torch.Tensor], index: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.activations import SiLUActivation
 
-from edgemoe.kernels.cpu.arrays import as_array, flat
+from edgemoe.kernels.cpu.arrays import Job
 from edgemoe.kernels.cpu.threads import KernelThreads
 
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float32)
@@ -33,7 +32,8 @@ def gated_silu(threads: KernelThreads, products: torch.Tensor, dtype: torch.dtyp
 
     pairs, both = products.shape
     out = torch.empty(pairs, both // 2, dtype=dtype)
-    x, into = flat(products), as_array(out)
-    kernel = row_kernels.gated_silu_bf16 if dtype is torch.bfloat16 else row_kernels.gated_silu_f32
-    threads.split(pairs, partial(kernel, x, products.stride(0), into), nbytes=products.nbytes)
+    step = products.stride(0) * products.element_size()
+    job = Job(row_kernels.Words(products.data_ptr(), step, out.data_ptr(), both // 2), (products, out))
+    call = (row_kernels.gated_silu_bf16 if dtype is torch.bfloat16 else row_kernels.gated_silu_f32).call
+    threads.split(pairs, lambda first, last: call(job.address, 0, first, last), nbytes=products.nbytes)
     return out

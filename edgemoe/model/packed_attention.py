@@ -72,8 +72,8 @@ class PackedAttention:
 
     @property
     def batch_invariant(self) -> bool:
-        """Whether some row of the pass under way asks for the bits of single steps."""
-        return any(row.batch_invariant for row in self._rows)
+        """Whether the pass under way has several tokens, and some row asks for the bits of single steps."""
+        return bool(self._rows) and self._rows[-1].last > 1 and any(row.batch_invariant for row in self._rows)
 
     @contextmanager
     def running(self, rows: Sequence[Row]) -> Iterator[None]:

@@ -67,30 +67,25 @@ def _matrix(weight: torch.Tensor) -> SlotMatrix | PackedMatrix:
     return SlotMatrix.of_weight(weight)
 
 
-EXPONENTIALS = (F.silu, F.gelu, F.softplus, torch.sigmoid, torch.Tensor.sigmoid)
-"""What PyTorch computes in another way at the end of a tensor that does not fill the registers."""
+BY_TOKENS = (F.linear, F.silu, F.gelu, F.softplus, torch.sigmoid, torch.Tensor.sigmoid)
+"""What PyTorch sums in another order for several rows than for one, or computes in another way at the end of a tensor
+that does not fill the registers."""
 WHOLE_REGISTERS = 64
 """Values of a row whose exponentials PyTorch computes in the same way wherever it lies, in every dtype."""
 
 
 class BatchInvariantMode(TorchFunctionMode):
-    """In this mode `F.linear` and the `EXPONENTIALS` get one token at a time.
-
-    `F.linear` sums in another order for several rows than for one, so that the last bit may differ.
-    """
+    """In this mode the functions `BY_TOKENS` get one token at a time, with the shape that it has alone."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """See PyTorch's TorchFunctionMode."""
         kwargs = kwargs or {}
-        if not args or (func is not F.linear and func not in EXPONENTIALS):
+        if not args or func not in BY_TOKENS:
             return func(*args, **kwargs)
         input, *others = args
-        if func is F.linear:
-            rows = input.reshape(-1, 1, input.shape[-1])
-            return torch.cat([func(row, *others, **kwargs) for row in rows]).view(*input.shape[:-1], -1)
-        # [tokens, ...], or [1, tokens, ...].
+        # [tokens, ...], or [1, tokens, ...]: a token has the shape of the only one of a pass.
         dim = 1 if input.dim() > 2 and len(input) == 1 else 0
         return torch.cat([func(token, *others, **kwargs) for token in input.split(1, dim)], dim)
 

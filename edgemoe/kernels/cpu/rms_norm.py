@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from edgemoe.errors import is_device_or_memory_error
-from edgemoe.kernels.cpu.arrays import as_array
+from edgemoe.kernels.cpu.arrays import Job
 
 MAX_VALUES = 1 << 18
 """Values of an input up to which one thread is faster than PyTorch's operations on all of them."""
@@ -60,8 +60,8 @@ def _forward(
 ) -> Callable[..., torch.Tensor]:
     from edgemoe.kernels.cpu import row_kernels
 
-    run = row_kernels.rms_norm_bf16 if dtype is torch.bfloat16 else row_kernels.rms_norm_f32
-    weight, small, columns = arithmetic.weight.numpy(), np.float32(epsilon), len(arithmetic.weight)
+    run = (row_kernels.rms_norm_bf16 if dtype is torch.bfloat16 else row_kernels.rms_norm_f32).call
+    weight, small, columns = arithmetic.weight, int(np.float32(epsilon).view(np.uint32)), len(arithmetic.weight)
 
     def forward(module: nn.Module, hidden_states: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
         known = hidden_states.dtype is dtype and hidden_states.shape[-1] == columns and not others and not named
@@ -69,8 +69,10 @@ def _forward(
             return other(hidden_states, *others, **named)
         x = hidden_states.contiguous()
         out = torch.empty_like(x)
-        rows, results = (as_array(each.view(-1, columns)) for each in (x, out))
-        run(rows, weight, small, arithmetic.rounds, results)
+        step = columns * x.element_size()
+        words = (x.data_ptr(), step, out.data_ptr(), columns, weight.data_ptr(), small, int(arithmetic.rounds))
+        job = Job(words, (x, out))
+        run(job.address, 0, 0, x.numel() // columns)
         return out
 
     return forward

@@ -1,90 +1,211 @@
-"""Norms and activations of the rows of a matrix on CPUs: one call for what takes PyTorch six or seven operations.
+"""Norms, activations and sums of rows on CPUs: one call for what takes PyTorch three to seven operations.
 
 Sums are float32, in one order.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numba import carray, types
 
-from edgemoe.cache.compiled import compiled
-from edgemoe.kernels.cpu.vector_ir import EXPONENTIAL, SMALLEST
+from edgemoe.cache.compiled import Native, compiled
+from edgemoe.kernels.cpu.vector_ir import EXPONENTIAL, SMALLEST, pointer_to
 
+# Nothing is contracted: LLVM makes several versions of a loop, and might do it in some of them alone.
 _in_order: dict[str, Any] = {
     "nogil": True,
-    "fastmath": {"contract", "nsz"},
+    "fastmath": {"nsz"},
     "boundscheck": False,
     "error_model": "numpy",
 }
-_options = _in_order | {"fastmath": {"reassoc", "contract", "nsz"}}
+_sums = _in_order | {"fastmath": {"reassoc", "contract", "nsz"}}
 
 
-@compiled(**_options)
-def rms_norm_bf16(x, weight, epsilon, rounds, out):  # type: ignore[no-untyped-def]
-    """out = x / sqrt(mean of x² + epsilon) * weight, row by row.
+_words, _bf16, _f32 = pointer_to(types.int64), pointer_to(types.uint16), pointer_to(types.float32)
 
-    `x` and `out` are bf16 as uint16 [rows, columns]; `weight` is float32 [columns], and `epsilon` float32. With
-    `rounds` the quotient is rounded to bf16 before it is multiplied by the weight.
+
+class Words(NamedTuple):
+    """What the kernels read at the address of their job, a word of 64 bits each. All rows are contiguous."""
+
+    x: int
+    """The address of the first row that is read."""
+    x_step: int
+    """Bytes from one row to the next."""
+    out: int
+    """The address of the first row that is written; the others follow at once."""
+    columns: int
+    """Values of such a row."""
+    weights: int = 0
+    """The address of factors."""
+    epsilon: int = 0
+    """The bits of a float32."""
+    option: int = 0
+
+
+@Native
+def rms_norm_bf16(job, scratch, first, last):  # type: ignore[no-untyped-def]
+    """out = x / sqrt(mean of x² + epsilon) * weight, for the rows first ≤ r < last; bf16, but weights of float32.
+
+    With `option` the quotient is rounded to bf16 before it is multiplied by the weight. `scratch` is not used.
     """
-    rows, columns = x.shape
-    for r in range(rows):
-        total = np.float32(0)
-        for c in range(columns):
-            value = np.uint32(np.uint32(x[r, c]) << np.uint32(16)).view(np.float32)
-            total += value * value
-        scale = np.float32(1) / np.sqrt(total / np.float32(columns) + epsilon)
-        for c in range(columns):
-            value = np.uint32(np.uint32(x[r, c]) << np.uint32(16)).view(np.float32) * scale
-            if rounds:
-                value = nearest_bf16(value)
-            out[r, c] = np.uint16(rounded_to_bf16(value * weight[c]))
+    of = carray(_words(job), 7)
+    columns, epsilon = of[3], np.uint32(of[5]).view(np.float32)
+    weight = carray(_f32(of[4]), columns)
+    for r in range(first, last):
+        x, out = carray(_bf16(of[0] + r * of[1]), columns), carray(_bf16(of[2] + 2 * r * columns), columns)
+        _norm_bf16(x, weight, epsilon, of[6] != 0, out)
 
 
-@compiled(**_options)
-def rms_norm_f32(x, weight, epsilon, rounds, out):  # type: ignore[no-untyped-def]
+@Native
+def rms_norm_f32(job, scratch, first, last):  # type: ignore[no-untyped-def]
     """As `rms_norm_bf16` for float32, where nothing is rounded in between."""
-    rows, columns = x.shape
-    for r in range(rows):
-        total = np.float32(0)
-        for c in range(columns):
-            total += x[r, c] * x[r, c]
-        scale = np.float32(1) / np.sqrt(total / np.float32(columns) + epsilon)
-        for c in range(columns):
-            out[r, c] = x[r, c] * scale * weight[c]
+    of = carray(_words(job), 7)
+    columns, epsilon = of[3], np.uint32(of[5]).view(np.float32)
+    weight = carray(_f32(of[4]), columns)
+    for r in range(first, last):
+        x, out = carray(_f32(of[0] + r * of[1]), columns), carray(_f32(of[2] + 4 * r * columns), columns)
+        _norm_f32(x, weight, epsilon, out)
 
 
-@compiled(**_in_order)
-def gated_silu_f32(x, step, out, first, last):  # type: ignore[no-untyped-def]
-    """out = silu(gate) * up, for the rows first ≤ p < last of `out`, [pairs, columns].
+@Native
+def gated_silu_f32(job, scratch, first, last):  # type: ignore[no-untyped-def]
+    """out = silu(gate) * up, for the rows first ≤ r < last; a row of `x` is a gate, then its up, of `columns` each."""
+    of = carray(_words(job), 7)
+    columns = of[3]
+    for r in range(first, last):
+        gates, ups = _halves(carray(_f32(of[0] + r * of[1]), 2 * columns), columns)
+        _gate_f32(gates, ups, carray(_f32(of[2] + 4 * r * columns), columns))
 
-    `x` is float32, one-dimensional: from p * `step` on a row's gate, then its up, of `columns` values each.
+
+@Native
+def gated_silu_bf16(job, scratch, first, last):  # type: ignore[no-untyped-def]
+    """As `gated_silu_f32` with every value rounded to bf16 as PyTorch's operations round; `out` is bf16."""
+    of = carray(_words(job), 7)
+    columns = of[3]
+    for r in range(first, last):
+        gates, ups = _halves(carray(_f32(of[0] + r * of[1]), 2 * columns), columns)
+        _gate_bf16(gates, ups, carray(_bf16(of[2] + 2 * r * columns), columns))
+
+
+@Native
+def weighted_sum_bf16(job, scratch, first, last):  # type: ignore[no-untyped-def]
+    """out[r] = the sum of the rows of `x` from r * option on times their weights, `option` many, for first ≤ r < last.
+
+    All bf16; products are rounded, as PyTorch's are. `scratch` is the address of `columns` float32.
     """
-    columns = out.shape[1]
-    for p in range(first, last):
-        values = out[p]
-        gates, ups = _halves(x, p * step, columns)
-        for c in range(columns):
-            values[c] = gates[c] * _sigmoid(gates[c]) * ups[c]
+    of = carray(_words(job), 7)
+    columns, count = of[3], of[6]
+    total = carray(_f32(scratch), columns)
+    for r in range(first, last):
+        total[:] = np.float32(0)
+        weights = carray(_bf16(of[4] + 2 * r * count), count)
+        for k in range(count):
+            _add_rounded(carray(_bf16(of[0] + (r * count + k) * of[1]), columns), _widened(weights[k]), total)
+        _round_all(total, carray(_bf16(of[2] + 2 * r * columns), columns))
+
+
+@Native
+def weighted_sum_bf16_by_f32(job, scratch, first, last):  # type: ignore[no-untyped-def]
+    """As `weighted_sum_bf16` with weights of float32, and so are the products."""
+    of = carray(_words(job), 7)
+    columns, count = of[3], of[6]
+    total = carray(_f32(scratch), columns)
+    for r in range(first, last):
+        total[:] = np.float32(0)
+        weights = carray(_f32(of[4] + 4 * r * count), count)
+        for k in range(count):
+            _add_bf16(carray(_bf16(of[0] + (r * count + k) * of[1]), columns), weights[k], total)
+        _round_all(total, carray(_bf16(of[2] + 2 * r * columns), columns))
+
+
+@Native
+def weighted_sum_f32(job, scratch, first, last):  # type: ignore[no-untyped-def]
+    """As `weighted_sum_bf16` for float32."""
+    of = carray(_words(job), 7)
+    columns, count = of[3], of[6]
+    for r in range(first, last):
+        total = carray(_f32(of[2] + 4 * r * columns), columns)
+        total[:] = np.float32(0)
+        weights = carray(_f32(of[4] + 4 * r * count), count)
+        for k in range(count):
+            _add_f32(carray(_f32(of[0] + (r * count + k) * of[1]), columns), weights[k], total)
+
+
+@compiled(**_sums)
+def _norm_bf16(x, weight, epsilon, rounds, out):  # type: ignore[no-untyped-def]
+    columns = len(x)
+    total = np.float32(0)
+    for c in range(columns):
+        value = _widened(x[c])
+        total += value * value
+    scale = np.float32(1) / np.sqrt(total / np.float32(columns) + epsilon)
+    for c in range(columns):
+        value = _widened(x[c]) * scale
+        if rounds:
+            value = nearest_bf16(value)
+        out[c] = np.uint16(rounded_to_bf16(value * weight[c]))
+
+
+@compiled(**_sums)
+def _norm_f32(x, weight, epsilon, out):  # type: ignore[no-untyped-def]
+    columns = len(x)
+    total = np.float32(0)
+    for c in range(columns):
+        total += x[c] * x[c]
+    scale = np.float32(1) / np.sqrt(total / np.float32(columns) + epsilon)
+    for c in range(columns):
+        out[c] = x[c] * scale * weight[c]
 
 
 @compiled(**_in_order)
-def gated_silu_bf16(x, step, out, first, last):  # type: ignore[no-untyped-def]
-    """As `gated_silu_f32` with every value rounded to bf16 as PyTorch's operations round; `out` is uint16."""
-    columns = out.shape[1]
-    for p in range(first, last):
-        values = out[p]
-        gates, ups = _halves(x, p * step, columns)
-        for c in range(columns):
-            gate, up = nearest_bf16(gates[c]), nearest_bf16(ups[c])
-            values[c] = np.uint16(rounded_to_bf16(nearest_bf16(gate * _sigmoid(gate)) * up))
+def _gate_f32(gates, ups, out):  # type: ignore[no-untyped-def]
+    for c in range(len(out)):
+        out[c] = gates[c] * _sigmoid(gates[c]) * ups[c]
 
 
 @compiled(**_in_order)
-def _halves(x, start, columns):  # type: ignore[no-untyped-def]
-    """The first `columns` values from `start` on, and the next ones."""
-    return x[start : start + columns], x[start + columns : start + 2 * columns]
+def _gate_bf16(gates, ups, out):  # type: ignore[no-untyped-def]
+    for c in range(len(out)):
+        gate, up = nearest_bf16(gates[c]), nearest_bf16(ups[c])
+        out[c] = np.uint16(rounded_to_bf16(nearest_bf16(gate * _sigmoid(gate)) * up))
+
+
+@compiled(**_in_order)
+def _halves(x, columns):  # type: ignore[no-untyped-def]
+    """The first `columns` values of `x`, and the others."""
+    return x[:columns], x[columns:]
+
+
+@compiled(**_in_order)
+def _add_rounded(x, weight, total):  # type: ignore[no-untyped-def]
+    for c in range(len(total)):
+        total[c] += nearest_bf16(_widened(x[c]) * weight)
+
+
+@compiled(**_in_order)
+def _add_bf16(x, weight, total):  # type: ignore[no-untyped-def]
+    for c in range(len(total)):
+        total[c] += _widened(x[c]) * weight
+
+
+@compiled(**_in_order)
+def _add_f32(x, weight, total):  # type: ignore[no-untyped-def]
+    for c in range(len(total)):
+        total[c] += x[c] * weight
+
+
+@compiled(**_in_order)
+def _round_all(values, out):  # type: ignore[no-untyped-def]
+    for c in range(len(out)):
+        out[c] = np.uint16(rounded_to_bf16(values[c]))
+
+
+@compiled(**_in_order)
+def _widened(value):  # type: ignore[no-untyped-def]
+    """A bf16, as uint16, as float32."""
+    return np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
 
 
 @compiled(**_in_order)

@@ -66,6 +66,19 @@ def native_loop(emit: Callable[[Any, Any, Any, Any, Any], None]) -> Callable[...
     return loop
 
 
+def pointer_to(kind: Any) -> Callable[[int], Any]:
+    """A numba intrinsic: an address as a pointer to numba's type `kind`, for `numba.carray`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    @intrinsic
+    def pointer(typing_context: Any, address: Any) -> Any:
+        return types.CPointer(kind)(address), generate
+
+    return pointer  # type: ignore[no-any-return]
+
+
 def load_words(builder: Any, address: Any, count: int) -> list[Any]:
     """The `count` words from `address` on."""
     return [load(builder, offset(builder, address, 8 * at), WORD, align=8) for at in range(count)]
