@@ -81,6 +81,12 @@ class Native:
         called: Callable[..., None] = made.ctypes
         return called
 
+    @property
+    def address(self) -> int:
+        """Of the machine code."""
+        _ = self.call
+        return int(self._made.address)
+
 
 @cache
 def generators_digest() -> str:

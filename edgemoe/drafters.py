@@ -12,7 +12,7 @@ from edgemoe.draft.settings import DraftSettings
 from edgemoe.draft.speculation import Speculation
 from edgemoe.errors import PlanError
 from edgemoe.experts.draft_routing import RULES
-from edgemoe.kernels.cpu import batch_invariant_linear
+from edgemoe.kernels import batch_invariant_linear
 from edgemoe.model.model_runner import ModelRunner
 from edgemoe.plan.plan import Plan
 from edgemoe.plan.profile import ForeignProfile, ProfileConditions, read_profile

@@ -26,7 +26,8 @@ from edgemoe.experts import expert_layer
 from edgemoe.experts.expert_predictor import ExpertPredictor
 from edgemoe.experts.lookahead import Lookahead
 from edgemoe.formats.float_format import FloatFormat
-from edgemoe.kernels.cpu import batch_invariant_linear, packed_matrix, rms_norm
+from edgemoe.kernels import batch_invariant_linear, rms_norm
+from edgemoe.kernels.cpu import packed_matrix
 from edgemoe.kernels.cpu.packed_matrix import PackedMatrix
 from edgemoe.kernels.cpu.threads import KernelThreads
 from edgemoe.kernels.packed_layers import PackedLinear

@@ -29,6 +29,7 @@ from edgemoe.kernels.cpu.threads import KernelThreads, kernels_have_the_cores
 from edgemoe.kernels.gated_silu import ACTIVATION_DTYPES, gated_silu, is_gated_silu
 from edgemoe.kernels.packed_linear import packed_linear
 from edgemoe.kernels.row_linear import few_on_cpu, row_linear
+from edgemoe.kernels.rows import gathered, scattered
 from edgemoe.kernels.weighted_sum import fast_weighted_sum, weighted_sum
 
 
@@ -217,8 +218,9 @@ class FastExperts(Experts):
         super().__init__(module, moe, region)
         self._threads = threads
         self._up_name = _up_name(module)
-        self._is_gated_silu = not module.has_bias and is_gated_silu(module)
         self._matrices = {name: self._matrix(region, moe, name) for name in (self._up_name, "down_proj")}
+        plain = not module.has_bias and not any(matrix.interleaved for matrix in self._matrices.values())
+        self._in_one = plain and is_gated_silu(module)
         self._max_tokens = min(matrix.max_tokens for matrix in self._matrices.values())
 
     def _matrix(self, region: SlotRegion, moe: ExpertsModule, name: str) -> SlotMatrix | PackedMatrix:
@@ -264,50 +266,28 @@ class FastExperts(Experts):
         return matrix.linear(slot, x)
 
     def _few(self, groups: TokenGroups, few: Sequence[tuple[int, int]]) -> None:
-        """The kernels' arithmetic for all of `few`, (expert, slot) each, in one call per matrix."""
+        """The kernels' arithmetic for all of `few`, (expert, slot) each, in one program where nothing is in between."""
         rows = [row for expert, _ in few for row in groups.rows[expert]]
         starts = np.cumsum([0] + [len(groups.rows[expert]) for expert, _ in few])
         matrices = Groups(np.array([slot for _, slot in few]), starts)
         owners = [slot for expert, slot in few for _ in groups.rows[expert]]
         hidden, up, down = groups.hidden, self._matrices[self._up_name], self._matrices["down_proj"]
-        chosen = self._gathered(hidden, groups.tokens(rows))
-        inner = self._activated(up.multiply(self._threads, matrices, chosen), hidden.dtype, owners)
-        outer = down.multiply(self._threads, matrices, inner)
-        if self.module.has_bias:
-            outer = self._biased(outer.to(hidden.dtype), "down_proj", owners)
-        self._scatter(outer, rows, groups)
-
-    def _gathered(self, hidden: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
-        """The rows of `hidden` for each pair."""
-        if len(hidden) == 1:
-            return hidden.expand(len(tokens), -1)
-        index, out = torch.tensor(tokens), hidden.new_empty(len(tokens), hidden.shape[-1])
-
-        def run(first: int, last: int) -> None:
-            # A thread's own: the mode of the caller does not hold in the others.
-            with torch.inference_mode():
-                torch.index_select(hidden, 0, index[first:last], out=out[first:last])
-
-        self._threads.split(len(tokens), run, nbytes=out.nbytes)
-        return out
-
-    def _scatter(self, outer: torch.Tensor, rows: Sequence[int], groups: TokenGroups) -> None:
-        """Writes the results of the pairs `rows`, in the dtype of the hidden states."""
-        if rows == list(range(len(groups.outputs))):
-            groups.outputs = outer.to(groups.hidden.dtype)
+        chosen, steps = gathered(hidden, groups.tokens(rows), up.inputs)
+        if not self._in_one or hidden.dtype not in ACTIVATION_DTYPES:
+            if steps:
+                self._threads.run(steps)
+            inner = self._activated(up.multiply(self._threads, matrices, chosen), hidden.dtype, owners)
+            outer = down.multiply(self._threads, matrices, inner).to(hidden.dtype)
+            groups.outputs[rows] = self._biased(outer, "down_proj", owners)
             return
-        index, outputs = torch.tensor(rows), groups.outputs
-
-        def run(first: int, last: int) -> None:
-            with torch.inference_mode():
-                outputs.index_copy_(0, index[first:last], outer[first:last].to(outputs.dtype))
-
-        self._threads.split(len(rows), run, nbytes=outer.nbytes)
+        products, multiplying = up.product(matrices, chosen)
+        inner, activation = gated_silu(products, hidden.dtype, down.inputs)
+        outer, again = down.product(matrices, inner)
+        last = scattered(outer, rows, groups.outputs)
+        self._threads.run([*steps, *multiplying, activation, *again, *last])
 
     def _activated(self, products: torch.Tensor, dtype: torch.dtype, owners: Sequence[int]) -> torch.Tensor:
         """What the second matrix multiplies, [pairs, columns] of `dtype`; `products` are the first one's, float32."""
-        if self._is_gated_silu and dtype in ACTIVATION_DTYPES:
-            return gated_silu(self._threads, products, dtype)
         module, inner = self.module, self._biased(products.to(dtype), self._up_name, owners)
         return module._apply_gate(inner) if module.has_gate else module.act_fn(inner)  # type: ignore[no-any-return]
 

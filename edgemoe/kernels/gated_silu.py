@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers.activations import SiLUActivation
 
 from edgemoe.kernels.cpu.arrays import Job
-from edgemoe.kernels.cpu.threads import KernelThreads
+
+if TYPE_CHECKING:
+    from edgemoe.kernels.cpu.program import Step
 
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float32)
 DEFAULT_GATE = "_default_apply_gate"
@@ -22,18 +24,23 @@ def is_gated_silu(module: Any) -> bool:
     return gated and isinstance(module.act_fn, (nn.SiLU, SiLUActivation))
 
 
-def gated_silu(threads: KernelThreads, products: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """silu(gate) * up, [pairs, columns] of `dtype`, one of `ACTIVATION_DTYPES`.
+def gated_silu(products: torch.Tensor, dtype: torch.dtype, out_dtype: torch.dtype) -> tuple[torch.Tensor, Step]:
+    """Where silu(gate) * up will be, [pairs, columns] of `out_dtype`, and the step that writes it.
 
-    `products` is float32 [pairs, 2 * columns], gate and up. Rounded to `dtype` wherever PyTorch's operations round.
+    `products` is float32 [pairs, 2 * columns], gate and up. `dtype` is one of `ACTIVATION_DTYPES`: values are rounded
+    to it wherever PyTorch's operations round. `out_dtype` is the same, or float32.
     """
     # Imported late: importing numba is slow.
     from edgemoe.kernels.cpu import row_kernels
+    from edgemoe.kernels.cpu.program import Step
 
     pairs, both = products.shape
-    out = torch.empty(pairs, both // 2, dtype=dtype)
+    out = torch.empty(pairs, both // 2, dtype=out_dtype)
     step = products.stride(0) * products.element_size()
     job = Job(row_kernels.Words(products.data_ptr(), step, out.data_ptr(), both // 2), (products, out))
-    call = (row_kernels.gated_silu_bf16 if dtype is torch.bfloat16 else row_kernels.gated_silu_f32).call
-    threads.split(pairs, lambda first, last: call(job.address, 0, first, last), nbytes=products.nbytes)
-    return out
+    kernel = {
+        (torch.bfloat16, torch.bfloat16): row_kernels.gated_silu_bf16,
+        (torch.bfloat16, torch.float32): row_kernels.gated_silu_rounded,
+        (torch.float32, torch.float32): row_kernels.gated_silu_f32,
+    }[dtype, out_dtype]
+    return out, Step(kernel, job, pairs, products.nbytes)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
-from edgemoe.kernels.cpu.arrays import Job, address
+from edgemoe.kernels.cpu.arrays import Job
 from edgemoe.kernels.cpu.threads import KernelThreads
 
 
@@ -19,6 +18,7 @@ def fast_weighted_sum(threads: KernelThreads, outputs: torch.Tensor, weights: to
     """As `weighted_sum` on a CPU, by a kernel where there is one, which adds the experts in their order."""
     # Imported late: importing numba is slow.
     from edgemoe.kernels.cpu import row_kernels
+    from edgemoe.kernels.cpu.program import Step
 
     kernel = {
         (torch.bfloat16, torch.bfloat16): row_kernels.weighted_sum_bf16,
@@ -31,11 +31,6 @@ def fast_weighted_sum(threads: KernelThreads, outputs: torch.Tensor, weights: to
     x, own, out = outputs.contiguous(), weights.contiguous(), outputs.new_empty(tokens, columns)
     step = columns * x.element_size()
     words = row_kernels.Words(x.data_ptr(), step, out.data_ptr(), columns, own.data_ptr(), option=top_k)
-    job, call = Job(words, (x, own, out)), kernel.call
-
-    def run(first: int, last: int) -> None:
-        scratch = np.empty(columns, np.float32)
-        call(job.address, address(scratch), first, last)
-
-    threads.split(tokens, run, nbytes=x.nbytes)
+    job = Job(words, (x, own, out))
+    threads.run([Step(kernel, job, tokens, x.nbytes, scratch_nbytes=4 * columns)])
     return out

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from edgemoe.errors import is_device_or_memory_error
-from edgemoe.kernels.cpu import batch_invariant_linear
+from edgemoe.kernels import batch_invariant_linear
 from edgemoe.model.packed_attention import MIN_THREADED_PAIRS, PackedAttention, Row
 from edgemoe.model.sequential_runner import PROBE_TOKENS, PassInput, SequentialRunner
 from edgemoe.quiet import quiet_transformers

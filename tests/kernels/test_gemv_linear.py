@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from edgemoe.kernels.cpu import batch_invariant_linear
+from edgemoe.kernels import batch_invariant_linear
 from edgemoe.kernels.cpu.threads import KernelThreads
 
 ROWS, COLUMNS = 300, 256

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from edgemoe.kernels.cpu.rms_norm import MAX_VALUES, install_rms_norm
+from edgemoe.kernels.rms_norm import MAX_VALUES, install_rms_norm
 
 COLUMNS = 200
 

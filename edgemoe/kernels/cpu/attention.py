@@ -90,6 +90,7 @@ def attend(
     """
     # Imported late: importing numba is slow.
     from edgemoe.kernels.cpu.attention_kernels import Words, attend_bf16, attend_f32
+    from edgemoe.kernels.cpu.program import Step
 
     _, heads, tokens, width = query.shape
     groups, depth, nbytes = keys.shape[1], values.shape[-1], query.element_size()
@@ -103,14 +104,10 @@ def attend(
         address(seen.spans), address(seen.places), address(seen.starts), padded, int(scale.view(np.uint32)),
     ])  # fmt: skip
     job = Job(words, (query, keys, values, seen, out))
-    call = (attend_bf16 if query.dtype is torch.bfloat16 else attend_f32).call
-
-    def run(first: int, last: int) -> None:
-        scratch = np.empty(group * (padded + width), np.float32)
-        call(job.address, address(scratch), first, last)
-
+    kernel = attend_bf16 if query.dtype is torch.bfloat16 else attend_f32
     # With several query heads a key, multiplying takes longer than reading. Where PyTorch has several threads, they
     # have the other cores.
     read = seen.total * groups * (width + depth) * nbytes * max(1, group // 2)
-    threads.split(groups * tokens, run, nbytes=read if kernels_have_the_cores(threads) else 0)
+    step = Step(kernel, job, groups * tokens, read, scratch_nbytes=4 * group * (padded + width))
+    threads.run([step], alone=not kernels_have_the_cores(threads))
     return out

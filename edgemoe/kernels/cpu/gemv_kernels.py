@@ -13,17 +13,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import types
+from numba import carray, types
 from numba.extending import overload
 
 from edgemoe.cache.compiled import Native, compiled
 from edgemoe.kernels.cpu import dot_block
-from edgemoe.kernels.cpu.dot_block import PairsOfBf16, Widened
+from edgemoe.kernels.cpu.dot_block import WORDS, PairsOfBf16, Widened
+from edgemoe.kernels.cpu.vector_ir import pointer_to
 
 CACHE_LINE = 16
 """Float32 values in a cache line."""
 BLOCK_ACROSS, BLOCK_ALONG = 1024, 64
 """Values of a row, and rows, of a transposed matrix that several tokens share: of float32, a quarter of a MiB."""
+ROWS_TOGETHER, ROWS_ACROSS = 12, 256
+"""Rows of which a share is a multiple, for blocks of 2, 3 and 6 rows; and of a transposed matrix, side by side."""
+
+_words, _bf16, _f32 = pointer_to(types.int64), pointer_to(types.uint16), pointer_to(types.float32)
 
 _options: dict[str, Any] = {
     "nogil": True,
@@ -68,30 +73,44 @@ def grouped_gemv_bf16_pairs(job, tile, first, last):  # type: ignore[no-untyped-
     _dots_of_pairs(job, tile, first, last)
 
 
-@compiled(**_options)
-def grouped_gemv_transposed(offset, rows, pool, slots, starts, x, out, first, last):  # type: ignore[no-untyped-def]
-    """As `grouped_gemv_bf16` for matrices stored [columns, rows], of bf16 as uint16 or of float32, as arrays.
+@Native
+def gemv_transposed_bf16(job, tile, first, last):  # type: ignore[no-untyped-def]
+    """As `grouped_gemv_bf16` for matrices stored [columns, rows]; a word with the rows comes last in the job."""
+    of = carray(_words(job), WORDS + 1)
+    for i in range(of[2]):
+        slots, starts = carray(_words(of[0]), of[2]), carray(_words(of[1]), of[2] + 1)
+        _transposed(_bf16(of[3] + slots[i] * of[4]), of, starts[i], starts[i + 1], first, last)
 
-    `slots` and `starts` are int64. `pool` is [slots, values], and `offset` the matrix's first value in a slot; `x` is
-    float32 [pairs, columns], and `out` float32 [pairs, rows].
-    """
-    columns = x.shape[1]
-    for i in range(slots.shape[0]):
-        for p in range(starts[i], starts[i + 1]):
-            out[p, first:last] = np.float32(0)
-        # One token reads whole rows. Several share a part that stays in a cache, each of them in the same order.
-        alone = starts[i + 1] - starts[i] == 1
-        across, along = (last - first, columns) if alone else (BLOCK_ACROSS, BLOCK_ALONG)
-        for begin in range(first, last, max(across, 1)):
-            end = min(begin + across, last)
-            for top in range(0, columns, along):
-                for p in range(starts[i], starts[i + 1]):
-                    result = out[p, begin:end]
-                    for c in range(top, min(top + along, columns)):
-                        place = offset + c * rows
-                        row, scale = pool[slots[i], place + begin : place + end], x[p, c]
-                        for r in range(len(result)):
-                            result[r] += _single(row[r]) * scale
+
+@Native
+def gemv_transposed_f32(job, tile, first, last):  # type: ignore[no-untyped-def]
+    """As `gemv_transposed_bf16` for float32."""
+    of = carray(_words(job), WORDS + 1)
+    for i in range(of[2]):
+        slots, starts = carray(_words(of[0]), of[2]), carray(_words(of[1]), of[2] + 1)
+        _transposed(_f32(of[3] + slots[i] * of[4]), of, starts[i], starts[i + 1], first, last)
+
+
+@compiled(**_options)
+def _transposed(address, of, start, stop, first, last):  # type: ignore[no-untyped-def]
+    """The products of one matrix, at `address`, with the pairs start ≤ p < stop; `of` are the words of a job."""
+    columns, rows = of[9], of[10]
+    matrix = carray(address, columns * rows)
+    for p in range(start, stop):
+        result = carray(_f32(of[7] + p * of[8]), last)
+        for r in range(first, last):
+            result[r] = np.float32(0)
+    # One token reads whole rows. Several share a part that stays in a cache, each of them in the same order.
+    across, along = (last - first, columns) if stop - start == 1 else (BLOCK_ACROSS, BLOCK_ALONG)
+    for begin in range(first, last, max(across, 1)):
+        end = min(begin + across, last)
+        for top in range(0, columns, along):
+            for p in range(start, stop):
+                x, result = carray(_f32(of[5] + p * of[6]), columns), carray(_f32(of[7] + p * of[8]), last)[begin:end]
+                for c in range(top, min(top + along, columns)):
+                    row, scale = matrix[c * rows + begin : c * rows + end], x[c]
+                    for r in range(len(result)):
+                        result[r] += _single(row[r]) * scale
 
 
 def _single(value: Any) -> Any:
@@ -133,5 +152,7 @@ def row_kernel(dtype: torch.dtype, columns: int) -> RowKernel | None:
     return RowKernel(loops[dtype], torch.float32) if dtype in loops else None
 
 
-TRANSPOSED_UNITS = {torch.bfloat16: np.uint16, torch.float32: np.float32}
-"""What numpy calls the values of `grouped_gemv_transposed`."""
+def transposed_kernel(dtype: torch.dtype) -> RowKernel | None:
+    """The kernel for matrices of `dtype` that are stored [columns, rows]; None when there is none."""
+    loops = {torch.bfloat16: gemv_transposed_bf16, torch.float32: gemv_transposed_f32}
+    return RowKernel(loops[dtype], torch.float32) if dtype in loops else None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,9 +18,13 @@ from edgemoe.formats.mxfp4_format import Mxfp4Format
 from edgemoe.formats.nvfp4_format import Nvfp4Format
 from edgemoe.formats.stacked_format import StackedFormat
 from edgemoe.formats.weight_format import WeightFormat
-from edgemoe.kernels.cpu.arrays import Groups, Matrix, address
+from edgemoe.kernels.cpu.arrays import Groups, Matrix
 from edgemoe.kernels.cpu.threads import KernelThreads
 from edgemoe.kernels.packed_linear import TILE_VALUES, tiled_linear
+
+if TYPE_CHECKING:
+    from edgemoe.cache.compiled import Native
+    from edgemoe.kernels.cpu.program import Step
 
 FLOATS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
@@ -31,7 +36,7 @@ PORTION = 128
 class PackedKernel:
     """A compiled loop over matrices of one format."""
 
-    call: Callable[[int, int, int, int], None]
+    loop: Native
     """A function of `packed_kernels`, compiled."""
     parts: tuple[str, ...]
     """The suffixes of the names of the parts that it reads, in its order."""
@@ -52,7 +57,8 @@ def packed_kernel(kind: WeightFormat, columns: int) -> PackedKernel | None:
     if run is None or (needs_halves and not Widened.available("f16")):
         return None
     # Compiled now, and not with the first token.
-    return PackedKernel(run.call, parts)
+    _ = run.call
+    return PackedKernel(run, parts)
 
 
 def _named(kind: WeightFormat, columns: int) -> tuple[str, tuple[str, ...]] | None:
@@ -88,6 +94,8 @@ class PackedMatrix:
 
     max_tokens = 1 << 20
     """Tokens up to which products are summed in one order: more than any pass has."""
+    inputs = torch.float32
+    """The dtype of what is multiplied."""
 
     def __init__(
         self, kind: WeightFormat, shape: tuple[int, int], memory: torch.Tensor, places: Mapping[str, int]
@@ -100,7 +108,8 @@ class PackedMatrix:
         self._rows, self._columns = shape
         self._memory = memory
         formats = _stacked(kind)
-        self._interleaved = isinstance(kind, StackedFormat) and kind.interleaved
+        self.interleaved = isinstance(kind, StackedFormat) and kind.interleaved
+        """Whether the rows of two matrices take turns, so that products have to be put in order."""
         self._height = self._rows // len(formats)
         self._pieces: list[tuple[PackedKernel, Matrix]] = []
         for number, each in enumerate(formats):
@@ -122,26 +131,25 @@ class PackedMatrix:
             kind, (rows, columns), memory, {each: views[name + each].data_ptr() - base.data_ptr() for each in names}
         )
 
-    def multiply(self, threads: KernelThreads, groups: Groups, x: torch.Tensor) -> torch.Tensor:
-        """The products of all pairs, float32 [pairs, rows]; see `SlotMatrix.multiply`."""
-        from edgemoe.kernels.cpu.gemv_kernels import results
+    def product(self, groups: Groups, x: torch.Tensor) -> tuple[torch.Tensor, list[Step]]:
+        """See `SlotMatrix.product`. Of interleaved matrices the rows of one follow those of the other."""
+        from edgemoe.kernels.cpu.gemv_kernels import ROWS_TOGETHER, results
+        from edgemoe.kernels.cpu.program import Step
 
-        values, out = x.float().contiguous(), results(len(x), self._rows)
-        nbytes, needed = self._nbytes * len(groups.slots), 0
-        if len(values) > len(groups.slots):
+        out, steps = results(len(x), self._rows), []
+        nbytes, needed = self._nbytes * len(groups.slots) // len(self._pieces), 0
+        if len(x) > len(groups.slots):
             groups, needed = self._in_portions(groups)
-        jobs = [
-            matrix.product(groups, values, out, number * self._height)
-            for number, (_, matrix) in enumerate(self._pieces)
-        ]
+        for number, (kernel, matrix) in enumerate(self._pieces):
+            job = matrix.product(groups, x, out, number * self._height)
+            steps.append(Step(kernel.loop, job, self._height, nbytes, ROWS_TOGETHER, 4 * needed))
+        return out, steps
 
-        def run(first: int, last: int) -> None:
-            tile = np.empty(needed, np.float32)
-            for piece, low, high in self._within(first, last):
-                self._pieces[piece][0].call(jobs[piece].address, address(tile), low, high)
-
-        threads.split(self._rows, run, nbytes=nbytes)
-        return self._in_turn(out, 1) if self._interleaved else out
+    def multiply(self, threads: KernelThreads, groups: Groups, x: torch.Tensor) -> torch.Tensor:
+        """See `SlotMatrix.multiply`."""
+        out, steps = self.product(groups, x.to(self.inputs).contiguous())
+        threads.run(steps)
+        return self._in_turn(out, 1) if self.interleaved else out
 
     def multiply_one(self, threads: KernelThreads, x: torch.Tensor) -> torch.Tensor:
         """The products of `x`, [tokens, columns], with the matrix of the first record, float32 [tokens, rows]."""
@@ -167,19 +175,19 @@ class PackedMatrix:
 
         Of interleaved matrices all rows alone.
         """
-        assert not self._interleaved or (first, last) == (0, self._rows)
+        assert not self.interleaved or (first, last) == (0, self._rows)
         tile = torch.empty(last - first, self._columns)
         number = np.array([record])
         for piece, low, high in self._within(first, last):
             kernel, matrix = self._pieces[piece]
             widening = matrix.widening(number)
             into = tile[piece * self._height + low - first :]
-            kernel.call(widening.address, into.data_ptr(), low, high)
-        return self._in_turn(tile, 0) if self._interleaved else tile
+            kernel.loop.call(widening.address, into.data_ptr(), low, high)
+        return self._in_turn(tile, 0) if self.interleaved else tile
 
     def linear(self, record: int, x: torch.Tensor) -> torch.Tensor:
         """x · Wᵀ in float32, [..., rows], for many tokens: by PyTorch, tile by tile."""
-        tile = self._rows if self._interleaved else max(1, TILE_VALUES // self._columns)
+        tile = self._rows if self.interleaved else max(1, TILE_VALUES // self._columns)
         return tiled_linear(x, self._rows, tile, lambda *span: self.rows(record, *span))
 
     def _within(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:

@@ -90,6 +90,61 @@ def gated_silu_bf16(job, scratch, first, last):  # type: ignore[no-untyped-def]
 
 
 @Native
+def gated_silu_rounded(job, scratch, first, last):  # type: ignore[no-untyped-def]
+    """As `gated_silu_bf16` with the rounded values as float32 in `out`."""
+    of = carray(_words(job), 7)
+    columns = of[3]
+    for r in range(first, last):
+        gates, ups = _halves(carray(_f32(of[0] + r * of[1]), 2 * columns), columns)
+        _gate_rounded(gates, ups, carray(_f32(of[2] + 4 * r * columns), columns))
+
+
+@Native
+def gather_bf16(job, scratch, first, last):  # type: ignore[no-untyped-def]
+    """out[r] = x[places[r]] for the rows first ≤ r < last, bf16; `weights` is the address of the places, int64."""
+    of = carray(_words(job), 7)
+    for r in range(first, last):
+        x = carray(_bf16(of[0] + carray(_words(of[4]), last)[r] * of[1]), of[3])
+        carray(_bf16(of[2] + 2 * r * of[3]), of[3])[:] = x
+
+
+@Native
+def gather_f32(job, scratch, first, last):  # type: ignore[no-untyped-def]
+    """As `gather_bf16` for float32."""
+    of = carray(_words(job), 7)
+    for r in range(first, last):
+        x = carray(_f32(of[0] + carray(_words(of[4]), last)[r] * of[1]), of[3])
+        carray(_f32(of[2] + 4 * r * of[3]), of[3])[:] = x
+
+
+@Native
+def gather_widened(job, scratch, first, last):  # type: ignore[no-untyped-def]
+    """As `gather_bf16` with the values as float32 in `out`."""
+    of = carray(_words(job), 7)
+    for r in range(first, last):
+        x = carray(_bf16(of[0] + carray(_words(of[4]), last)[r] * of[1]), of[3])
+        _widen_all(x, carray(_f32(of[2] + 4 * r * of[3]), of[3]))
+
+
+@Native
+def scatter_bf16(job, scratch, first, last):  # type: ignore[no-untyped-def]
+    """out[places[r]] = x[r] for the rows first ≤ r < last: float32, rounded to bf16; see `gather_bf16`."""
+    of = carray(_words(job), 7)
+    for r in range(first, last):
+        place = carray(_words(of[4]), last)[r]
+        _round_all(carray(_f32(of[0] + r * of[1]), of[3]), carray(_bf16(of[2] + 2 * place * of[3]), of[3]))
+
+
+@Native
+def scatter_f32(job, scratch, first, last):  # type: ignore[no-untyped-def]
+    """As `scatter_bf16` for float32."""
+    of = carray(_words(job), 7)
+    for r in range(first, last):
+        place = carray(_words(of[4]), last)[r]
+        carray(_f32(of[2] + 4 * place * of[3]), of[3])[:] = carray(_f32(of[0] + r * of[1]), of[3])
+
+
+@Native
 def weighted_sum_bf16(job, scratch, first, last):  # type: ignore[no-untyped-def]
     """out[r] = the sum of the rows of `x` from r * option on times their weights, `option` many, for first ≤ r < last.
 
@@ -99,7 +154,7 @@ def weighted_sum_bf16(job, scratch, first, last):  # type: ignore[no-untyped-def
     columns, count = of[3], of[6]
     total = carray(_f32(scratch), columns)
     for r in range(first, last):
-        total[:] = np.float32(0)
+        _clear(total)
         weights = carray(_bf16(of[4] + 2 * r * count), count)
         for k in range(count):
             _add_rounded(carray(_bf16(of[0] + (r * count + k) * of[1]), columns), _widened(weights[k]), total)
@@ -113,7 +168,7 @@ def weighted_sum_bf16_by_f32(job, scratch, first, last):  # type: ignore[no-unty
     columns, count = of[3], of[6]
     total = carray(_f32(scratch), columns)
     for r in range(first, last):
-        total[:] = np.float32(0)
+        _clear(total)
         weights = carray(_f32(of[4] + 4 * r * count), count)
         for k in range(count):
             _add_bf16(carray(_bf16(of[0] + (r * count + k) * of[1]), columns), weights[k], total)
@@ -127,7 +182,7 @@ def weighted_sum_f32(job, scratch, first, last):  # type: ignore[no-untyped-def]
     columns, count = of[3], of[6]
     for r in range(first, last):
         total = carray(_f32(of[2] + 4 * r * columns), columns)
-        total[:] = np.float32(0)
+        _clear(total)
         weights = carray(_f32(of[4] + 4 * r * count), count)
         for k in range(count):
             _add_f32(carray(_f32(of[0] + (r * count + k) * of[1]), columns), weights[k], total)
@@ -173,9 +228,23 @@ def _gate_bf16(gates, ups, out):  # type: ignore[no-untyped-def]
 
 
 @compiled(**_in_order)
+def _gate_rounded(gates, ups, out):  # type: ignore[no-untyped-def]
+    for c in range(len(out)):
+        gate, up = nearest_bf16(gates[c]), nearest_bf16(ups[c])
+        out[c] = nearest_bf16(nearest_bf16(gate * _sigmoid(gate)) * up)
+
+
+@compiled(**_in_order)
 def _halves(x, columns):  # type: ignore[no-untyped-def]
     """The first `columns` values of `x`, and the others."""
     return x[:columns], x[columns:]
+
+
+@compiled(**_in_order)
+def _clear(values):  # type: ignore[no-untyped-def]
+    # numba loses assignments of a number to a slice of an array that is made of an address.
+    for c in range(len(values)):
+        values[c] = np.float32(0)
 
 
 @compiled(**_in_order)
@@ -200,6 +269,12 @@ def _add_f32(x, weight, total):  # type: ignore[no-untyped-def]
 def _round_all(values, out):  # type: ignore[no-untyped-def]
     for c in range(len(out)):
         out[c] = np.uint16(rounded_to_bf16(values[c]))
+
+
+@compiled(**_in_order)
+def _widen_all(values, out):  # type: ignore[no-untyped-def]
+    for c in range(len(out)):
+        out[c] = _widened(values[c])
 
 
 @compiled(**_in_order)

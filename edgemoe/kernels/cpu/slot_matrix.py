@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,12 +10,17 @@ from edgemoe.kernels.cpu.arrays import Groups, Matrix
 from edgemoe.kernels.cpu.threads import KernelThreads
 from edgemoe.kernels.row_linear import BATCH_INVARIANT_TOKENS
 
+if TYPE_CHECKING:
+    from edgemoe.kernels.cpu.program import Step
+
 
 class SlotMatrix:
     """A matrix [rows, columns], or stored transposed, in every record of some memory on the CPU."""
 
     max_tokens = BATCH_INVARIANT_TOKENS
     """Tokens up to which products are summed in one order: PyTorch's are faster beyond."""
+    interleaved = False
+    """See `PackedMatrix`."""
 
     def __init__(
         self,
@@ -33,17 +37,12 @@ class SlotMatrix:
         self._rows, self._columns = shape
         self._nbytes = self._rows * self._columns * dtype.itemsize
         self._memory = memory
-        self._inputs = torch.float32
-        self._transposed: Callable[..., None] | None = None
-        if transposed:
-            pool = memory.numpy().view(gemv_kernels.TRANSPOSED_UNITS[dtype])
-            first = offset // dtype.itemsize
-            self._transposed = partial(gemv_kernels.grouped_gemv_transposed, first, self._rows, pool)
-            return
-        kernel = gemv_kernels.row_kernel(dtype, self._columns)
-        assert kernel is not None, f"there is no kernel for {dtype}"
-        self._inputs, self._call = kernel.inputs, kernel.loop.call
-        self._matrix = Matrix(memory.data_ptr() + offset, memory.stride(0), self._columns)
+        own = gemv_kernels.transposed_kernel(dtype) if transposed else gemv_kernels.row_kernel(dtype, self._columns)
+        assert own is not None, f"there is no kernel for {dtype}"
+        self._kernel, self.inputs = own.loop, own.inputs
+        self._multiple = gemv_kernels.ROWS_ACROSS if transposed else gemv_kernels.ROWS_TOGETHER
+        parts = (self._rows,) if transposed else ()
+        self._matrix = Matrix(memory.data_ptr() + offset, memory.stride(0), self._columns, parts)
 
     @classmethod
     def of_weight(cls, weight: torch.Tensor) -> SlotMatrix:
@@ -58,27 +57,28 @@ class SlotMatrix:
         from edgemoe.kernels.cpu import gemv_kernels
 
         if transposed:
-            return dtype in gemv_kernels.TRANSPOSED_UNITS
+            return gemv_kernels.transposed_kernel(dtype) is not None
         return gemv_kernels.row_kernel(dtype, columns) is not None
 
-    def multiply(self, threads: KernelThreads, groups: Groups, x: torch.Tensor) -> torch.Tensor:
-        """The products of all pairs, float32 [pairs, rows].
+    def product(self, groups: Groups, x: torch.Tensor) -> tuple[torch.Tensor, list[Step]]:
+        """Where the products of all pairs will be, float32 [pairs, rows], and the steps that write them.
 
-        `x` is [pairs, columns] in any float dtype. The slots of `groups` must be pinned.
+        `x` is [pairs, columns] of the dtype `inputs`, with contiguous rows; it may be written by earlier steps. The
+        slots of `groups` must be pinned.
         """
         from edgemoe.kernels.cpu.gemv_kernels import results
+        from edgemoe.kernels.cpu.program import Step
 
-        values, out = x.to(self._inputs).contiguous(), results(len(x), self._rows)
-        threads.split(self._rows, self._bound(groups, values, out), nbytes=self._nbytes * len(groups.slots))
+        out = results(len(x), self._rows)
+        job, nbytes = self._matrix.product(groups, x, out), self._nbytes * len(groups.slots)
+        return out, [Step(self._kernel, job, self._rows, nbytes, self._multiple)]
+
+    def multiply(self, threads: KernelThreads, groups: Groups, x: torch.Tensor) -> torch.Tensor:
+        """The products of all pairs, float32 [pairs, rows]; `x` is [pairs, columns] in any float dtype."""
+        out, steps = self.product(groups, x.to(self.inputs).contiguous())
+        threads.run(steps)
         return out
 
     def multiply_one(self, threads: KernelThreads, x: torch.Tensor) -> torch.Tensor:
         """The products of `x`, [tokens, columns], with the matrix of the first record, float32 [tokens, rows]."""
         return self.multiply(threads, Groups.of_one(len(x)), x)
-
-    def _bound(self, groups: Groups, values: torch.Tensor, out: torch.Tensor) -> Callable[[int, int], None]:
-        """What writes some rows of `out`, by the first one and the end."""
-        if self._transposed is not None:
-            return partial(self._transposed, *groups, values.numpy(), out.numpy())
-        call, job = self._call, self._matrix.product(groups, values, out)
-        return lambda first, last: call(job.address, 0, first, last)

@@ -3,99 +3,62 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
-MIN_SPLIT_NBYTES = 3 << 20
-"""Bytes to read below which one thread is faster than two: waking a thread takes as long as reading a megabyte."""
+if TYPE_CHECKING:
+    from edgemoe.kernels.cpu.program import Mailbox, Step
 
-
-class _Worker:
-    """A thread that runs one piece of work after the other. Two locks hand it over, which is faster than a queue."""
-
-    def __init__(self, name: str) -> None:
-        self._begin, self._done = threading.Lock(), threading.Lock()
-        self._begin.acquire()
-        self._done.acquire()
-        self._work: Callable[[], None] | None = None
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
-        self._thread.start()
-
-    def begin(self, work: Callable[[], None]) -> None:
-        """Has `work` done; `join` must follow before the next one."""
-        self._work = work
-        self._begin.release()
-
-    def join(self) -> BaseException | None:
-        """Waits for the work; what it raised."""
-        self._done.acquire()
-        error, self._error = self._error, None
-        return error
-
-    def close(self) -> None:
-        """Ends the thread, which has no work."""
-        self._work = None
-        self._begin.release()
-        self._thread.join()
-
-    def _serve(self) -> None:
-        while True:
-            self._begin.acquire()
-            work, self._work = self._work, None
-            if work is None:
-                return
-            try:
-                work()
-            except BaseException as error:
-                self._error = error
-            del work
-            self._done.release()
+MIN_SPLIT_NBYTES = 1 << 20
+"""Bytes to read below which the caller runs a program alone: it would be done before another thread has woken."""
 
 
 class KernelThreads:
-    """Splits the rows of a kernel over threads, one of which is the caller. Kernels release the GIL.
+    """Runs kernels on several threads, one of which is the caller, without the GIL.
 
-    These are Python threads: PyTorch has its own OpenMP pool, and a second pool of threads that spin while they wait
-    would take the cores from it.
+    PyTorch has its own OpenMP pool, whose threads spin while they wait. These sleep.
     """
 
     def __init__(self, count: int) -> None:
         """`count` is the number of threads with the caller; below 1 it is 1."""
         self.count = max(1, count)
-        self._workers = [_Worker(f"edgemoe-kernel_{number}") for number in range(self.count - 1)]
+        self._mailboxes: list[Mailbox] = []
+        self._threads: list[threading.Thread] = []
 
-    def split(self, rows: int, run: Callable[[int, int], None], *, nbytes: int) -> None:
-        """Calls `run(first, last)` for consecutive parts of range(rows), one part per thread, and waits for all.
+    def run(self, steps: Sequence[Step], *, alone: bool = False) -> None:
+        """Runs `steps`, of which there is at least one, one after the other.
 
-        `nbytes` is what the whole call reads: below `MIN_SPLIT_NBYTES` the caller runs it alone. Raises what `run`
-        raises, once no thread runs it any more.
+        On all threads, or by the caller `alone`, as if they read less than `MIN_SPLIT_NBYTES`.
         """
-        if not self._workers or nbytes < MIN_SPLIT_NBYTES:
-            run(0, rows)
+        # Imported late: importing numba is slow.
+        from edgemoe.kernels.cpu.program import Program
+
+        if alone or self.count == 1 or sum(step.nbytes for step in steps) < MIN_SPLIT_NBYTES:
+            Program(steps).run()
             return
-        step = -(-rows // self.count)
-        begun = []
-        errors: list[BaseException | None] = []
-        try:
-            for worker, first in zip(self._workers, range(step, rows, step), strict=False):
-                worker.begin(partial(run, first, min(first + step, rows)))
-                begun.append(worker)
-            run(0, min(step, rows))
-        finally:
-            errors += [worker.join() for worker in begun]
-        for error in errors:
-            if error is not None:
-                raise error
+        if not self._threads:
+            self._start()
+        Program(steps, self._mailboxes).run()
 
     def close(self) -> None:
         """Ends the threads. Idempotent."""
-        for worker in self._workers:
-            worker.close()
-        self._workers = []
+        for mailbox in self._mailboxes:
+            mailbox.close()
+        for thread in self._threads:
+            thread.join()
+        self._mailboxes, self._threads = [], []
+
+    def _start(self) -> None:
+        from edgemoe.kernels.cpu.program import Mailbox
+
+        self._mailboxes = [Mailbox(number) for number in range(1, self.count)]
+        for number, mailbox in enumerate(self._mailboxes):
+            name = f"edgemoe-kernel_{number}"
+            self._threads.append(threading.Thread(target=mailbox.serve, name=name, daemon=True))
+            self._threads[-1].start()
 
 
 @contextmanager

@@ -89,6 +89,13 @@ def load(builder: Any, address: Any, kind: Any, align: int = 2) -> Any:
     return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align)
 
 
+def pause(builder: Any) -> None:
+    """Tells the CPU of a loop that waits."""
+    name, arguments = ("llvm.x86.sse2.pause", []) if is_x86() else ("llvm.aarch64.hint", [INT(1)])
+    kind = ir.FunctionType(ir.VoidType(), [INT] * len(arguments))
+    builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
+
+
 def prefetch(builder: Any, address: Any) -> None:
     """Asks for the cache line at `address`, which may be no valid one."""
     pointer = builder.inttoptr(address, BYTE.as_pointer())
