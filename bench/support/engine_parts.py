@@ -43,18 +43,18 @@ class TimedKernels:
         self._threads = engine._loaded().kernel_threads
 
     def __enter__(self) -> TimedKernels:
-        split = self._threads.split
+        run = self._threads.run
 
         def timed(*arguments: Any, **named: Any) -> None:
             started = time.perf_counter()
-            split(*arguments, **named)
+            run(*arguments, **named)
             self.seconds += time.perf_counter() - started
 
-        self._threads.split = timed  # type: ignore[method-assign]
+        self._threads.run = timed  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *unused: object) -> None:
-        del self._threads.split
+        del self._threads.run
 
 
 def weights_nbytes_per_token(engine: Engine) -> int:

@@ -16,7 +16,9 @@ from edgemoe.kernels.cpu.kernel_choice import widens
 from edgemoe.kernels.cpu.packed_matrix import PackedMatrix
 from edgemoe.kernels.cpu.slot_matrix import SlotMatrix
 from edgemoe.kernels.cpu.threads import KernelThreads, at_least_torch_threads, kernels_have_the_cores
+from edgemoe.kernels.packed_layers import PackedLinear
 
+_ATTRIBUTE = "edgemoe_matrix"
 MIN_VALUES = 1 << 12
 """Values of a weight below which a GEMV kernel is no faster than PyTorch's product."""
 MIN_THREADED_NBYTES = 1 << 26
@@ -30,7 +32,17 @@ def install_gemv(model: nn.Module, threads: KernelThreads) -> None:
     """
     for module in model.modules():
         if type(module) is nn.Linear and _fits(module.weight):
-            module.forward = types.MethodType(_forward(module.weight, threads), module)  # type: ignore[method-assign]
+            matrix = _matrix(module.weight.detach())
+            module.forward = types.MethodType(_forward(module.weight, matrix, threads), module)  # type: ignore[method-assign]
+            vars(module)[_ATTRIBUTE] = matrix
+
+
+def matrix_of(linear: nn.Module) -> SlotMatrix | PackedMatrix | None:
+    """What multiplies by the weight of `linear`, where a kernel does."""
+    found: SlotMatrix | PackedMatrix | None = (
+        linear.matrix if isinstance(linear, PackedLinear) else vars(linear).get(_ATTRIBUTE)
+    )
+    return found
 
 
 def _fits(weight: torch.Tensor) -> bool:
@@ -38,9 +50,8 @@ def _fits(weight: torch.Tensor) -> bool:
     return usable and SlotMatrix.fits(weight.dtype, weight.shape[1])
 
 
-def _forward(weight: torch.Tensor, threads: KernelThreads) -> Any:
+def _forward(weight: torch.Tensor, matrix: SlotMatrix | PackedMatrix, threads: KernelThreads) -> Any:
     rows, columns = weight.shape
-    matrix = _matrix(weight.detach())
     most = matrix.max_tokens
 
     def forward(module: nn.Linear, input: torch.Tensor) -> torch.Tensor:

@@ -47,7 +47,8 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.bias = bias
         self.packed = weight
-        self._matrix: PackedMatrix | None = None
+        self.matrix: PackedMatrix | None = None
+        """What multiplies by the weight, where a kernel does."""
         self._threads: KernelThreads | None = None
 
     @property
@@ -61,7 +62,7 @@ class PackedLinear(nn.Module):
 
         kind, columns = self.packed.kind, self.in_features
         if packed_matrix.fits(kind, columns):
-            self._matrix = packed_matrix.PackedMatrix.of_views(kind, self.packed.parts, "", columns)
+            self.matrix = packed_matrix.PackedMatrix.of_views(kind, self.packed.parts, "", columns)
             self._threads = threads
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -73,7 +74,7 @@ class PackedLinear(nn.Module):
         return product.to(input.dtype).view(*input.shape[:-1], self.out_features)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
-        matrix, threads = self._matrix, self._threads
+        matrix, threads = self.matrix, self._threads
         if matrix is None or threads is None:
             few, packed = few_on_cpu(x), self.packed
             return packed_linear(x, packed.kind, packed.parts, "", self.out_features, row_by_row=few)

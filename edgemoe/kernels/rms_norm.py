@@ -20,13 +20,18 @@ MOST_DIFFERENT = 0.02
 """Of the probed bf16 values, by a last bit: another way to round changes a fifth of them."""
 
 
-class _Arithmetic(NamedTuple):
+_ATTRIBUTE = "edgemoe_norm"
+
+
+class NormArithmetic(NamedTuple):
     """What families do with the weight."""
 
     weight: torch.Tensor
     """float32 [columns]."""
     rounds: bool
     """Whether the quotient is rounded to the model's dtype before it is multiplied."""
+    epsilon: int
+    """The bits of a float32."""
 
 
 def install_rms_norm(model: nn.Module) -> None:
@@ -39,9 +44,18 @@ def install_rms_norm(model: nn.Module) -> None:
         if "RMSNorm" not in type(module).__name__ or weight is None or epsilon is None:
             continue
         if weight.dim() == 1 and weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float32):
-            forward = next(filter(lambda own: _agrees(module, own), _forwards(module, weight, epsilon)), None)
-            if forward is not None:
-                module.forward = types.MethodType(forward, module)
+            for arithmetic in _arithmetics(weight, epsilon):
+                forward = _forward(module.forward, arithmetic, weight.dtype)
+                if _agrees(module, forward):
+                    module.forward = types.MethodType(forward, module)
+                    vars(module)[_ATTRIBUTE] = arithmetic
+                    break
+
+
+def arithmetic_of(norm: nn.Module) -> NormArithmetic | None:
+    """What `norm` computes; None where `install_rms_norm` has found no kernel."""
+    found: NormArithmetic | None = vars(norm).get(_ATTRIBUTE)
+    return found
 
 
 def _epsilon(module: nn.Module) -> float | None:
@@ -49,19 +63,20 @@ def _epsilon(module: nn.Module) -> float | None:
     return float(found) if isinstance(found, (int, float)) else None
 
 
-def _forwards(module: nn.Module, weight: torch.Tensor, epsilon: float) -> Iterator[Callable[..., torch.Tensor]]:
-    single = weight.detach().float()
-    for arithmetic in (_Arithmetic(single, True), _Arithmetic(single, False), _Arithmetic(1 + single, False)):
-        yield _forward(module.forward, arithmetic, weight.dtype, epsilon)
+def _arithmetics(weight: torch.Tensor, epsilon: float) -> Iterator[NormArithmetic]:
+    single, bits = weight.detach().float(), int(np.float32(epsilon).view(np.uint32))
+    yield NormArithmetic(single, True, bits)
+    yield NormArithmetic(single, False, bits)
+    yield NormArithmetic(1 + single, False, bits)
 
 
 def _forward(
-    other: Callable[..., torch.Tensor], arithmetic: _Arithmetic, dtype: torch.dtype, epsilon: float
+    other: Callable[..., torch.Tensor], arithmetic: NormArithmetic, dtype: torch.dtype
 ) -> Callable[..., torch.Tensor]:
     from edgemoe.kernels.cpu import row_kernels
 
     run = (row_kernels.rms_norm_bf16 if dtype is torch.bfloat16 else row_kernels.rms_norm_f32).call
-    weight, small, columns = arithmetic.weight, int(np.float32(epsilon).view(np.uint32)), len(arithmetic.weight)
+    (weight, rounds, epsilon), columns = arithmetic, len(arithmetic.weight)
 
     def forward(module: nn.Module, hidden_states: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
         known = hidden_states.dtype is dtype and hidden_states.shape[-1] == columns and not others and not named
@@ -70,7 +85,7 @@ def _forward(
         x = hidden_states.contiguous()
         out = torch.empty_like(x)
         step = columns * x.element_size()
-        words = (x.data_ptr(), step, out.data_ptr(), columns, weight.data_ptr(), small, int(arithmetic.rounds))
+        words = (x.data_ptr(), step, out.data_ptr(), columns, weight.data_ptr(), epsilon, int(rounds))
         job = Job(words, (x, out))
         run(job.address, 0, 0, x.numel() // columns)
         return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,7 +39,21 @@ def gathered(x: torch.Tensor, places: list[int], dtype: torch.dtype) -> tuple[to
     return out, [Step(kernel, Job(words, (values, index, out)), len(places), out.nbytes)]
 
 
-def scattered(x: torch.Tensor, places: list[int], out: torch.Tensor) -> list[Step]:
+def widened(x: torch.Tensor) -> tuple[torch.Tensor, list[Step]]:
+    """`x`, contiguous [rows, columns] that earlier steps write, as float32, and the steps that write it."""
+    # Imported late: importing numba is slow.
+    from edgemoe.kernels.cpu import row_kernels
+    from edgemoe.kernels.cpu.program import Step
+
+    if x.dtype is torch.float32:
+        return x, []
+    rows, columns = x.shape
+    index, out = np.arange(rows), torch.empty(rows, columns)
+    words = row_kernels.Words(x.data_ptr(), 2 * columns, out.data_ptr(), columns, address(index))
+    return out, [Step(row_kernels.gather_widened, Job(words, (x, index, out)), rows, out.nbytes)]
+
+
+def scattered(x: torch.Tensor, places: Sequence[int], out: torch.Tensor) -> list[Step]:
     """The steps that write the rows of `x`, float32 [places, columns], to those of `out` at `places`.
 
     `out` is contiguous, [rows, columns] of bf16 or float32.

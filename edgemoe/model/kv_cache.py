@@ -32,13 +32,19 @@ class GrowingLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends [batch, heads, new tokens, width] and returns views of all keys and values."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
         past = self.get_seq_length()
-        total = past + key_states.shape[-2]
-        keys, values = self._reserve(key_states, value_states, past, total)
-        keys[..., past:total, :] = key_states
-        values[..., past:total, :] = value_states
+        keys, values = self.extend(key_states, value_states)
+        keys[..., past:, :] = key_states
+        values[..., past:, :] = value_states
+        return keys, values
+
+    def extend(self, like_keys: torch.Tensor, like_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `update` with what is in the new rows left to the caller; the arguments give shapes and dtypes alone."""
+        if not self.is_initialized:
+            self.lazy_initialization(like_keys, like_values)
+        past = self.get_seq_length()
+        total = past + like_keys.shape[-2]
+        keys, values = self._reserve(like_keys, like_values, past, total)
         self.keys, self.values = keys[..., :total, :], values[..., :total, :]
         return self.keys, self.values
 

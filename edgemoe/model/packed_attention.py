@@ -63,7 +63,8 @@ class PackedAttention:
         `threads` run kernels; PyTorch gets as many for long rows, in passes in which kernels have the cores otherwise.
         """
         self._threads = threads
-        self._rows: Sequence[Row] = ()
+        self.rows: Sequence[Row] = ()
+        """Of the pass under way."""
         self._masks: dict[object, torch.Tensor] = {}
         self._seen: dict[object, SeenKeys] = {}
         self._configs = configs_of(model)
@@ -73,12 +74,12 @@ class PackedAttention:
     @property
     def batch_invariant(self) -> bool:
         """Whether the pass under way has several tokens, and some row asks for the bits of single steps."""
-        return bool(self._rows) and self._rows[-1].last > 1 and any(row.batch_invariant for row in self._rows)
+        return bool(self.rows) and self.rows[-1].last > 1 and any(row.batch_invariant for row in self.rows)
 
     @contextmanager
     def running(self, rows: Sequence[Row]) -> Iterator[None]:
         """In the block the model's attention works on `rows`; afterwards its configurations are as they were."""
-        self._rows = rows
+        self.rows = rows
         try:
             for config in self._configs:
                 config._attn_implementation = NAME
@@ -87,9 +88,18 @@ class PackedAttention:
             # Outer configurations come first: setting one sets the inner ones, which are then set again.
             for config, base in zip(self._configs, self._bases, strict=True):
                 config._attn_implementation = base
-            self._rows = ()
+            self.rows = ()
             self._masks.clear()
             self._seen.clear()
+
+    def running_alone(self, kv: DynamicCache, tokens: int) -> AbstractContextManager[None]:
+        """As `running` for one sequence with new tokens, each with the bits of a step of its own."""
+        return self.running([Row(kv, 0, tokens, None, batch_invariant=True)])
+
+    def is_plain(self, module: Any) -> bool:
+        """Whether nothing is added to the scores of an attention module's base, so that kernels may compute it."""
+        attached = vars(module).get(_ATTRIBUTE)
+        return attached is not None and not attached.additive
 
     def _attach(self, model: Any) -> bool:
         kinds = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or KINDS)
@@ -106,7 +116,7 @@ class PackedAttention:
     def attend(self, module: Any, query: Any, key: Any, value: Any, attached: _Attached, options: Any) -> torch.Tensor:
         """See `attend`."""
         outputs = []
-        for row in self._rows:
+        for row in self.rows:
             first, last = row.first, row.last
             keys, values = row.kv.update(key[:, :, first:last], value[:, :, first:last], module.layer_idx)
             layer = row.kv.layers[module.layer_idx]
@@ -132,7 +142,7 @@ class PackedAttention:
         options: Any,
     ) -> torch.Tensor:
         """The attention of each token as it is in a step of its own."""
-        seen = self._seen_keys(row, keys.shape[-2], window)
+        seen = self.seen_keys(row, keys.shape[-2], window)
         plain = not attached.additive and options.get("position_bias") is None
         if plain and attention.fits(query, keys, values):
             return attention.attend(self._threads, query, keys, values, seen, options.get("scaling"))
@@ -164,7 +174,7 @@ class PackedAttention:
             self._masks[key] = (additive_mask(visible, keys.dtype) if additive else visible)[None, None]
         return self._masks[key]
 
-    def _seen_keys(self, row: Row, count: int, window: int | None) -> SeenKeys:
+    def seen_keys(self, row: Row, count: int, window: int | None) -> SeenKeys:
         """Which of the last `count` keys each token of `row` attends to."""
         key = (row.first, count, window)
         if key not in self._seen:

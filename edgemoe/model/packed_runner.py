@@ -9,6 +9,7 @@ import torch
 
 from edgemoe.errors import is_device_or_memory_error
 from edgemoe.kernels import batch_invariant_linear
+from edgemoe.model import fused_attention
 from edgemoe.model.packed_attention import MIN_THREADED_PAIRS, PackedAttention, Row
 from edgemoe.model.sequential_runner import PROBE_TOKENS, PassInput, SequentialRunner
 from edgemoe.quiet import quiet_transformers
@@ -25,6 +26,7 @@ class PackedRunner:
         self._attention = packed if packed is not None and packed.attached else None
         if self._attention is not None:
             batch_invariant_linear.install_batch_invariance(runner.model, partial(_batch_invariant, self._attention))
+            fused_attention.install(runner.model, self._attention, runner.kernel_threads)
         self.works = self._attention is not None and self._agrees()
 
     def run(self, inputs: Sequence[PassInput]) -> list[torch.Tensor]:

@@ -78,7 +78,8 @@ def test_a_thread_that_comes_late_finds_nothing_to_do() -> None:
 
 
 def test_a_slow_thread_is_waited_for() -> None:
-    threads, done = KernelThreads(2), set()
+    threads = KernelThreads(2)
+    done: set[int] = set()
 
     def run(first: int, last: int) -> None:
         time.sleep(0.2 if threading.current_thread() is not threading.main_thread() else 0.01)

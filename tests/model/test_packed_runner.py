@@ -170,7 +170,7 @@ def test_an_error_leaves_no_trace_either(zoo: Zoo) -> None:
             packed.run(works([runner.start(8), broken], [[5, 6], [7]]))
         assert implementations(own.model) == before
         assert packed._attention is not None
-        assert packed._attention._rows == ()
+        assert packed._attention.rows == ()
         assert packed._attention._masks == {}
         assert torch.equal(own.logits(PROMPT), alone)
         assert_steps_equal_the_reference(own, ROUNDS[:2], 1e-4)

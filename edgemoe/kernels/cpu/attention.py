@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from edgemoe.kernels.cpu.arrays import Job, address
 from edgemoe.kernels.cpu.threads import KernelThreads, kernels_have_the_cores
+
+if TYPE_CHECKING:
+    from edgemoe.kernels.cpu.program import Step
 
 DTYPES = (torch.bfloat16, torch.float32)
 REGISTER = 16
@@ -88,6 +91,22 @@ def attend(
     `query` is [1, heads, tokens, width]; the others have as many heads, or a divisor of them, each for as many adjacent
     heads of the query. `fits` must hold. `scaling` is 1 / sqrt(width) where it is None.
     """
+    out = query.new_empty(1, query.shape[2], query.shape[1], values.shape[-1])
+    step = attention_step(query, keys, values, seen, scaling, out)
+    # Where PyTorch has several threads, they have the other cores.
+    threads.run([step], alone=not kernels_have_the_cores(threads))
+    return out
+
+
+def attention_step(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    seen: SeenKeys,
+    scaling: float | None,
+    out: torch.Tensor,
+) -> Step:
+    """The step that writes the result of `attend` to `out`; the others may be written by earlier steps."""
     # Imported late: importing numba is slow.
     from edgemoe.kernels.cpu.attention_kernels import Words, attend_bf16, attend_f32
     from edgemoe.kernels.cpu.program import Step
@@ -95,7 +114,6 @@ def attend(
     _, heads, tokens, width = query.shape
     groups, depth, nbytes = keys.shape[1], values.shape[-1], query.element_size()
     group = heads // groups
-    out = query.new_empty(1, tokens, heads, depth)
     padded = -(-seen.most // REGISTER) * REGISTER
     steps = [step * nbytes for each in (query, keys, values, out.transpose(1, 2)) for step in each.stride()[1:3]]
     scale = np.float32(width**-0.5 if scaling is None else scaling)
@@ -105,9 +123,6 @@ def attend(
     ])  # fmt: skip
     job = Job(words, (query, keys, values, seen, out))
     kernel = attend_bf16 if query.dtype is torch.bfloat16 else attend_f32
-    # With several query heads a key, multiplying takes longer than reading. Where PyTorch has several threads, they
-    # have the other cores.
+    # With several query heads a key, multiplying takes longer than reading.
     read = seen.total * groups * (width + depth) * nbytes * max(1, group // 2)
-    step = Step(kernel, job, groups * tokens, read, scratch_nbytes=4 * group * (padded + width))
-    threads.run([step], alone=not kernels_have_the_cores(threads))
-    return out
+    return Step(kernel, job, groups * tokens, read, scratch_nbytes=4 * group * (padded + width))

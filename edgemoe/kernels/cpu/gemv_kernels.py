@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import carray, types
+from numba import carray, types  # type: ignore[attr-defined]
 from numba.extending import overload
 
 from edgemoe.cache.compiled import Native, compiled

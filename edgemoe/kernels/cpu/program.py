@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -105,7 +106,7 @@ class _Emitter:
             # What is still there, no thread has begun, nor will it.
             left = builder.atomic_rmw("xchg", self._word(each, PENDING), WORD(0), "seq_cst")
             with builder.if_then(builder.icmp_signed("!=", left, program)):
-                self._wait(self._word(each, RUNNING), lambda found: builder.icmp_signed("==", found, WORD(0)), give_way)
+                self._wait(self._word(each, RUNNING), partial(builder.icmp_signed, "==", WORD(0)), give_way)
 
     def serve(self, mailbox: Any) -> None:
         """See `Mailbox.serve`."""
@@ -140,7 +141,7 @@ class _Emitter:
             kernel, job, rows, share = load_words(builder, step, 4)
             done = self._word(step, 5)
             self._work(kernel, (job, own), rows, share, self._word(step, 4), done)
-            self._wait(done, lambda found, rows=rows: builder.icmp_signed(">=", found, rows), give_way)
+            self._wait(done, partial(builder.icmp_signed, "<=", rows), give_way)
 
     def _work(self, kernel: Any, arguments: tuple[Any, Any], rows: Any, share: Any, taken: Any, done: Any) -> None:
         """Shares of one step, until none is left."""

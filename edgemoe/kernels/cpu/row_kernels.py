@@ -8,19 +8,19 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import carray, types
+from numba import carray, types  # type: ignore[attr-defined]
 
 from edgemoe.cache.compiled import Native, compiled
 from edgemoe.kernels.cpu.vector_ir import EXPONENTIAL, SMALLEST, pointer_to
 
 # Nothing is contracted: LLVM makes several versions of a loop, and might do it in some of them alone.
-_in_order: dict[str, Any] = {
+in_order: dict[str, Any] = {
     "nogil": True,
     "fastmath": {"nsz"},
     "boundscheck": False,
     "error_model": "numpy",
 }
-_sums = _in_order | {"fastmath": {"reassoc", "contract", "nsz"}}
+_sums = in_order | {"fastmath": {"reassoc", "contract", "nsz"}}
 
 
 _words, _bf16, _f32 = pointer_to(types.int64), pointer_to(types.uint16), pointer_to(types.float32)
@@ -55,7 +55,7 @@ def rms_norm_bf16(job, scratch, first, last):  # type: ignore[no-untyped-def]
     weight = carray(_f32(of[4]), columns)
     for r in range(first, last):
         x, out = carray(_bf16(of[0] + r * of[1]), columns), carray(_bf16(of[2] + 2 * r * columns), columns)
-        _norm_bf16(x, weight, epsilon, of[6] != 0, out)
+        norm_bf16(x, weight, epsilon, of[6] != 0, out)
 
 
 @Native
@@ -66,7 +66,7 @@ def rms_norm_f32(job, scratch, first, last):  # type: ignore[no-untyped-def]
     weight = carray(_f32(of[4]), columns)
     for r in range(first, last):
         x, out = carray(_f32(of[0] + r * of[1]), columns), carray(_f32(of[2] + 4 * r * columns), columns)
-        _norm_f32(x, weight, epsilon, out)
+        norm_f32(x, weight, epsilon, out)
 
 
 @Native
@@ -157,7 +157,7 @@ def weighted_sum_bf16(job, scratch, first, last):  # type: ignore[no-untyped-def
         _clear(total)
         weights = carray(_bf16(of[4] + 2 * r * count), count)
         for k in range(count):
-            _add_rounded(carray(_bf16(of[0] + (r * count + k) * of[1]), columns), _widened(weights[k]), total)
+            _add_rounded(carray(_bf16(of[0] + (r * count + k) * of[1]), columns), widened(weights[k]), total)
         _round_all(total, carray(_bf16(of[2] + 2 * r * columns), columns))
 
 
@@ -189,22 +189,24 @@ def weighted_sum_f32(job, scratch, first, last):  # type: ignore[no-untyped-def]
 
 
 @compiled(**_sums)
-def _norm_bf16(x, weight, epsilon, rounds, out):  # type: ignore[no-untyped-def]
+def norm_bf16(x, weight, epsilon, rounds, out):  # type: ignore[no-untyped-def]
+    """`rms_norm_bf16` of one row, as arrays."""
     columns = len(x)
     total = np.float32(0)
     for c in range(columns):
-        value = _widened(x[c])
+        value = widened(x[c])
         total += value * value
     scale = np.float32(1) / np.sqrt(total / np.float32(columns) + epsilon)
     for c in range(columns):
-        value = _widened(x[c]) * scale
+        value = widened(x[c]) * scale
         if rounds:
             value = nearest_bf16(value)
         out[c] = np.uint16(rounded_to_bf16(value * weight[c]))
 
 
 @compiled(**_sums)
-def _norm_f32(x, weight, epsilon, out):  # type: ignore[no-untyped-def]
+def norm_f32(x, weight, epsilon, out):  # type: ignore[no-untyped-def]
+    """`rms_norm_f32` of one row, as arrays."""
     columns = len(x)
     total = np.float32(0)
     for c in range(columns):
@@ -214,83 +216,83 @@ def _norm_f32(x, weight, epsilon, out):  # type: ignore[no-untyped-def]
         out[c] = x[c] * scale * weight[c]
 
 
-@compiled(**_in_order)
+@compiled(**in_order)
 def _gate_f32(gates, ups, out):  # type: ignore[no-untyped-def]
     for c in range(len(out)):
         out[c] = gates[c] * _sigmoid(gates[c]) * ups[c]
 
 
-@compiled(**_in_order)
+@compiled(**in_order)
 def _gate_bf16(gates, ups, out):  # type: ignore[no-untyped-def]
     for c in range(len(out)):
         gate, up = nearest_bf16(gates[c]), nearest_bf16(ups[c])
         out[c] = np.uint16(rounded_to_bf16(nearest_bf16(gate * _sigmoid(gate)) * up))
 
 
-@compiled(**_in_order)
+@compiled(**in_order)
 def _gate_rounded(gates, ups, out):  # type: ignore[no-untyped-def]
     for c in range(len(out)):
         gate, up = nearest_bf16(gates[c]), nearest_bf16(ups[c])
         out[c] = nearest_bf16(nearest_bf16(gate * _sigmoid(gate)) * up)
 
 
-@compiled(**_in_order)
+@compiled(**in_order)
 def _halves(x, columns):  # type: ignore[no-untyped-def]
     """The first `columns` values of `x`, and the others."""
     return x[:columns], x[columns:]
 
 
-@compiled(**_in_order)
+@compiled(**in_order)
 def _clear(values):  # type: ignore[no-untyped-def]
     # numba loses assignments of a number to a slice of an array that is made of an address.
     for c in range(len(values)):
         values[c] = np.float32(0)
 
 
-@compiled(**_in_order)
+@compiled(**in_order)
 def _add_rounded(x, weight, total):  # type: ignore[no-untyped-def]
     for c in range(len(total)):
-        total[c] += nearest_bf16(_widened(x[c]) * weight)
+        total[c] += nearest_bf16(widened(x[c]) * weight)
 
 
-@compiled(**_in_order)
+@compiled(**in_order)
 def _add_bf16(x, weight, total):  # type: ignore[no-untyped-def]
     for c in range(len(total)):
-        total[c] += _widened(x[c]) * weight
+        total[c] += widened(x[c]) * weight
 
 
-@compiled(**_in_order)
+@compiled(**in_order)
 def _add_f32(x, weight, total):  # type: ignore[no-untyped-def]
     for c in range(len(total)):
         total[c] += x[c] * weight
 
 
-@compiled(**_in_order)
+@compiled(**in_order)
 def _round_all(values, out):  # type: ignore[no-untyped-def]
     for c in range(len(out)):
         out[c] = np.uint16(rounded_to_bf16(values[c]))
 
 
-@compiled(**_in_order)
+@compiled(**in_order)
 def _widen_all(values, out):  # type: ignore[no-untyped-def]
     for c in range(len(out)):
-        out[c] = _widened(values[c])
+        out[c] = widened(values[c])
 
 
-@compiled(**_in_order)
-def _widened(value):  # type: ignore[no-untyped-def]
+@compiled(**in_order)
+def widened(value):  # type: ignore[no-untyped-def]
     """A bf16, as uint16, as float32."""
     return np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
 
 
-@compiled(**_in_order)
+@compiled(**in_order)
 def _sigmoid(x):  # type: ignore[no-untyped-def]
     """1 / (1 + e to the power of -x), by an exponential that is never large."""
     small = exponential(-abs(x))
     return (np.float32(1) if x >= np.float32(0) else small) / (np.float32(1) + small)
 
 
-@compiled(**_in_order)
+@compiled(**in_order)
 def rounded_to_bf16(value):  # type: ignore[no-untyped-def]
     """The bits of the bf16 next to the float32 `value`, ties to even; a NaN stays one."""
     bits = np.float32(value).view(np.uint32)
@@ -299,13 +301,13 @@ def rounded_to_bf16(value):  # type: ignore[no-untyped-def]
     return np.uint32((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
-@compiled(**_in_order)
+@compiled(**in_order)
 def nearest_bf16(value):  # type: ignore[no-untyped-def]
     """The bf16 next to a float32, as a float32."""
     return np.uint32(rounded_to_bf16(value) << np.uint32(16)).view(np.float32)
 
 
-@compiled(**_in_order)
+@compiled(**in_order)
 def exponential(x):  # type: ignore[no-untyped-def]
     """As `vector_ir.exponential`, of one float32."""
     x = max(x, np.float32(SMALLEST))

@@ -72,11 +72,11 @@ def pointer_to(kind: Any) -> Callable[[int], Any]:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
-    @intrinsic
     def pointer(typing_context: Any, address: Any) -> Any:
         return types.CPointer(kind)(address), generate
 
-    return pointer  # type: ignore[no-any-return]
+    made: Callable[[int], Any] = intrinsic(pointer)  # type: ignore[assignment]
+    return made
 
 
 def load_words(builder: Any, address: Any, count: int) -> list[Any]:

@@ -1,0 +1,241 @@
+"""The attention module of a layer as one program: projections, norms, rotary position embedding, KV cache, attention.
+
+In PyTorch these are seven modules and some fifty operations, which for one token take longer than its products. A
+module is fused only where its program gives the bits of its own forward.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from edgemoe.errors import is_device_or_memory_error
+from edgemoe.kernels.batch_invariant_linear import matrix_of
+from edgemoe.kernels.cpu.arrays import Groups, Job, address
+from edgemoe.kernels.cpu.attention import DTYPES, REGISTER, attention_step
+from edgemoe.kernels.cpu.packed_matrix import PackedMatrix
+from edgemoe.kernels.cpu.slot_matrix import SlotMatrix
+from edgemoe.kernels.cpu.threads import KernelThreads, kernels_have_the_cores, torch_threads
+from edgemoe.kernels.rms_norm import NormArithmetic, arithmetic_of
+from edgemoe.kernels.row_linear import BATCH_INVARIANT_TOKENS
+from edgemoe.kernels.rows import scattered, widened
+from edgemoe.model.kv_cache import GrowingLayer, SequenceCache
+
+if TYPE_CHECKING:
+    from edgemoe.kernels.cpu.program import Step
+    from edgemoe.model.packed_attention import PackedAttention, Row
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+NORMS = ("q_norm", "k_norm")
+PROBES = (1, 3)
+"""Tokens of the passes that a module is tried with, one after the other."""
+
+
+class _Parts(NamedTuple):
+    """What an attention module of the usual form consists of."""
+
+    matrices: Sequence[SlotMatrix | PackedMatrix]
+    """Of the `PROJECTIONS`."""
+    biases: Sequence[torch.Tensor | None]
+    """Float32, of queries, keys and values."""
+    norms: Sequence[NormArithmetic | None]
+    """Of a head of queries, and of keys."""
+    queries: int
+    keys: int
+    """Heads."""
+    width: int
+    hidden: int
+    scaling: float | None
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _Parts | None:
+        """Those of `module`; None where it has others, or one without a kernel."""
+        children: dict[str, Any] = dict(module.named_children())
+        width = getattr(module, "head_dim", None)
+        usual = set(PROJECTIONS) <= set(children) <= {*PROJECTIONS, *NORMS} and children["o_proj"].bias is None
+        if not usual or list(module.parameters(recurse=False)) or not isinstance(width, int) or width % REGISTER:
+            return None
+        matrices = [each for name in PROJECTIONS if (each := matrix_of(children[name])) and not each.interleaved]
+        norms = [arithmetic_of(children[name]) if name in children else None for name in NORMS]
+        known = [norm for norm in norms if norm is not None and len(norm.weight) == width]
+        if len(matrices) < len(PROJECTIONS) or len(known) + len(PROJECTIONS) < len(children):
+            return None
+        *rows, hidden = (int(children[name].out_features) for name in PROJECTIONS)
+        queries, keys, values = (count // width for count in rows)
+        whole = keys == values and all(count % width == 0 for count in rows) and queries % keys == 0
+        if not whole or len({norm.rounds for norm in known}) > 1:
+            return None
+        added = [children[name].bias for name in PROJECTIONS[:3]]
+        biases = [None if bias is None else bias.detach().float() for bias in added]
+        return cls(matrices, biases, norms, queries, keys, width, hidden, getattr(module, "scaling", None))
+
+
+class FusedAttention:
+    """The program of one attention module."""
+
+    def __init__(self, packed: PackedAttention, parts: _Parts, threads: KernelThreads, layer: int) -> None:
+        self.packed = packed
+        self.parts = parts
+        self._threads = threads
+        self._layer = layer
+
+    def fits(self, hidden: torch.Tensor, position_embeddings: Any) -> bool:
+        """Whether a pass with these is one for the program."""
+        if not isinstance(position_embeddings, tuple) or not kernels_have_the_cores(self._threads):
+            return False
+        rows = self.packed.rows
+        if not rows or hidden.dim() != 3 or not hidden.shape[1] == rows[-1].last <= BATCH_INVARIANT_TOKENS:
+            return False
+        factors = [each for each in position_embeddings if isinstance(each, torch.Tensor)]
+        tokens, width = hidden.shape[1], self.parts.width
+        last = self.parts.matrices[3].inputs
+        rotating = (
+            last in (hidden.dtype, torch.float32)
+            and len(factors) == 2
+            and all(
+                each.dtype is hidden.dtype and each.shape[:-1] == (1, tokens) and 0 < each.shape[-1] <= width
+                for each in factors
+            )
+        )
+        return rotating and hidden.dtype in DTYPES and all(self._takes(row) for row in rows)
+
+    def _takes(self, row: Row) -> bool:
+        return type(row.kv.layers[self._layer]) is GrowingLayer and (row.batch_invariant or row.last - row.first == 1)
+
+    def run(self, hidden: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """The module's output for `hidden`, [1, tokens, hidden size]. Appends to the KV cache of every row."""
+        parts, tokens = self.parts, hidden.shape[1]
+        flat = hidden.reshape(tokens, -1)
+        every, steps = Groups.of_one(tokens), []
+        products = []
+        for matrix in parts.matrices[:3]:
+            out, own = matrix.product(every, flat.to(matrix.inputs).contiguous())
+            products.append(out)
+            steps += own
+        query = hidden.new_empty(tokens, parts.queries, parts.width)
+        seen = self._extend(query)
+        steps.append(self._heads(products, query, seen, position_embeddings))
+        out = torch.empty_like(query)
+        for row, (keys, values) in zip(self.packed.rows, seen, strict=True):
+            own_query = query[None, row.first : row.last].transpose(1, 2)
+            places = self.packed.seen_keys(row, keys.shape[-2], None)
+            own_out = out[None, row.first : row.last]
+            steps.append(attention_step(own_query, keys, values, places, parts.scaling, own_out))
+        matrix = parts.matrices[3]
+        x, own = (out.view(tokens, -1), []) if matrix.inputs is out.dtype else widened(out.view(tokens, -1))
+        product, multiplying = matrix.product(every, x)
+        result = hidden.new_empty(1, tokens, parts.hidden)
+        self._threads.run([*steps, *own, *multiplying, *scattered(product, range(tokens), result[0])])
+        return result
+
+    def _extend(self, query: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """All keys and values of each row, of which the new ones are not written yet."""
+        found = []
+        for row in self.packed.rows:
+            like = query.new_empty(1, self.parts.keys, row.last - row.first, self.parts.width)
+            layer = row.kv.layers[self._layer]
+            assert isinstance(layer, GrowingLayer)
+            found.append(layer.extend(like, like))
+        return found
+
+    def _heads(
+        self,
+        products: Sequence[torch.Tensor],
+        query: torch.Tensor,
+        caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    ) -> Step:
+        """The step from `products` to `query` and to the new rows of the KV caches."""
+        # Imported late: importing numba is slow.
+        from edgemoe.kernels.cpu.head_kernels import heads_bf16, heads_f32
+        from edgemoe.kernels.cpu.program import Step
+
+        parts, (tokens, queries, width) = self.parts, query.shape
+        cosines, sines = (each.contiguous() for each in position_embeddings)
+        places, size = self._places(caches), query.element_size()
+        rounds = any(norm.rounds for norm in parts.norms if norm is not None)
+        words = [
+            address(places), queries, parts.keys, width, width, query.data_ptr(), width * size,
+            cosines.shape[-1], cosines.data_ptr(), sines.data_ptr(), int(rounds),
+        ]  # fmt: skip
+        for product, bias, norm in zip(products, parts.biases, (*parts.norms, None), strict=True):
+            words += [product.data_ptr(), 4 * product.stride(0), 0 if bias is None else bias.data_ptr()]
+            words += [0, 0] if norm is None else [norm.weight.data_ptr(), norm.epsilon]
+        job = Job(words, (products, query, caches, cosines, sines, places, parts))
+        kernel = heads_bf16 if query.dtype is torch.bfloat16 else heads_f32
+        heads = queries + 2 * parts.keys
+        return Step(kernel, job, tokens * heads, 4 * tokens * heads * width, scratch_nbytes=2 * width * size)
+
+    def _places(self, caches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Any:
+        """Where each token's keys and values go, int64 [tokens, 4]: see `head_kernels.PLACE`."""
+        found = []
+        for row, both in zip(self.packed.rows, caches, strict=True):
+            new = row.last - row.first
+            for token in range(new):
+                for each in both:
+                    _, step, between, _ = each.stride()
+                    place = each.shape[2] - new + token
+                    found += [each.data_ptr() + place * between * each.element_size(), step * each.element_size()]
+        return np.array(found, np.int64)
+
+
+def install(model: nn.Module, packed: PackedAttention, threads: KernelThreads) -> None:
+    """Replaces the forward of each attention module of `model` that can be fused, for passes of few tokens on a CPU."""
+    tried: dict[object, bool] = {}
+    layers = SequenceCache.empty(model, 1).kv.layers
+    for module in model.modules():
+        layer = getattr(module, "layer_idx", None)
+        grows = isinstance(layer, int) and layer < len(layers) and type(layers[layer]) is GrowingLayer
+        parts = _Parts.of(module) if grows and packed.is_plain(module) else None
+        if parts is None or not isinstance(layer, int):
+            continue
+        fused = FusedAttention(packed, parts, threads, layer)
+        # Modules of one class and shape differ in their weights alone.
+        kind = (type(module), parts.queries, parts.keys, parts.width, parts.hidden, parts.scaling)
+        if kind not in tried:
+            tried[kind] = _agrees(model, module, fused)
+        if tried[kind]:
+            vars(module)["forward"] = types.MethodType(_forward(module.forward, fused), module)
+
+
+def _forward(other: Any, fused: FusedAttention) -> Any:
+    def forward(
+        module: nn.Module, hidden_states: torch.Tensor, *others: Any, position_embeddings: Any = None, **named: Any
+    ) -> Any:
+        if others or not fused.fits(hidden_states, position_embeddings):
+            return other(hidden_states, *others, position_embeddings=position_embeddings, **named)
+        return fused.run(hidden_states, position_embeddings), None
+
+    return forward
+
+
+def _agrees(model: Any, module: Any, fused: FusedAttention) -> bool:
+    """Whether `fused` gives the bits of the module's own forward, for a token and for several after it."""
+    parts, packed, dtype = fused.parts, fused.packed, model.dtype
+    generator = torch.Generator().manual_seed(0)
+    caches = [SequenceCache.empty(model, sum(PROBES)).kv for _ in range(2)]
+    with torch.inference_mode(), torch_threads(1):
+        for tokens in PROBES:
+            hidden = torch.randn(1, tokens, parts.hidden, generator=generator).to(dtype)
+            angles = torch.randn(1, tokens, parts.width // 2, generator=generator).repeat(1, 1, 2)
+            turning = angles.cos().to(dtype), angles.sin().to(dtype)
+            try:
+                with packed.running_alone(caches[0], tokens):
+                    expected = module.forward(hidden, position_embeddings=turning, attention_mask=None)
+                with packed.running_alone(caches[1], tokens):
+                    if not fused.fits(hidden, turning):
+                        return False
+                    found = fused.run(hidden, turning)
+            except Exception as error:
+                if is_device_or_memory_error(error):
+                    raise
+                # The family's forward was not written for such a call.
+                return False
+            if len(expected) != 2 or not torch.equal(expected[0], found):
+                return False
+    return True
