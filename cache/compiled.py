@@ -14,7 +14,7 @@ from numba import njit, types
 from numba.core.caching import IndexDataCacheFile
 from numba.core.ccallback import CFunc
 
-GENERATORS = ("edgemoe.kernels.cpu", "edgemoe.formats")
+GENERATORS = ("edgemoe.kernels.cpu", "edgemoe.kernels.cpu.packed", "edgemoe.formats")
 """Packages whose modules write the code that others compile, or hold its tables."""
 
 

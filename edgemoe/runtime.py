@@ -27,8 +27,8 @@ from edgemoe.experts.expert_predictor import ExpertPredictor
 from edgemoe.experts.lookahead import Lookahead
 from edgemoe.formats.float_format import FloatFormat
 from edgemoe.kernels import batch_invariant_linear, rms_norm
-from edgemoe.kernels.cpu import packed_matrix
-from edgemoe.kernels.cpu.packed_matrix import PackedMatrix
+from edgemoe.kernels.cpu.packed import packed_matrix
+from edgemoe.kernels.cpu.packed.packed_matrix import PackedMatrix
 from edgemoe.kernels.cpu.threads import KernelThreads
 from edgemoe.kernels.packed_layers import PackedLinear
 from edgemoe.model.sequential_runner import SequentialRunner

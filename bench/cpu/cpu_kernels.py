@@ -24,7 +24,7 @@ from edgemoe.formats.mxfp4_format import Mxfp4Format
 from edgemoe.formats.nvfp4_format import Nvfp4Format
 from edgemoe.formats.weight_format import WeightFormat
 from edgemoe.kernels.cpu.arrays import Groups
-from edgemoe.kernels.cpu.packed_matrix import PackedMatrix
+from edgemoe.kernels.cpu.packed.packed_matrix import PackedMatrix
 from edgemoe.kernels.cpu.slot_matrix import SlotMatrix
 from edgemoe.kernels.cpu.threads import KernelThreads, torch_threads
 

@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from edgemoe.cache.slots import SlotRegion
 from edgemoe.checkpoint.experts_module import ExpertsModule
 from edgemoe.formats.float_format import FloatFormat
-from edgemoe.kernels.cpu import packed_matrix
 from edgemoe.kernels.cpu.arrays import Groups
 from edgemoe.kernels.cpu.kernel_choice import widens
-from edgemoe.kernels.cpu.packed_matrix import PackedMatrix
+from edgemoe.kernels.cpu.packed import packed_matrix
+from edgemoe.kernels.cpu.packed.packed_matrix import PackedMatrix
 from edgemoe.kernels.cpu.slot_matrix import SlotMatrix
 from edgemoe.kernels.cpu.threads import KernelThreads, kernels_have_the_cores
 from edgemoe.kernels.gated_silu import ACTIVATION_DTYPES, gated_silu, is_gated_silu

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from edgemoe.formats.float_format import FloatFormat
 from edgemoe.kernels.cpu.kernel_choice import widens
-from edgemoe.kernels.cpu.packed_matrix import PackedMatrix
+from edgemoe.kernels.cpu.packed.packed_matrix import PackedMatrix
 from edgemoe.kernels.cpu.slot_matrix import SlotMatrix
 from edgemoe.kernels.cpu.threads import KernelThreads, at_least_torch_threads, kernels_have_the_cores
 from edgemoe.kernels.packed_layers import PackedLinear

@@ -14,7 +14,7 @@ from edgemoe.kernels.packed_linear import packed_linear
 from edgemoe.kernels.row_linear import few_on_cpu
 
 if TYPE_CHECKING:
-    from edgemoe.kernels.cpu.packed_matrix import PackedMatrix
+    from edgemoe.kernels.cpu.packed.packed_matrix import PackedMatrix
 
 
 class PackedWeight:
@@ -58,7 +58,7 @@ class PackedLinear(nn.Module):
 
     def use_kernels(self, threads: KernelThreads) -> None:
         """Multiplies by CPU kernels, on `threads`, where there are any for the format."""
-        from edgemoe.kernels.cpu import packed_matrix
+        from edgemoe.kernels.cpu.packed import packed_matrix
 
         kind, columns = self.packed.kind, self.in_features
         if packed_matrix.fits(kind, columns):

@@ -18,7 +18,7 @@ from edgemoe.errors import is_device_or_memory_error
 from edgemoe.kernels.batch_invariant_linear import matrix_of
 from edgemoe.kernels.cpu.arrays import Groups, Job, address
 from edgemoe.kernels.cpu.attention import DTYPES, REGISTER, attention_step
-from edgemoe.kernels.cpu.packed_matrix import PackedMatrix
+from edgemoe.kernels.cpu.packed.packed_matrix import PackedMatrix
 from edgemoe.kernels.cpu.slot_matrix import SlotMatrix
 from edgemoe.kernels.cpu.threads import KernelThreads, kernels_have_the_cores, torch_threads
 from edgemoe.kernels.rms_norm import NormArithmetic, arithmetic_of

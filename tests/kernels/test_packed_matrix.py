@@ -13,9 +13,9 @@ from edgemoe.formats.float_format import FloatFormat
 from edgemoe.formats.made import MADE, made_format
 from edgemoe.formats.stacked_format import StackedFormat
 from edgemoe.formats.weight_format import WeightFormat
-from edgemoe.kernels.cpu import packed_matrix
 from edgemoe.kernels.cpu.arrays import Groups
-from edgemoe.kernels.cpu.packed_matrix import PackedMatrix
+from edgemoe.kernels.cpu.packed import packed_matrix
+from edgemoe.kernels.cpu.packed.packed_matrix import PackedMatrix
 from edgemoe.kernels.cpu.threads import KernelThreads
 from edgemoe.kernels.packed_layers import PackedLinear, PackedWeight
 

@@ -5,7 +5,7 @@ import torch
 
 from edgemoe import Engine, Sampling
 from edgemoe.kernels.cpu.kernel_choice import few_tokens
-from edgemoe.kernels.cpu.packed_matrix import PackedMatrix
+from edgemoe.kernels.cpu.packed.packed_matrix import PackedMatrix
 from tests.support.checkpoints import Zoo
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from edgemoe.formats.float_format import FloatFormat
-from edgemoe.kernels.cpu import packed_matrix
-from edgemoe.kernels.cpu.packed_matrix import PackedMatrix
+from edgemoe.kernels.cpu.packed import packed_matrix
+from edgemoe.kernels.cpu.packed.packed_matrix import PackedMatrix
 from edgemoe.kernels.cpu.slot_matrix import SlotMatrix
 
 USUAL_COLUMNS = 64

@@ -10,6 +10,7 @@ from llvmlite import ir
 from edgemoe.formats.codes import E2M1
 from edgemoe.formats.gguf_format import BLOCKS
 from edgemoe.kernels.cpu.dot_block import Widened
+from edgemoe.kernels.cpu.packed.widen_gguf import EMITTED, Put
 from edgemoe.kernels.cpu.vector_ir import (
     HALF,
     INT,
@@ -29,7 +30,6 @@ from edgemoe.kernels.cpu.vector_ir import (
     signed_floats,
     splat,
 )
-from edgemoe.kernels.cpu.widen_gguf import EMITTED, Put
 
 LOW_FIRST = range(0, 32, 4)
 HIGH_FIRST = (4, 0, 12, 8, 20, 16, 28, 24)

@@ -48,8 +48,8 @@ def packed_kernel(kind: WeightFormat, columns: int) -> PackedKernel | None:
     if found is None:
         return None
     # Imported late: importing numba is slow.
-    from edgemoe.kernels.cpu import packed_kernels
     from edgemoe.kernels.cpu.dot_block import Widened
+    from edgemoe.kernels.cpu.packed import packed_kernels
 
     name, parts = found
     run = getattr(packed_kernels, name, None)
@@ -160,7 +160,7 @@ class PackedMatrix:
 
         A portion is at most `PORTION` tokens.
         """
-        from edgemoe.kernels.cpu.packed_dots import tile_values
+        from edgemoe.kernels.cpu.packed.packed_dots import tile_values
 
         slots, starts = groups
         counts = starts[1:] - starts[:-1]

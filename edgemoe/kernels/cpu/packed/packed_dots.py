@@ -13,7 +13,8 @@ from typing import Any
 
 from edgemoe.kernels.cpu.cpu_features import float_lanes
 from edgemoe.kernels.cpu.dot_block import AHEAD, LINE, ROWS, WORDS, Block, Dot, Grouped, Operands, Widened
-from edgemoe.kernels.cpu.tile_block import TileBlock
+from edgemoe.kernels.cpu.packed.tile_block import TileBlock
+from edgemoe.kernels.cpu.packed.widening import Widening
 from edgemoe.kernels.cpu.vector_ir import (
     WORD,
     counting,
@@ -27,7 +28,6 @@ from edgemoe.kernels.cpu.vector_ir import (
     row_blocks,
     store,
 )
-from edgemoe.kernels.cpu.widening import Widening
 
 TILE_ROWS = {16: 6, 8: 3}
 """Rows that are widened at a time for a product with many tokens, by the lanes of a register: as there is room for."""

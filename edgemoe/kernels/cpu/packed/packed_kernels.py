@@ -7,8 +7,8 @@ of one order, that of `gemv_kernels.grouped_gemv_f32`: batch-invariant.
 from __future__ import annotations
 
 from edgemoe.cache.compiled import Native
-from edgemoe.kernels.cpu.packed_dots import packed_dots
-from edgemoe.kernels.cpu.widening import Floats, FourBits, Fp8, Gguf, GroupsOfInt4, Mxfp4, Nvfp4, RowsOfInt8
+from edgemoe.kernels.cpu.packed.packed_dots import packed_dots
+from edgemoe.kernels.cpu.packed.widening import Floats, FourBits, Fp8, Gguf, GroupsOfInt4, Mxfp4, Nvfp4, RowsOfInt8
 
 _floats_bf16 = packed_dots(Floats("bf16"))
 _floats_f16 = packed_dots(Floats("f16"))
