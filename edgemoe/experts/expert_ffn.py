@@ -30,7 +30,7 @@ from edgemoe.kernels.gated_silu import ACTIVATION_DTYPES, gated_silu, is_gated_s
 from edgemoe.kernels.packed_linear import packed_linear
 from edgemoe.kernels.row_linear import few_on_cpu, row_linear
 from edgemoe.kernels.rows import gathered, scattered
-from edgemoe.kernels.weighted_sum import fast_weighted_sum, weighted_sum
+from edgemoe.kernels.weighted_sum import fast_weighted_sum, weighted_sum, weighted_sum_step
 
 
 class TokenGroups:
@@ -46,7 +46,10 @@ class TokenGroups:
         `experts` is the number of experts in the layer: a choice beyond it names no expert.
         """
         self.hidden = hidden
+        self.weights = weights
         self.top_k = index.shape[-1]
+        self.summed: torch.Tensor | None = None
+        """The sums of all outputs times their weights, [tokens, hidden size], where experts have computed them."""
         rows: dict[int, list[int]] = {}
         for pair, expert in enumerate(self._chosen(index, weights)):
             if 0 <= expert < experts:
@@ -83,6 +86,10 @@ class TokenGroups:
     def complete(self) -> torch.Tensor:
         """The outputs of all pairs, once every expert has written its own."""
         return self.outputs
+
+    def has_all(self, rows: Sequence[int]) -> bool:
+        """Whether `rows` are all pairs."""
+        return len(rows) == self._pairs
 
     @property
     def wanted(self) -> list[int]:
@@ -166,8 +173,14 @@ class Experts(ABC):
     def compute(self, groups: TokenGroups, experts: Sequence[int], slots: Sequence[int]) -> None:
         """Writes `groups.outputs` for the pairs of `experts`, whose records are in `slots`, pinned."""
 
-    def combined(self, outputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """The sums of the tokens' experts, times their `weights`; see `weighted_sum`."""
+    def combined(self, groups: TokenGroups) -> torch.Tensor:
+        """The sums of the tokens' experts, times their weights, once every expert has written its outputs."""
+        outputs = groups.complete()
+        if getattr(self.module, "has_post_expert_norm", False):
+            outputs = self.module.post_expert_norm(outputs)
+        return self._sum(outputs, groups.weights)
+
+    def _sum(self, outputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return weighted_sum(outputs, weights)
 
     def _one(self, groups: TokenGroups, expert: int, slot: int) -> None:
@@ -254,8 +267,11 @@ class FastExperts(Experts):
             if len(groups.rows[expert]) > limit:
                 self._one(groups, expert, slot)
 
-    def combined(self, outputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def combined(self, groups: TokenGroups) -> torch.Tensor:
         """See the base class."""
+        return super().combined(groups) if groups.summed is None else groups.summed
+
+    def _sum(self, outputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return fast_weighted_sum(self._threads, outputs, weights)
 
     def _packed_linear(
@@ -283,8 +299,13 @@ class FastExperts(Experts):
         products, multiplying = up.product(matrices, chosen)
         inner, activation = gated_silu(products, hidden.dtype, down.inputs)
         outer, again = down.product(matrices, inner)
-        last = scattered(outer, rows, groups.outputs)
-        self._threads.run([*steps, *multiplying, activation, *again, *last])
+        steps += [*multiplying, activation, *again, *scattered(outer, rows, groups.outputs)]
+        if groups.has_all(rows) and not getattr(self.module, "has_post_expert_norm", False):
+            summing = weighted_sum_step(groups.outputs, groups.weights)
+            if summing is not None:
+                groups.summed, step = summing
+                steps.append(step)
+        self._threads.run(steps)
 
     def _activated(self, products: torch.Tensor, dtype: torch.dtype, owners: Sequence[int]) -> torch.Tensor:
         """What the second matrix multiplies, [pairs, columns] of `dtype`; `products` are the first one's, float32."""

@@ -50,25 +50,19 @@ class ExpertLayer:
             predict_next = partial(self._predictor.predict_next, self.number, groups.hidden, groups.top_k)
         for loan in self._cache.borrow(self.number, wanted, meanwhile=predict_next):
             self._experts.compute(groups, loan.experts, loan.slots)
-        return self._combined(groups, hidden, weights)
+        return self._experts.combined(groups).view(hidden.shape)
 
     def draft(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """As `compute` for resident experts: no load, no hit or miss counted, no use remembered."""
         groups = self._groups(hidden, index, weights)
         with self._cache.lend(self.number, groups.wanted) as loan:
             self._experts.compute(groups, loan.experts, loan.slots)
-        return self._combined(groups, hidden, weights)
+        return self._experts.combined(groups).view(hidden.shape)
 
     def _groups(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> TokenGroups:
         flat = hidden.reshape(-1, hidden.shape[-1])
         make = TokenGroups if hidden.device.type == "cpu" else SortedGroups
         return make(flat, index.reshape(len(flat), -1), weights.reshape(len(flat), -1), self._count)
-
-    def _combined(self, groups: TokenGroups, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        outputs, module = groups.complete(), self._experts.module
-        if getattr(module, "has_post_expert_norm", False):
-            outputs = module.post_expert_norm(outputs)
-        return self._experts.combined(outputs, weights.reshape(len(groups.hidden), -1)).view(hidden.shape)
 
     def compute_together(
         self, hidden: Sequence[torch.Tensor], index: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]
