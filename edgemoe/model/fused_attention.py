@@ -113,8 +113,9 @@ class FusedAttention:
         flat = hidden.reshape(tokens, -1)
         every, steps = Groups.of_one(tokens), []
         products = []
+        inputs = {dtype: flat.to(dtype).contiguous() for dtype in {matrix.inputs for matrix in parts.matrices[:3]}}
         for matrix in parts.matrices[:3]:
-            out, own = matrix.product(every, flat.to(matrix.inputs).contiguous())
+            out, own = matrix.product(every, inputs[matrix.inputs])
             products.append(out)
             steps += own
         query = hidden.new_empty(tokens, parts.queries, parts.width)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -144,6 +145,11 @@ class WindowLayer(DynamicSlidingWindowLayer):
         assert self.values is not None
         self.keys = self.keys[:, :, -self.sliding_window + 1 :, :]
         self.values = self.values[:, :, -self.sliding_window + 1 :, :]
+
+
+def cache_argument(model: Any) -> str:
+    """What the forward of `model` and its output call the KV cache, which transformers 5.24 has renamed."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def new_cache(model: Any, capacity: int) -> Any:

@@ -16,7 +16,7 @@ from edgemoe.kernels.cpu.kernel_choice import few_tokens
 from edgemoe.kernels.cpu.threads import KernelThreads, torch_threads
 from edgemoe.kernels.row_linear import BATCH_INVARIANT_TOKENS
 from edgemoe.model.draft_tree import TreeMask, additive_mask
-from edgemoe.model.kv_cache import SequenceCache, has_recurrent_state
+from edgemoe.model.kv_cache import SequenceCache, cache_argument, has_recurrent_state
 from edgemoe.model.packed_attention import MIN_THREADED_PAIRS
 from edgemoe.quiet import quiet_transformers
 
@@ -94,6 +94,7 @@ class SequentialRunner:
         self.kernel_threads = kernel_threads or KernelThreads(1)
         self._nbytes_per_token = nbytes_per_token
         self._expert_share = expert_share
+        self._cache_argument = cache_argument(model)
         self.keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
         if kernel_tokens is None:
             kernel_tokens = few_tokens(model.dtype)
@@ -132,8 +133,9 @@ class SequentialRunner:
         if inputs.tree_mask is not None:
             extra["position_ids"] = torch.tensor([inputs.positions], device=self.device)
             extra["attention_mask"] = self._masks(sequence, inputs.tree_mask)
-        output = self.model(input_ids=ids, past_key_values=sequence.kv, use_cache=True, **extra)
-        sequence.kv = output.past_key_values
+        extra[self._cache_argument] = sequence.kv
+        output = self.model(input_ids=ids, use_cache=True, **extra)
+        sequence.kv = getattr(output, self._cache_argument)
         sequence.tokens += len(inputs.tokens)
         logits = output.logits[0, -inputs.outputs :].float().cpu()
         return logits if inputs.every else logits[-1]  # type: ignore[no-any-return]

@@ -12,7 +12,7 @@ import torch
 
 from edgemoe.checkpoint.blueprint import Blueprint, build_skeleton
 from edgemoe.errors import is_device_or_memory_error
-from edgemoe.model.kv_cache import new_cache
+from edgemoe.model.kv_cache import cache_argument, new_cache
 from edgemoe.quiet import quiet_transformers
 
 PROBES = (4, 132)
@@ -66,9 +66,9 @@ def measure_kv(blueprint: Blueprint) -> KvSize:
 
 def _probe(skeleton: Any, tokens: int) -> tuple[list[tuple[int, int | None]], int]:
     """Each layer's (bytes of keys and values per token, window), and the bytes of all other states after `tokens`."""
-    cache = new_cache(skeleton, tokens)
-    ids = torch.zeros(1, tokens, dtype=torch.long)
-    cache = skeleton(input_ids=ids, past_key_values=cache, use_cache=True).past_key_values
+    name, ids = cache_argument(skeleton), torch.zeros(1, tokens, dtype=torch.long)
+    output = skeleton(input_ids=ids, use_cache=True, **{name: new_cache(skeleton, tokens)})
+    cache = getattr(output, name)
     # Some families keep states outside of the layers.
     own = {name: value for name, value in vars(cache).items() if name != "layers"}
     beside, layers = sum(tensor.nbytes for tensor in _tensors(own)), []

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
-from edgemoe.model.kv_cache import GrowingLayer, has_recurrent_state, new_cache
+from edgemoe.model.kv_cache import GrowingLayer, cache_argument, has_recurrent_state, new_cache
 from edgemoe.plan.kv_size import measure_kv
 from edgemoe.quiet import quiet_transformers
 from tests.support.checkpoints import Zoo, running
@@ -113,3 +114,9 @@ def test_the_measured_size_is_what_a_sequence_takes(family: str, tokens: int, zo
         assert size.nbytes(tokens) >= held
         window_rows = sum(each for each, window in size.layers if window is not None)
         assert size.nbytes(tokens) <= held + window_rows, "a window may keep one row less than it spans"
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_is_called_as_the_forward_calls_it(name: str) -> None:
+    forwards = {"cache": lambda input_ids, cache: None, "past_key_values": lambda input_ids, past_key_values: None}
+    assert cache_argument(SimpleNamespace(forward=forwards[name])) == name

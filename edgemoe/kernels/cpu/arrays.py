@@ -1,24 +1,14 @@
-"""Tensors on a CPU as compiled loops take them: addresses, or numpy's arrays, where bf16 is uint16."""
+"""What compiled loops take: addresses of tensors on a CPU, counts and steps, as words."""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-
-
-def flat(values: torch.Tensor) -> Any:
-    """The memory from the first to the last of `values`, with what lies between them, one-dimensional. Shared."""
-    extent = 1 + sum((size - 1) * step for size, step in zip(values.shape, values.stride(), strict=True))
-    return as_array(values.as_strided((extent,), (1,)))
-
-
-def as_array(values: torch.Tensor) -> Any:
-    """The contiguous `values`, in their shape. Shared."""
-    return values.view(torch.int16).numpy().view(np.uint16) if values.dtype is torch.bfloat16 else values.numpy()
 
 
 class Groups(NamedTuple):
@@ -29,8 +19,9 @@ class Groups(NamedTuple):
     """Arrays of int64."""
 
     @classmethod
+    @lru_cache(64)
     def of_one(cls, tokens: int) -> Groups:
-        """All tokens by the matrix of the first record."""
+        """All tokens by the matrix of the first record. Shared: not to be changed."""
         return cls(np.zeros(1, np.int64), np.array([0, tokens]))
 
 

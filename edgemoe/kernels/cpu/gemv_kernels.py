@@ -131,7 +131,7 @@ def results(pairs: int, rows: int) -> torch.Tensor:
     Its rows are padded by a cache line: `rows` is often a multiple of a power of two, and at such strides the writes of
     many pairs would compete for the same few lines of the cache.
     """
-    return torch.empty(pairs, rows + CACHE_LINE)[:, :rows]
+    return torch.empty(1, rows) if pairs == 1 else torch.empty(pairs, rows + CACHE_LINE)[:, :rows]
 
 
 class RowKernel(NamedTuple):
