@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache, cached_property
+from functools import cache
 from importlib import import_module
 from importlib.resources import files
 from typing import Any
@@ -65,10 +66,28 @@ class Native:
         """`function` has no result and raises nothing."""
         self.__doc__ = function.__doc__
         self._function = function
+        self._made: Any = None
+        self._lock = threading.Lock()
 
-    @cached_property
+    @property
     def call(self) -> Callable[..., None]:
         """The machine code, compiled or read from disk when it is first asked for."""
+        called: Callable[..., None] = self._code().ctypes
+        return called
+
+    @property
+    def address(self) -> int:
+        """Of the machine code."""
+        return int(self._code().address)
+
+    def _code(self) -> Any:
+        # One for all threads: what is compiled twice would be freed once, under those who run it.
+        with self._lock:
+            if self._made is None:
+                self._made = self._compiled()
+            return self._made
+
+    def _compiled(self) -> Any:
         arguments = (types.int64,) * self._function.__code__.co_argcount
         made: Any = CFunc(self._function, (arguments, types.void), {}, {"error_model": "numpy"})
         # Where numba finds no folder, every process compiles anew.
@@ -76,16 +95,7 @@ class Native:
             made.enable_caching()
             _key(made._cache)
         made.compile()
-        # The code is there as long as this object is.
-        self._made = made
-        called: Callable[..., None] = made.ctypes
-        return called
-
-    @property
-    def address(self) -> int:
-        """Of the machine code."""
-        _ = self.call
-        return int(self._made.address)
+        return made
 
 
 @cache
