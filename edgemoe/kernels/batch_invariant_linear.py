@@ -96,9 +96,12 @@ class BatchInvariantMode(TorchFunctionMode):
         if not args or func not in BY_TOKENS:
             return func(*args, **kwargs)
         input, *others = args
-        # [tokens, ...], or [1, tokens, ...]: a token has the shape of the only one of a pass.
+        # [tokens, ...], or [1, tokens, ...].
         dim = 1 if input.dim() > 2 and len(input) == 1 else 0
-        return torch.cat([func(token, *others, **kwargs) for token in input.split(1, dim)], dim)
+        tokens = input[0] if dim else input
+        # With the strides that the only token of a pass has: PyTorch looks at those of dimensions of one, too.
+        alone = (token.reshape(*[1] * (dim + 1), *token.shape) for token in tokens)
+        return torch.cat([func(token, *others, **kwargs) for token in alone], dim)
 
 
 def install_batch_invariance(model: nn.Module, wanted: Callable[[], bool]) -> None:
