@@ -85,7 +85,7 @@ def _forward(
         x = hidden_states.contiguous()
         out = torch.empty_like(x)
         step = columns * x.element_size()
-        words = (x.data_ptr(), step, out.data_ptr(), columns, weight.data_ptr(), epsilon, int(rounds))
+        words = row_kernels.Words(x.data_ptr(), step, out.data_ptr(), columns, weight.data_ptr(), epsilon, int(rounds))
         job = Job(words, (x, out))
         run(job.address, 0, 0, x.numel() // columns)
         return out

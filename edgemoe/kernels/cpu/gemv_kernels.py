@@ -19,6 +19,7 @@ from numba.extending import overload
 from edgemoe.cache.compiled import Native, compiled
 from edgemoe.kernels.cpu import dot_block
 from edgemoe.kernels.cpu.dot_block import WORDS, PairsOfBf16, Widened
+from edgemoe.kernels.cpu.row_kernels import widened
 from edgemoe.kernels.cpu.vector_ir import pointer_to
 
 CACHE_LINE = 16
@@ -115,14 +116,14 @@ def _transposed(address, of, start, stop, first, last):  # type: ignore[no-untyp
 
 def _single(value: Any) -> Any:
     """A weight, of float32 or of bf16 as uint16, as float32."""
-    return value if isinstance(value, np.float32) else np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
+    return value if isinstance(value, np.float32) else widened(value)
 
 
 @overload(_single, inline="always")
 def _single_by_type(value):  # type: ignore[no-untyped-def]
     if value is types.float32:
         return lambda value: value
-    return lambda value: np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
+    return lambda value: widened(value)
 
 
 def results(pairs: int, rows: int) -> torch.Tensor:

@@ -37,12 +37,8 @@ def heads_bf16(job, scratch, first, last):  # type: ignore[no-untyped-def]
     `scratch` is the address of two rows of the widest head.
     """
     of = carray(_words(job), COUNT)
-    heads = of[QUERIES] + 2 * of[KEYS]
     for item in range(first, last):
-        token, head = item // heads, item % heads
-        source, bias, norm, epsilon, out = _places(of, token, head)
-        turns = head < of[QUERIES] + of[KEYS]
-        columns, rotated = (of[WIDTH], of[ROTATED]) if turns else (of[DEPTH], 0)
+        token, columns, rotated, source, bias, norm, epsilon, out = _places(of, item)
         row, other = carray(_bf16(scratch), columns), carray(_bf16(scratch + 2 * columns), columns)
         _load_bf16(carray(_f32(source), columns), bias, row)
         if norm != 0:
@@ -57,12 +53,8 @@ def heads_bf16(job, scratch, first, last):  # type: ignore[no-untyped-def]
 def heads_f32(job, scratch, first, last):  # type: ignore[no-untyped-def]
     """As `heads_bf16` for float32."""
     of = carray(_words(job), COUNT)
-    heads = of[QUERIES] + 2 * of[KEYS]
     for item in range(first, last):
-        token, head = item // heads, item % heads
-        source, bias, norm, epsilon, out = _places(of, token, head)
-        turns = head < of[QUERIES] + of[KEYS]
-        columns, rotated = (of[WIDTH], of[ROTATED]) if turns else (of[DEPTH], 0)
+        token, columns, rotated, source, bias, norm, epsilon, out = _places(of, item)
         row, other = carray(_f32(scratch), columns), carray(_f32(scratch + 4 * columns), columns)
         _load_f32(carray(_f32(source), columns), bias, row)
         if norm != 0:
@@ -74,19 +66,25 @@ def heads_f32(job, scratch, first, last):  # type: ignore[no-untyped-def]
 
 
 @compiled(**in_order)
-def _places(of, token, head):  # type: ignore[no-untyped-def]
-    """Of an item: the addresses of its row and bias, of its norm's weights, the norm's epsilon, and where it goes."""
+def _places(of, item):  # type: ignore[no-untyped-def]
+    """Of an item: its token, how many values it has and how many of them are rotated, the addresses of its row and
+    bias, of its norm's weights, the norm's epsilon, and where it goes."""
+    width, depth, rotated = of[WIDTH], of[DEPTH], of[ROTATED]
+    heads = of[QUERIES] + 2 * of[KEYS]
+    token, head = item // heads, item % heads
     places = carray(_words(of[PLACES] + 8 * PLACE * token), PLACE)
     if head < of[QUERIES]:
-        at, out = 4 * head * of[WIDTH], of[OUT] + (token * of[QUERIES] + head) * of[OUT_HEAD]
-        return of[Q] + token * of[Q_STEP] + at, _moved(of[Q_BIAS], at), of[Q_NORM], of[Q_EPSILON], out
+        at, out = 4 * head * width, of[OUT] + (token * of[QUERIES] + head) * of[OUT_HEAD]
+        source, bias = of[Q] + token * of[Q_STEP] + at, _moved(of[Q_BIAS], at)
+        return token, width, rotated, source, bias, of[Q_NORM], of[Q_EPSILON], out
     own = head - of[QUERIES]
     if own < of[KEYS]:
-        at, out = 4 * own * of[WIDTH], places[0] + own * places[1]
-        return of[K] + token * of[K_STEP] + at, _moved(of[K_BIAS], at), of[K_NORM], of[K_EPSILON], out
+        at, out = 4 * own * width, places[0] + own * places[1]
+        source, bias = of[K] + token * of[K_STEP] + at, _moved(of[K_BIAS], at)
+        return token, width, rotated, source, bias, of[K_NORM], of[K_EPSILON], out
     own -= of[KEYS]
-    at, out = 4 * own * of[DEPTH], places[2] + own * places[3]
-    return of[V] + token * of[V_STEP] + at, _moved(of[V_BIAS], at), 0, 0, out
+    at, out = 4 * own * depth, places[2] + own * places[3]
+    return token, depth, 0, of[V] + token * of[V_STEP] + at, _moved(of[V_BIAS], at), 0, 0, out
 
 
 @compiled(**in_order)
