@@ -323,6 +323,14 @@ def rounded_to_fp16(builder: Any, values: Any) -> Any:
     return builder.fpext(builder.fptrunc(values, ir.VectorType(HALF, lanes(values))), values.type)
 
 
+def function_of(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
+    """LLVM's function `name` for `arguments`, types of which the last is the vector that ends its name."""
+    vector = arguments[-1]
+    element = "f32" if vector.element == SINGLE else f"i{vector.element.width}"
+    kind = ir.FunctionType(result, arguments)
+    return cgutils.get_or_insert_function(builder.module, kind, f"{name}.v{vector.count}{element}")
+
+
 def _mask(places: Any) -> Any:
     found = list(places)
     return ir.Constant(ir.VectorType(INT, len(found)), found)

@@ -18,7 +18,7 @@ from edgemoe.formats.mxfp4_format import Mxfp4Format
 from edgemoe.formats.nvfp4_format import Nvfp4Format
 from edgemoe.formats.stacked_format import StackedFormat
 from edgemoe.formats.weight_format import WeightFormat
-from edgemoe.kernels.cpu.arrays import Groups, Matrix
+from edgemoe.kernels.cpu.arrays import Groups, Job, Matrix
 from edgemoe.kernels.cpu.threads import KernelThreads
 from edgemoe.kernels.packed_linear import TILE_VALUES, tiled_linear
 
@@ -40,6 +40,36 @@ class PackedKernel:
     """A function of `packed_kernels`, compiled."""
     parts: tuple[str, ...]
     """The suffixes of the names of the parts that it reads, in its order."""
+    int16: Int16Kernel | None = None
+    """What multiplies faster, where there is something."""
+
+
+@dataclass(frozen=True)
+class Int16Kernel:
+    """Compiled loops that multiply inputs of 16-bit integers."""
+
+    rounding: Native
+    """Rounds inputs to them."""
+    loop: Native
+    """Multiplies what was rounded."""
+    nbytes: int
+    """Of a rounded token."""
+    portion: int
+    """Tokens that are multiplied together."""
+
+    def rounded(self, x: torch.Tensor) -> tuple[torch.Tensor, Step]:
+        """Where the rounded rows of `x` will be, uint8 [rows, nbytes], and the step that writes them.
+
+        `x` is float32 [rows, columns], and may be written by earlier steps. Rows that are all one are rounded once.
+        """
+        from edgemoe.kernels.cpu.program import Step
+        from edgemoe.kernels.cpu.row_kernels import Words
+
+        rows, columns = x.shape
+        count = 1 if x.stride(0) == 0 else rows
+        out = torch.empty(count, self.nbytes, dtype=torch.uint8)
+        job = Job(Words(x.data_ptr(), 4 * x.stride(0), out.data_ptr(), columns), (x, out))
+        return out.expand(rows, -1) if count < rows else out, Step(self.rounding, job, count, 4 * count * columns)
 
 
 def packed_kernel(kind: WeightFormat, columns: int) -> PackedKernel | None:
@@ -58,7 +88,24 @@ def packed_kernel(kind: WeightFormat, columns: int) -> PackedKernel | None:
         return None
     # Compiled now, and not with the first token.
     _ = run.call
-    return PackedKernel(run, parts)
+    return PackedKernel(run, parts, _int16_kernel(kind, columns))
+
+
+def _int16_kernel(kind: WeightFormat, columns: int) -> Int16Kernel | None:
+    """The loops for integers of matrices of `columns` columns, where the format's weights are such."""
+    from edgemoe.kernels.cpu.packed import int16_kernels
+    from edgemoe.kernels.cpu.packed.int16_codes import BYTES, KINDS, codes_of, width
+    from edgemoe.kernels.cpu.packed.int16_dots import TOGETHER
+
+    if not isinstance(kind, GgufFormat) or kind.kind not in KINDS:
+        return None
+    layout = codes_of(kind.kind).layout
+    if not layout.fits(columns):
+        return None
+    laid_out = "bytes" if kind.kind in BYTES else kind.kind.lower()
+    rounding, loop = getattr(int16_kernels, f"rounded_{laid_out}"), getattr(int16_kernels, f"int16_{kind.kind.lower()}")
+    _ = rounding.call, loop.call
+    return Int16Kernel(rounding, loop, layout.nbytes(columns), TOGETHER[width()])
 
 
 def _named(kind: WeightFormat, columns: int) -> tuple[str, tuple[str, ...]] | None:
@@ -137,12 +184,19 @@ class PackedMatrix:
         from edgemoe.kernels.cpu.program import Step
 
         out, steps = results(len(x), self._rows), []
-        nbytes, needed = self._nbytes * len(groups.slots) // len(self._pieces), 0
-        if len(x) > len(groups.slots):
-            groups, needed = self._in_portions(groups)
+        nbytes, rounded = self._nbytes * len(groups.slots) // len(self._pieces), {}
         for number, (kernel, matrix) in enumerate(self._pieces):
-            job = matrix.product(groups, x, out, number * self._height)
-            steps.append(Step(kernel.loop, job, self._height, nbytes, ROWS_TOGETHER, 4 * needed))
+            if kernel.int16 is None:
+                own, needed = self._in_portions(groups, PORTION)
+                job = matrix.product(own, x, out, number * self._height)
+                steps.append(Step(kernel.loop, job, self._height, nbytes, ROWS_TOGETHER, 4 * needed))
+                continue
+            if kernel.int16 not in rounded:
+                rounded[kernel.int16], rounding = kernel.int16.rounded(x)
+                steps.append(rounding)
+            own, _ = self._in_portions(groups, kernel.int16.portion)
+            job = matrix.product(own, rounded[kernel.int16], out, number * self._height)
+            steps.append(Step(kernel.int16.loop, job, self._height, nbytes, ROWS_TOGETHER))
         return out, steps
 
     def multiply(self, threads: KernelThreads, groups: Groups, x: torch.Tensor) -> torch.Tensor:
@@ -155,20 +209,22 @@ class PackedMatrix:
         """The products of `x`, [tokens, columns], with the matrix of the first record, float32 [tokens, rows]."""
         return self.multiply(threads, Groups.of_one(len(x)), x)
 
-    def _in_portions(self, groups: Groups) -> tuple[Groups, int]:
+    def _in_portions(self, groups: Groups, portion: int) -> tuple[Groups, int]:
         """The same groups, of which large ones are several of the same slot, and the values of a tile for the largest.
 
-        A portion is at most `PORTION` tokens.
+        A portion is at most `portion` tokens.
         """
         from edgemoe.kernels.cpu.packed.packed_dots import tile_values
 
         slots, starts = groups
+        if starts[-1] == len(slots):
+            return groups, tile_values(self._columns, 1)
         counts = starts[1:] - starts[:-1]
         most = int(counts.max())
-        if most > PORTION:
-            bounds = [np.arange(first, last, PORTION) for first, last in zip(starts[:-1], starts[1:], strict=True)]
-            groups = Groups(np.repeat(slots, -(-counts // PORTION)), np.concatenate([*bounds, starts[-1:]]))
-        return groups, tile_values(self._columns, min(most, PORTION))
+        if most > portion:
+            bounds = [np.arange(first, last, portion) for first, last in zip(starts[:-1], starts[1:], strict=True)]
+            groups = Groups(np.repeat(slots, -(-counts // portion)), np.concatenate([*bounds, starts[-1:]]))
+        return groups, tile_values(self._columns, min(most, portion))
 
     def rows(self, record: int, first: int, last: int) -> torch.Tensor:
         """The rows first ≤ r < last of the matrix in one record, float32 [rows, columns]: bits of the format's `rows`.

@@ -42,7 +42,7 @@ EmitBlock = Callable[[Any, Any, Put], None]
 """Of a builder, a block's address, and what takes its values."""
 
 
-def _halves(builder: Any, address: Any) -> Any:
+def halves(builder: Any, address: Any) -> Any:
     """The 32 codes of 16 bytes: the low halves, then the high ones."""
     packed = load_bytes(builder, address, 16)
     return joined(builder, low_nibbles(builder, packed), high_nibbles(builder, packed))
@@ -54,7 +54,7 @@ def _put_all(put: Put, first: int, found: Sequence[Any]) -> None:
         put(first + 16 * number, values)
 
 
-def _first(builder: Any, block: Any, count: int) -> Any:
+def first(builder: Any, block: Any, count: int) -> Any:
     """The fp16 that a block begins with, `count` times."""
     return spread(builder, load_halves(builder, block), [0], count)
 
@@ -74,7 +74,7 @@ def _last(builder: Any, block: Any, at: int, count: int) -> Any:
 
 
 def _q4_0(builder: Any, block: Any, put: Put) -> None:
-    step = _first(builder, block, 16)
+    step = first(builder, block, 16)
 
     def make(codes: Any) -> Any:
         return builder.fmul(step, builder.fsub(codes, same(codes, 8.0)))
@@ -91,30 +91,30 @@ def _q4_1(builder: Any, block: Any, put: Put) -> None:
     _put_all(put, 0, of_codes(builder, make, split_nibbles(builder, offset(builder, block, 4))))
 
 
-def _five_bits(builder: Any, address: Any) -> Any:
-    """32 values of five bits, the highest of which lie in the four bytes at `address`, before the others."""
-    low = _halves(builder, offset(builder, address, 4))
+def five_bits(builder: Any, address: Any) -> Any:
+    """32 codes of five bits as bytes: the highest lie in the four bytes at `address`, before the others."""
+    low = halves(builder, offset(builder, address, 4))
     bits = builder.bitcast(load(builder, address, INT, align=1), ir.VectorType(ir.IntType(1), 32))
-    return unsigned_floats(builder, builder.or_(low, builder.select(bits, same(low, 16), same(low, 0))))
+    return builder.or_(low, builder.select(bits, same(low, 16), same(low, 0)))
 
 
 def _q5_0(builder: Any, block: Any, put: Put) -> None:
-    values = _five_bits(builder, offset(builder, block, 2))
-    put(0, builder.fmul(_first(builder, block, 32), builder.fsub(values, same(values, 16.0))))
+    values = unsigned_floats(builder, five_bits(builder, offset(builder, block, 2)))
+    put(0, builder.fmul(first(builder, block, 32), builder.fsub(values, same(values, 16.0))))
 
 
 def _q5_1(builder: Any, block: Any, put: Put) -> None:
     step, low = _first_two(builder, block, 32)
-    put(0, multiply_add(builder, step, _five_bits(builder, offset(builder, block, 4)), low))
+    put(0, multiply_add(builder, step, unsigned_floats(builder, five_bits(builder, offset(builder, block, 4))), low))
 
 
 def _q8_0(builder: Any, block: Any, put: Put) -> None:
     values = signed_floats(builder, load_bytes(builder, offset(builder, block, 2), 32))
-    put(0, builder.fmul(_first(builder, block, 32), values))
+    put(0, builder.fmul(first(builder, block, 32), values))
 
 
 def _iq4_nl(builder: Any, block: Any, put: Put) -> None:
-    _put_from_table(builder, IQ4, _first(builder, block, 16), offset(builder, block, 2), put, 0)
+    _put_from_table(builder, IQ4, first(builder, block, 16), offset(builder, block, 2), put, 0)
 
 
 def _mxfp4(builder: Any, block: Any, put: Put) -> None:
@@ -141,11 +141,17 @@ def _with_scales(builder: Any, scales: Any, number: int, values: Any) -> Any:
     return builder.fmul(spread(builder, scales, (2 * number, 2 * number + 1), 16), values)
 
 
-def _q2_k(builder: Any, block: Any, put: Put) -> None:
+def q2_scales(builder: Any, block: Any) -> tuple[Any, Any]:
+    """The scale of each 16 values of Q2_K, and what is added to each 16."""
     packed_scales = load_bytes(builder, block, 16)
     step, low = _first_two(builder, offset(builder, block, 80), 16)
     steps = builder.fmul(step, unsigned_floats(builder, low_nibbles(builder, packed_scales)))
     lows = builder.fmul(builder.fneg(low), unsigned_floats(builder, high_nibbles(builder, packed_scales)))
+    return steps, lows
+
+
+def _q2_k(builder: Any, block: Any, put: Put) -> None:
+    steps, lows = q2_scales(builder, block)
     for half in range(2):
         packed = load_bytes(builder, offset(builder, block, 16 + 32 * half), 32)
         for shift in range(4):
@@ -156,7 +162,7 @@ def _q2_k(builder: Any, block: Any, put: Put) -> None:
 
 
 def _q3_k(builder: Any, block: Any, put: Put) -> None:
-    present, scales = load_bytes(builder, block, 32), _q3_scales(builder, block)
+    present, scales = load_bytes(builder, block, 32), q3_scales(builder, block)
     for half in range(2):
         packed = load_bytes(builder, offset(builder, block, 32 + 32 * half), 32)
         for shift in range(4):
@@ -166,7 +172,7 @@ def _q3_k(builder: Any, block: Any, put: Put) -> None:
             put(32 * number, _with_scales(builder, scales, number, signed_floats(builder, codes)))
 
 
-def _q3_scales(builder: Any, block: Any) -> Any:
+def q3_scales(builder: Any, block: Any) -> Any:
     """Scales of six bits: the lower four in eight bytes, low halves first, and the upper two in four more."""
     packed = load_bytes(builder, offset(builder, block, 96), 8)
     four = joined(builder, low_nibbles(builder, packed), high_nibbles(builder, packed))
@@ -177,14 +183,14 @@ def _q3_scales(builder: Any, block: Any) -> Any:
     return builder.fmul(_last(builder, block, 108, 16), signed_floats(builder, codes))
 
 
-def _steps_and_lows(builder: Any, block: Any) -> Any:
+def steps_and_lows(builder: Any, block: Any) -> Any:
     """The scale of each 32 values of Q4_K and Q5_K, then what is added to each 32: 16 float32.
 
     They have six bits each: the first four of both are bytes, in whose upper bits the upper two of the others lie.
     """
     scales, lows, others = (load(builder, offset(builder, block, at), INT, align=1) for at in (4, 8, 12))
 
-    def first(packed: Any) -> Any:
+    def lowest(packed: Any) -> Any:
         return builder.and_(packed, INT(0x3F3F3F3F))
 
     def last(packed: Any, four: Any) -> Any:
@@ -192,7 +198,7 @@ def _steps_and_lows(builder: Any, block: Any) -> Any:
         return builder.or_(builder.and_(four, INT(0x0F0F0F0F)), two)
 
     words = ir.Constant(ir.VectorType(INT, 4), ir.Undefined)
-    found = first(scales), last(scales, others), first(lows), last(lows, builder.lshr(others, INT(4)))
+    found = lowest(scales), last(scales, others), lowest(lows), last(lows, builder.lshr(others, INT(4)))
     for at, word in enumerate(found):
         words = builder.insert_element(words, word, INT(at))
     codes = unsigned_floats(builder, builder.bitcast(words, ir.VectorType(BYTE, 16)))
@@ -201,7 +207,7 @@ def _steps_and_lows(builder: Any, block: Any) -> Any:
 
 
 def _q4_k(builder: Any, block: Any, put: Put) -> None:
-    scales = _steps_and_lows(builder, block)
+    scales = steps_and_lows(builder, block)
     for pair in range(4):
         halves = [split_nibbles(builder, offset(builder, block, 16 + 32 * pair + at)) for at in (0, 16)]
         for side in range(2):
@@ -215,7 +221,7 @@ def _q4_k(builder: Any, block: Any, put: Put) -> None:
 
 
 def _q5_k(builder: Any, block: Any, put: Put) -> None:
-    scales, high = _steps_and_lows(builder, block), load_bytes(builder, offset(builder, block, 16), 32)
+    scales, high = steps_and_lows(builder, block), load_bytes(builder, offset(builder, block, 16), 32)
     for pair in range(4):
         packed = load_bytes(builder, offset(builder, block, 48 + 32 * pair), 32)
         for side, codes in enumerate((low_nibbles(builder, packed), high_nibbles(builder, packed))):
@@ -226,9 +232,14 @@ def _q5_k(builder: Any, block: Any, put: Put) -> None:
             put(32 * number, multiply_add(builder, step, values, low))
 
 
-def _q6_k(builder: Any, block: Any, put: Put) -> None:
+def q6_scales(builder: Any, block: Any) -> Any:
+    """The scale of each 16 values of Q6_K."""
     codes = signed_floats(builder, load_bytes(builder, offset(builder, block, 192), 16))
-    scales = builder.fmul(_last(builder, block, 208, 16), codes)
+    return builder.fmul(_last(builder, block, 208, 16), codes)
+
+
+def _q6_k(builder: Any, block: Any, put: Put) -> None:
+    scales = q6_scales(builder, block)
     for half in range(2):
         low = [load_bytes(builder, offset(builder, block, 64 * half + 32 * side), 32) for side in range(2)]
         high = load_bytes(builder, offset(builder, block, 128 + 32 * half), 32)
@@ -247,7 +258,7 @@ def _iq4_xs(builder: Any, block: Any, put: Put) -> None:
     high = splat(builder, builder.zext(half, INT), 8)
     two = builder.and_(builder.lshr(high, ir.Constant(high.type, list(range(0, 16, 2)))), same(high, 3))
     codes = builder.sub(builder.or_(four, builder.shl(two, same(two, 4))), same(four, 32))
-    scales = builder.fmul(_first(builder, block, 8), signed_floats(builder, codes))
+    scales = builder.fmul(first(builder, block, 8), signed_floats(builder, codes))
     for number in range(8):
         own = spread(builder, scales, [number], 16)
         _put_from_table(builder, IQ4, own, offset(builder, block, 8 + 16 * number), put, 32 * number)
