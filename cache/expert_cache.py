@@ -6,51 +6,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from enum import Enum
 
 from edgemoe.cache.counters import CacheCounters
 from edgemoe.cache.link import Link, Priority, Transfer
 from edgemoe.cache.policy import EvictionPolicy
 from edgemoe.cache.record import ExpertId
+from edgemoe.cache.resident import LoadReason, Loan, Resident
 from edgemoe.cache.slots import SlotPool, SlotRegion
 from edgemoe.cache.store import ExpertStore
 
 TRANSIT_SLOTS = 3
 """Slots through which the experts beyond a layer's share stream: one in use, one being loaded, one ready."""
-
-
-class LoadReason(Enum):
-    """Why an expert was loaded before any request for it."""
-
-    PREFETCH = "prefetch"
-    """It was predicted."""
-    FILL = "fill"
-    """Its slot was free after start-up."""
-
-
-@dataclass
-class _Resident:
-    """An expert that has a slot, loaded or in flight."""
-
-    slot: int
-    """Its number among all slots of the pool."""
-    transfer: Transfer | None
-    pins: int = 0
-    load_reason: LoadReason | None = None
-    """Why it was loaded ahead; None once it was requested."""
-
-
-@dataclass(frozen=True)
-class Loan:
-    """Pinned experts of one layer: slot `slots[i]` of its region holds the record of expert `experts[i]`.
-
-    The records may be read: those of `borrow` until its iterator advances or is closed, those of `lend` until its block
-    ends.
-    """
-
-    experts: tuple[int, ...]
-    slots: tuple[int, ...]
 
 
 class ExpertCache:
@@ -71,7 +37,7 @@ class ExpertCache:
         self.counters = CacheCounters()
         self._link = link
         self._policy = policy
-        self._held: dict[ExpertId, _Resident] = {}
+        self._held: dict[ExpertId, Resident] = {}
         self._experts = sum(store.experts)
         self._prefetches: list[Transfer] = []
         self._numbers: list[set[int]] = [set() for _ in store.experts]
@@ -107,6 +73,10 @@ class ExpertCache:
         if self.recording is not None:
             self.recording.append(requested)
         self._policy.requested(layer, experts)
+        held = [self._held.get(expert) for expert in requested]
+        if requested and all(each is not None and each.transfer is None for each in held):
+            yield from self._borrow_hits(requested, [each for each in held if each is not None], meanwhile)
+            return
         # Checked once per expert: a prefetch that arrives in between must be either a hit or a miss.
         resident = {expert: self.is_resident(expert) for expert in requested}
         hits = [expert for expert in requested if resident[expert]]
@@ -139,6 +109,28 @@ class ExpertCache:
             for expert in requested:
                 if expert in self._held:
                     self._policy.used(expert)
+
+    def _borrow_hits(
+        self, requested: list[ExpertId], held: list[Resident], meanwhile: Callable[[], None] | None
+    ) -> Generator[Loan, None, None]:
+        """As `borrow` where all of `requested`, of which there are some, are resident: a short way for a usual case."""
+        nbytes, counters = self.store.record_nbytes(requested[0]), self.counters
+        counters.hits += len(held)
+        counters.bytes_hit += nbytes * len(held)
+        for each in held:
+            if each.load_reason is not None:
+                counters.bytes_prefetched_used += self._resolve(each, nbytes)
+            each.pins += 1
+        try:
+            if meanwhile is not None:
+                meanwhile()
+            yield self._loan(requested)
+        finally:
+            for each in held:
+                each.pins -= 1
+            self._release([each.slot for each in held])
+            for expert in requested:
+                self._policy.used(expert)
 
     @contextmanager
     def lend(self, layer: int, experts: Sequence[int]) -> Iterator[Loan]:
@@ -301,7 +293,7 @@ class ExpertCache:
         priority = Priority.DEMAND if reason is None else Priority.PREFETCH
         region = self._regions[expert.layer]
         transfer = self._link.start(expert, slot, region.memory[slot - region.first], priority)
-        self._held[expert] = _Resident(slot, transfer, load_reason=reason)
+        self._held[expert] = Resident(slot, transfer, load_reason=reason)
         self._numbers[expert.layer].add(expert.number)
         self._policy.inserted(expert)
         if reason is not None:
@@ -337,7 +329,7 @@ class ExpertCache:
         self._drop(victim)
         return self._free[region].pop()
 
-    def _resolve(self, held: _Resident, nbytes: int) -> int:
+    def _resolve(self, held: Resident, nbytes: int) -> int:
         """Clears the load reason at the first request or the eviction of `held`, and counts the bytes of a fill.
 
         Returns `nbytes` for a prefetch, 0 for others.
@@ -385,7 +377,11 @@ class ExpertCache:
         for expert in experts:
             pinned.remove(expert)
             self._held[expert].pins -= 1
-        self._link.released([self._held[expert].slot for expert in experts])
+        self._release([self._held[expert].slot for expert in experts])
+
+    def _release(self, slots: Sequence[int]) -> None:
+        """Tells the link that `slots` are no longer read."""
+        self._link.released(slots)
         # What the device has waited for the link is known once it has.
         waited = self._link.device_wait_seconds
         self.counters.link_wait_seconds += waited - self._device_waited

@@ -26,7 +26,7 @@ from edgemoe.experts import expert_layer
 from edgemoe.experts.expert_predictor import ExpertPredictor
 from edgemoe.experts.lookahead import Lookahead
 from edgemoe.formats.float_format import FloatFormat
-from edgemoe.kernels import batch_invariant_linear, rms_norm
+from edgemoe.kernels import batch_invariant_linear, kernel_weight, rms_norm
 from edgemoe.kernels.cpu.packed import packed_matrix
 from edgemoe.kernels.cpu.packed.packed_matrix import PackedMatrix
 from edgemoe.kernels.cpu.threads import KernelThreads
@@ -80,6 +80,7 @@ class Runtime:
         if device.type == "cpu":
             batch_invariant_linear.install_gemv(self.model, threads)
             rms_norm.install_rms_norm(self.model)
+            kernel_weight.install_kernel_weights(self.model, threads)
             for module in self.model.modules():
                 if isinstance(module, PackedLinear):
                     module.use_kernels(threads)

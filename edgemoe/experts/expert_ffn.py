@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from edgemoe.cache.slots import SlotRegion
 from edgemoe.checkpoint.experts_module import ExpertsModule
+from edgemoe.experts.prepared_experts import PreparedExperts
 from edgemoe.formats.float_format import FloatFormat
 from edgemoe.kernels.cpu.arrays import Groups
 from edgemoe.kernels.cpu.kernel_choice import widens
@@ -235,6 +236,7 @@ class FastExperts(Experts):
         plain = not module.has_bias and not any(matrix.interleaved for matrix in self._matrices.values())
         self._in_one = plain and is_gated_silu(module)
         self._max_tokens = min(matrix.max_tokens for matrix in self._matrices.values())
+        self._kept: dict[object, PreparedExperts | None] = {}
 
     def _matrix(self, region: SlotRegion, moe: ExpertsModule, name: str) -> SlotMatrix | PackedMatrix:
         kind, shape = self._formats[name], self._shapes[name]
@@ -283,6 +285,12 @@ class FastExperts(Experts):
 
     def _few(self, groups: TokenGroups, few: Sequence[tuple[int, int]]) -> None:
         """The kernels' arithmetic for all of `few`, (expert, slot) each, in one program where nothing is in between."""
+        prepared = self._prepared(groups, few)
+        if prepared is not None:
+            slots = dict(few)
+            by_pair = sorted((pair, slots[expert]) for expert, (pair,) in groups.rows.items())
+            groups.summed = prepared.run(groups.hidden, groups.weights, [slot for _, slot in by_pair])
+            return
         rows = [row for expert, _ in few for row in groups.rows[expert]]
         starts = np.cumsum([0] + [len(groups.rows[expert]) for expert, _ in few])
         matrices = Groups(np.array([slot for _, slot in few]), starts)
@@ -306,6 +314,18 @@ class FastExperts(Experts):
                 groups.summed, step = summing
                 steps.append(step)
         self._threads.run(steps)
+
+    def _prepared(self, groups: TokenGroups, few: Sequence[tuple[int, int]]) -> PreparedExperts | None:
+        """The program for one token whose experts are all in `few`, where there can be one."""
+        hidden, weights = groups.hidden, groups.weights
+        usual = self._in_one and not getattr(self.module, "has_post_expert_norm", False)
+        if not usual or len(hidden) != 1 or len(few) != groups.top_k or hidden.dtype not in ACTIVATION_DTYPES:
+            return None
+        key = len(few), hidden.dtype, weights.dtype
+        if key not in self._kept:
+            up, down = self._matrices[self._up_name], self._matrices["down_proj"]
+            self._kept[key] = PreparedExperts.of(up, down, self._threads, hidden, weights)
+        return self._kept[key]
 
     def _activated(self, products: torch.Tensor, dtype: torch.dtype, owners: Sequence[int]) -> torch.Tensor:
         """What the second matrix multiplies, [pairs, columns] of `dtype`; `products` are the first one's, float32."""

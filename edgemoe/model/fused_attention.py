@@ -17,7 +17,7 @@ from torch import nn
 from edgemoe.errors import is_device_or_memory_error
 from edgemoe.kernels.batch_invariant_linear import matrix_of
 from edgemoe.kernels.cpu.arrays import Groups, Job, address
-from edgemoe.kernels.cpu.attention import DTYPES, REGISTER, attention_step
+from edgemoe.kernels.cpu.attention import DTYPES, REGISTER, SeenKeys, attention_step
 from edgemoe.kernels.cpu.packed.packed_matrix import PackedMatrix
 from edgemoe.kernels.cpu.slot_matrix import SlotMatrix
 from edgemoe.kernels.cpu.threads import KernelThreads, kernels_have_the_cores, torch_threads
@@ -25,6 +25,7 @@ from edgemoe.kernels.rms_norm import NormArithmetic, arithmetic_of
 from edgemoe.kernels.row_linear import BATCH_INVARIANT_TOKENS
 from edgemoe.kernels.rows import scattered, widened
 from edgemoe.model.kv_cache import GrowingLayer, SequenceCache
+from edgemoe.model.prepared_attention import PassJobs, PreparedAttention, places_of
 
 if TYPE_CHECKING:
     from edgemoe.kernels.cpu.program import Step
@@ -83,6 +84,7 @@ class FusedAttention:
         self.parts = parts
         self._threads = threads
         self._layer = layer
+        self._prepared: dict[tuple[torch.dtype, int], PreparedAttention] = {}
 
     def fits(self, hidden: torch.Tensor, position_embeddings: Any) -> bool:
         """Whether a pass with these is one for the program."""
@@ -109,30 +111,89 @@ class FusedAttention:
 
     def run(self, hidden: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """The module's output for `hidden`, [1, tokens, hidden size]. Appends to the KV cache of every row."""
-        parts, tokens = self.parts, hidden.shape[1]
-        flat = hidden.reshape(tokens, -1)
-        every, steps = Groups.of_one(tokens), []
-        products = []
-        inputs = {dtype: flat.to(dtype).contiguous() for dtype in {matrix.inputs for matrix in parts.matrices[:3]}}
+        rows = self.packed.rows
+        if hidden.shape[1] == 1 and rows[0].tree_mask is None:
+            return self._run_one(hidden, position_embeddings)
+        tokens = hidden.shape[1]
+        query = hidden.new_empty(tokens, self.parts.queries, self.parts.width)
+        caches = self._extend(query)
+        seen = [self.packed.seen_keys(row, keys.shape[-2], None) for row, (keys, _) in zip(rows, caches, strict=True)]
+        steps, _, result = self._steps(self._inputs(hidden), query, caches, seen, position_embeddings)
+        self._threads.run(steps)
+        return result.view(hidden.shape)
+
+    def _run_one(self, hidden: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """As `run` for one token, by a program that is made once and again when there is no room for more keys."""
+        width = position_embeddings[0].shape[-1]
+        prepared = self._prepared.get((hidden.dtype, width))
+        like = prepared.like if prepared is not None else hidden.new_empty(1, self.parts.keys, 1, self.parts.width)
+        layer = self.packed.rows[0].kv.layers[self._layer]
+        assert isinstance(layer, GrowingLayer)
+        cache = layer.extend(like, like)
+        if prepared is None or cache[0].shape[-2] > prepared.most:
+            # Later passes may write to its memory in another mode than this one's.
+            with torch.inference_mode(False):
+                prepared = self._prepare(hidden, cache[0].shape[-2] * 2, position_embeddings)
+            self._prepared[hidden.dtype, width] = prepared
+        return prepared.run(hidden, cache, position_embeddings)
+
+    def _prepare(
+        self, hidden: torch.Tensor, most: int, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> PreparedAttention:
+        parts = self.parts
+        like = torch.empty(1, parts.keys, 1, parts.width, dtype=hidden.dtype)
+        query = torch.empty(1, parts.queries, parts.width, dtype=hidden.dtype)
+        keys = like.expand(-1, -1, most, -1)
+        seen = SeenKeys.ranges([(0, most)])
+        inputs = {dtype: torch.empty(1, hidden.shape[-1], dtype=dtype) for dtype in self._dtypes}
+        turning = tuple(torch.empty_like(each) for each in position_embeddings)
+        steps, jobs, result = self._steps(inputs, query, [(keys, keys)], [seen], turning)
+        return PreparedAttention(self._threads.program(steps), inputs, like, seen, most, jobs, result)
+
+    @property
+    def _dtypes(self) -> set[torch.dtype]:
+        """Of what the first three matrices multiply."""
+        return {matrix.inputs for matrix in self.parts.matrices[:3]}
+
+    def _inputs(self, hidden: torch.Tensor) -> dict[torch.dtype, torch.Tensor]:
+        flat = hidden.reshape(hidden.shape[1], -1)
+        return {dtype: flat.to(dtype).contiguous() for dtype in self._dtypes}
+
+    def _steps(
+        self,
+        inputs: dict[torch.dtype, torch.Tensor],
+        query: torch.Tensor,
+        caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        seen: Sequence[SeenKeys],
+        position_embeddings: tuple[torch.Tensor, ...],
+    ) -> tuple[list[Step], PassJobs, torch.Tensor]:
+        """The steps of a pass, the jobs among them that differ between passes, and where the output will be.
+
+        That is [tokens, hidden size]. `query` is where rotated queries are put, [tokens, heads, width]; `caches` and
+        `seen` are each row's.
+        """
+        parts, tokens = self.parts, len(query)
+        every, steps, products = Groups.of_one(tokens), [], []
         for matrix in parts.matrices[:3]:
-            out, own = matrix.product(every, inputs[matrix.inputs])
-            products.append(out)
+            product, own = matrix.product(every, inputs[matrix.inputs])
+            products.append(product)
             steps += own
-        query = hidden.new_empty(tokens, parts.queries, parts.width)
-        seen = self._extend(query)
-        steps.append(self._heads(products, query, seen, position_embeddings))
+        places = self._places(caches)
+        heads = self._heads(products, query, caches, places, position_embeddings)
         out = torch.empty_like(query)
-        for row, (keys, values) in zip(self.packed.rows, seen, strict=True):
-            own_query = query[None, row.first : row.last].transpose(1, 2)
-            places = self.packed.seen_keys(row, keys.shape[-2], None)
-            own_out = out[None, row.first : row.last]
-            steps.append(attention_step(own_query, keys, values, places, parts.scaling, own_out))
+        attending = [
+            attention_step(
+                query[None, row.first : row.last].transpose(1, 2), *cache, own, parts.scaling,
+                out[None, row.first : row.last],
+            )
+            for row, cache, own in zip(self.packed.rows, caches, seen, strict=True)
+        ]  # fmt: skip
         matrix = parts.matrices[3]
-        x, own = (out.view(tokens, -1), []) if matrix.inputs is out.dtype else widened(out.view(tokens, -1))
+        x, widening = (out.view(tokens, -1), []) if matrix.inputs is out.dtype else widened(out.view(tokens, -1))
         product, multiplying = matrix.product(every, x)
-        result = hidden.new_empty(1, tokens, parts.hidden)
-        self._threads.run([*steps, *own, *multiplying, *scattered(product, range(tokens), result[0])])
-        return result
+        result = query.new_empty(tokens, parts.hidden)
+        steps += [heads, *attending, *widening, *multiplying, *scattered(product, range(tokens), result)]
+        return steps, PassJobs(heads.job, places, attending[0].job), result
 
     def _extend(self, query: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """All keys and values of each row, of which the new ones are not written yet."""
@@ -149,16 +210,17 @@ class FusedAttention:
         products: Sequence[torch.Tensor],
         query: torch.Tensor,
         caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        places: Any,
+        position_embeddings: tuple[torch.Tensor, ...],
     ) -> Step:
-        """The step from `products` to `query` and to the new rows of the KV caches."""
+        """The step from `products` to `query` and to the new rows of the KV caches, which are at `places`."""
         # Imported late: importing numba is slow.
         from edgemoe.kernels.cpu.head_kernels import heads_bf16, heads_f32
         from edgemoe.kernels.cpu.program import Step
 
         parts, (tokens, queries, width) = self.parts, query.shape
         cosines, sines = (each.contiguous() for each in position_embeddings)
-        places, size = self._places(caches), query.element_size()
+        size = query.element_size()
         rounds = any(norm.rounds for norm in parts.norms if norm is not None)
         words = [
             address(places), queries, parts.keys, width, width, query.data_ptr(), width * size,
@@ -174,14 +236,12 @@ class FusedAttention:
 
     def _places(self, caches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Any:
         """Where each token's keys and values go, int64 [tokens, 4]: see `head_kernels.PLACE`."""
-        found = []
-        for row, both in zip(self.packed.rows, caches, strict=True):
-            new = row.last - row.first
-            for token in range(new):
-                for each in both:
-                    _, step, between, _ = each.stride()
-                    place = each.shape[2] - new + token
-                    found += [each.data_ptr() + place * between * each.element_size(), step * each.element_size()]
+        found = [
+            word
+            for row, both in zip(self.packed.rows, caches, strict=True)
+            for new in range(row.first - row.last, 0)
+            for word in places_of(both, new)
+        ]
         return np.array(found, np.int64)
 
 

@@ -19,6 +19,12 @@ from edgemoe.cache.routing_history import RoutingHistory
 Steps = list[list[ExpertId]]
 
 
+def settled(policy: HotTemporal) -> HotTemporal:
+    """`policy` with the heats after all its requests."""
+    policy._observe_pending()
+    return policy
+
+
 def anything(expert: ExpertId) -> bool:
     return True
 
@@ -41,13 +47,13 @@ def test_heats_worked_out_by_hand() -> None:
     assert (DECAY, AVERAGE_WEIGHT) == (0.75, 0.25)
     policy = HotTemporal([4])
     policy.requested(0, [0])
-    assert policy._heat[0].tolist() == pytest.approx([0.25 + 0.25 * 1, 0, 0, 0])
+    assert settled(policy)._heat[0].tolist() == pytest.approx([0.25 + 0.25 * 1, 0, 0, 0])
     policy.requested(0, [1, 2])
-    assert policy._heat[0].tolist() == pytest.approx([0.1875 + 0.25 / 2, 0.25 + 0.25 / 2, 0.25 + 0.25 / 2, 0])
+    assert settled(policy)._heat[0].tolist() == pytest.approx([0.1875 + 0.25 / 2, 0.25 + 0.25 / 2, 0.25 + 0.25 / 2, 0])
     policy.requested(0, [3])
     third = 0.25 / 3
     expected = [0.140625 + third, 0.1875 + third, 0.1875 + third, 0.25 + third]
-    assert policy._heat[0].tolist() == pytest.approx(expected)
+    assert settled(policy)._heat[0].tolist() == pytest.approx(expected)
 
 
 def test_what_is_recalled_is_weighed_against_what_was_wanted_lately() -> None:
@@ -60,7 +66,7 @@ def test_what_is_recalled_is_weighed_against_what_was_wanted_lately() -> None:
     past = [lately[0] + 0.25 * 2 / 3, lately[1] + 0.25 / 3]
     soon = [weight * 0.75, weight * 1]
     expected = [(soon[at] + RECENT_WEIGHT * past[at]) / (weight + RECENT_WEIGHT) for at in range(2)]
-    assert policy._heat[0].tolist() == pytest.approx([*expected, 0, 0], rel=1e-5)
+    assert settled(policy)._heat[0].tolist() == pytest.approx([*expected, 0, 0], rel=1e-5)
 
 
 def test_the_same_pass_counts_once() -> None:
@@ -70,7 +76,7 @@ def test_the_same_pass_counts_once() -> None:
         filled(policy, *entry(0, 1))
         for _ in range(3 if policy is often else 0):
             policy.used(ExpertId(0, 1))
-    assert (once._heat == often._heat).all()
+    assert (settled(once)._heat == settled(often)._heat).all()
     assert once.heat() == often.heat() == {ExpertId(0, 1): 1.0}
 
 
@@ -164,13 +170,13 @@ def test_under_random_use_the_victim_is_the_coldest_that_may_leave(seed: int) ->
                 resident.remove(leaving)
             policy.inserted(expert)
             resident.add(expert)
-    assert np.isfinite(policy._heat).all()
+    assert np.isfinite(settled(policy)._heat).all()
 
 
 def value(policy: HotTemporal, expert: ExpertId, layer: int) -> float:
     """The compared value of an expert during a pass of `layer`, by its definition."""
     layers = len(policy._experts)
-    heat = 1.0 if policy._state[expert] == 2 else float(policy._heat[expert])
+    heat = 1.0 if policy._state[expert] == 2 else float(settled(policy)._heat[expert])
     return (heat + policy._offset()) * float(policy._discount ** (((expert.layer - layer - 1) % layers) / layers))
 
 
@@ -242,7 +248,7 @@ def test_heat_of_another_scale_does_no_harm() -> None:
     for _ in range(3):
         policy.requested(0, [1])
         policy.requested(1, [2])
-    assert np.isfinite(policy._heat).all()
+    assert np.isfinite(settled(policy)._heat).all()
 
 
 # --- against other policies ----------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from edgemoe.experts.expert_ffn import FastExperts, PlainExperts, TokenGroups
+from edgemoe.experts.prepared_experts import PreparedExperts
 from edgemoe.kernels.cpu.threads import torch_threads
 from edgemoe.kernels.row_linear import BATCH_INVARIANT_TOKENS
 from tests.support.checkpoints import Zoo, reference, running
@@ -195,3 +196,29 @@ def test_many_tokens_have_the_same_result_on_one_thread_and_on_two(zoo: Zoo, mon
             with torch.inference_mode(), torch_threads(1):
                 results.append(moe.module(own.model).forward(*inputs))
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_single_tokens_have_the_bits_of_a_batch_whatever_came_before(
+    dtype: str, zoo: Zoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their program is made once, and keeps its inputs and outputs in the same memory."""
+    ran = []
+    run = PreparedExperts.run
+    monkeypatch.setattr(PreparedExperts, "run", lambda *given: ran.append(1) or run(*given))
+    with running(zoo("qwen3_moe"), dtype=dtype) as own, torch.inference_mode(), torch_threads(1):
+        moe = own.blueprint.experts_modules[0]
+        forward = moe.module(own.model).forward
+        width = next(part.shape[0] for part in moe.layout.parts if part.name == "down_proj")
+        hidden, index, weights = choices(9, moe.experts, 3, width, dtype)
+        for weight_dtype in (torch.float32, getattr(torch, dtype)):
+            given = weights.to(weight_dtype)
+            together = forward(hidden, index, given)
+            alone = [forward(hidden[at : at + 1], index[at : at + 1], given[at : at + 1]) for at in range(9)]
+            assert torch.equal(torch.cat(alone), together)
+            # A token without one of its experts, and one that chooses an expert twice, take the general way.
+            before = len(ran)
+            forward(hidden[:1], index[:1], given[:1] * torch.tensor([1.0, 0.0, 1.0], dtype=given.dtype))
+            forward(hidden[1:2], index[1:2, [0, 1, 0]], given[1:2])
+            assert len(ran) == before
+    assert len(ran) == 2 * 9

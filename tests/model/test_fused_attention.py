@@ -68,6 +68,8 @@ def replies(runner: ModelRunner) -> list[torch.Tensor]:
     past.rollback(tokens, branch)
     for number in range(40):
         found += runner.run([PassInput(past, [number]), PassInput(other, random_ids(2, seed=number), every=True)])
+    # Longer than the program of a single token was made for, and another sequence's cache.
+    found += [runner.step(each, [token]) for token in random_ids(4, seed=5) for each in (past, other)]
     return found
 
 

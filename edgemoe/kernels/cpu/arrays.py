@@ -39,6 +39,10 @@ class Job:
         self.address = self._words.buffer_info()[0]
         """Of the words, as long as this object is there."""
 
+    def set(self, place: int, word: int) -> None:
+        """Changes a word, between runs of the kernel. What it names has to stay where it is while the kernel runs."""
+        self._words[place] = word
+
 
 class Matrix(NamedTuple):
     """A matrix at one place of every record in memory."""

@@ -26,6 +26,8 @@ SHARES = 6
 PATIENCE = 2000
 """Looks at what others do, of some 40 cycles each, before a waiting thread offers its core to other programs."""
 HEADER, STEP, MAILBOX = 4, 6, 8
+TAKEN, DONE = 4, 5
+"""Places of a step's words: the rows that threads have begun, and that they have ended."""
 """Words of a program before its steps, of a step, and of a mailbox."""
 PENDING, RUNNING, CLOSED, HANDLE, NUMBER, WAIT, POST, GIVE_WAY = range(MAILBOX)
 """Those of a mailbox: the program that waits there, whether one is run, and so on."""
@@ -66,7 +68,7 @@ class Mailbox:
 
 
 class Program:
-    """Steps that are run once."""
+    """Steps that are run one after the other, as often as wanted."""
 
     def __init__(self, steps: Sequence[Step], helpers: Sequence[Mailbox] = ()) -> None:
         """`helpers` are those of threads that may take part, by their numbers."""
@@ -84,8 +86,10 @@ class Program:
 
     def run(self) -> None:
         """Offers the program to the helpers and takes part in it. No thread runs it any more when this returns."""
-        boxes, count = self._mailboxes.buffer_info()
-        run_program.call(self._words.buffer_info()[0], boxes, 0, count)
+        words, (boxes, count) = self._words, self._mailboxes.buffer_info()
+        for at in range(HEADER, len(words), STEP):
+            words[at + TAKEN] = words[at + DONE] = 0
+        run_program.call(words.buffer_info()[0], boxes, 0, count)
 
 
 class _Emitter:
@@ -139,8 +143,8 @@ class _Emitter:
         with counting(builder, WORD(0), count, 1) as at:
             step = builder.add(offset(builder, program, 8 * HEADER), builder.mul(at, WORD(8 * STEP)))
             kernel, job, rows, share = load_words(builder, step, 4)
-            done = self._word(step, 5)
-            self._work(kernel, (job, own), rows, share, self._word(step, 4), done)
+            done = self._word(step, DONE)
+            self._work(kernel, (job, own), rows, share, self._word(step, TAKEN), done)
             self._wait(done, partial(builder.icmp_signed, "<=", rows), give_way)
 
     def _work(self, kernel: Any, arguments: tuple[Any, Any], rows: Any, share: Any, taken: Any, done: Any) -> None:

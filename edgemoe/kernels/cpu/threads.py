@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from edgemoe.kernels.cpu.program import Mailbox, Step
+    from edgemoe.kernels.cpu.program import Mailbox, Program, Step
 
 MIN_SPLIT_NBYTES = 1 << 20
 """Bytes to read below which the caller runs a program alone: it would be done before another thread has woken."""
@@ -33,15 +33,18 @@ class KernelThreads:
 
         On all threads, or by the caller `alone`, as if they read less than `MIN_SPLIT_NBYTES`.
         """
+        self.program(steps, alone=alone).run()
+
+    def program(self, steps: Sequence[Step], *, alone: bool = False) -> Program:
+        """What `run` runs, for more than one time. It must not be run after `close`."""
         # Imported late: importing numba is slow.
         from edgemoe.kernels.cpu.program import Program
 
         if alone or self.count == 1 or sum(step.nbytes for step in steps) < MIN_SPLIT_NBYTES:
-            Program(steps).run()
-            return
+            return Program(steps)
         if not self._threads:
             self._start()
-        Program(steps, self._mailboxes).run()
+        return Program(steps, self._mailboxes)
 
     def close(self) -> None:
         """Ends the threads. Idempotent."""

@@ -1,0 +1,74 @@
+"""The program of one token's experts, which is made once for a layer.
+
+Making it takes PyTorch and Python as long as a tenth of a token's weights take the memory: what streams by leaves the
+caches of the CPU to neither of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from edgemoe.kernels.cpu.arrays import Groups
+from edgemoe.kernels.cpu.threads import KernelThreads
+from edgemoe.kernels.gated_silu import gated_silu
+from edgemoe.kernels.rows import scattered
+from edgemoe.kernels.weighted_sum import weighted_sum_step
+
+if TYPE_CHECKING:
+    from edgemoe.kernels.cpu.packed.packed_matrix import PackedMatrix
+    from edgemoe.kernels.cpu.program import Program
+    from edgemoe.kernels.cpu.slot_matrix import SlotMatrix
+
+
+class PreparedExperts:
+    """The steps of `FastExperts` for one token, from its hidden state to the weighted sum, in memory of their own."""
+
+    def __init__(
+        self, program: Program, slots: np.ndarray, inputs: tuple[torch.Tensor, torch.Tensor], summed: torch.Tensor
+    ) -> None:
+        """`program` reads `slots`, int64 [top-k], and the `inputs`, hidden and weights, and writes `summed`."""
+        self._program = program
+        self._slots = slots
+        self._hidden, self._weights = inputs
+        self._summed = summed
+
+    @classmethod
+    def of(
+        cls,
+        up: SlotMatrix | PackedMatrix,
+        down: SlotMatrix | PackedMatrix,
+        threads: KernelThreads,
+        hidden: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> PreparedExperts | None:
+        """For experts of the matrices `up` and `down`, and inputs like `hidden`, [1, hidden size], and `weights`.
+
+        These are [1, top-k]. None where there is no kernel for their sum.
+        """
+        top_k, columns = weights.shape[-1], hidden.shape[-1]
+        # Later passes may write to them in another mode than this one's.
+        with torch.inference_mode(False):
+            own = torch.empty(1, columns, dtype=up.inputs), torch.empty(1, top_k, dtype=weights.dtype)
+            outputs, slots = torch.empty(top_k, columns, dtype=hidden.dtype), np.zeros(top_k, np.int64)
+            each = Groups(slots, np.arange(top_k + 1))
+            products, steps = up.product(each, own[0].expand(top_k, -1))
+            inner, activation = gated_silu(products, hidden.dtype, down.inputs)
+            outer, again = down.product(each, inner)
+            summing = weighted_sum_step(outputs, own[1])
+        if summing is None:
+            return None
+        summed, step = summing
+        steps = [*steps, activation, *again, *scattered(outer, range(top_k), outputs), step]
+        return cls(threads.program(steps), slots, own, summed)
+
+    def run(self, hidden: torch.Tensor, weights: torch.Tensor, slots: Sequence[int]) -> torch.Tensor:
+        """The weighted sum of the experts in `slots`, [1, hidden size], in the order of their `weights`. Pinned."""
+        self._slots[:] = slots
+        self._hidden.copy_(hidden)
+        self._weights.copy_(weights)
+        self._program.run()
+        return self._summed.clone()
