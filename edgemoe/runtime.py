@@ -30,7 +30,7 @@ from edgemoe.kernels import batch_invariant_linear, kernel_weight, rms_norm
 from edgemoe.kernels.cpu.packed import packed_matrix
 from edgemoe.kernels.cpu.packed.packed_matrix import PackedMatrix
 from edgemoe.kernels.cpu.threads import KernelThreads
-from edgemoe.kernels.packed_layers import PackedLinear
+from edgemoe.kernels.packed_layers import PackedEmbedding, PackedLinear
 from edgemoe.model.sequential_runner import SequentialRunner
 from edgemoe.plan.plan import Plan
 from edgemoe.prefetch.fill import fill_order
@@ -84,6 +84,8 @@ class Runtime:
             for module in self.model.modules():
                 if isinstance(module, PackedLinear):
                     module.use_kernels(threads)
+                elif isinstance(module, PackedEmbedding):
+                    module.use_kernels()
         self.state = StateFolder.of(blueprint.checkpoint, config.state_folder)
         heat = heat_file.read(self.state, files.experts)
         policy.warm(heat)

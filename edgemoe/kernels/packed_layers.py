@@ -11,7 +11,7 @@ from torch import nn
 from edgemoe.formats.weight_format import WeightFormat
 from edgemoe.kernels.cpu.threads import KernelThreads, kernels_have_the_cores
 from edgemoe.kernels.packed_linear import packed_linear
-from edgemoe.kernels.row_linear import few_on_cpu
+from edgemoe.kernels.row_linear import BATCH_INVARIANT_TOKENS, few_on_cpu
 
 if TYPE_CHECKING:
     from edgemoe.kernels.cpu.packed.packed_matrix import PackedMatrix
@@ -90,6 +90,16 @@ class PackedEmbedding(nn.Module):
         super().__init__()
         self.num_embeddings, self.embedding_dim = weight.shape
         self.packed = weight
+        self._matrix: PackedMatrix | None = None
+
+    def use_kernels(self) -> None:
+        """Reads a few rows by a CPU kernel, where there is one for the format."""
+        from edgemoe.kernels.cpu.packed import packed_matrix
+
+        kind, columns = self.packed.kind, self.embedding_dim
+        if packed_matrix.fits(kind, columns):
+            matrix = packed_matrix.PackedMatrix.of_views(kind, self.packed.parts, "", columns)
+            self._matrix = None if matrix.interleaved else matrix
 
     @property
     def weight(self) -> torch.Tensor:
@@ -100,6 +110,9 @@ class PackedEmbedding(nn.Module):
         """The rows of the ids `input`, [..., columns]."""
         packed = self.packed
         ids = input.reshape(-1)
+        if self._matrix is not None and 0 < len(ids) <= BATCH_INVARIANT_TOKENS:
+            found = [self._matrix.rows(0, each, each + 1) for each in ids.tolist()]
+            return torch.cat(found).to(packed.dtype).view(*input.shape, self.embedding_dim)
         rows = {name: part.index_select(0, ids) for name, part in packed.parts.items()}
         values = packed.kind.rows(rows, "", 0, len(ids)).to(packed.dtype)
         return values.view(*input.shape, self.embedding_dim)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +12,9 @@ from torch import nn
 
 from edgemoe.errors import is_device_or_memory_error
 from edgemoe.kernels.cpu.arrays import Job
+
+if TYPE_CHECKING:
+    from edgemoe.kernels.cpu.program import Step
 
 MAX_VALUES = 1 << 18
 """Values of an input up to which one thread is faster than PyTorch's operations on all of them."""
@@ -56,6 +59,19 @@ def arithmetic_of(norm: nn.Module) -> NormArithmetic | None:
     """What `norm` computes; None where `install_rms_norm` has found no kernel."""
     found: NormArithmetic | None = vars(norm).get(_ATTRIBUTE)
     return found
+
+
+def norm_step(arithmetic: NormArithmetic, x: torch.Tensor, out: torch.Tensor) -> Step:
+    """The step that writes the norms of the rows of `x` to `out`: both contiguous, bf16 or float32, [rows, columns]."""
+    # Imported late: importing numba is slow.
+    from edgemoe.kernels.cpu import row_kernels
+    from edgemoe.kernels.cpu.program import Step
+
+    (weight, rounds, epsilon), (rows, columns) = arithmetic, x.shape
+    step = columns * x.element_size()
+    words = row_kernels.Words(x.data_ptr(), step, out.data_ptr(), columns, weight.data_ptr(), epsilon, int(rounds))
+    kernel = row_kernels.rms_norm_bf16 if x.dtype is torch.bfloat16 else row_kernels.rms_norm_f32
+    return Step(kernel, Job(words, (x, out, weight)), rows, x.nbytes)
 
 
 def _epsilon(module: nn.Module) -> float | None:

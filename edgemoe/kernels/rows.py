@@ -66,3 +66,16 @@ def scattered(x: torch.Tensor, places: Sequence[int], out: torch.Tensor) -> list
     index = np.array(places)
     words = row_kernels.Words(x.data_ptr(), x.stride(0) * 4, out.data_ptr(), x.shape[-1], address(index))
     return [Step(kernel, Job(words, (x, index, out)), len(places), x.nbytes)]
+
+
+def sum_step(x: torch.Tensor, other: torch.Tensor, out: torch.Tensor) -> Step:
+    """The step that writes the sums of `x` and `other` to `out`: contiguous [rows, columns], all bf16 or float32."""
+    # Imported late: importing numba is slow.
+    from edgemoe.kernels.cpu import row_kernels
+    from edgemoe.kernels.cpu.program import Step
+
+    rows, columns = x.shape
+    step = columns * x.element_size()
+    words = row_kernels.Words(x.data_ptr(), step, out.data_ptr(), columns, other.data_ptr())
+    kernel = row_kernels.add_bf16 if x.dtype is torch.bfloat16 else row_kernels.add_f32
+    return Step(kernel, Job(words, (x, other, out)), rows, x.nbytes)

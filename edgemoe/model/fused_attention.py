@@ -25,14 +25,15 @@ from edgemoe.kernels.rms_norm import NormArithmetic, arithmetic_of
 from edgemoe.kernels.row_linear import BATCH_INVARIANT_TOKENS
 from edgemoe.kernels.rows import scattered, widened
 from edgemoe.model.kv_cache import GrowingLayer, SequenceCache
-from edgemoe.model.prepared_attention import PassJobs, PreparedAttention, places_of
 
 if TYPE_CHECKING:
     from edgemoe.kernels.cpu.program import Step
     from edgemoe.model.packed_attention import PackedAttention, Row
+    from edgemoe.model.prepared_attention import LayerNorms, PassJobs, PreparedAttention
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 NORMS = ("q_norm", "k_norm")
+_ATTRIBUTE = "edgemoe_fused_attention"
 PROBES = (1, 3)
 """Tokens of the passes that a module is tried with, one after the other."""
 
@@ -84,7 +85,7 @@ class FusedAttention:
         self.parts = parts
         self._threads = threads
         self._layer = layer
-        self._prepared: dict[tuple[torch.dtype, int], PreparedAttention] = {}
+        self._kept: dict[object, PreparedAttention] = {}
 
     def fits(self, hidden: torch.Tensor, position_embeddings: Any) -> bool:
         """Whether a pass with these is one for the program."""
@@ -112,8 +113,8 @@ class FusedAttention:
     def run(self, hidden: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """The module's output for `hidden`, [1, tokens, hidden size]. Appends to the KV cache of every row."""
         rows = self.packed.rows
-        if hidden.shape[1] == 1 and rows[0].tree_mask is None:
-            return self._run_one(hidden, position_embeddings)
+        if self.is_one(hidden):
+            return self._prepared(hidden, position_embeddings).output()
         tokens = hidden.shape[1]
         query = hidden.new_empty(tokens, self.parts.queries, self.parts.width)
         caches = self._extend(query)
@@ -122,10 +123,28 @@ class FusedAttention:
         self._threads.run(steps)
         return result.view(hidden.shape)
 
-    def _run_one(self, hidden: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """As `run` for one token, by a program that is made once and again when there is no room for more keys."""
-        width = position_embeddings[0].shape[-1]
-        prepared = self._prepared.get((hidden.dtype, width))
+    def is_one(self, hidden: torch.Tensor) -> bool:
+        """Whether a pass with `hidden` is one for the program of a single token."""
+        return hidden.shape[1] == 1 and self.packed.rows[0].tree_mask is None
+
+    def run_layer(
+        self, hidden: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], norms: LayerNorms
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `run` for a single token with the `norms` of its layer: the residual after attention, and its norm.
+
+        The first one is valid until the next pass.
+        """
+        return self._prepared(hidden, position_embeddings, norms).outputs()
+
+    def _prepared(
+        self,
+        hidden: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        norms: LayerNorms | None = None,
+    ) -> PreparedAttention:
+        """The program of a single token, which has run. It is made once, and again when its keys need more room."""
+        key = hidden.dtype, position_embeddings[0].shape[-1], norms is None
+        prepared = self._kept.get(key)
         like = prepared.like if prepared is not None else hidden.new_empty(1, self.parts.keys, 1, self.parts.width)
         layer = self.packed.rows[0].kv.layers[self._layer]
         assert isinstance(layer, GrowingLayer)
@@ -133,22 +152,32 @@ class FusedAttention:
         if prepared is None or cache[0].shape[-2] > prepared.most:
             # Later passes may write to its memory in another mode than this one's.
             with torch.inference_mode(False):
-                prepared = self._prepare(hidden, cache[0].shape[-2] * 2, position_embeddings)
-            self._prepared[hidden.dtype, width] = prepared
-        return prepared.run(hidden, cache, position_embeddings)
+                prepared = self._prepare(hidden, cache[0].shape[-2] * 2, position_embeddings, norms)
+            self._kept[key] = prepared
+        prepared.run(hidden, cache, position_embeddings)
+        return prepared
 
     def _prepare(
-        self, hidden: torch.Tensor, most: int, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+        self,
+        hidden: torch.Tensor,
+        most: int,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        norms: LayerNorms | None,
     ) -> PreparedAttention:
+        # Imported late: importing numba is slow.
+        from edgemoe.model.prepared_attention import LayerProgram, PreparedAttention
+
         parts = self.parts
         like = torch.empty(1, parts.keys, 1, parts.width, dtype=hidden.dtype)
         query = torch.empty(1, parts.queries, parts.width, dtype=hidden.dtype)
         keys = like.expand(-1, -1, most, -1)
         seen = SeenKeys.ranges([(0, most)])
-        inputs = {dtype: torch.empty(1, hidden.shape[-1], dtype=dtype) for dtype in self._dtypes}
+        layer = None if norms is None else LayerProgram(norms, hidden.dtype)
+        inputs = self._inputs(torch.empty_like(hidden)) if layer is None else layer.inputs(self._dtypes)
         turning = tuple(torch.empty_like(each) for each in position_embeddings)
         steps, jobs, result = self._steps(inputs, query, [(keys, keys)], [seen], turning)
-        return PreparedAttention(self._threads.program(steps), inputs, like, seen, most, jobs, result)
+        program = self._threads.program(steps if layer is None else layer.around(steps, result))
+        return PreparedAttention(program, layer or list(inputs.values()), like, seen, most, jobs, result)
 
     @property
     def _dtypes(self) -> set[torch.dtype]:
@@ -172,6 +201,9 @@ class FusedAttention:
         That is [tokens, hidden size]. `query` is where rotated queries are put, [tokens, heads, width]; `caches` and
         `seen` are each row's.
         """
+        # Imported late: importing numba is slow.
+        from edgemoe.model.prepared_attention import PassJobs
+
         parts, tokens = self.parts, len(query)
         every, steps, products = Groups.of_one(tokens), [], []
         for matrix in parts.matrices[:3]:
@@ -236,6 +268,9 @@ class FusedAttention:
 
     def _places(self, caches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Any:
         """Where each token's keys and values go, int64 [tokens, 4]: see `head_kernels.PLACE`."""
+        # Imported late: importing numba is slow.
+        from edgemoe.model.prepared_attention import places_of
+
         found = [
             word
             for row, both in zip(self.packed.rows, caches, strict=True)
@@ -262,6 +297,13 @@ def install(model: nn.Module, packed: PackedAttention, threads: KernelThreads) -
             tried[kind] = _agrees(model, module, fused)
         if tried[kind]:
             vars(module)["forward"] = types.MethodType(_forward(module.forward, fused), module)
+            vars(module)[_ATTRIBUTE] = fused
+
+
+def fused_of(module: nn.Module) -> FusedAttention | None:
+    """The program of an attention module, where `install` has found that it can be one."""
+    found: FusedAttention | None = vars(module).get(_ATTRIBUTE)
+    return found
 
 
 def _forward(other: Any, fused: FusedAttention) -> Any:

@@ -9,7 +9,7 @@ import torch
 
 from edgemoe.errors import is_device_or_memory_error
 from edgemoe.kernels import batch_invariant_linear
-from edgemoe.model import fused_attention
+from edgemoe.model import fused_attention, fused_layer
 from edgemoe.model.packed_attention import MIN_THREADED_PAIRS, PackedAttention, Row
 from edgemoe.model.sequential_runner import PROBE_TOKENS, PassInput, SequentialRunner
 from edgemoe.quiet import quiet_transformers
@@ -27,6 +27,7 @@ class PackedRunner:
         if self._attention is not None:
             batch_invariant_linear.install_batch_invariance(runner.model, partial(_batch_invariant, self._attention))
             fused_attention.install(runner.model, self._attention, runner.kernel_threads)
+            fused_layer.install(runner.model)
         self.works = self._attention is not None and self._agrees()
 
     def run(self, inputs: Sequence[PassInput]) -> list[torch.Tensor]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from edgemoe.kernels.cpu.arrays import Job
 from edgemoe.kernels.cpu.attention import REGISTER, SeenKeys
+from edgemoe.kernels.cpu.attention_kernels import Words
+from edgemoe.kernels.cpu.head_kernels import COSINES, SINES
+from edgemoe.kernels.cpu.row_kernels import WEIGHTS, X
+from edgemoe.kernels.rms_norm import NormArithmetic, norm_step
+from edgemoe.kernels.rows import sum_step, widened
 
 if TYPE_CHECKING:
-    from edgemoe.kernels.cpu.program import Program
+    from edgemoe.kernels.cpu.program import Program, Step
 
 
 class PassJobs(NamedTuple):
@@ -26,25 +30,68 @@ class PassJobs(NamedTuple):
     """Of `attention_kernels`, for the first row."""
 
 
+CHANGING = [Words._fields.index(name) for name in ("k", "k_head", "k_token", "v", "v_head", "v_token", "padded")]
+"""The words of an attention job that say where the cache is, and how much of it."""
+
+
+class LayerNorms(NamedTuple):
+    """What a decoder layer normalises: its input, and the residual after its attention."""
+
+    before: NormArithmetic
+    after: NormArithmetic
+
+
+class LayerProgram:
+    """What surrounds the attention of one token in its decoder layer: norms, and the sum with the layer's input."""
+
+    def __init__(self, norms: LayerNorms, dtype: torch.dtype) -> None:
+        """`dtype` is that of hidden states."""
+        columns = len(norms.before.weight)
+        self._norms = norms
+        self._normed, self.residual, self.output = (torch.empty(1, columns, dtype=dtype) for _ in range(3))
+        # What is read first lies with the caller, and is told before each run.
+        self._first = norm_step(norms.before, self.residual, self._normed)
+        self._widening: list[Step] = []
+        self._added: Job | None = None
+
+    def inputs(self, dtypes: set[torch.dtype]) -> dict[torch.dtype, torch.Tensor]:
+        """Where the normalised input will be, for matrices that multiply `dtypes`: its own, and float32."""
+        single, self._widening = widened(self._normed)
+        return {dtype: self._normed if dtype is self._normed.dtype else single for dtype in dtypes}
+
+    def around(self, steps: list[Step], attention: torch.Tensor) -> list[Step]:
+        """`steps`, which write the module's output to `attention`, with those before and after them."""
+        last = norm_step(self._norms.after, self.residual, self.output)
+        added = sum_step(attention, self.residual, self.residual)
+        self._added = added.job
+        return [self._first, *self._widening, *steps, added, last]
+
+    def reads(self, hidden: torch.Tensor) -> None:
+        """The next run's input is `hidden`, contiguous, which must stay until then."""
+        assert self._added is not None
+        self._first.job.set(X, hidden.data_ptr())
+        self._added.set(WEIGHTS, hidden.data_ptr())
+
+
 class PreparedAttention:
     """The steps of `FusedAttention` for one token of one sequence, in memory of their own."""
 
     def __init__(
         self,
         program: Program,
-        inputs: dict[torch.dtype, torch.Tensor],
+        inputs: LayerProgram | list[torch.Tensor],
         like: torch.Tensor,
         seen: SeenKeys,
         most: int,
         jobs: PassJobs,
         result: torch.Tensor,
     ) -> None:
-        """`program` reads `inputs`, [1, hidden size], and the keys in `seen`, a range, and writes `result`.
+        """`program` reads the keys in `seen`, a range, and what `inputs` say: a layer's, or several [1, hidden size].
 
-        It has room for `most` keys.
+        It writes `result`, [1, hidden size], and has room for `most` keys.
         """
         self._program = program
-        self._inputs = list(inputs.values())
+        self._inputs = inputs
         self.like = like
         """Of the shape and dtype of a token's keys, [1, heads, 1, width]."""
         self._seen = seen
@@ -57,24 +104,32 @@ class PreparedAttention:
         hidden: torch.Tensor,
         kept: tuple[torch.Tensor, torch.Tensor],
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-    ) -> torch.Tensor:
-        """The output for `hidden`, [1, 1, hidden size]. Writes the last row of the KV cache, `kept`."""
-        # Imported late: importing numba is slow.
-        from edgemoe.kernels.cpu.head_kernels import COSINES, SINES
-
+    ) -> None:
+        """Computes the outputs for `hidden`, [1, 1, hidden size]. Writes the last row of the KV cache, `kept`."""
         (keys, values), (heads, places, attention) = kept, self._jobs
         turning = [each.contiguous() for each in position_embeddings]
         for place, each in zip((COSINES, SINES), turning, strict=True):
             heads.set(place, each.data_ptr())
-        count = keys.shape[-2]
         places[:] = places_of(kept, -1)
-        self._seen.spans[0, 1] = count
-        for place, word in zip(_changing(), _words(keys, values), strict=True):
+        self._seen.spans[0, 1] = keys.shape[-2]
+        for place, word in zip(CHANGING, _words(keys, values), strict=True):
             attention.set(place, word)
-        for own in self._inputs:
-            own.copy_(hidden[0])
+        hidden = hidden.contiguous()
+        if isinstance(self._inputs, LayerProgram):
+            self._inputs.reads(hidden)
+        else:
+            for own in self._inputs:
+                own.copy_(hidden[0])
         self._program.run()
-        return self._result.clone().view(hidden.shape)
+
+    def output(self) -> torch.Tensor:
+        """The module's output of the last run, [1, 1, hidden size]."""
+        return self._result.clone()[None]
+
+    def outputs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual of the last run of a layer, valid until the next one, and its norm: [1, 1, hidden size] each."""
+        assert isinstance(self._inputs, LayerProgram)
+        return self._inputs.residual[None], self._inputs.output.clone()[None]
 
 
 def places_of(kept: tuple[torch.Tensor, torch.Tensor], row: int) -> list[int]:
@@ -87,17 +142,8 @@ def places_of(kept: tuple[torch.Tensor, torch.Tensor], row: int) -> list[int]:
     return found
 
 
-@cache
-def _changing() -> Sequence[int]:
-    """The places of the words of an attention job that say where the cache is, and how much of it."""
-    # Imported late: importing numba is slow.
-    from edgemoe.kernels.cpu.attention_kernels import Words
-
-    return [Words._fields.index(name) for name in ("k", "k_head", "k_token", "v", "v_head", "v_token", "padded")]
-
-
 def _words(keys: torch.Tensor, values: torch.Tensor) -> Sequence[int]:
-    """Those words."""
+    """The words of an attention job at the places `CHANGING`."""
     size, words = keys.element_size(), []
     for each in (keys, values):
         _, between_heads, between_rows, _ = each.stride()

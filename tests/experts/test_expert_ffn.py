@@ -203,9 +203,14 @@ def test_single_tokens_have_the_bits_of_a_batch_whatever_came_before(
     dtype: str, zoo: Zoo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their program is made once, and keeps its inputs and outputs in the same memory."""
-    ran = []
+    ran: list[object] = []
     run = PreparedExperts.run
-    monkeypatch.setattr(PreparedExperts, "run", lambda *given: ran.append(1) or run(*given))
+
+    def counted(prepared: PreparedExperts, *given: Any) -> torch.Tensor:
+        ran.append(prepared)
+        return run(prepared, *given)
+
+    monkeypatch.setattr(PreparedExperts, "run", counted)
     with running(zoo("qwen3_moe"), dtype=dtype) as own, torch.inference_mode(), torch_threads(1):
         moe = own.blueprint.experts_modules[0]
         forward = moe.module(own.model).forward

@@ -17,7 +17,7 @@ from edgemoe.kernels.cpu.arrays import Groups
 from edgemoe.kernels.cpu.packed import packed_matrix
 from edgemoe.kernels.cpu.packed.packed_matrix import PackedMatrix
 from edgemoe.kernels.cpu.threads import KernelThreads
-from edgemoe.kernels.packed_layers import PackedLinear, PackedWeight
+from edgemoe.kernels.packed_layers import PackedEmbedding, PackedLinear, PackedWeight
 
 SAMPLES = {sample.name: sample for sample in samples(11)}
 WITH_KERNEL = [name for name, own in SAMPLES.items() if packed_matrix.fits(own.format, own.shape[1])]
@@ -153,3 +153,18 @@ def test_a_packed_linear_layer_multiplies_with_and_without_kernels(
         assert torch.allclose(layer(x), expected, rtol=1e-5, atol=1e-4)
         layer.use_kernels(threads)
         assert torch.allclose(layer(x), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_KERNEL if len(SAMPLES[name].views) == 1])
+def test_rows_of_a_packed_embedding_have_the_same_bits_by_a_kernel(name: str) -> None:
+    sample = SAMPLES[name]
+    parts = {key.removeprefix("w"): part for key, part in sample.views.items()}
+    for dtype in (torch.float32, torch.bfloat16):
+        embedding = PackedEmbedding(PackedWeight(sample.format, parts, sample.shape, dtype))
+        ids = torch.tensor([[3, 0, 3, sample.shape[0] - 1]])
+        expected = embedding(ids)
+        embedding.use_kernels()
+        found = embedding(ids)
+        assert found.dtype is dtype
+        assert found.shape == expected.shape
+        assert same_bits(found.float(), expected.float())

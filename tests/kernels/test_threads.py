@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from edgemoe.kernels.cpu.arrays import Job
-from edgemoe.kernels.cpu.program import Program, Step
+from edgemoe.kernels.cpu.program import Program, Step, run_program
 from edgemoe.kernels.cpu.threads import MIN_SPLIT_NBYTES, KernelThreads
 from edgemoe.kernels.rows import gathered
 
@@ -73,8 +73,25 @@ def test_a_thread_that_comes_late_finds_nothing_to_do() -> None:
     program = Program([step(lambda first, last: spans.append((first, last)), 50)])
     program.run()
     ran = list(spans)
-    program.run()
+    run_program.call(program._words.buffer_info()[0], 0, 0, 0)
     assert spans == ran
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_program_that_runs_again_does_everything_again(number: int) -> None:
+    threads, spans = KernelThreads(number), []
+    program = threads.program(
+        [step(lambda first, last: spans.append((first, last)), 50)._replace(nbytes=MIN_SPLIT_NBYTES)]
+    )
+    for _ in range(5):
+        spans.clear()
+        program.run()
+        assert sorted(row for first, last in spans for row in range(first, last)) == list(range(50))
+    threads.close()
+    # A thread that has ended is one that comes late.
+    spans.clear()
+    program.run()
+    assert sorted(row for first, last in spans for row in range(first, last)) == list(range(50))
 
 
 def test_a_slow_thread_is_waited_for() -> None:

@@ -18,6 +18,7 @@ from tests.support.checkpoints import Zoo, random_ids, running
 
 FUSED = ["qwen3_moe", "mixtral", "qwen2_moe", "phimoe", "glm4_moe", "mellum", "aria_text"]
 """With norms of heads and without, with biases, partly rotated, and with windows in some layers."""
+UNFUSED_LAYERS = ["phimoe"]
 OTHERS = ["ernie4_5_moe", "exaone_moe", "olmoe", "gpt_oss", "afmoe"]
 """Interleaved rotation, none, norms of all heads, sinks, and gates."""
 DTYPES = ["bfloat16", "float32"]
@@ -29,13 +30,19 @@ class Calls:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
         self.allowed = True
-        run, fits = FusedAttention.run, FusedAttention.fits
+        self.layers = 0
+        run, run_layer, fits = FusedAttention.run, FusedAttention.run_layer, FusedAttention.fits
 
         def counted(fused: FusedAttention, *arguments: object) -> torch.Tensor:
             self.count += 1
             return run(fused, *arguments)  # type: ignore[arg-type]
 
+        def counted_layer(fused: FusedAttention, *arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
+            self.layers += 1
+            return run_layer(fused, *arguments)  # type: ignore[arg-type]
+
         monkeypatch.setattr(FusedAttention, "run", counted)
+        monkeypatch.setattr(FusedAttention, "run_layer", counted_layer)
         monkeypatch.setattr(FusedAttention, "fits", lambda fused, *given: self.allowed and fits(fused, *given))
 
 
@@ -77,12 +84,14 @@ def replies(runner: ModelRunner) -> list[torch.Tensor]:
 @pytest.mark.parametrize("family", FUSED)
 def test_the_bits_are_those_of_the_modules(family: str, dtype: str, zoo: Zoo, calls: Calls) -> None:
     with runner_with_kernels(zoo, family, dtype) as runner:
-        calls.count = 0
+        calls.count = calls.layers = 0
         found = replies(runner)
         assert calls.count > 0
-        calls.count, calls.allowed = 0, False
+        # PhiMoE's norms are not RMS norms.
+        assert (calls.layers > 0) == (family not in UNFUSED_LAYERS)
+        calls.count, calls.layers, calls.allowed = 0, 0, False
         expected = replies(runner)
-        assert calls.count == 0
+        assert calls.count == calls.layers == 0
     assert all(map(torch.equal, found, expected))
 
 

@@ -154,6 +154,26 @@ def scatter_f32(job, scratch, first, last):  # type: ignore[no-untyped-def]
 
 
 @Native
+def add_bf16(job, scratch, first, last):  # type: ignore[no-untyped-def]
+    """out = x + other, for the rows first ≤ r < last, bf16; `weights` is the address of the other's contiguous rows."""
+    of = carray(_words(job), COUNT)
+    columns = of[COLUMNS]
+    for r in range(first, last):
+        x, other = carray(_bf16(of[X] + r * of[X_STEP]), columns), carray(_bf16(of[WEIGHTS] + 2 * r * columns), columns)
+        _sum_bf16(x, other, carray(_bf16(of[OUT] + 2 * r * columns), columns))
+
+
+@Native
+def add_f32(job, scratch, first, last):  # type: ignore[no-untyped-def]
+    """As `add_bf16` for float32."""
+    of = carray(_words(job), COUNT)
+    columns = of[COLUMNS]
+    for r in range(first, last):
+        x, other = carray(_f32(of[X] + r * of[X_STEP]), columns), carray(_f32(of[WEIGHTS] + 4 * r * columns), columns)
+        _sum_f32(x, other, carray(_f32(of[OUT] + 4 * r * columns), columns))
+
+
+@Native
 def weighted_sum_bf16(job, scratch, first, last):  # type: ignore[no-untyped-def]
     """out[r] = the sum of the rows of `x` from r * option on times their weights, `option` many, for first ≤ r < last.
 
@@ -274,6 +294,18 @@ def _add_bf16(x, weight, total):  # type: ignore[no-untyped-def]
 def _add_f32(x, weight, total):  # type: ignore[no-untyped-def]
     for c in range(len(total)):
         total[c] += x[c] * weight
+
+
+@compiled(**in_order)
+def _sum_bf16(x, other, out):  # type: ignore[no-untyped-def]
+    for c in range(len(out)):
+        out[c] = np.uint16(rounded_to_bf16(widened(x[c]) + widened(other[c])))
+
+
+@compiled(**in_order)
+def _sum_f32(x, other, out):  # type: ignore[no-untyped-def]
+    for c in range(len(out)):
+        out[c] = x[c] + other[c]
 
 
 @compiled(**in_order)
