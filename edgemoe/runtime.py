@@ -27,10 +27,12 @@ from edgemoe.experts.expert_predictor import ExpertPredictor
 from edgemoe.experts.lookahead import Lookahead
 from edgemoe.formats.float_format import FloatFormat
 from edgemoe.kernels import batch_invariant_linear, kernel_weight, rms_norm
+from edgemoe.kernels.cpu.kernel_choice import few_tokens
 from edgemoe.kernels.cpu.packed import packed_matrix
 from edgemoe.kernels.cpu.packed.packed_matrix import PackedMatrix
 from edgemoe.kernels.cpu.threads import KernelThreads
 from edgemoe.kernels.packed_layers import PackedEmbedding, PackedLinear
+from edgemoe.kernels.row_linear import BATCH_INVARIANT_TOKENS
 from edgemoe.model.sequential_runner import SequentialRunner
 from edgemoe.plan.plan import Plan
 from edgemoe.prefetch.fill import fill_order
@@ -76,7 +78,7 @@ class Runtime:
         self._stack.callback(threads.close)
         self.predictor = self._predictor(blueprint, files.experts, plan, config)
         self.layers = expert_layer.install(self.model, blueprint.experts_modules, self.cache, threads, self.predictor)
-        self._packed = all(_is_packed(moe) for moe in blueprint.experts_modules)
+        self._kernel_tokens = _kernel_tokens(blueprint.experts_modules, self.model.dtype)
         if device.type == "cpu":
             batch_invariant_linear.install_gemv(self.model, threads)
             rms_norm.install_rms_norm(self.model)
@@ -144,7 +146,7 @@ class Runtime:
             plan.threads,
             plan.nbytes_per_token,
             share,
-            PackedMatrix.max_tokens if self._packed else None,
+            self._kernel_tokens,
             self.kernel_threads,
         )
 
@@ -165,6 +167,14 @@ def _restore_forwards(model: Any) -> None:
     """Takes our forwards away. They refer to their modules: only the garbage collector would free the weights."""
     for module in model.modules():
         vars(module).pop("forward", None)
+
+
+def _kernel_tokens(experts_modules: Sequence[ExpertsModule], dtype: torch.dtype) -> int:
+    """Tokens up to which the CPU's kernels multiply experts, and most other matrices."""
+    if all(_is_packed(moe) for moe in experts_modules):
+        return PackedMatrix.max_tokens
+    most = few_tokens(dtype)
+    return min(most, BATCH_INVARIANT_TOKENS) if any(moe.transposed for moe in experts_modules) else most
 
 
 def _is_packed(moe: ExpertsModule) -> bool:

@@ -227,11 +227,13 @@ class FastExperts(Experts):
     # PyTorch compiles and keeps CPU code for every number of rows, which differs between the experts of a prefill.
     row_multiple = 16
 
-    def __init__(self, module: Any, moe: ExpertsModule, region: SlotRegion, threads: KernelThreads) -> None:
-        """As the base class; `fits` must hold. `threads` run the kernels."""
+    def __init__(
+        self, module: Any, moe: ExpertsModule, region: SlotRegion, threads: KernelThreads, dtype: torch.dtype
+    ) -> None:
+        """As the base class; `fits` must hold. `threads` run the kernels; `dtype` is the model's."""
         super().__init__(module, moe, region)
         self._threads = threads
-        self._up_name = _up_name(module)
+        self._up_name, self._dtype = _up_name(module), dtype
         self._matrices = {name: self._matrix(region, moe, name) for name in (self._up_name, "down_proj")}
         plain = not module.has_bias and not any(matrix.interleaved for matrix in self._matrices.values())
         self._in_one = plain and is_gated_silu(module)
@@ -244,7 +246,7 @@ class FastExperts(Experts):
         if isinstance(kind, FloatFormat) and (transposed or not widens(kind.dtype, shape[1])):
             return SlotMatrix(kind.dtype, shape, region.memory, moe.layout.part_offset(name), transposed=transposed)
         places = {part.name: moe.layout.part_offset(name + part.name) for part in kind.parts("", shape)}
-        return PackedMatrix(kind, shape, region.memory, places)
+        return PackedMatrix(kind, shape, region.memory, places, self._dtype)
 
     @staticmethod
     def fits(module: Any, moe: ExpertsModule) -> bool:

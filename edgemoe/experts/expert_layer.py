@@ -152,7 +152,7 @@ def install(
     for number, moe in enumerate(experts_modules):
         module, region = moe.module(model), cache.region(number)
         if not plain and cache.pool.device.type == "cpu" and FastExperts.fits(module, moe):
-            experts: Experts = FastExperts(module, moe, region, threads)
+            experts: Experts = FastExperts(module, moe, region, threads, model.dtype)
         else:
             experts = PlainExperts(module, moe, region)
         layer = ExpertLayer(number, moe, experts, cache, predictor)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from edgemoe.kernels.cpu.arrays import Groups
 from edgemoe.kernels.cpu.slot_matrix import SlotMatrix
 from edgemoe.kernels.cpu.threads import KernelThreads, kernels_have_the_cores
+from edgemoe.kernels.row_linear import BATCH_INVARIANT_TOKENS
 
 if TYPE_CHECKING:
     from edgemoe.kernels.cpu.program import Program
@@ -26,7 +27,7 @@ MIN_VALUES = 1 << 12
 class KernelWeight(nn.Parameter):
     """A weight [rows, columns] whose products with few tokens in its own dtype are a kernel's. Other uses are as usual.
 
-    A token's product has the same bits in any company of at most `SlotMatrix.max_tokens`.
+    A token's product has the same bits in any company of at most `BATCH_INVARIANT_TOKENS`.
     """
 
     product: _Product
@@ -66,7 +67,7 @@ class _Product:
         usable = isinstance(input, torch.Tensor) and input.dtype is self._dtype and input.shape[-1] == self._columns
         return (
             usable
-            and 0 < input.numel() <= self._columns * self._matrix.max_tokens
+            and 0 < input.numel() <= self._columns * BATCH_INVARIANT_TOKENS
             and kernels_have_the_cores(self._threads)
         )
 

@@ -14,6 +14,7 @@ from edgemoe.formats.made import MADE, made_format
 from edgemoe.formats.stacked_format import StackedFormat
 from edgemoe.formats.weight_format import WeightFormat
 from edgemoe.kernels.cpu.arrays import Groups
+from edgemoe.kernels.cpu.dot_block import PairsOfBf16
 from edgemoe.kernels.cpu.packed import packed_matrix
 from edgemoe.kernels.cpu.packed.packed_matrix import PackedMatrix
 from edgemoe.kernels.cpu.threads import KernelThreads
@@ -168,3 +169,25 @@ def test_rows_of_a_packed_embedding_have_the_same_bits_by_a_kernel(name: str) ->
         assert found.dtype is dtype
         assert found.shape == expected.shape
         assert same_bits(found.float(), expected.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stacked_bf16_is_multiplied_as_it_is_in_a_model_of_bf16(dtype: torch.dtype, threads: KernelThreads) -> None:
+    formats = FloatFormat(torch.bfloat16), FloatFormat(torch.bfloat16)
+    kind, shape = StackedFormat(formats, 10, False), (20, 96)
+    generator = torch.Generator().manual_seed(7)
+    views = {f"w.{at}": torch.randn(10, 96, generator=generator).bfloat16() for at in range(2)}
+    layout = RecordLayout(kind.parts("w", shape))
+    memory = torch.zeros(2, layout.nbytes, dtype=torch.uint8)
+    for name, view in layout.views(memory[1]).items():
+        view.copy_(views[name])
+    places = {part.name: layout.part_offset("w" + part.name) for part in kind.parts("", shape)}
+    matrix = PackedMatrix(kind, shape, memory, places, dtype)
+    assert matrix.inputs is (torch.bfloat16 if dtype is torch.bfloat16 and PairsOfBf16.available() else torch.float32)
+    x = torch.randn(150, 96, generator=generator).bfloat16().to(dtype)
+    plain = torch.cat([views["w.0"], views["w.1"]]).float()
+    found = matrix.multiply(threads, Groups(np.array([1, 1]), np.array([0, 3, 150])), x)
+    assert torch.allclose(found, x.float() @ plain.t(), rtol=1e-4, atol=1e-4)
+    alone = torch.cat([matrix.multiply(threads, Groups(np.array([1]), np.array([0, 1])), row[None]) for row in x])
+    assert same_bits(found, alone)
+    assert same_bits(matrix.rows(1, 0, 20), plain)

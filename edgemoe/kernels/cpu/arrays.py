@@ -24,6 +24,20 @@ class Groups(NamedTuple):
         """All tokens by the matrix of the first record. Shared: not to be changed."""
         return cls(np.zeros(1, np.int64), np.array([0, tokens]))
 
+    def in_portions(self, most: int) -> Groups:
+        """The same pairs in groups of at most `most`: several of one slot where there are more."""
+        slots, starts = self
+        counts = starts[1:] - starts[:-1]
+        if starts[-1] == len(slots) or int(counts.max()) <= most:
+            return self
+        bounds = [np.arange(first, last, most) for first, last in zip(starts[:-1], starts[1:], strict=True)]
+        return Groups(np.repeat(slots, -(-counts // most)), np.concatenate([*bounds, starts[-1:]]))
+
+    @property
+    def largest(self) -> int:
+        """The pairs of the largest group."""
+        return int((self.starts[1:] - self.starts[:-1]).max())
+
 
 class Job:
     """What a native kernel multiplies: addresses, counts, and steps in bytes, in the order of `dot_block.Operands`.
@@ -68,6 +82,12 @@ class Matrix(NamedTuple):
             self.columns, *self.parts,
         )  # fmt: skip
         return Job(words, (groups, x, out))
+
+    @property
+    def only_part(self) -> Matrix:
+        """The same with its only part at the address."""
+        (place,) = self.parts
+        return self._replace(address=self.address + place, parts=())
 
     def widening(self, slots: Any) -> Job:
         """The rows in `slots[0]`, an int64 array, without a token: they are only widened."""

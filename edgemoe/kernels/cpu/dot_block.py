@@ -28,9 +28,9 @@ from edgemoe.kernels.cpu.vector_ir import (
     row_blocks,
 )
 
-ROWS = 2
-"""Rows of a block for several tokens, which share what they load. A single token reads one after the other: an AMD
-Zen 4 reads two rows at a time a third slower."""
+ROWS = {16: 3, 8: 2}
+"""Rows of a block for several tokens, which share what they load, by the lanes of a register: as many as there is room
+for. A single token reads one after the other: an AMD Zen 4 reads two rows at a time a third slower."""
 AHEAD, LINE = 4096, 64
 """Bytes from what is multiplied to what is asked for, about what memory delivers meanwhile, and of a cache line."""
 
@@ -220,7 +220,7 @@ class Grouped:
             with one:
                 self._rows(block, 1, 1, matrix, values, results, tokens)
             with several:
-                self._rows(block, ROWS, self._dot.tokens, matrix, values, results, tokens)
+                self._rows(block, ROWS[self._dot.lanes], self._dot.tokens, matrix, values, results, tokens)
 
     def _rows(self, block: Block, rows: int, most: int, matrix: Any, values: Any, results: Any, tokens: Any) -> None:
         """All rows, a few at a time, with at most `most` tokens at a time."""

@@ -29,4 +29,4 @@ def few_tokens(dtype: torch.dtype) -> int:
     """Tokens up to which a kernel multiplies most matrices of `dtype`; 0 without a kernel."""
     if widens(dtype, USUAL_COLUMNS):
         return PackedMatrix.max_tokens
-    return SlotMatrix.max_tokens if SlotMatrix.fits(dtype, USUAL_COLUMNS) else 0
+    return SlotMatrix.most_tokens(dtype) if SlotMatrix.fits(dtype, USUAL_COLUMNS) else 0

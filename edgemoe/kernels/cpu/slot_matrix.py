@@ -14,11 +14,15 @@ if TYPE_CHECKING:
     from edgemoe.kernels.cpu.program import Step
 
 
+PORTION = 64
+"""Tokens whose inputs stay in the second cache while rows pass."""
+ANY_TOKENS = 1 << 20
+"""More tokens than any pass has."""
+
+
 class SlotMatrix:
     """A matrix [rows, columns], or stored transposed, in every record of some memory on the CPU."""
 
-    max_tokens = BATCH_INVARIANT_TOKENS
-    """Tokens up to which products are summed in one order: PyTorch's are faster beyond."""
     interleaved = False
     """See `PackedMatrix`."""
 
@@ -35,6 +39,8 @@ class SlotMatrix:
         from edgemoe.kernels.cpu import gemv_kernels
 
         self._rows, self._columns = shape
+        self.max_tokens = self.most_tokens(dtype, transposed=transposed)
+        """Tokens up to which products are summed in one order."""
         self._nbytes = self._rows * self._columns * dtype.itemsize
         self._memory = memory
         own = gemv_kernels.transposed_kernel(dtype) if transposed else gemv_kernels.row_kernel(dtype, self._columns)
@@ -60,6 +66,19 @@ class SlotMatrix:
             return gemv_kernels.transposed_kernel(dtype) is not None
         return gemv_kernels.row_kernel(dtype, columns) is not None
 
+    @staticmethod
+    def most_tokens(dtype: torch.dtype, *, transposed: bool = False) -> int:
+        """Tokens up to which matrices of `dtype` are summed in one order: PyTorch's products may be faster beyond.
+
+        They are not where the CPU has AVX512-BF16 without AMX.
+        """
+        # Imported late: importing numba is slow.
+        from edgemoe.kernels.cpu.cpu_features import has
+        from edgemoe.kernels.cpu.dot_block import PairsOfBf16
+
+        fast = dtype is torch.bfloat16 and PairsOfBf16.available() and not has("amx-bf16")
+        return ANY_TOKENS if fast and not transposed else BATCH_INVARIANT_TOKENS
+
     def product(self, groups: Groups, x: torch.Tensor) -> tuple[torch.Tensor, list[Step]]:
         """Where the products of all pairs will be, float32 [pairs, rows], and the steps that write them.
 
@@ -69,7 +88,7 @@ class SlotMatrix:
         from edgemoe.kernels.cpu.gemv_kernels import results
         from edgemoe.kernels.cpu.program import Step
 
-        out = results(len(x), self._rows)
+        out, groups = results(len(x), self._rows), groups.in_portions(PORTION)
         job, nbytes = self._matrix.product(groups, x, out), self._nbytes * len(groups.slots)
         return out, [Step(self._kernel, job, self._rows, nbytes, self._multiple)]
 

@@ -19,6 +19,7 @@ from edgemoe.formats.nvfp4_format import Nvfp4Format
 from edgemoe.formats.stacked_format import StackedFormat
 from edgemoe.formats.weight_format import WeightFormat
 from edgemoe.kernels.cpu.arrays import Groups, Job, Matrix
+from edgemoe.kernels.cpu.slot_matrix import ANY_TOKENS
 from edgemoe.kernels.cpu.threads import KernelThreads
 from edgemoe.kernels.packed_linear import TILE_VALUES, tiled_linear
 
@@ -139,18 +140,21 @@ def fits(kind: WeightFormat, columns: int) -> bool:
 class PackedMatrix:
     """A matrix [rows, columns] at one place of records in memory, which kernels read packed. On the CPU."""
 
-    max_tokens = 1 << 20
-    """Tokens up to which products are summed in one order: more than any pass has."""
-    inputs = torch.float32
-    """The dtype of what is multiplied."""
+    max_tokens = ANY_TOKENS
+    """Tokens up to which products are summed in one order."""
 
     def __init__(
-        self, kind: WeightFormat, shape: tuple[int, int], memory: torch.Tensor, places: Mapping[str, int]
+        self,
+        kind: WeightFormat,
+        shape: tuple[int, int],
+        memory: torch.Tensor,
+        places: Mapping[str, int],
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """`fits` must hold. `memory` is uint8 [records, bytes]; `places` are the offsets of the format's parts.
 
         Their names are those of `kind.parts("", shape)`. They may lie outside of a record, as long as it is the only
-        one.
+        one. `dtype` is that of the model: where it is bf16, so are what is multiplied and the weights, if a kernel can.
         """
         self._rows, self._columns = shape
         self._memory = memory
@@ -166,6 +170,9 @@ class PackedMatrix:
             offsets = tuple(places[prefix + suffix] for suffix in kernel.parts)
             self._pieces.append((kernel, Matrix(memory.data_ptr(), memory.stride(0), self._columns, offsets)))
         self._nbytes = sum(part.nbytes for part in kind.parts("", shape))
+        halves = dtype is torch.bfloat16 and all(_are_pairs(each, self._columns) for each in formats)
+        self.inputs = torch.bfloat16 if halves else torch.float32
+        """The dtype of what is multiplied."""
 
     @classmethod
     def of_views(cls, kind: WeightFormat, views: Mapping[str, torch.Tensor], name: str, columns: int) -> PackedMatrix:
@@ -180,21 +187,29 @@ class PackedMatrix:
 
     def product(self, groups: Groups, x: torch.Tensor) -> tuple[torch.Tensor, list[Step]]:
         """See `SlotMatrix.product`. Of interleaved matrices the rows of one follow those of the other."""
-        from edgemoe.kernels.cpu.gemv_kernels import ROWS_TOGETHER, results
+        from edgemoe.kernels.cpu.gemv_kernels import ROWS_TOGETHER, grouped_gemv_bf16_pairs, results
+        from edgemoe.kernels.cpu.packed.packed_dots import tile_values
         from edgemoe.kernels.cpu.program import Step
 
         out, steps = results(len(x), self._rows), []
         nbytes, rounded = self._nbytes * len(groups.slots) // len(self._pieces), {}
         for number, (kernel, matrix) in enumerate(self._pieces):
+            if self.inputs is torch.bfloat16:
+                job = matrix.only_part.product(groups.in_portions(PORTION), x, out, number * self._height)
+                steps.append(Step(grouped_gemv_bf16_pairs, job, self._height, nbytes, ROWS_TOGETHER))
+                continue
             if kernel.int16 is None:
-                own, needed = self._in_portions(groups, PORTION)
-                job = matrix.product(own, x, out, number * self._height)
+                own = groups.in_portions(PORTION)
+                job, needed = (
+                    matrix.product(own, x, out, number * self._height),
+                    tile_values(self._columns, own.largest),
+                )
                 steps.append(Step(kernel.loop, job, self._height, nbytes, ROWS_TOGETHER, 4 * needed))
                 continue
             if kernel.int16 not in rounded:
                 rounded[kernel.int16], rounding = kernel.int16.rounded(x)
                 steps.append(rounding)
-            own, _ = self._in_portions(groups, kernel.int16.portion)
+            own = groups.in_portions(kernel.int16.portion)
             job = matrix.product(own, rounded[kernel.int16], out, number * self._height)
             steps.append(Step(kernel.int16.loop, job, self._height, nbytes, ROWS_TOGETHER))
         return out, steps
@@ -208,23 +223,6 @@ class PackedMatrix:
     def multiply_one(self, threads: KernelThreads, x: torch.Tensor) -> torch.Tensor:
         """The products of `x`, [tokens, columns], with the matrix of the first record, float32 [tokens, rows]."""
         return self.multiply(threads, Groups.of_one(len(x)), x)
-
-    def _in_portions(self, groups: Groups, portion: int) -> tuple[Groups, int]:
-        """The same groups, of which large ones are several of the same slot, and the values of a tile for the largest.
-
-        A portion is at most `portion` tokens.
-        """
-        from edgemoe.kernels.cpu.packed.packed_dots import tile_values
-
-        slots, starts = groups
-        if starts[-1] == len(slots):
-            return groups, tile_values(self._columns, 1)
-        counts = starts[1:] - starts[:-1]
-        most = int(counts.max())
-        if most > portion:
-            bounds = [np.arange(first, last, portion) for first, last in zip(starts[:-1], starts[1:], strict=True)]
-            groups = Groups(np.repeat(slots, -(-counts // portion)), np.concatenate([*bounds, starts[-1:]]))
-        return groups, tile_values(self._columns, min(most, portion))
 
     def rows(self, record: int, first: int, last: int) -> torch.Tensor:
         """The rows first ≤ r < last of the matrix in one record, float32 [rows, columns]: bits of the format's `rows`.
@@ -258,6 +256,17 @@ class PackedMatrix:
         """`values` of one piece after the other, in the order of an interleaved matrix along `dim`."""
         pieces: torch.Tensor = values.unflatten(dim, (len(self._pieces), self._height))
         return pieces.transpose(dim, dim + 1).flatten(dim, dim + 1)
+
+
+def _are_pairs(kind: WeightFormat, columns: int) -> bool:
+    """Whether matrices are multiplied by inputs of bf16 as they are."""
+    # Imported late: importing numba is slow.
+    from edgemoe.kernels.cpu import gemv_kernels
+
+    if not isinstance(kind, FloatFormat) or kind.dtype is not torch.bfloat16:
+        return False
+    own = gemv_kernels.row_kernel(kind.dtype, columns)
+    return own is not None and own.inputs is torch.bfloat16
 
 
 def _stacked(kind: WeightFormat) -> tuple[WeightFormat, ...]:
