@@ -31,6 +31,8 @@ FLOATS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 PORTION = 128
 """Tokens whose inputs stay in the second cache while all rows pass."""
+FIRST_CACHE = 24 << 10
+"""Bytes of rounded inputs that stay in the first cache of the CPU beside a row."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ def _int16_kernel(kind: WeightFormat, columns: int) -> Int16Kernel | None:
     laid_out = "bytes" if kind.kind in BYTES else kind.kind.lower()
     rounding, loop = getattr(int16_kernels, f"rounded_{laid_out}"), getattr(int16_kernels, f"int16_{kind.kind.lower()}")
     _ = rounding.call, loop.call
-    return Int16Kernel(rounding, loop, layout.nbytes(columns), TOGETHER[width()])
+    nbytes, portion = layout.nbytes(columns), TOGETHER[width()]
+    return Int16Kernel(rounding, loop, nbytes, portion if portion * nbytes <= FIRST_CACHE else portion // 2)
 
 
 def _named(kind: WeightFormat, columns: int) -> tuple[str, tuple[str, ...]] | None:
