@@ -70,11 +70,16 @@ class Mailbox:
 class Program:
     """Steps that are run one after the other, as often as wanted."""
 
-    def __init__(self, steps: Sequence[Step], helpers: Sequence[Mailbox] = ()) -> None:
-        """`helpers` are those of threads that may take part, by their numbers."""
+    def __init__(
+        self, steps: Sequence[Step], helpers: Sequence[Mailbox] = (), memory: Callable[[int], Any] | None = None
+    ) -> None:
+        """`helpers` are those of threads that may take part, by their numbers.
+
+        `memory(nbytes)` gives an array to work in, which programs that never run together may share.
+        """
         threads = 1 + len(helpers)
         each = -(-max(step.scratch_nbytes for step in steps) // LINE) * LINE
-        scratch = np.empty(each * threads, np.uint8) if each else None
+        scratch = None if not each else np.empty(each * threads, np.uint8) if memory is None else memory(each * threads)
         self._held = steps, helpers, scratch
         words = [addresses()[2], 0 if scratch is None else address(scratch), each, len(steps)]
         for step in steps:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ MIN_SPLIT_NBYTES = 1 << 20
 
 
 class KernelThreads:
-    """Runs kernels on several threads, one of which is the caller, without the GIL.
+    """Runs kernels on several threads, one of which is the caller, without the GIL. One program runs at a time.
 
     PyTorch has its own OpenMP pool, whose threads spin while they wait. These sleep.
     """
@@ -27,6 +28,7 @@ class KernelThreads:
         self.count = max(1, count)
         self._mailboxes: list[Mailbox] = []
         self._threads: list[threading.Thread] = []
+        self._scratch = np.empty(0, np.uint8)
 
     def run(self, steps: Sequence[Step], *, alone: bool = False) -> None:
         """Runs `steps`, of which there is at least one, one after the other.
@@ -36,15 +38,21 @@ class KernelThreads:
         self.program(steps, alone=alone).run()
 
     def program(self, steps: Sequence[Step], *, alone: bool = False) -> Program:
-        """What `run` runs, for more than one time. It must not be run after `close`."""
+        """What `run` runs, for more than one time. Threads that `close` has ended take no part in it."""
         # Imported late: importing numba is slow.
         from edgemoe.kernels.cpu.program import Program
 
         if alone or self.count == 1 or sum(step.nbytes for step in steps) < MIN_SPLIT_NBYTES:
-            return Program(steps)
+            return Program(steps, (), self._memory)
         if not self._threads:
             self._start()
-        return Program(steps, self._mailboxes)
+        return Program(steps, self._mailboxes, self._memory)
+
+    def _memory(self, nbytes: int) -> Any:
+        """What programs work in, of at least `nbytes`: the same for all, as one runs at a time."""
+        if len(self._scratch) < nbytes:
+            self._scratch = np.empty(nbytes, np.uint8)
+        return self._scratch
 
     def close(self) -> None:
         """Ends the threads. Idempotent."""
