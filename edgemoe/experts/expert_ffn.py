@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from edgemoe.cache.slots import SlotRegion
 from edgemoe.checkpoint.experts_module import ExpertsModule
-from edgemoe.experts.prepared_experts import PreparedExperts
+from edgemoe.experts.prepared_experts import PreparedExperts, gated_steps
 from edgemoe.formats.float_format import FloatFormat
 from edgemoe.kernels.cpu.arrays import Groups
 from edgemoe.kernels.cpu.kernel_choice import widens
@@ -27,10 +27,10 @@ from edgemoe.kernels.cpu.packed import packed_matrix
 from edgemoe.kernels.cpu.packed.packed_matrix import PackedMatrix
 from edgemoe.kernels.cpu.slot_matrix import SlotMatrix
 from edgemoe.kernels.cpu.threads import KernelThreads, kernels_have_the_cores
-from edgemoe.kernels.gated_silu import ACTIVATION_DTYPES, gated_silu, is_gated_silu
+from edgemoe.kernels.gated_silu import ACTIVATION_DTYPES, is_gated_silu
 from edgemoe.kernels.packed_linear import packed_linear
 from edgemoe.kernels.row_linear import few_on_cpu, row_linear
-from edgemoe.kernels.rows import gathered, scattered
+from edgemoe.kernels.rows import gathered
 from edgemoe.kernels.weighted_sum import fast_weighted_sum, weighted_sum, weighted_sum_step
 
 
@@ -306,10 +306,7 @@ class FastExperts(Experts):
             outer = down.multiply(self._threads, matrices, inner).to(hidden.dtype)
             groups.outputs[rows] = self._biased(outer, "down_proj", owners)
             return
-        products, multiplying = up.product(matrices, chosen)
-        inner, activation = gated_silu(products, hidden.dtype, down.inputs)
-        outer, again = down.product(matrices, inner)
-        steps += [*multiplying, activation, *again, *scattered(outer, rows, groups.outputs)]
+        steps += gated_steps(up, down, matrices, chosen, rows, groups.outputs)
         if groups.has_all(rows) and not getattr(self.module, "has_post_expert_norm", False):
             summing = weighted_sum_step(groups.outputs, groups.weights)
             if summing is not None:

@@ -1,7 +1,6 @@
 """The program of one token's experts, which is made once for a layer.
 
-Making it takes PyTorch and Python as long as a tenth of a token's weights take the memory: what streams by leaves the
-caches of the CPU to neither of them.
+The weights that stream by leave the caches of the CPU neither to Python nor to PyTorch, so that making it takes long.
 """
 
 from __future__ import annotations
@@ -20,8 +19,26 @@ from edgemoe.kernels.weighted_sum import weighted_sum_step
 
 if TYPE_CHECKING:
     from edgemoe.kernels.cpu.packed.packed_matrix import PackedMatrix
-    from edgemoe.kernels.cpu.program import Program
+    from edgemoe.kernels.cpu.program import Program, Step
     from edgemoe.kernels.cpu.slot_matrix import SlotMatrix
+
+
+def gated_steps(
+    up: SlotMatrix | PackedMatrix,
+    down: SlotMatrix | PackedMatrix,
+    groups: Groups,
+    x: torch.Tensor,
+    rows: Sequence[int],
+    outputs: torch.Tensor,
+) -> list[Step]:
+    """The steps of gated experts of the matrices `up` and `down`, in the slots of `groups`.
+
+    From `x`, [pairs, hidden size] of the dtype that `up` multiplies, to the `rows` of `outputs`, one for each pair.
+    """
+    products, multiplying = up.product(groups, x)
+    inner, activation = gated_silu(products, outputs.dtype, down.inputs)
+    outer, again = down.product(groups, inner)
+    return [*multiplying, activation, *again, *scattered(outer, rows, outputs)]
 
 
 class PreparedExperts:
@@ -55,15 +72,12 @@ class PreparedExperts:
             own = torch.empty(1, columns, dtype=up.inputs), torch.empty(1, top_k, dtype=weights.dtype)
             outputs, slots = torch.empty(top_k, columns, dtype=hidden.dtype), np.zeros(top_k, np.int64)
             each = Groups(slots, np.arange(top_k + 1))
-            products, steps = up.product(each, own[0].expand(top_k, -1))
-            inner, activation = gated_silu(products, hidden.dtype, down.inputs)
-            outer, again = down.product(each, inner)
+            steps = gated_steps(up, down, each, own[0].expand(top_k, -1), range(top_k), outputs)
             summing = weighted_sum_step(outputs, own[1])
         if summing is None:
             return None
         summed, step = summing
-        steps = [*steps, activation, *again, *scattered(outer, range(top_k), outputs), step]
-        return cls(threads.program(steps), slots, own, summed)
+        return cls(threads.program([*steps, step]), slots, own, summed)
 
     def run(self, hidden: torch.Tensor, weights: torch.Tensor, slots: Sequence[int]) -> torch.Tensor:
         """The weighted sum of the experts in `slots`, [1, hidden size], in the order of their `weights`. Pinned."""

@@ -31,7 +31,7 @@ def install_gemv(model: nn.Module, threads: KernelThreads) -> None:
     Subclasses of `nn.Linear`, and weights without a kernel, keep their forward. The weights must stay where they are.
     """
     for module in model.modules():
-        if type(module) is nn.Linear and _fits(module.weight):
+        if type(module) is nn.Linear and has_kernel(module.weight):
             matrix = _matrix(module.weight.detach())
             module.forward = types.MethodType(_forward(module.weight, matrix, threads), module)  # type: ignore[method-assign]
             vars(module)[_ATTRIBUTE] = matrix
@@ -45,7 +45,8 @@ def matrix_of(linear: nn.Module) -> SlotMatrix | PackedMatrix | None:
     return found
 
 
-def _fits(weight: torch.Tensor) -> bool:
+def has_kernel(weight: torch.Tensor) -> bool:
+    """Whether a kernel multiplies by `weight`, [rows, columns], and is faster than PyTorch."""
     usable = weight.device.type == "cpu" and weight.is_contiguous() and weight.numel() >= MIN_VALUES
     return usable and SlotMatrix.fits(weight.dtype, weight.shape[1])
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from edgemoe.kernels.batch_invariant_linear import has_kernel
 from edgemoe.kernels.cpu.arrays import Groups
 from edgemoe.kernels.cpu.slot_matrix import SlotMatrix
 from edgemoe.kernels.cpu.threads import KernelThreads, kernels_have_the_cores
@@ -19,9 +20,6 @@ from edgemoe.kernels.row_linear import BATCH_INVARIANT_TOKENS
 
 if TYPE_CHECKING:
     from edgemoe.kernels.cpu.program import Program
-
-MIN_VALUES = 1 << 12
-"""Values of a weight below which a kernel is no faster than PyTorch's product."""
 
 
 class KernelWeight(nn.Parameter):
@@ -100,9 +98,8 @@ def install_kernel_weights(model: nn.Module, threads: KernelThreads) -> None:
     """
     for module in model.modules():
         weight = module._parameters.get("weight")
-        if weight is None or type(module).__module__.startswith("torch.") or type(weight) is not nn.Parameter:
+        of_pytorch = type(module).__module__.startswith("torch.") or isinstance(module, nn.Embedding)
+        if weight is None or of_pytorch or type(weight) is not nn.Parameter:
             continue
-        large = weight.dim() == 2 and weight.numel() >= MIN_VALUES
-        usable = large and weight.device.type == "cpu" and weight.is_contiguous()
-        if usable and SlotMatrix.fits(weight.dtype, weight.shape[1]):
+        if weight.dim() == 2 and has_kernel(weight):
             module._parameters["weight"] = KernelWeight(weight, threads)

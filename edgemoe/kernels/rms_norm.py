@@ -14,6 +14,7 @@ from edgemoe.errors import is_device_or_memory_error
 from edgemoe.kernels.cpu.arrays import Job
 
 if TYPE_CHECKING:
+    from edgemoe.cache.compiled import Native
     from edgemoe.kernels.cpu.program import Step
 
 MAX_VALUES = 1 << 18
@@ -64,14 +65,23 @@ def arithmetic_of(norm: nn.Module) -> NormArithmetic | None:
 def norm_step(arithmetic: NormArithmetic, x: torch.Tensor, out: torch.Tensor) -> Step:
     """The step that writes the norms of the rows of `x` to `out`: both contiguous, bf16 or float32, [rows, columns]."""
     # Imported late: importing numba is slow.
-    from edgemoe.kernels.cpu import row_kernels
     from edgemoe.kernels.cpu.program import Step
 
-    (weight, rounds, epsilon), (rows, columns) = arithmetic, x.shape
+    return Step(_kernel(x.dtype), _job(arithmetic, x, out), len(x), x.nbytes)
+
+
+def _kernel(dtype: torch.dtype) -> Native:
+    from edgemoe.kernels.cpu import row_kernels
+
+    return row_kernels.rms_norm_bf16 if dtype is torch.bfloat16 else row_kernels.rms_norm_f32
+
+
+def _job(arithmetic: NormArithmetic, x: torch.Tensor, out: torch.Tensor) -> Job:
+    """What the kernel reads for the rows of `x`, contiguous: words in the order of `row_kernels.Words`."""
+    (weight, rounds, epsilon), columns = arithmetic, x.shape[-1]
     step = columns * x.element_size()
-    words = row_kernels.Words(x.data_ptr(), step, out.data_ptr(), columns, weight.data_ptr(), epsilon, int(rounds))
-    kernel = row_kernels.rms_norm_bf16 if x.dtype is torch.bfloat16 else row_kernels.rms_norm_f32
-    return Step(kernel, Job(words, (x, out, weight)), rows, x.nbytes)
+    words = x.data_ptr(), step, out.data_ptr(), columns, weight.data_ptr(), epsilon, int(rounds)
+    return Job(words, (x, out, weight))
 
 
 def _epsilon(module: nn.Module) -> float | None:
@@ -89,10 +99,7 @@ def _arithmetics(weight: torch.Tensor, epsilon: float) -> Iterator[NormArithmeti
 def _forward(
     other: Callable[..., torch.Tensor], arithmetic: NormArithmetic, dtype: torch.dtype
 ) -> Callable[..., torch.Tensor]:
-    from edgemoe.kernels.cpu import row_kernels
-
-    run = (row_kernels.rms_norm_bf16 if dtype is torch.bfloat16 else row_kernels.rms_norm_f32).call
-    (weight, rounds, epsilon), columns = arithmetic, len(arithmetic.weight)
+    run, columns = _kernel(dtype).call, len(arithmetic.weight)
 
     def forward(module: nn.Module, hidden_states: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
         known = hidden_states.dtype is dtype and hidden_states.shape[-1] == columns and not others and not named
@@ -100,9 +107,7 @@ def _forward(
             return other(hidden_states, *others, **named)
         x = hidden_states.contiguous()
         out = torch.empty_like(x)
-        step = columns * x.element_size()
-        words = row_kernels.Words(x.data_ptr(), step, out.data_ptr(), columns, weight.data_ptr(), epsilon, int(rounds))
-        job = Job(words, (x, out))
+        job = _job(arithmetic, x, out)
         run(job.address, 0, 0, x.numel() // columns)
         return out
 

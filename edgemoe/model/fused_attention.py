@@ -123,6 +123,14 @@ class FusedAttention:
         self._threads.run(steps)
         return result.view(hidden.shape)
 
+    def random_inputs(
+        self, tokens: int, dtype: torch.dtype, generator: torch.Generator
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """Hidden states and position embeddings of a pass that a module is tried with."""
+        hidden = torch.randn(1, tokens, self.parts.hidden, generator=generator).to(dtype)
+        angles = torch.randn(1, tokens, self.parts.width // 2, generator=generator).repeat(1, 1, 2)
+        return hidden, (angles.cos().to(dtype), angles.sin().to(dtype))
+
     def is_one(self, hidden: torch.Tensor) -> bool:
         """Whether a pass with `hidden` is one for the program of a single token."""
         return hidden.shape[1] == 1 and self.packed.rows[0].tree_mask is None
@@ -319,14 +327,12 @@ def _forward(other: Any, fused: FusedAttention) -> Any:
 
 def _agrees(model: Any, module: Any, fused: FusedAttention) -> bool:
     """Whether `fused` gives the bits of the module's own forward, for a token and for several after it."""
-    parts, packed, dtype = fused.parts, fused.packed, model.dtype
+    packed, dtype = fused.packed, model.dtype
     generator = torch.Generator().manual_seed(0)
     caches = [SequenceCache.empty(model, sum(PROBES)).kv for _ in range(2)]
     with torch.inference_mode(), torch_threads(1):
         for tokens in PROBES:
-            hidden = torch.randn(1, tokens, parts.hidden, generator=generator).to(dtype)
-            angles = torch.randn(1, tokens, parts.width // 2, generator=generator).repeat(1, 1, 2)
-            turning = angles.cos().to(dtype), angles.sin().to(dtype)
+            hidden, turning = fused.random_inputs(tokens, dtype, generator)
             try:
                 with packed.running_alone(caches[0], tokens):
                     expected = module.forward(hidden, position_embeddings=turning, attention_mask=None)

@@ -93,7 +93,7 @@ def _forward(other: Any, fused: FusedLayer) -> Any:
 
 def _agrees(model: Any, module: Any, fused: FusedLayer) -> bool:
     """Whether `fused` gives the bits of the layer's own forward, around a network that only takes hidden states."""
-    parts, packed, dtype = fused.attention.parts, fused.attention.packed, model.dtype
+    packed = fused.attention.packed
     generator = torch.Generator().manual_seed(0)
     caches = [SequenceCache.empty(model, PROBED_STEPS).kv for _ in range(2)]
     network = vars(getattr(module, fused.network))
@@ -102,9 +102,7 @@ def _agrees(model: Any, module: Any, fused: FusedLayer) -> bool:
     try:
         with torch.inference_mode(), torch_threads(1):
             for _ in range(PROBED_STEPS):
-                hidden = torch.randn(1, 1, parts.hidden, generator=generator).to(dtype)
-                angles = torch.randn(1, 1, parts.width // 2, generator=generator).repeat(1, 1, 2)
-                turning = angles.cos().to(dtype), angles.sin().to(dtype)
+                hidden, turning = fused.attention.random_inputs(1, model.dtype, generator)
                 with packed.running_alone(caches[0], 1):
                     expected = module.forward(hidden, position_embeddings=turning, attention_mask=None)
                 with packed.running_alone(caches[1], 1):

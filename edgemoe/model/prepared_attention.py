@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from edgemoe.kernels.cpu.arrays import Job
-from edgemoe.kernels.cpu.attention import REGISTER, SeenKeys
+from edgemoe.kernels.cpu.attention import SeenKeys, padded_keys
 from edgemoe.kernels.cpu.attention_kernels import Words
 from edgemoe.kernels.cpu.head_kernels import COSINES, SINES
 from edgemoe.kernels.cpu.row_kernels import WEIGHTS, X
@@ -148,4 +148,4 @@ def _words(keys: torch.Tensor, values: torch.Tensor) -> Sequence[int]:
     for each in (keys, values):
         _, between_heads, between_rows, _ = each.stride()
         words += [each.data_ptr(), between_heads * size, between_rows * size]
-    return [*words, -(-keys.shape[-2] // REGISTER) * REGISTER]
+    return [*words, padded_keys(keys.shape[-2])]

@@ -98,6 +98,11 @@ def attend(
     return out
 
 
+def padded_keys(count: int) -> int:
+    """The scores of a head that there is room for, for `count` keys: whole registers."""
+    return -(-count // REGISTER) * REGISTER
+
+
 def attention_step(
     query: torch.Tensor,
     keys: torch.Tensor,
@@ -114,7 +119,7 @@ def attention_step(
     _, heads, tokens, width = query.shape
     groups, depth, nbytes = keys.shape[1], values.shape[-1], query.element_size()
     group = heads // groups
-    padded = -(-seen.most // REGISTER) * REGISTER
+    padded = padded_keys(seen.most)
     steps = [step * nbytes for each in (query, keys, values, out.transpose(1, 2)) for step in each.stride()[1:3]]
     scale = np.float32(width**-0.5 if scaling is None else scaling)
     words = Words._make([

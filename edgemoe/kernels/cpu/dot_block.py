@@ -6,7 +6,7 @@ order, whatever block it is computed in: batch-invariant. Sums are float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import llvmlite.binding as llvm
@@ -184,6 +184,21 @@ class Operands(NamedTuple):
         """Reads the words at the address `job`."""
         return cls._make([*load_words(builder, job, WORDS), first, last])
 
+    def each_group(self, builder: Any) -> Iterator[tuple[Any, Any, Any, Any]]:
+        """A loop over the groups, whose body the caller emits.
+
+        Gives the addresses of a group's matrix, its first token's inputs and results, and its number of tokens.
+        """
+        with counting(builder, WORD(0), self.groups, 1) as group:
+            place = builder.mul(group, WORD(8))
+            slot = load(builder, builder.add(self.slots, place), WORD, align=8)
+            start = load(builder, builder.add(self.starts, place), WORD, align=8)
+            stop = load(builder, builder.add(self.starts, builder.add(place, WORD(8))), WORD, align=8)
+            matrix = builder.add(self.matrix, builder.mul(slot, self.slot_step))
+            values = builder.add(self.x, builder.mul(start, self.x_step))
+            results = builder.add(self.out, builder.mul(start, self.out_step))
+            yield matrix, values, results, builder.sub(stop, start)
+
 
 WORDS = 10
 """Of a job before the offsets of the matrix's parts."""
@@ -202,16 +217,8 @@ class Grouped:
         builder, of = self._builder, self._operands
         row_step = builder.mul(of.columns, WORD(self._dot.weight_nbytes))
         block = Block(builder, self._dot, row_step, of.x_step, of.out_step, of.columns)
-        with counting(builder, WORD(0), of.groups, 1) as group:
-            place = builder.mul(group, WORD(8))
-            slot = load(builder, builder.add(of.slots, place), WORD, align=8)
-            start = load(builder, builder.add(of.starts, place), WORD, align=8)
-            stop = load(builder, builder.add(of.starts, builder.add(place, WORD(8))), WORD, align=8)
-            tokens = builder.sub(stop, start)
-            matrix = builder.add(of.matrix, builder.mul(slot, of.slot_step))
-            values = builder.add(of.x, builder.mul(start, of.x_step))
-            results = builder.add(of.out, builder.mul(start, of.out_step))
-            self._group(block, matrix, values, results, tokens)
+        for group in of.each_group(builder):
+            self._group(block, *group)
 
     def _group(self, block: Block, matrix: Any, values: Any, results: Any, tokens: Any) -> None:
         """The products of one matrix with its `tokens`: addresses, and their number, which is at least 1."""

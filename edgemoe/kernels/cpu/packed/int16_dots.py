@@ -60,22 +60,17 @@ class _Int16Dots:
     def emit(self) -> None:
         """Emits everything."""
         builder, of = self._builder, self._operands
-        with counting(builder, WORD(0), of.groups, 1) as group:
-            place = builder.mul(group, WORD(8))
-            slot = load(builder, builder.add(of.slots, place), WORD, align=8)
-            start = load(builder, builder.add(of.starts, place), WORD, align=8)
-            stop = load(builder, builder.add(of.starts, builder.add(place, WORD(8))), WORD, align=8)
-            record = builder.add(of.matrix, builder.mul(slot, of.slot_step))
+        for record, values, results, tokens in of.each_group(builder):
             matrix = builder.add(record, self._place)
 
-            def run(pair: Any, count: int, matrix: Any = matrix) -> None:
-                x = builder.add(of.x, builder.mul(pair, of.x_step))
-                out = builder.add(of.out, builder.mul(pair, of.out_step))
+            def run(token: Any, count: int, matrix: Any = matrix, values: Any = values, results: Any = results) -> None:
+                x = builder.add(values, builder.mul(token, of.x_step))
+                out = builder.add(results, builder.mul(token, of.out_step))
                 with counting(builder, of.first, of.last, 1) as row:
                     weights = builder.add(matrix, builder.mul(row, self._row_nbytes))
                     self._row(weights, x, builder.add(out, builder.mul(row, WORD(4))), count)
 
-            in_portions(builder, start, stop, TOGETHER[width()], run)
+            in_portions(builder, WORD(0), tokens, TOGETHER[width()], run)
 
     def _row(self, weights: Any, x: Any, out: Any, tokens: int) -> None:
         """The products of one row with a few tokens, the first of which is at the address `x`, to `out`."""

@@ -70,6 +70,8 @@ class Token:
         self._sums = builder.mul(columns, WORD(2))
         units = builder.udiv(columns, WORD(layout.unit))
         self._factors = builder.add(self._sums, builder.mul(units, WORD(4 * layout.sums)))
+        self.nbytes = builder.add(self._factors, builder.mul(units, WORD(4)))
+        """Of the token: `Layout.nbytes`."""
 
     def values(self, base: Any, unit: Any) -> Any:
         """The address of the integers of a unit, given by its number, of the token at `base`."""
@@ -92,14 +94,10 @@ def rounding(layout: Layout) -> Callable[..., None]:
 
     def emit(builder: Any, job: Any, scratch: Any, first: Any, last: Any) -> None:
         x, x_step, out, columns = load_words(builder, job, 4)
-        nbytes = builder.add(
-            builder.mul(columns, WORD(2)),
-            builder.mul(builder.udiv(columns, WORD(layout.unit)), WORD(4 * (layout.sums + 1))),
-        )
         rounder = _Rounder(builder, layout, columns)
         with counting(builder, first, last, 1) as row:
             values = builder.add(x, builder.mul(row, x_step))
-            rounder.emit(values, builder.add(out, builder.mul(row, nbytes)))
+            rounder.emit(values, builder.add(out, builder.mul(row, rounder.token.nbytes)))
 
     return native_loop(emit)
 
@@ -109,7 +107,7 @@ class _Rounder:
 
     def __init__(self, builder: Any, layout: Layout, columns: Any) -> None:
         self._builder, self._layout, self._columns = builder, layout, columns
-        self._token = Token(builder, layout, columns)
+        self.token = Token(builder, layout, columns)
 
     def emit(self, values: Any, out: Any) -> None:
         """Rounds the float32 at the address `values` to a token at `out`."""
@@ -121,8 +119,8 @@ class _Rounder:
             inverse = builder.select(usual, builder.fdiv(SINGLE(LARGEST), largest), SINGLE(0.0))
             # Where a value is infinite or none, so are the products.
             factor = builder.fadd(builder.fdiv(largest, SINGLE(LARGEST)), spoiled)
-            store(builder, factor, self._token.factor(out, unit))
-            into, sums = self._token.values(out, unit), self._token.sums(out, unit)
+            store(builder, factor, self.token.factor(out, unit))
+            into, sums = self.token.values(out, unit), self.token.sums(out, unit)
             unused = layout.sums - (layout.unit // layout.summed if layout.summed else 0)
             if unused:
                 store(builder, ir.Constant(ir.VectorType(SINGLE, unused), [0.0] * unused), sums)
