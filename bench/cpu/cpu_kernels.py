@@ -24,6 +24,7 @@ from edgemoe.formats.mxfp4_format import Mxfp4Format
 from edgemoe.formats.nvfp4_format import Nvfp4Format
 from edgemoe.formats.weight_format import WeightFormat
 from edgemoe.kernels.cpu.arrays import Groups
+from edgemoe.kernels.cpu.kernel_choice import widens
 from edgemoe.kernels.cpu.packed.packed_matrix import PackedMatrix
 from edgemoe.kernels.cpu.slot_matrix import SlotMatrix
 from edgemoe.kernels.cpu.threads import KernelThreads, torch_threads
@@ -97,7 +98,7 @@ def _prepared(
     for name, view in layout.views(memory[0]).items():
         view.copy_(_content(name, view))
     memory[1:] = memory[0]
-    if isinstance(kind, FloatFormat):
+    if isinstance(kind, FloatFormat) and not widens(kind.dtype, size.shape[1]):
         matrix: SlotMatrix | PackedMatrix = SlotMatrix(kind.dtype, size.shape, memory)
     else:
         places = {part.name: layout.part_offset("w" + part.name) for part in kind.parts("", size.shape)}

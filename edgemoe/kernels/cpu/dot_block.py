@@ -29,8 +29,10 @@ from edgemoe.kernels.cpu.vector_ir import (
 )
 
 ROWS = {16: 3, 8: 2}
-"""Rows of a block for several tokens, which share what they load, by the lanes of a register: as many as there is room
-for. A single token reads one after the other: an AMD Zen 4 reads two rows at a time a third slower."""
+"""Rows of a block, which share what they load, by the lanes of a register: as many as there is room for.
+
+They are for more tokens than a block takes. Few tokens wait for memory, and take one row after the other: an AMD Zen 4
+reads several rows at a time at half the speed."""
 AHEAD, LINE = 4096, 64
 """Bytes from what is multiplied to what is asked for, about what memory delivers meanwhile, and of a cache line."""
 
@@ -101,12 +103,11 @@ class PairsOfBf16:
 class Widened:
     """Weights of any float type, widened to float32 and multiplied by float32 inputs: AVX2, AVX512, NEON."""
 
-    input_nbytes = 4
+    input_nbytes, partial_sums = 4, 2
 
-    def __init__(self, kind: str, partial_sums: int = 2) -> None:
+    def __init__(self, kind: str) -> None:
         """`kind` is `bf16`, `f16` or `f32`."""
         self._kind = kind
-        self.partial_sums = partial_sums
         self.weight_nbytes = 4 if kind == "f32" else 2
         self.lanes = self.values = float_lanes()
         self.tokens = 4 if self.lanes == 16 else 3
@@ -223,22 +224,25 @@ class Grouped:
     def _group(self, block: Block, matrix: Any, values: Any, results: Any, tokens: Any) -> None:
         """The products of one matrix with its `tokens`: addresses, and their number, which is at least 1."""
         builder = self._builder
-        with builder.if_else(builder.icmp_signed("==", tokens, WORD(1))) as (one, several):
-            with one:
-                self._rows(block, 1, 1, matrix, values, results, tokens)
-            with several:
-                self._rows(block, ROWS[self._dot.lanes], self._dot.tokens, matrix, values, results, tokens)
+        with builder.if_else(builder.icmp_signed("<=", tokens, WORD(self._dot.tokens))) as (few, many):
+            with few:
+                self._rows(block, 1, matrix, values, results, tokens)
+            with many:
+                self._rows(block, ROWS[self._dot.lanes], matrix, values, results, tokens)
 
-    def _rows(self, block: Block, rows: int, most: int, matrix: Any, values: Any, results: Any, tokens: Any) -> None:
-        """All rows, a few at a time, with at most `most` tokens at a time."""
+    def _rows(self, block: Block, rows: int, matrix: Any, values: Any, results: Any, tokens: Any) -> None:
+        """All rows, a few at a time."""
         builder, of = self._builder, self._operands
         for row, count in row_blocks(builder, of.first, of.last, rows):
             weights = builder.add(matrix, builder.mul(row, block.row_step))
             into = builder.add(results, builder.mul(row, WORD(4)))
-            self._tokens(block, count, most, weights, values, into, tokens)
+            self._tokens(block, (count, self._dot.tokens), weights, values, into, tokens)
 
-    def _tokens(self, block: Block, rows: int, most: int, weights: Any, values: Any, results: Any, tokens: Any) -> None:
-        builder = self._builder
+    def _tokens(
+        self, block: Block, shape: tuple[int, int], weights: Any, values: Any, results: Any, tokens: Any
+    ) -> None:
+        """All tokens. `shape` is the number of rows, and of tokens that are computed at a time."""
+        builder, (rows, most) = self._builder, shape
 
         def run(token: Any, count: int) -> None:
             x = builder.add(values, builder.mul(token, block.x_step))
@@ -269,8 +273,9 @@ class Block:
         sums = self.zeros(rows, tokens)
         wide = builder.sub(self._columns, builder.srem(self._columns, WORD(dot.values * dot.partial_sums)))
         whole = builder.sub(self._columns, builder.srem(self._columns, WORD(dot.values)))
-        self._multiply(WORD(0), wide, sums, row_bases, token_bases, ahead=True)
-        self._multiply(wide, whole, sums[:1], row_bases, token_bases)
+        step = dot.values * dot.partial_sums
+        self._multiply((WORD(0), wide, step), sums, row_bases, token_bases, ahead=True)
+        self._multiply((wide, whole, dot.values), sums[:1], row_bases, token_bases)
         totals = self.totals(sums)
         if dot.single is not None:
             self._multiply_singly(dot.single, whole, totals, row_bases, token_bases)
@@ -307,12 +312,15 @@ class Block:
         return [builder.add(base, builder.mul(step, WORD(number))) for number in range(count)]
 
     def _multiply(
-        self, first: Any, stop: Any, sums: list[Any], rows: list[Any], tokens: list[Any], *, ahead: bool = False
+        self, columns: tuple[Any, Any, int], sums: list[Any], rows: list[Any], tokens: list[Any], *, ahead: bool = False
     ) -> None:
-        """Adds the products of the columns `first` ≤ c < `stop`; with `ahead` it asks memory for the next weights."""
+        """Adds the products of some `columns`: the first one, where they end, and the step from one round to the next.
+
+        A round adds to each of the `sums` once. With `ahead` it asks memory for the next weights.
+        """
         builder, dot = self._builder, self._dot
         nbytes = dot.values * dot.weight_nbytes
-        with counting(builder, first, stop, dot.values * len(sums)) as at:
+        with counting(builder, *columns) as at:
             for part, own in enumerate(sums):
                 place = builder.add(at, WORD(dot.values * part))
                 weight_place = builder.mul(place, WORD(dot.weight_nbytes))

@@ -101,8 +101,8 @@ def prefetch(builder: Any, address: Any) -> None:
     pointer = builder.inttoptr(address, BYTE.as_pointer())
     kind = ir.FunctionType(ir.VoidType(), [pointer.type, INT, INT, INT])
     hint = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    # To read, to be kept in every cache, and data.
-    builder.call(hint, [pointer, INT(0), INT(3), INT(1)])
+    # To read, to be kept in every cache but the first, where the inputs of a few tokens need the room, and data.
+    builder.call(hint, [pointer, INT(0), INT(2), INT(1)])
 
 
 def offset(builder: Any, address: Any, nbytes: int) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 from edgemoe.kernels.cpu.cpu_features import float_lanes
 from edgemoe.kernels.cpu.dot_block import AHEAD, LINE, WORDS, Block, Dot, Grouped, Operands, Widened
-from edgemoe.kernels.cpu.packed.tile_block import TileBlock
+from edgemoe.kernels.cpu.packed.tile_block import TURN, TileBlock, scratch_values
 from edgemoe.kernels.cpu.packed.widening import Widening
 from edgemoe.kernels.cpu.vector_ir import (
     WORD,
@@ -33,14 +33,10 @@ TILE_ROWS = {16: 6, 8: 3}
 """Rows that are widened at a time for a product with many tokens, by the lanes of a register: as there is room for."""
 STEP = 64
 """Fewest columns that are multiplied before the next look at where the row ends."""
-FUSED_TOKENS = {16: 8, 8: 3}
-"""Tokens up to which weights are multiplied in the registers that they are widened in, by the lanes of a register.
-
-Widening is cheap, beside the products of so many tokens, where a register holds 16 values, and there is room for the
-sums of more rows."""
-SINGLE_ROWS = 2
-"""Rows that a single token is multiplied by at a time: with four, Q8_0's take half as long again."""
-FUSED_ROWS = {16: 2, 8: 1}
+FUSED_TOKENS = {16: 5, 8: 6}
+"""Tokens up to which weights are multiplied in the registers that they are widened in, by the lanes of a register."""
+AT_A_TIME = {16: 5, 8: 3}
+"""Tokens of these that are multiplied at a time: as many as there are registers for, also for addresses."""
 
 
 def tile_values(columns: int, tokens: int) -> int:
@@ -48,7 +44,11 @@ def tile_values(columns: int, tokens: int) -> int:
     width = float_lanes()
     if tokens <= FUSED_TOKENS[width]:
         return 0
-    return TILE_ROWS[width] * (columns + width * tokens)
+    return TILE_ROWS[width] * columns + scratch_values(_dot(), TILE_ROWS[width], tokens)
+
+
+def _dot() -> Dot:
+    return Widened("f32")
 
 
 def packed_dots(widening: Widening) -> Callable[..., None]:
@@ -65,11 +65,10 @@ class _Packed(Grouped):
 
     def __init__(self, builder: Any, widening: Widening, operands: Operands, job: Any, tile: Any) -> None:
         """`job` and `tile` are addresses."""
-        super().__init__(builder, Widened("f32", partial_sums=1), operands)
+        super().__init__(builder, _dot(), operands)
         self._widening = widening
         self._offsets = offset(builder, job, 8 * WORDS)
         self._tile = tile
-        self._fused_tokens, self._fused_rows = FUSED_TOKENS[self._dot.lanes], FUSED_ROWS[self._dot.lanes]
 
     def emit(self) -> None:
         """See the base class; without groups the rows are only widened."""
@@ -85,22 +84,19 @@ class _Packed(Grouped):
     def _group(self, block: Block, matrix: Any, values: Any, results: Any, tokens: Any) -> None:
         """See the base class: weights for few tokens are multiplied as they are widened, without a tile."""
         builder, parts = self._builder, self._parts(matrix)
-        with builder.if_else(builder.icmp_signed("<=", tokens, WORD(self._fused_tokens))) as (few, many):
-            with few, builder.if_else(builder.icmp_signed("==", tokens, WORD(1))) as (one, several):
-                with one:
-                    self._fused(SINGLE_ROWS, 1, parts, values, results, tokens)
-                with several:
-                    self._fused(self._fused_rows, self._dot.tokens, parts, values, results, tokens)
+        with builder.if_else(builder.icmp_signed("<=", tokens, WORD(FUSED_TOKENS[self._dot.lanes]))) as (few, many):
+            with few:
+                self._fused(parts, values, results, tokens)
             with many:
                 self._tiled(parts, values, results, tokens)
 
-    def _fused(self, rows: int, most: int, parts: Sequence[Any], values: Any, results: Any, tokens: Any) -> None:
-        """All rows, a few at a time, with at most `most` tokens at a time, without a tile."""
+    def _fused(self, parts: Sequence[Any], values: Any, results: Any, tokens: Any) -> None:
+        """All rows, one at a time, without a tile."""
         builder, of = self._builder, self._operands
         block = _FusedBlock(builder, self._dot, self._widening, parts, of)
-        for row, count in row_blocks(builder, of.first, of.last, rows):
+        with counting(builder, of.first, of.last, 1) as row:
             into = builder.add(results, builder.mul(row, WORD(4)))
-            self._tokens(block, count, most, row, values, into, tokens)
+            self._tokens(block, (1, AT_A_TIME[self._dot.lanes]), row, values, into, tokens)
 
     def _tiled(self, parts: Sequence[Any], values: Any, results: Any, tokens: Any) -> None:
         """All rows, a few of them widened at a time."""
@@ -154,7 +150,7 @@ class _FusedBlock(Block):
                 row = builder.add(weights, WORD(number))
                 if first % STEP == 0:
                     self._prefetch(row, column)
-                put = partial(self._multiply_add, sums[0][number], bases, column)
+                put = partial(self._multiply_add, [each[number] for each in sums], bases, column, first)
                 self._widening.emit(builder, self._parts, columns, row, column, put)
 
         whole = builder.sub(columns, builder.srem(columns, WORD(step)))
@@ -175,12 +171,18 @@ class _FusedBlock(Block):
         for line in range(0, covered, LINE):
             prefetch(builder, offset(builder, at, AHEAD + line))
 
-    def _multiply_add(self, sums: Sequence[Any], bases: Sequence[Any], column: Any, first: int, weights: Any) -> None:
-        """Adds the products of `weights`, those from `column` + `first` on, to the `sums` of the tokens."""
+    def _multiply_add(
+        self, sums: Sequence[Any], bases: Sequence[Any], column: Any, number: int, first: int, weights: Any
+    ) -> None:
+        """Adds the products of `weights`, those from `column` + `first` on, to the partial `sums` of the tokens.
+
+        `number` is that of the column among those of a step: the partial sums take turns.
+        """
         builder, width = self._builder, self._dot.lanes
         for at in range(0, lanes(weights), width):
             own = part(builder, weights, at, width) if lanes(weights) > width else weights
             place = builder.mul(builder.add(column, WORD(first + at)), WORD(4))
-            for base, into in zip(bases, sums, strict=True):
+            turn = (number + first + at) // TURN % len(sums)
+            for base, into in zip(bases, sums[turn], strict=True):
                 value = self._dot.inputs(builder, builder.add(base, place))
                 builder.store(self._dot.add(builder, builder.load(into), own, value), into)

@@ -83,8 +83,8 @@ class Floats:
         """See `Widening`."""
         place = builder.mul(_place(builder, columns, row, column), WORD(self._nbytes))
         address = builder.add(parts[0], place)
-        for at in range(0, self.values, 16):
-            put(at, self._dot.widened(builder, offset(builder, address, at * self._nbytes), 16))
+        for at in range(0, self.values, self._dot.values):
+            put(at, self._dot.weights(builder, offset(builder, address, at * self._nbytes)))
 
 
 class FourBits:
