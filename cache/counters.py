@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+
+from edgemoe.cache.resident import LoadReason, Resident
 
 
 @dataclass
@@ -42,3 +45,21 @@ class CacheCounters:
     def copy(self) -> CacheCounters:
         """A snapshot, for differences between two points in time."""
         return replace(self)
+
+    def hit(self, held: Sequence[Resident], nbytes: int) -> None:
+        """Counts a request that found `held`, whose records have `nbytes` each."""
+        self.hits += len(held)
+        self.bytes_hit += nbytes * len(held)
+        for each in held:
+            if each.load_reason is not None:
+                self.bytes_prefetched_used += self.resolve(each, nbytes)
+
+    def resolve(self, held: Resident, nbytes: int) -> int:
+        """Clears the load reason at the first request or the eviction of `held`, and counts the bytes of a fill.
+
+        Returns `nbytes` for a prefetch, 0 for others.
+        """
+        reason, held.load_reason = held.load_reason, None
+        if reason is LoadReason.FILL:
+            self.bytes_filled += nbytes
+        return nbytes if reason is LoadReason.PREFETCH else 0

@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
+
 from edgemoe.cache.counters import CacheCounters
 from edgemoe.cache.link import Link, Priority, Transfer
 from edgemoe.cache.policy import EvictionPolicy
@@ -56,6 +58,8 @@ class ExpertCache:
             max(0, region.count // len(self.layers_of[region]) - TRANSIT_SLOTS) for region in self._regions
         ]
         self._kept: set[ExpertId] = set()
+        self._slots: dict[int, tuple[np.ndarray, list[Resident]]] = {}
+        """What `slots_of` gives, and the experts there, by layer."""
         self.recording: list[list[ExpertId]] | None = None
         """A trace: unless it is None, `borrow` appends each request to it."""
 
@@ -81,7 +85,9 @@ class ExpertCache:
         resident = {expert: self.is_resident(expert) for expert in requested}
         hits = [expert for expert in requested if resident[expert]]
         misses = deque(expert for expert in requested if not resident[expert])
-        self._count(hits, misses)
+        self.counters.misses += len(misses)
+        for expert in hits:
+            self.counters.hit([self._held[expert]], self.store.record_nbytes(expert))
         in_flight: list[Transfer] = []
         pinned: list[ExpertId] = []
         max_kept = self._max_kept[layer]
@@ -114,23 +120,42 @@ class ExpertCache:
         self, requested: list[ExpertId], held: list[Resident], meanwhile: Callable[[], None] | None
     ) -> Generator[Loan, None, None]:
         """As `borrow` where all of `requested`, of which there are some, are resident: a short way for a usual case."""
-        nbytes, counters = self.store.record_nbytes(requested[0]), self.counters
-        counters.hits += len(held)
-        counters.bytes_hit += nbytes * len(held)
-        for each in held:
-            if each.load_reason is not None:
-                counters.bytes_prefetched_used += self._resolve(each, nbytes)
-            each.pins += 1
+        self.counters.hit(held, self.store.record_nbytes(requested[0]))
+        pinned: list[ExpertId] = []
+        for expert in requested:
+            self._pin(expert, pinned)
         try:
             if meanwhile is not None:
                 meanwhile()
             yield self._loan(requested)
         finally:
-            for each in held:
-                each.pins -= 1
-            self._release([each.slot for each in held])
+            self._unpin(requested, pinned)
             for expert in requested:
                 self._policy.used(expert)
+
+    def slots_of(self, layer: int) -> np.ndarray | None:
+        """The slot in its region of each expert of `layer`, int64 [experts]; None unless all of the store are resident.
+
+        The records may be read without a loan: where all experts are resident, none is evicted.
+        """
+        if not self.complete:
+            return None
+        if layer not in self._slots:
+            experts = [ExpertId(layer, number) for number in range(self.store.experts[layer])]
+            if not all(map(self.is_resident, experts)):
+                return None
+            self._make_readable(experts)
+            slots = np.array(self._loan(experts).slots, np.int64)
+            self._slots[layer] = slots, [self._held[expert] for expert in experts]
+        return self._slots[layer][0]
+
+    def hit(self, layer: int, experts: Sequence[int]) -> None:
+        """Counts a request for `experts` of `layer` that were read by `slots_of`. The policy learns of it."""
+        if self.recording is not None:
+            self.recording.append([ExpertId(layer, number) for number in experts])
+        self._policy.requested(layer, experts)
+        held = self._slots[layer][1]
+        self.counters.hit([held[number] for number in experts], self.store.layouts[layer].nbytes)
 
     @contextmanager
     def lend(self, layer: int, experts: Sequence[int]) -> Iterator[Loan]:
@@ -191,11 +216,7 @@ class ExpertCache:
     @property
     def prefetching(self) -> int:
         """The number of prefetches and fills in flight without a request."""
-        self._prefetches = [
-            transfer
-            for transfer in self._prefetches
-            if not transfer.done and transfer.priority is Priority.PREFETCH and self._holds(transfer)
-        ]
+        self._prefetches = [each for each in self._prefetches if self._is_prefetching(each)]
         return len(self._prefetches)
 
     @property
@@ -228,15 +249,6 @@ class ExpertCache:
             assert sorted(slots) == list(region.numbers), f"slots lost or duplicated: {sorted(slots)}"
         assert all(held.pins >= 0 for held in self._held.values()), "an expert was unpinned twice"
 
-    def _count(self, hits: Collection[ExpertId], misses: Collection[ExpertId]) -> None:
-        counters = self.counters
-        counters.hits += len(hits)
-        counters.misses += len(misses)
-        for expert in hits:
-            held, nbytes = self._held[expert], self.store.record_nbytes(expert)
-            counters.bytes_hit += nbytes
-            counters.bytes_prefetched_used += self._resolve(held, nbytes)
-
     def _promote(self, misses: deque[ExpertId], in_flight: list[Transfer], pinned: list[ExpertId]) -> None:
         """Moves prefetches in flight from `misses` to `in_flight`, and pins them before any slot is taken."""
         for expert in list(misses):
@@ -245,7 +257,7 @@ class ExpertCache:
                 continue
             self._link.promote(held.transfer)
             self._policy.used(expert)
-            self.counters.bytes_prefetched_late += self._resolve(held, self.store.record_nbytes(expert))
+            self.counters.bytes_prefetched_late += self.counters.resolve(held, self.store.record_nbytes(expert))
             misses.remove(expert)
             self._pin(expert, pinned)
             in_flight.append(held.transfer)
@@ -325,19 +337,9 @@ class ExpertCache:
         held = self._held[victim]
         # A failed load moved no bytes.
         if held.transfer is None or held.transfer.error is None:
-            self.counters.bytes_prefetched_wasted += self._resolve(held, self.store.record_nbytes(victim))
+            self.counters.bytes_prefetched_wasted += self.counters.resolve(held, self.store.record_nbytes(victim))
         self._drop(victim)
         return self._free[region].pop()
-
-    def _resolve(self, held: Resident, nbytes: int) -> int:
-        """Clears the load reason at the first request or the eviction of `held`, and counts the bytes of a fill.
-
-        Returns `nbytes` for a prefetch, 0 for others.
-        """
-        reason, held.load_reason = held.load_reason, None
-        if reason is LoadReason.FILL:
-            self.counters.bytes_filled += nbytes
-        return nbytes if reason is LoadReason.PREFETCH else 0
 
     def _cancel_latest_prefetch(self, region: SlotRegion) -> int | None:
         """Cancels the latest prefetch into `region` that has not started to move, and takes its slot; or None."""
@@ -360,13 +362,15 @@ class ExpertCache:
         self.counters.link_wait_seconds += time.perf_counter() - started
         return self._take_slot(layer, ())
 
-    def _holds(self, transfer: Transfer) -> bool:
+    def _is_prefetching(self, transfer: Transfer) -> bool:
         held = self._held.get(transfer.expert)
-        return held is not None and held.transfer is transfer
+        unasked = not transfer.done and transfer.priority is Priority.PREFETCH
+        return unasked and held is not None and held.transfer is transfer
 
     def _drop(self, expert: ExpertId) -> None:
         self._free[self._regions[expert.layer]].append(self._held.pop(expert).slot)
         self._numbers[expert.layer].discard(expert.number)
+        self._slots.clear()
         self._policy.removed(expert)
 
     def _pin(self, expert: ExpertId, pinned: list[ExpertId]) -> None:

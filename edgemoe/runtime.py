@@ -32,6 +32,7 @@ from edgemoe.kernels.cpu.packed import packed_matrix
 from edgemoe.kernels.cpu.packed.packed_matrix import PackedMatrix
 from edgemoe.kernels.cpu.threads import KernelThreads
 from edgemoe.kernels.packed_layers import PackedEmbedding, PackedLinear
+from edgemoe.kernels.router import install_routers
 from edgemoe.kernels.row_linear import BATCH_INVARIANT_TOKENS
 from edgemoe.model.sequential_runner import SequentialRunner
 from edgemoe.plan.plan import Plan
@@ -83,6 +84,7 @@ class Runtime:
             batch_invariant_linear.install_gemv(self.model, threads)
             rms_norm.install_rms_norm(self.model)
             kernel_weight.install_kernel_weights(self.model, threads)
+            install_routers(self.model, blueprint.experts_modules, threads, lambda: self.layers.routes_itself)
             for module in self.model.modules():
                 if isinstance(module, PackedLinear):
                     module.use_kernels(threads)
@@ -164,9 +166,11 @@ class Runtime:
 
 
 def _restore_forwards(model: Any) -> None:
-    """Takes our forwards away. They refer to their modules: only the garbage collector would free the weights."""
+    """Takes what is ours away. It refers to its modules: only the garbage collector would free the weights."""
     for module in model.modules():
-        vars(module).pop("forward", None)
+        own = vars(module)
+        for name in [name for name in own if name == "forward" or name.startswith("edgemoe_")]:
+            del own[name]
 
 
 def _kernel_tokens(experts_modules: Sequence[ExpertsModule], dtype: torch.dtype) -> int:

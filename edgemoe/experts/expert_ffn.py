@@ -11,7 +11,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from edgemoe.cache.slots import SlotRegion
 from edgemoe.checkpoint.experts_module import ExpertsModule
-from edgemoe.experts.prepared_experts import PreparedExperts, gated_steps
+from edgemoe.experts.prepared_experts import PreparedExperts, gated_steps, steps_of_one
 from edgemoe.formats.float_format import FloatFormat
 from edgemoe.kernels.cpu.arrays import Groups
 from edgemoe.kernels.cpu.kernel_choice import widens
@@ -32,6 +32,9 @@ from edgemoe.kernels.packed_linear import packed_linear
 from edgemoe.kernels.row_linear import few_on_cpu, row_linear
 from edgemoe.kernels.rows import gathered
 from edgemoe.kernels.weighted_sum import fast_weighted_sum, weighted_sum, weighted_sum_step
+
+if TYPE_CHECKING:
+    from edgemoe.kernels.cpu.program import Step
 
 
 class TokenGroups:
@@ -238,6 +241,7 @@ class FastExperts(Experts):
         plain = not module.has_bias and not any(matrix.interleaved for matrix in self._matrices.values())
         self._in_one = plain and is_gated_silu(module)
         self._max_tokens = min(matrix.max_tokens for matrix in self._matrices.values())
+        self._is_usual = self._in_one and not getattr(module, "has_post_expert_norm", False)
         self._kept: dict[object, PreparedExperts | None] = {}
 
     def _matrix(self, region: SlotRegion, moe: ExpertsModule, name: str) -> SlotMatrix | PackedMatrix:
@@ -270,6 +274,18 @@ class FastExperts(Experts):
         for expert, slot in pairs:
             if len(groups.rows[expert]) > limit:
                 self._one(groups, expert, slot)
+
+    @property
+    def is_program(self) -> bool:
+        """Whether `steps_of_one` computes these experts."""
+        return self._is_usual and self._dtype in ACTIVATION_DTYPES
+
+    def steps_of_one(
+        self, inputs: Mapping[torch.dtype, torch.Tensor], weights: torch.Tensor, slots: np.ndarray
+    ) -> tuple[torch.Tensor, list[Step]] | None:
+        """See `ExpertLayer.steps_of_one`. The same bits as those of `compute`."""
+        up, down = self._matrices[self._up_name], self._matrices["down_proj"]
+        return steps_of_one(up, down, inputs[up.inputs], weights, slots, self._dtype)
 
     def combined(self, groups: TokenGroups) -> torch.Tensor:
         """See the base class."""
@@ -317,8 +333,7 @@ class FastExperts(Experts):
     def _prepared(self, groups: TokenGroups, few: Sequence[tuple[int, int]]) -> PreparedExperts | None:
         """The program for one token whose experts are all in `few`, where there can be one."""
         hidden, weights = groups.hidden, groups.weights
-        usual = self._in_one and not getattr(self.module, "has_post_expert_norm", False)
-        if not usual or len(hidden) != 1 or len(few) != groups.top_k or hidden.dtype not in ACTIVATION_DTYPES:
+        if not self._is_usual or len(hidden) != 1 or len(few) != groups.top_k or hidden.dtype not in ACTIVATION_DTYPES:
             return None
         key = len(few), hidden.dtype, weights.dtype
         if key not in self._kept:

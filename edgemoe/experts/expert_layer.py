@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from torch import nn
 
 from edgemoe.cache import ExpertCache
 from edgemoe.checkpoint.experts_module import ExpertsModule
@@ -18,6 +20,11 @@ from edgemoe.experts.lockstep import LockstepPasses
 from edgemoe.experts.router_hook import CurrentLayer, RouterMode
 from edgemoe.experts.routing_override import RoutingOverride
 from edgemoe.kernels.cpu.threads import KernelThreads
+
+if TYPE_CHECKING:
+    from edgemoe.kernels.cpu.program import Step
+
+_ATTRIBUTE = "edgemoe_expert_layer"
 
 
 class ExpertLayer:
@@ -51,6 +58,31 @@ class ExpertLayer:
         for loan in self._cache.borrow(self.number, wanted, meanwhile=predict_next):
             self._experts.compute(groups, loan.experts, loan.slots)
         return self._experts.combined(groups).view(hidden.shape)
+
+    def slots_for_one(self) -> np.ndarray | None:
+        """The slots of all experts, int64 [experts], where `steps_of_one` may compute any of them without a request.
+
+        That is while every expert of the model is resident. None otherwise, and where experts are no such steps.
+        """
+        computes = isinstance(self._experts, FastExperts) and self._experts.is_program
+        return self._cache.slots_of(self.number) if computes else None
+
+    def steps_of_one(
+        self, inputs: Mapping[torch.dtype, torch.Tensor], weights: torch.Tensor, slots: np.ndarray
+    ) -> tuple[torch.Tensor, list[Step]] | None:
+        """Where the weighted sum of one token's experts will be, [1, hidden size], and the steps that write it.
+
+        None where there is no kernel for the sum.
+
+        `inputs` is its hidden state, [1, hidden size], in each dtype; `weights` is [1, top-k], and `slots`, int64
+        [top-k], says where its experts are. Earlier steps may write all of them.
+        """
+        assert isinstance(self._experts, FastExperts)
+        return self._experts.steps_of_one(inputs, weights, slots)
+
+    def hit(self, experts: Sequence[int]) -> None:
+        """Counts `experts` as requested, which `steps_of_one` have computed."""
+        self._cache.hit(self.number, experts)
 
     def draft(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """As `compute` for resident experts: no load, no hit or miss counted, no use remembered."""
@@ -87,6 +119,16 @@ class ExpertLayers:
         self._silent = False
         self._override: RoutingOverride | None = None
         self._lockstep: LockstepPasses | None = None
+
+    @property
+    def as_usual(self) -> bool:
+        """Whether passes route and compute as the model says, each by itself."""
+        return not self._silent and self._override is None and self._lockstep is None
+
+    @property
+    def routes_itself(self) -> bool:
+        """Whether routers choose by themselves: no `RoutingOverride` wants their scores."""
+        return self._override is None
 
     def forward(
         self, layer: ExpertLayer, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
@@ -157,7 +199,14 @@ def install(
             experts = PlainExperts(module, moe, region)
         layer = ExpertLayer(number, moe, experts, cache, predictor)
         module.forward = types.MethodType(_forward(layers, layer), module)
+        vars(module)[_ATTRIBUTE] = layers, layer
     return layers
+
+
+def installed_in(module: nn.Module) -> tuple[ExpertLayers, ExpertLayer] | None:
+    """What `install` has made of an experts module."""
+    found: tuple[ExpertLayers, ExpertLayer] | None = vars(module).get(_ATTRIBUTE)
+    return found
 
 
 def _forward(layers: ExpertLayers, layer: ExpertLayer) -> Callable[..., torch.Tensor]:

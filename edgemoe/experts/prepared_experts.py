@@ -41,6 +41,29 @@ def gated_steps(
     return [*multiplying, activation, *again, *scattered(outer, rows, outputs)]
 
 
+def steps_of_one(
+    up: SlotMatrix | PackedMatrix,
+    down: SlotMatrix | PackedMatrix,
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    slots: np.ndarray,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, list[Step]] | None:
+    """Where the sum of one token's experts in `slots`, int64 [top-k], times their `weights`, [1, top-k], will be.
+
+    That is [1, hidden size] of `dtype`. Gives the steps that write it as well, or None without a kernel for the sum.
+    `x` is the hidden state, [1, hidden size] of the dtype that `up` multiplies.
+    """
+    top_k = weights.shape[-1]
+    outputs = torch.empty(top_k, x.shape[-1], dtype=dtype)
+    summing = weighted_sum_step(outputs, weights)
+    if summing is None:
+        return None
+    summed, step = summing
+    each = Groups(slots, np.arange(top_k + 1))
+    return summed, [*gated_steps(up, down, each, x.expand(top_k, -1), range(top_k), outputs), step]
+
+
 class PreparedExperts:
     """The steps of `FastExperts` for one token, from its hidden state to the weighted sum, in memory of their own."""
 
@@ -70,14 +93,12 @@ class PreparedExperts:
         # Later passes may write to them in another mode than this one's.
         with torch.inference_mode(False):
             own = torch.empty(1, columns, dtype=up.inputs), torch.empty(1, top_k, dtype=weights.dtype)
-            outputs, slots = torch.empty(top_k, columns, dtype=hidden.dtype), np.zeros(top_k, np.int64)
-            each = Groups(slots, np.arange(top_k + 1))
-            steps = gated_steps(up, down, each, own[0].expand(top_k, -1), range(top_k), outputs)
-            summing = weighted_sum_step(outputs, own[1])
-        if summing is None:
+            slots = np.zeros(top_k, np.int64)
+            found = steps_of_one(up, down, *own, slots, hidden.dtype)
+        if found is None:
             return None
-        summed, step = summing
-        return cls(threads.program([*steps, step]), slots, own, summed)
+        summed, steps = found
+        return cls(threads.program(steps), slots, own, summed)
 
     def run(self, hidden: torch.Tensor, weights: torch.Tensor, slots: Sequence[int]) -> torch.Tensor:
         """The weighted sum of the experts in `slots`, [1, hidden size], in the order of their `weights`. Pinned."""

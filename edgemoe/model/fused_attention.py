@@ -29,7 +29,7 @@ from edgemoe.model.kv_cache import GrowingLayer, SequenceCache
 if TYPE_CHECKING:
     from edgemoe.kernels.cpu.program import Step
     from edgemoe.model.packed_attention import PackedAttention, Row
-    from edgemoe.model.prepared_attention import LayerNorms, PassJobs, PreparedAttention
+    from edgemoe.model.prepared_attention import PassJobs, PreparedAttention, Surroundings
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 NORMS = ("q_norm", "k_norm")
@@ -136,22 +136,22 @@ class FusedAttention:
         return hidden.shape[1] == 1 and self.packed.rows[0].tree_mask is None
 
     def run_layer(
-        self, hidden: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], norms: LayerNorms
+        self, hidden: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], surroundings: Surroundings
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `run` for a single token with the `norms` of its layer: the residual after attention, and its norm.
+        """As `run` for a single token with what surrounds it in its layer: the residual after it, and its norm.
 
-        The first one is valid until the next pass.
+        Both are [1, hidden size], and valid until the next pass.
         """
-        return self._prepared(hidden, position_embeddings, norms).outputs()
+        return self._prepared(hidden, position_embeddings, surroundings).outputs()
 
     def _prepared(
         self,
         hidden: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        norms: LayerNorms | None = None,
+        surroundings: Surroundings | None = None,
     ) -> PreparedAttention:
         """The program of a single token, which has run. It is made once, and again when its keys need more room."""
-        key = hidden.dtype, position_embeddings[0].shape[-1], norms is None
+        key = hidden.dtype, position_embeddings[0].shape[-1], surroundings
         prepared = self._kept.get(key)
         like = prepared.like if prepared is not None else hidden.new_empty(1, self.parts.keys, 1, self.parts.width)
         layer = self.packed.rows[0].kv.layers[self._layer]
@@ -160,7 +160,7 @@ class FusedAttention:
         if prepared is None or cache[0].shape[-2] > prepared.most:
             # Later passes may write to its memory in another mode than this one's.
             with torch.inference_mode(False):
-                prepared = self._prepare(hidden, cache[0].shape[-2] * 2, position_embeddings, norms)
+                prepared = self._prepare(hidden, cache[0].shape[-2] * 2, position_embeddings, surroundings)
             self._kept[key] = prepared
         prepared.run(hidden, cache, position_embeddings)
         return prepared
@@ -170,7 +170,7 @@ class FusedAttention:
         hidden: torch.Tensor,
         most: int,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        norms: LayerNorms | None,
+        surroundings: Surroundings | None,
     ) -> PreparedAttention:
         # Imported late: importing numba is slow.
         from edgemoe.model.prepared_attention import LayerProgram, PreparedAttention
@@ -180,7 +180,7 @@ class FusedAttention:
         query = torch.empty(1, parts.queries, parts.width, dtype=hidden.dtype)
         keys = like.expand(-1, -1, most, -1)
         seen = SeenKeys.ranges([(0, most)])
-        layer = None if norms is None else LayerProgram(norms, hidden.dtype)
+        layer = None if surroundings is None else LayerProgram(surroundings, hidden.dtype)
         inputs = self._inputs(torch.empty_like(hidden)) if layer is None else layer.inputs(self._dtypes)
         turning = tuple(torch.empty_like(each) for each in position_embeddings)
         steps, jobs, result = self._steps(inputs, query, [(keys, keys)], [seen], turning)

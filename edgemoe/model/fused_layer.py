@@ -1,6 +1,6 @@
-"""Decoder layers whose norms and residual are steps of their attention's program, for a single token.
+"""Decoder layers whose norms, residual and MoE block are steps of their attention's program, for a single token.
 
-A layer is one only where this gives the bits of its own forward.
+A layer is one only where this gives the bits of its own forward, and its block is one where `RoutedBlock` finds it so.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from edgemoe.errors import is_device_or_memory_error
+from edgemoe.experts.routed_block import RoutedBlock
 from edgemoe.kernels.cpu.threads import torch_threads
 from edgemoe.kernels.rms_norm import arithmetic_of
 from edgemoe.model.fused_attention import FusedAttention, fused_of
@@ -32,6 +33,8 @@ class FusedLayer(NamedTuple):
     norms: LayerNorms
     network: str
     """The name of the child."""
+    block: RoutedBlock | None
+    """The same as steps, where it can be."""
 
     @classmethod
     def of(cls, module: nn.Module) -> FusedLayer | None:
@@ -49,7 +52,7 @@ class FusedLayer(NamedTuple):
         # Imported late: importing numba is slow.
         from edgemoe.model.prepared_attention import LayerNorms
 
-        return cls(fused, LayerNorms(first, last), others[0])
+        return cls(fused, LayerNorms(first, last), others[0], RoutedBlock.of(children[others[0]]))
 
     def fits(self, hidden: torch.Tensor, position_embeddings: Any) -> bool:
         """Whether a pass with these is one for the program."""
@@ -58,9 +61,19 @@ class FusedLayer(NamedTuple):
     def run(
         self, module: nn.Module, hidden: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
-        """The layer's output for `hidden`, [1, 1, hidden size]. Appends to the sequence's KV cache."""
-        residual, normed = self.attention.run_layer(hidden, position_embeddings, self.norms)
-        output: torch.Tensor = residual + getattr(module, self.network)(normed)
+        """The layer's output for `hidden`, [1, 1, hidden size], valid until the next pass.
+
+        Appends to the sequence's KV cache.
+        """
+        from edgemoe.model.prepared_attention import Surroundings
+
+        following = None if self.block is None or not self.block.fits() else self.block.after_attention()
+        surroundings = Surroundings(self.norms, following)
+        residual, normed = self.attention.run_layer(hidden, position_embeddings, surroundings)
+        if following is not None:
+            return following.output(residual, normed)[None]
+        # The next token writes over it, and what a network is given may be kept.
+        output: torch.Tensor = residual[None] + getattr(module, self.network)(normed.clone()[None])
         return output
 
 
@@ -75,7 +88,7 @@ def install(model: nn.Module) -> None:
         parts = fused.attention.parts
         kind = type(module), type(getattr(module, fused.network)), parts.queries, parts.keys, parts.width, parts.hidden
         if kind not in tried:
-            tried[kind] = _agrees(model, module, fused)
+            tried[kind] = _agrees(model, module, fused._replace(block=None))
         if tried[kind]:
             vars(module)["forward"] = types.MethodType(_forward(module.forward, fused), module)
 

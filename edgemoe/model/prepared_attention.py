@@ -16,6 +16,7 @@ from edgemoe.kernels.rms_norm import NormArithmetic, norm_step
 from edgemoe.kernels.rows import sum_step, widened
 
 if TYPE_CHECKING:
+    from edgemoe.experts.routed_block import AfterAttention
     from edgemoe.kernels.cpu.program import Program, Step
 
 
@@ -41,11 +42,20 @@ class LayerNorms(NamedTuple):
     after: NormArithmetic
 
 
+class Surroundings(NamedTuple):
+    """What is in a layer's program beside the attention."""
+
+    norms: LayerNorms
+    following: AfterAttention | None
+    """What continues it after the second norm."""
+
+
 class LayerProgram:
     """What surrounds the attention of one token in its decoder layer: norms, and the sum with the layer's input."""
 
-    def __init__(self, norms: LayerNorms, dtype: torch.dtype) -> None:
+    def __init__(self, surroundings: Surroundings, dtype: torch.dtype) -> None:
         """`dtype` is that of hidden states."""
+        norms, self._following = surroundings
         columns = len(norms.before.weight)
         self._norms = norms
         self._normed, self.residual, self.output = (torch.empty(1, columns, dtype=dtype) for _ in range(3))
@@ -64,7 +74,8 @@ class LayerProgram:
         last = norm_step(self._norms.after, self.residual, self.output)
         added = sum_step(attention, self.residual, self.residual)
         self._added = added.job
-        return [self._first, *self._widening, *steps, added, last]
+        following = [] if self._following is None else self._following.steps(self.residual, self.output)
+        return [self._first, *self._widening, *steps, added, last, *following]
 
     def reads(self, hidden: torch.Tensor) -> None:
         """The next run's input is `hidden`, contiguous, which must stay until then."""
@@ -127,9 +138,9 @@ class PreparedAttention:
         return self._result.clone()[None]
 
     def outputs(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The residual of the last run of a layer, valid until the next one, and its norm: [1, 1, hidden size] each."""
+        """The residual of the last run of a layer and its norm, [1, hidden size] each, valid until the next one."""
         assert isinstance(self._inputs, LayerProgram)
-        return self._inputs.residual[None], self._inputs.output.clone()[None]
+        return self._inputs.residual, self._inputs.output
 
 
 def places_of(kept: tuple[torch.Tensor, torch.Tensor], row: int) -> list[int]:

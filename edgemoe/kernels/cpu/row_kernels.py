@@ -22,7 +22,7 @@ in_order: dict[str, Any] = {
 }
 _sums = in_order | {"fastmath": {"reassoc", "contract", "nsz"}}
 
-_words, _bf16, _f32 = pointer_to(types.int64), pointer_to(types.uint16), pointer_to(types.float32)
+as_words, as_bf16, as_f32 = pointer_to(types.int64), pointer_to(types.uint16), pointer_to(types.float32)
 
 
 class Words(NamedTuple):
@@ -54,123 +54,129 @@ def rms_norm_bf16(job, scratch, first, last):  # type: ignore[no-untyped-def]
 
     With `option` the quotient is rounded to bf16 before it is multiplied by the weight. `scratch` is not used.
     """
-    of = carray(_words(job), COUNT)
+    of = carray(as_words(job), COUNT)
     columns, epsilon = of[COLUMNS], np.uint32(of[EPSILON]).view(np.float32)
-    weight = carray(_f32(of[WEIGHTS]), columns)
+    weight = carray(as_f32(of[WEIGHTS]), columns)
     for r in range(first, last):
-        x, out = carray(_bf16(of[X] + r * of[X_STEP]), columns), carray(_bf16(of[OUT] + 2 * r * columns), columns)
+        x, out = carray(as_bf16(of[X] + r * of[X_STEP]), columns), carray(as_bf16(of[OUT] + 2 * r * columns), columns)
         norm_bf16(x, weight, epsilon, of[OPTION] != 0, out)
 
 
 @Native
 def rms_norm_f32(job, scratch, first, last):  # type: ignore[no-untyped-def]
     """As `rms_norm_bf16` for float32, where nothing is rounded in between."""
-    of = carray(_words(job), COUNT)
+    of = carray(as_words(job), COUNT)
     columns, epsilon = of[COLUMNS], np.uint32(of[EPSILON]).view(np.float32)
-    weight = carray(_f32(of[WEIGHTS]), columns)
+    weight = carray(as_f32(of[WEIGHTS]), columns)
     for r in range(first, last):
-        x, out = carray(_f32(of[X] + r * of[X_STEP]), columns), carray(_f32(of[OUT] + 4 * r * columns), columns)
+        x, out = carray(as_f32(of[X] + r * of[X_STEP]), columns), carray(as_f32(of[OUT] + 4 * r * columns), columns)
         norm_f32(x, weight, epsilon, out)
 
 
 @Native
 def gated_silu_f32(job, scratch, first, last):  # type: ignore[no-untyped-def]
     """out = silu(gate) * up, for the rows first ≤ r < last; a row of `x` is a gate, then its up, of `columns` each."""
-    of = carray(_words(job), COUNT)
+    of = carray(as_words(job), COUNT)
     columns = of[COLUMNS]
     for r in range(first, last):
-        gates, ups = _halves(carray(_f32(of[X] + r * of[X_STEP]), 2 * columns), columns)
-        _gate_f32(gates, ups, carray(_f32(of[OUT] + 4 * r * columns), columns))
+        gates, ups = _halves(carray(as_f32(of[X] + r * of[X_STEP]), 2 * columns), columns)
+        _gate_f32(gates, ups, carray(as_f32(of[OUT] + 4 * r * columns), columns))
 
 
 @Native
 def gated_silu_bf16(job, scratch, first, last):  # type: ignore[no-untyped-def]
     """As `gated_silu_f32` with every value rounded to bf16 as PyTorch's operations round; `out` is bf16."""
-    of = carray(_words(job), COUNT)
+    of = carray(as_words(job), COUNT)
     columns = of[COLUMNS]
     for r in range(first, last):
-        gates, ups = _halves(carray(_f32(of[X] + r * of[X_STEP]), 2 * columns), columns)
-        _gate_bf16(gates, ups, carray(_bf16(of[OUT] + 2 * r * columns), columns))
+        gates, ups = _halves(carray(as_f32(of[X] + r * of[X_STEP]), 2 * columns), columns)
+        _gate_bf16(gates, ups, carray(as_bf16(of[OUT] + 2 * r * columns), columns))
 
 
 @Native
 def gated_silu_rounded(job, scratch, first, last):  # type: ignore[no-untyped-def]
     """As `gated_silu_bf16` with the rounded values as float32 in `out`."""
-    of = carray(_words(job), COUNT)
+    of = carray(as_words(job), COUNT)
     columns = of[COLUMNS]
     for r in range(first, last):
-        gates, ups = _halves(carray(_f32(of[X] + r * of[X_STEP]), 2 * columns), columns)
-        _gate_rounded(gates, ups, carray(_f32(of[OUT] + 4 * r * columns), columns))
+        gates, ups = _halves(carray(as_f32(of[X] + r * of[X_STEP]), 2 * columns), columns)
+        _gate_rounded(gates, ups, carray(as_f32(of[OUT] + 4 * r * columns), columns))
 
 
 @Native
 def gather_bf16(job, scratch, first, last):  # type: ignore[no-untyped-def]
     """out[r] = x[places[r]] for the rows first ≤ r < last, bf16; `weights` is the address of the places, int64."""
-    of = carray(_words(job), COUNT)
+    of = carray(as_words(job), COUNT)
     for r in range(first, last):
-        x = carray(_bf16(of[X] + carray(_words(of[WEIGHTS]), last)[r] * of[X_STEP]), of[COLUMNS])
-        carray(_bf16(of[OUT] + 2 * r * of[COLUMNS]), of[COLUMNS])[:] = x
+        x = carray(as_bf16(of[X] + carray(as_words(of[WEIGHTS]), last)[r] * of[X_STEP]), of[COLUMNS])
+        carray(as_bf16(of[OUT] + 2 * r * of[COLUMNS]), of[COLUMNS])[:] = x
 
 
 @Native
 def gather_f32(job, scratch, first, last):  # type: ignore[no-untyped-def]
     """As `gather_bf16` for float32."""
-    of = carray(_words(job), COUNT)
+    of = carray(as_words(job), COUNT)
     for r in range(first, last):
-        x = carray(_f32(of[X] + carray(_words(of[WEIGHTS]), last)[r] * of[X_STEP]), of[COLUMNS])
-        carray(_f32(of[OUT] + 4 * r * of[COLUMNS]), of[COLUMNS])[:] = x
+        x = carray(as_f32(of[X] + carray(as_words(of[WEIGHTS]), last)[r] * of[X_STEP]), of[COLUMNS])
+        carray(as_f32(of[OUT] + 4 * r * of[COLUMNS]), of[COLUMNS])[:] = x
 
 
 @Native
 def gather_widened(job, scratch, first, last):  # type: ignore[no-untyped-def]
     """As `gather_bf16` with the values as float32 in `out`."""
-    of = carray(_words(job), COUNT)
+    of = carray(as_words(job), COUNT)
     for r in range(first, last):
-        x = carray(_bf16(of[X] + carray(_words(of[WEIGHTS]), last)[r] * of[X_STEP]), of[COLUMNS])
-        _widen_all(x, carray(_f32(of[OUT] + 4 * r * of[COLUMNS]), of[COLUMNS]))
+        x = carray(as_bf16(of[X] + carray(as_words(of[WEIGHTS]), last)[r] * of[X_STEP]), of[COLUMNS])
+        _widen_all(x, carray(as_f32(of[OUT] + 4 * r * of[COLUMNS]), of[COLUMNS]))
 
 
 @Native
 def scatter_bf16(job, scratch, first, last):  # type: ignore[no-untyped-def]
     """out[places[r]] = x[r] for the rows first ≤ r < last: float32, rounded to bf16; see `gather_bf16`."""
-    of = carray(_words(job), COUNT)
+    of = carray(as_words(job), COUNT)
     for r in range(first, last):
-        place = carray(_words(of[WEIGHTS]), last)[r]
+        place = carray(as_words(of[WEIGHTS]), last)[r]
         _round_all(
-            carray(_f32(of[X] + r * of[X_STEP]), of[COLUMNS]),
-            carray(_bf16(of[OUT] + 2 * place * of[COLUMNS]), of[COLUMNS]),
+            carray(as_f32(of[X] + r * of[X_STEP]), of[COLUMNS]),
+            carray(as_bf16(of[OUT] + 2 * place * of[COLUMNS]), of[COLUMNS]),
         )
 
 
 @Native
 def scatter_f32(job, scratch, first, last):  # type: ignore[no-untyped-def]
     """As `scatter_bf16` for float32."""
-    of = carray(_words(job), COUNT)
+    of = carray(as_words(job), COUNT)
     for r in range(first, last):
-        place = carray(_words(of[WEIGHTS]), last)[r]
-        carray(_f32(of[OUT] + 4 * place * of[COLUMNS]), of[COLUMNS])[:] = carray(
-            _f32(of[X] + r * of[X_STEP]), of[COLUMNS]
+        place = carray(as_words(of[WEIGHTS]), last)[r]
+        carray(as_f32(of[OUT] + 4 * place * of[COLUMNS]), of[COLUMNS])[:] = carray(
+            as_f32(of[X] + r * of[X_STEP]), of[COLUMNS]
         )
 
 
 @Native
 def add_bf16(job, scratch, first, last):  # type: ignore[no-untyped-def]
     """out = x + other, for the rows first ≤ r < last, bf16; `weights` is the address of the other's contiguous rows."""
-    of = carray(_words(job), COUNT)
+    of = carray(as_words(job), COUNT)
     columns = of[COLUMNS]
     for r in range(first, last):
-        x, other = carray(_bf16(of[X] + r * of[X_STEP]), columns), carray(_bf16(of[WEIGHTS] + 2 * r * columns), columns)
-        _sum_bf16(x, other, carray(_bf16(of[OUT] + 2 * r * columns), columns))
+        x, other = (
+            carray(as_bf16(of[X] + r * of[X_STEP]), columns),
+            carray(as_bf16(of[WEIGHTS] + 2 * r * columns), columns),
+        )
+        _sum_bf16(x, other, carray(as_bf16(of[OUT] + 2 * r * columns), columns))
 
 
 @Native
 def add_f32(job, scratch, first, last):  # type: ignore[no-untyped-def]
     """As `add_bf16` for float32."""
-    of = carray(_words(job), COUNT)
+    of = carray(as_words(job), COUNT)
     columns = of[COLUMNS]
     for r in range(first, last):
-        x, other = carray(_f32(of[X] + r * of[X_STEP]), columns), carray(_f32(of[WEIGHTS] + 4 * r * columns), columns)
-        _sum_f32(x, other, carray(_f32(of[OUT] + 4 * r * columns), columns))
+        x, other = (
+            carray(as_f32(of[X] + r * of[X_STEP]), columns),
+            carray(as_f32(of[WEIGHTS] + 4 * r * columns), columns),
+        )
+        _sum_f32(x, other, carray(as_f32(of[OUT] + 4 * r * columns), columns))
 
 
 @Native
@@ -179,42 +185,42 @@ def weighted_sum_bf16(job, scratch, first, last):  # type: ignore[no-untyped-def
 
     All bf16; products are rounded, as PyTorch's are. `scratch` is the address of `columns` float32.
     """
-    of = carray(_words(job), COUNT)
+    of = carray(as_words(job), COUNT)
     columns, count = of[COLUMNS], of[OPTION]
-    total = carray(_f32(scratch), columns)
+    total = carray(as_f32(scratch), columns)
     for r in range(first, last):
         _clear(total)
-        weights = carray(_bf16(of[WEIGHTS] + 2 * r * count), count)
+        weights = carray(as_bf16(of[WEIGHTS] + 2 * r * count), count)
         for k in range(count):
-            _add_rounded(carray(_bf16(of[X] + (r * count + k) * of[X_STEP]), columns), widened(weights[k]), total)
-        _round_all(total, carray(_bf16(of[OUT] + 2 * r * columns), columns))
+            _add_rounded(carray(as_bf16(of[X] + (r * count + k) * of[X_STEP]), columns), widened(weights[k]), total)
+        _round_all(total, carray(as_bf16(of[OUT] + 2 * r * columns), columns))
 
 
 @Native
 def weighted_sum_bf16_by_f32(job, scratch, first, last):  # type: ignore[no-untyped-def]
     """As `weighted_sum_bf16` with weights of float32, and so are the products."""
-    of = carray(_words(job), COUNT)
+    of = carray(as_words(job), COUNT)
     columns, count = of[COLUMNS], of[OPTION]
-    total = carray(_f32(scratch), columns)
+    total = carray(as_f32(scratch), columns)
     for r in range(first, last):
         _clear(total)
-        weights = carray(_f32(of[WEIGHTS] + 4 * r * count), count)
+        weights = carray(as_f32(of[WEIGHTS] + 4 * r * count), count)
         for k in range(count):
-            _add_bf16(carray(_bf16(of[X] + (r * count + k) * of[X_STEP]), columns), weights[k], total)
-        _round_all(total, carray(_bf16(of[OUT] + 2 * r * columns), columns))
+            _add_bf16(carray(as_bf16(of[X] + (r * count + k) * of[X_STEP]), columns), weights[k], total)
+        _round_all(total, carray(as_bf16(of[OUT] + 2 * r * columns), columns))
 
 
 @Native
 def weighted_sum_f32(job, scratch, first, last):  # type: ignore[no-untyped-def]
     """As `weighted_sum_bf16` for float32."""
-    of = carray(_words(job), COUNT)
+    of = carray(as_words(job), COUNT)
     columns, count = of[COLUMNS], of[OPTION]
     for r in range(first, last):
-        total = carray(_f32(of[OUT] + 4 * r * columns), columns)
+        total = carray(as_f32(of[OUT] + 4 * r * columns), columns)
         _clear(total)
-        weights = carray(_f32(of[WEIGHTS] + 4 * r * count), count)
+        weights = carray(as_f32(of[WEIGHTS] + 4 * r * count), count)
         for k in range(count):
-            _add_f32(carray(_f32(of[X] + (r * count + k) * of[X_STEP]), columns), weights[k], total)
+            _add_f32(carray(as_f32(of[X] + (r * count + k) * of[X_STEP]), columns), weights[k], total)
 
 
 @compiled(**_sums)
