@@ -86,12 +86,10 @@ class ExpertCache:
         hits = [expert for expert in requested if resident[expert]]
         misses = deque(expert for expert in requested if not resident[expert])
         self.counters.misses += len(misses)
-        for expert in hits:
-            self.counters.hit([self._held[expert]], self.store.record_nbytes(expert))
+        self.counters.hit([self._held[expert] for expert in hits], self.store.layouts[layer].nbytes)
         in_flight: list[Transfer] = []
         pinned: list[ExpertId] = []
-        max_kept = self._max_kept[layer]
-        self._kept = set(requested[-max_kept:]) if max_kept else set()
+        self._kept = set(requested[max(0, len(requested) - self._max_kept[layer]) :])
         try:
             for expert in hits:
                 self._pin(expert, pinned)
@@ -120,7 +118,7 @@ class ExpertCache:
         self, requested: list[ExpertId], held: list[Resident], meanwhile: Callable[[], None] | None
     ) -> Generator[Loan, None, None]:
         """As `borrow` where all of `requested`, of which there are some, are resident: a short way for a usual case."""
-        self.counters.hit(held, self.store.record_nbytes(requested[0]))
+        self.counters.hit(held, self.store.layouts[requested[0].layer].nbytes)
         pinned: list[ExpertId] = []
         for expert in requested:
             self._pin(expert, pinned)

@@ -84,7 +84,8 @@ class Runtime:
             batch_invariant_linear.install_gemv(self.model, threads)
             rms_norm.install_rms_norm(self.model)
             kernel_weight.install_kernel_weights(self.model, threads)
-            install_routers(self.model, blueprint.experts_modules, threads, lambda: self.layers.routes_itself)
+            blocks = [(moe.block(self.model), moe.experts) for moe in blueprint.experts_modules]
+            install_routers(blocks, threads, lambda: self.layers.routes_itself)
             for module in self.model.modules():
                 if isinstance(module, PackedLinear):
                     module.use_kernels(threads)

@@ -59,6 +59,10 @@ class ExpertsModule:
         """This experts module in `model`."""
         return model.get_submodule(self.name)
 
+    def block(self, model: nn.Module) -> nn.Module:
+        """The MoE block in `model` that calls the router and this module, whatever its family calls it."""
+        return model.get_submodule(self.name.rpartition(".")[0])
+
 
 def find_experts_modules(model: nn.Module) -> list[ExpertsModule]:
     """All experts modules of `model` that go through transformers' experts interface, in the order of the layers."""

@@ -1,7 +1,7 @@
-"""A MoE block that is a router and its experts, as steps after the attention of its layer, for a single token.
+"""A MoE block that is a router and its experts, as steps after the attention of its layer, for few tokens.
 
-With every expert of the model resident, what a token's layer computes is one program, and Python learns of its choice
-afterwards. Otherwise the program ends with the choice.
+With every expert of the model resident, what the layer of a single token computes is one program, and Python learns of
+its choice afterwards. Otherwise the program ends with the choice.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ class AfterAttention:
         self._output: torch.Tensor | None = None
 
     def steps(self, residual: torch.Tensor, normed: torch.Tensor) -> list[Step]:
-        """The steps from `normed`, which earlier ones write, [1, hidden size] of the model's dtype, as `residual`."""
+        """The steps from `normed`, which earlier ones write, [tokens, hidden size] of the model's dtype, as `residual`.
+
+        With `slots` there is one token.
+        """
         inputs = {normed.dtype: normed}
         inputs[torch.float32], widening = widened(normed)
         found = np.zeros(self._router.top_k, np.int64)
@@ -50,9 +53,9 @@ class AfterAttention:
         return [*widening, *steps]
 
     def output(self, residual: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
-        """The layer's output once the steps have run, [1, hidden size]; `residual` and `normed` are what they read.
+        """The layer's output once the steps have run: `residual` with the output of the experts for `normed` added.
 
-        It is `residual` with the output of the experts added, and valid until the next token's steps run.
+        All are [tokens, hidden size]. Valid until the steps run again.
         """
         assert self._routing is not None
         _, weights, chosen = self._routing
@@ -69,7 +72,7 @@ class RoutedBlock:
         self._router = router
         self._layers = layers
         self._layer = layer
-        self._choosing = AfterAttention(router, layer, None)
+        self._choosing: dict[int, AfterAttention] = {}
         self._computing: AfterAttention | None = None
 
     @classmethod
@@ -89,11 +92,13 @@ class RoutedBlock:
         """Whether a pass now routes and computes as usual."""
         return self._layers.as_usual
 
-    def after_attention(self) -> AfterAttention:
-        """What continues the program of the attention now. The same object as long as it is the same."""
-        slots = self._layer.slots_for_one()
+    def after_attention(self, tokens: int) -> AfterAttention:
+        """What continues the program of the attention of so many tokens now. The same object while it is the same."""
+        slots = self._layer.slots_for_one() if tokens == 1 else None
         if slots is None:
-            return self._choosing
+            if tokens not in self._choosing:
+                self._choosing[tokens] = AfterAttention(self._router, self._layer, None)
+            return self._choosing[tokens]
         if self._computing is None or self._computing.slots is not slots:
             self._computing = AfterAttention(self._router, self._layer, slots)
         return self._computing

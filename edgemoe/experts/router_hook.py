@@ -35,9 +35,7 @@ class CurrentLayer:
         """Set when a pass enters a MoE block, None once its router has chosen."""
         self.experts = [moe.experts for moe in experts_modules]
         for number, moe in enumerate(experts_modules):
-            # The experts' parent calls router and experts, whatever the family calls it.
-            block = model.get_submodule(moe.name.rpartition(".")[0])
-            block.register_forward_pre_hook(self._entering(number))
+            moe.block(model).register_forward_pre_hook(self._entering(number))
 
     def _entering(self, number: int) -> Callable[..., None]:
         def enter(module: nn.Module, inputs: Any) -> None:

@@ -7,13 +7,12 @@ whose probabilities some families divide by their sum.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
-from edgemoe.checkpoint.experts_module import ExpertsModule
 from edgemoe.errors import is_device_or_memory_error
 from edgemoe.kernels.batch_invariant_linear import has_kernel
 from edgemoe.kernels.cpu.arrays import Groups, Job, address
@@ -106,16 +105,15 @@ class Router:
 
 
 def install_routers(
-    model: nn.Module, experts_modules: Sequence[ExpertsModule], threads: KernelThreads, wanted: Callable[[], bool]
+    blocks: Iterable[tuple[nn.Module, int]], threads: KernelThreads, wanted: Callable[[], bool]
 ) -> None:
-    """Replaces the forward of the routers of `model`, next to `experts_modules`, that a `Router` agrees with.
+    """Replaces the forward of the routers in MoE blocks with so many experts where a `Router` agrees with it.
 
     It computes few tokens whenever `wanted()`. The weights must stay where they are.
     """
-    for moe in experts_modules:
-        block = model.get_submodule(moe.name.rpartition(".")[0])
+    for block, experts in blocks:
         for module in block.children():
-            router = _of(module, moe.experts, threads)
+            router = _of(module, experts, threads)
             if router is not None:
                 module.forward = types.MethodType(_forward(module.forward, router, wanted), module)
                 vars(module)[_ATTRIBUTE] = router

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 NORMS = ("q_norm", "k_norm")
 _ATTRIBUTE = "edgemoe_fused_attention"
+PREPARED_TOKENS = 8
+"""Tokens of a pass up to which its program is kept: as many as most drafts have with the token before them."""
 PROBES = (1, 3)
 """Tokens of the passes that a module is tried with, one after the other."""
 
@@ -113,7 +115,7 @@ class FusedAttention:
     def run(self, hidden: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """The module's output for `hidden`, [1, tokens, hidden size]. Appends to the KV cache of every row."""
         rows = self.packed.rows
-        if self.is_one(hidden):
+        if self.is_prepared(hidden):
             return self._prepared(hidden, position_embeddings).output()
         tokens = hidden.shape[1]
         query = hidden.new_empty(tokens, self.parts.queries, self.parts.width)
@@ -131,16 +133,16 @@ class FusedAttention:
         angles = torch.randn(1, tokens, self.parts.width // 2, generator=generator).repeat(1, 1, 2)
         return hidden, (angles.cos().to(dtype), angles.sin().to(dtype))
 
-    def is_one(self, hidden: torch.Tensor) -> bool:
-        """Whether a pass with `hidden` is one for the program of a single token."""
-        return hidden.shape[1] == 1 and self.packed.rows[0].tree_mask is None
+    def is_prepared(self, hidden: torch.Tensor) -> bool:
+        """Whether a pass with `hidden` is one for a program that is made once: of few tokens of one sequence."""
+        return hidden.shape[1] <= PREPARED_TOKENS and len(self.packed.rows) == 1
 
     def run_layer(
         self, hidden: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], surroundings: Surroundings
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `run` for a single token with what surrounds it in its layer: the residual after it, and its norm.
+        """As `run` where `is_prepared`, with what surrounds it in its layer: the residual after it, and its norm.
 
-        Both are [1, hidden size], and valid until the next pass.
+        Both are [tokens, hidden size], and valid until the next pass.
         """
         return self._prepared(hidden, position_embeddings, surroundings).outputs()
 
@@ -150,19 +152,21 @@ class FusedAttention:
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         surroundings: Surroundings | None = None,
     ) -> PreparedAttention:
-        """The program of a single token, which has run. It is made once, and again when its keys need more room."""
-        key = hidden.dtype, position_embeddings[0].shape[-1], surroundings
+        """The program of so many tokens, which has run. It is made once, and again when its keys need more room."""
+        row, tokens = self.packed.rows[0], hidden.shape[1]
+        key = tokens, hidden.dtype, position_embeddings[0].shape[-1], surroundings
         prepared = self._kept.get(key)
-        like = prepared.like if prepared is not None else hidden.new_empty(1, self.parts.keys, 1, self.parts.width)
-        layer = self.packed.rows[0].kv.layers[self._layer]
+        like = hidden.new_empty(1, self.parts.keys, tokens, self.parts.width) if prepared is None else prepared.like
+        layer = row.kv.layers[self._layer]
         assert isinstance(layer, GrowingLayer)
         cache = layer.extend(like, like)
-        if prepared is None or cache[0].shape[-2] > prepared.most:
+        count = cache[0].shape[-2]
+        if prepared is None or count > prepared.most:
             # Later passes may write to its memory in another mode than this one's.
             with torch.inference_mode(False):
-                prepared = self._prepare(hidden, cache[0].shape[-2] * 2, position_embeddings, surroundings)
+                prepared = self._prepare(hidden, count * 2, position_embeddings, surroundings)
             self._kept[key] = prepared
-        prepared.run(hidden, cache, position_embeddings)
+        prepared.run(hidden, cache, self.packed.seen_keys(row, count, None), position_embeddings)
         return prepared
 
     def _prepare(
@@ -175,17 +179,17 @@ class FusedAttention:
         # Imported late: importing numba is slow.
         from edgemoe.model.prepared_attention import LayerProgram, PreparedAttention
 
-        parts = self.parts
-        like = torch.empty(1, parts.keys, 1, parts.width, dtype=hidden.dtype)
-        query = torch.empty(1, parts.queries, parts.width, dtype=hidden.dtype)
-        keys = like.expand(-1, -1, most, -1)
-        seen = SeenKeys.ranges([(0, most)])
-        layer = None if surroundings is None else LayerProgram(surroundings, hidden.dtype)
+        parts, tokens = self.parts, hidden.shape[1]
+        like = torch.empty(1, parts.keys, tokens, parts.width, dtype=hidden.dtype)
+        query = torch.empty(tokens, parts.queries, parts.width, dtype=hidden.dtype)
+        keys = like[:, :, :1].expand(-1, -1, max(most, tokens), -1)
+        seen = SeenKeys.ranges([(0, most)] * tokens)
+        layer = None if surroundings is None else LayerProgram(surroundings, tokens, hidden.dtype)
         inputs = self._inputs(torch.empty_like(hidden)) if layer is None else layer.inputs(self._dtypes)
         turning = tuple(torch.empty_like(each) for each in position_embeddings)
         steps, jobs, result = self._steps(inputs, query, [(keys, keys)], [seen], turning)
         program = self._threads.program(steps if layer is None else layer.around(steps, result))
-        return PreparedAttention(program, layer or list(inputs.values()), like, seen, most, jobs, result)
+        return PreparedAttention(program, layer or list(inputs.values()), like, most, jobs, result)
 
     @property
     def _dtypes(self) -> set[torch.dtype]:
@@ -277,15 +281,16 @@ class FusedAttention:
     def _places(self, caches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Any:
         """Where each token's keys and values go, int64 [tokens, 4]: see `head_kernels.PLACE`."""
         # Imported late: importing numba is slow.
+        from edgemoe.kernels.cpu.head_kernels import PLACE
         from edgemoe.model.prepared_attention import places_of
 
         found = [
             word
             for row, both in zip(self.packed.rows, caches, strict=True)
-            for new in range(row.first - row.last, 0)
-            for word in places_of(both, new)
+            for token in places_of(both, row.last - row.first)
+            for word in token
         ]
-        return np.array(found, np.int64)
+        return np.array(found, np.int64).reshape(-1, PLACE)
 
 
 def install(model: nn.Module, packed: PackedAttention, threads: KernelThreads) -> None:

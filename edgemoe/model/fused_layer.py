@@ -1,4 +1,4 @@
-"""Decoder layers whose norms, residual and MoE block are steps of their attention's program, for a single token.
+"""Decoder layers whose norms, residual and MoE block are steps of their attention's program, for few tokens.
 
 A layer is one only where this gives the bits of its own forward, and its block is one where `RoutedBlock` finds it so.
 """
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 NAMES = ("input_layernorm", "self_attn", "post_attention_layernorm")
 """The children of a layer that are steps; the fourth one is its feed-forward network."""
-PROBED_STEPS = 3
+PROBES = (1, 3, 1)
+"""Tokens of the passes that a layer is tried with, one after the other."""
 
 
 class FusedLayer(NamedTuple):
@@ -56,18 +57,18 @@ class FusedLayer(NamedTuple):
 
     def fits(self, hidden: torch.Tensor, position_embeddings: Any) -> bool:
         """Whether a pass with these is one for the program."""
-        return self.attention.fits(hidden, position_embeddings) and self.attention.is_one(hidden)
+        return self.attention.fits(hidden, position_embeddings) and self.attention.is_prepared(hidden)
 
     def run(
         self, module: nn.Module, hidden: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
-        """The layer's output for `hidden`, [1, 1, hidden size], valid until the next pass.
+        """The layer's output for `hidden`, [1, tokens, hidden size], valid until the next pass.
 
         Appends to the sequence's KV cache.
         """
         from edgemoe.model.prepared_attention import Surroundings
 
-        following = None if self.block is None or not self.block.fits() else self.block.after_attention()
+        following = None if self.block is None or not self.block.fits() else self.block.after_attention(hidden.shape[1])
         surroundings = Surroundings(self.norms, following)
         residual, normed = self.attention.run_layer(hidden, position_embeddings, surroundings)
         if following is not None:
@@ -108,17 +109,17 @@ def _agrees(model: Any, module: Any, fused: FusedLayer) -> bool:
     """Whether `fused` gives the bits of the layer's own forward, around a network that only takes hidden states."""
     packed = fused.attention.packed
     generator = torch.Generator().manual_seed(0)
-    caches = [SequenceCache.empty(model, PROBED_STEPS).kv for _ in range(2)]
+    caches = [SequenceCache.empty(model, sum(PROBES)).kv for _ in range(2)]
     network = vars(getattr(module, fused.network))
     before = network.get("forward")
     network["forward"] = _network
     try:
         with torch.inference_mode(), torch_threads(1):
-            for _ in range(PROBED_STEPS):
-                hidden, turning = fused.attention.random_inputs(1, model.dtype, generator)
-                with packed.running_alone(caches[0], 1):
+            for tokens in PROBES:
+                hidden, turning = fused.attention.random_inputs(tokens, model.dtype, generator)
+                with packed.running_alone(caches[0], tokens):
                     expected = module.forward(hidden, position_embeddings=turning, attention_mask=None)
-                with packed.running_alone(caches[1], 1):
+                with packed.running_alone(caches[1], tokens):
                     if not fused.fits(hidden, turning):
                         return False
                     found = fused.run(module, hidden, turning)

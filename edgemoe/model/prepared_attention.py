@@ -1,4 +1,4 @@
-"""The program of one token's attention module, which is made once: a pass says where its inputs and KV cache are."""
+"""The program of an attention module for so many tokens, which is made once: a pass says where inputs and cache are."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from edgemoe.kernels.cpu.arrays import Job
+from edgemoe.kernels.cpu.arrays import Job, address
 from edgemoe.kernels.cpu.attention import SeenKeys, padded_keys
 from edgemoe.kernels.cpu.attention_kernels import Words
 from edgemoe.kernels.cpu.head_kernels import COSINES, SINES
@@ -31,8 +31,11 @@ class PassJobs(NamedTuple):
     """Of `attention_kernels`, for the first row."""
 
 
-CHANGING = [Words._fields.index(name) for name in ("k", "k_head", "k_token", "v", "v_head", "v_token", "padded")]
-"""The words of an attention job that say where the cache is, and how much of it."""
+CHANGING = [
+    Words._fields.index(name)
+    for name in ("k", "k_head", "k_token", "v", "v_head", "v_token", "spans", "places", "starts", "padded")
+]
+"""The words of an attention job that say where the cache is, and what of it each token sees."""
 
 
 class LayerNorms(NamedTuple):
@@ -51,14 +54,14 @@ class Surroundings(NamedTuple):
 
 
 class LayerProgram:
-    """What surrounds the attention of one token in its decoder layer: norms, and the sum with the layer's input."""
+    """What surrounds the attention of tokens in their decoder layer: norms, and the sum with the layer's input."""
 
-    def __init__(self, surroundings: Surroundings, dtype: torch.dtype) -> None:
+    def __init__(self, surroundings: Surroundings, tokens: int, dtype: torch.dtype) -> None:
         """`dtype` is that of hidden states."""
         norms, self._following = surroundings
         columns = len(norms.before.weight)
         self._norms = norms
-        self._normed, self.residual, self.output = (torch.empty(1, columns, dtype=dtype) for _ in range(3))
+        self._normed, self.residual, self.output = (torch.empty(tokens, columns, dtype=dtype) for _ in range(3))
         # What is read first lies with the caller, and is told before each run.
         self._first = norm_step(norms.before, self.residual, self._normed)
         self._widening: list[Step] = []
@@ -85,27 +88,25 @@ class LayerProgram:
 
 
 class PreparedAttention:
-    """The steps of `FusedAttention` for one token of one sequence, in memory of their own."""
+    """The steps of `FusedAttention` for tokens of one sequence, in memory of their own."""
 
     def __init__(
         self,
         program: Program,
         inputs: LayerProgram | list[torch.Tensor],
         like: torch.Tensor,
-        seen: SeenKeys,
         most: int,
         jobs: PassJobs,
         result: torch.Tensor,
     ) -> None:
-        """`program` reads the keys in `seen`, a range, and what `inputs` say: a layer's, or several [1, hidden size].
+        """`program` reads what `inputs` say: a layer's, or several [tokens, hidden size].
 
-        It writes `result`, [1, hidden size], and has room for `most` keys.
+        It writes `result`, [tokens, hidden size], and has room for `most` keys.
         """
         self._program = program
         self._inputs = inputs
         self.like = like
-        """Of the shape and dtype of a token's keys, [1, heads, 1, width]."""
-        self._seen = seen
+        """Of the shape and dtype of the tokens' keys, [1, heads, tokens, width]."""
         self.most = most
         self._jobs = jobs
         self._result = result
@@ -114,16 +115,20 @@ class PreparedAttention:
         self,
         hidden: torch.Tensor,
         kept: tuple[torch.Tensor, torch.Tensor],
+        seen: SeenKeys,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
     ) -> None:
-        """Computes the outputs for `hidden`, [1, 1, hidden size]. Writes the last row of the KV cache, `kept`."""
-        (keys, values), (heads, places, attention) = kept, self._jobs
+        """Computes the outputs for `hidden`, [1, tokens, hidden size]. Writes the last rows of the KV cache, `kept`.
+
+        `seen` says which of its keys each token attends to.
+        """
+        heads, places, attention = self._jobs
         turning = [each.contiguous() for each in position_embeddings]
         for place, each in zip((COSINES, SINES), turning, strict=True):
             heads.set(place, each.data_ptr())
-        places[:] = places_of(kept, -1)
-        self._seen.spans[0, 1] = keys.shape[-2]
-        for place, word in zip(CHANGING, _words(keys, values), strict=True):
+        for number, words in enumerate(places_of(kept, len(places))):
+            places[number] = words
+        for place, word in zip(CHANGING, _words(kept, seen), strict=True):
             attention.set(place, word)
         hidden = hidden.contiguous()
         if isinstance(self._inputs, LayerProgram):
@@ -134,29 +139,31 @@ class PreparedAttention:
         self._program.run()
 
     def output(self) -> torch.Tensor:
-        """The module's output of the last run, [1, 1, hidden size]."""
+        """The module's output of the last run, [1, tokens, hidden size]."""
         return self._result.clone()[None]
 
     def outputs(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The residual of the last run of a layer and its norm, [1, hidden size] each, valid until the next one."""
+        """The residual of a layer's last run and its norm, [tokens, hidden size] each, valid until the next one."""
         assert isinstance(self._inputs, LayerProgram)
         return self._inputs.residual, self._inputs.output
 
 
-def places_of(kept: tuple[torch.Tensor, torch.Tensor], row: int) -> list[int]:
-    """Where the keys and the values in a `row`, counted from the end, lie in a KV cache: see `head_kernels.PLACE`."""
+def places_of(kept: tuple[torch.Tensor, torch.Tensor], tokens: int) -> list[list[int]]:
+    """Where the last `tokens` keys and values lie in a KV cache: see `head_kernels.PLACE`."""
     found = []
     for each in kept:
         _, between_heads, between_rows, _ = each.stride()
         size = each.element_size()
-        found += [each.data_ptr() + (each.shape[2] + row) * between_rows * size, between_heads * size]
-    return found
+        first = each.data_ptr() + (each.shape[2] - tokens) * between_rows * size
+        found.append([[first + number * between_rows * size, between_heads * size] for number in range(tokens)])
+    return [[*keys, *values] for keys, values in zip(*found, strict=True)]
 
 
-def _words(keys: torch.Tensor, values: torch.Tensor) -> Sequence[int]:
+def _words(kept: tuple[torch.Tensor, torch.Tensor], seen: SeenKeys) -> Sequence[int]:
     """The words of an attention job at the places `CHANGING`."""
-    size, words = keys.element_size(), []
-    for each in (keys, values):
+    words = []
+    for each in kept:
         _, between_heads, between_rows, _ = each.stride()
+        size = each.element_size()
         words += [each.data_ptr(), between_heads * size, between_rows * size]
-    return [*words, padded_keys(keys.shape[-2])]
+    return [*words, address(seen.spans), address(seen.places), address(seen.starts), padded_keys(seen.most)]

@@ -55,8 +55,8 @@ def runner_with_kernels(
     with running(zoo(family), slots, dtype=dtype) as own:
         batch_invariant_linear.install_gemv(own.model, KernelThreads(1))
         rms_norm.install_rms_norm(own.model)
-        modules = own.blueprint.experts_modules
-        install_routers(own.model, modules, KernelThreads(1), lambda: own.layers.routes_itself)
+        blocks = [(moe.block(own.model), moe.experts) for moe in own.blueprint.experts_modules]
+        install_routers(blocks, KernelThreads(1), lambda: own.layers.routes_itself)
         if slots is None:
             load_all(own.cache)
         yield ModelRunner(own.runner()), own.cache
@@ -87,7 +87,8 @@ def replies(runner: ModelRunner) -> list[torch.Tensor]:
 def test_the_bits_are_those_of_the_modules(family: str, dtype: str, slots: int | None, zoo: Zoo, calls: Calls) -> None:
     with runner_with_kernels(zoo, family, dtype, slots) as (runner, cache):
         found, counted = replies(runner), cache.counters.copy()
-        assert (calls.whole > 0, calls.choosing > 0) == (slots is None, slots is not None)
+        # Passes of several tokens end with the choice everywhere.
+        assert (calls.whole > 0, calls.choosing > 0) == (slots is None, True)
         calls.whole, calls.choosing, calls.allowed = 0, 0, False
         expected = replies(runner)
         assert calls.whole == calls.choosing == 0

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -72,11 +70,9 @@ def threads() -> Iterator[KernelThreads]:
 
 def installed(module: nn.Module, threads: KernelThreads, wanted: Callable[[], bool] = lambda: True) -> Router | None:
     """The router that is found in `module`, next to its experts."""
-    model = nn.Module()
-    model.block = nn.Module()
-    model.block.gate, model.block.experts = module, nn.Module()
-    moe: Any = SimpleNamespace(name="block.experts", experts=EXPERTS)
-    install_routers(model, [moe], threads, wanted)
+    block = nn.Module()
+    block.gate, block.experts = module, nn.Module()
+    install_routers([(block, EXPERTS)], threads, wanted)
     return router_of(module)
 
 
