@@ -32,7 +32,7 @@ ROWS = {16: 3, 8: 2}
 """Rows of a block, which share what they load, by the lanes of a register: as many as there is room for.
 
 They are for more tokens than a block takes. Few tokens wait for memory, and take one row after the other: an AMD Zen 4
-reads several rows at a time at half the speed."""
+reads rows that lie side by side, several at a time, at half the speed."""
 AHEAD, LINE = 4096, 64
 """Bytes from what is multiplied to what is asked for, about what memory delivers meanwhile, and of a cache line."""
 
@@ -103,11 +103,12 @@ class PairsOfBf16:
 class Widened:
     """Weights of any float type, widened to float32 and multiplied by float32 inputs: AVX2, AVX512, NEON."""
 
-    input_nbytes, partial_sums = 4, 2
+    input_nbytes = 4
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, partial_sums: int = 2) -> None:
         """`kind` is `bf16`, `f16` or `f32`."""
         self._kind = kind
+        self.partial_sums = partial_sums
         self.weight_nbytes = 4 if kind == "f32" else 2
         self.lanes = self.values = float_lanes()
         self.tokens = 4 if self.lanes == 16 else 3
@@ -295,13 +296,17 @@ class Block:
         rows, tokens = len(sums[0]), len(sums[0][0])
         return [[self._total(sums, row, token) for token in range(tokens)] for row in range(rows)]
 
-    def store(self, totals: list[list[Any]], results: Any) -> None:
-        """Stores the sums of a block, of which `results` is the first one's address."""
+    def store(self, totals: list[list[Any]], results: Any, gap: Any = None) -> None:
+        """Stores the sums of a block, of which `results` is the first one's address.
+
+        `gap` is the number of rows from one to the next, where that is not 1.
+        """
         builder = self._builder
+        step = WORD(4) if gap is None else builder.mul(gap, WORD(4))
         for token, base in enumerate(self._steps(results, self.out_step, len(totals[0]))):
-            for row, own in enumerate(totals):
-                address = builder.inttoptr(builder.add(base, WORD(4 * row)), SINGLE.as_pointer())
-                builder.store(builder.load(own[token]), address, align=4)
+            for row, place in enumerate(self._steps(base, step, len(totals))):
+                address = builder.inttoptr(place, SINGLE.as_pointer())
+                builder.store(builder.load(totals[row][token]), address, align=4)
 
     def token_bases(self, values: Any, tokens: int) -> list[Any]:
         """The addresses of the inputs of `tokens` tokens, the first of which lies at `values`."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from edgemoe.kernels.cpu.cpu_features import float_lanes
 from edgemoe.kernels.cpu.dot_block import AHEAD, LINE, WORDS, Block, Dot, Grouped, Operands, Widened
-from edgemoe.kernels.cpu.packed.tile_block import TURN, TileBlock, scratch_values
+from edgemoe.kernels.cpu.packed.tile_block import TileBlock
 from edgemoe.kernels.cpu.packed.widening import Widening
 from edgemoe.kernels.cpu.vector_ir import (
     WORD,
@@ -33,10 +33,10 @@ TILE_ROWS = {16: 6, 8: 3}
 """Rows that are widened at a time for a product with many tokens, by the lanes of a register: as there is room for."""
 STEP = 64
 """Fewest columns that are multiplied before the next look at where the row ends."""
-FUSED_TOKENS = {16: 5, 8: 6}
+FUSED_TOKENS = {16: 8, 8: 6}
 """Tokens up to which weights are multiplied in the registers that they are widened in, by the lanes of a register."""
-AT_A_TIME = {16: 5, 8: 3}
-"""Tokens of these that are multiplied at a time: as many as there are registers for, also for addresses."""
+AT_A_TIME = {16: 4, 8: 3}
+"""Tokens of these that are multiplied at a time: as many as there are registers for, with those of two rows."""
 
 
 def tile_values(columns: int, tokens: int) -> int:
@@ -44,11 +44,7 @@ def tile_values(columns: int, tokens: int) -> int:
     width = float_lanes()
     if tokens <= FUSED_TOKENS[width]:
         return 0
-    return TILE_ROWS[width] * columns + scratch_values(_dot(), TILE_ROWS[width], tokens)
-
-
-def _dot() -> Dot:
-    return Widened("f32")
+    return TILE_ROWS[width] * (columns + width * tokens)
 
 
 def packed_dots(widening: Widening) -> Callable[..., None]:
@@ -65,7 +61,7 @@ class _Packed(Grouped):
 
     def __init__(self, builder: Any, widening: Widening, operands: Operands, job: Any, tile: Any) -> None:
         """`job` and `tile` are addresses."""
-        super().__init__(builder, _dot(), operands)
+        super().__init__(builder, Widened("f32", partial_sums=1), operands)
         self._widening = widening
         self._offsets = offset(builder, job, 8 * WORDS)
         self._tile = tile
@@ -91,12 +87,18 @@ class _Packed(Grouped):
                 self._tiled(parts, values, results, tokens)
 
     def _fused(self, parts: Sequence[Any], values: Any, results: Any, tokens: Any) -> None:
-        """All rows, one at a time, without a tile."""
+        """All rows, two at a time, without a tile: one of the first half and one of the second.
+
+        The CPU adds to one while the other's last sum is on its way. Side by side they would be read at half the speed.
+        """
         builder, of = self._builder, self._operands
-        block = _FusedBlock(builder, self._dot, self._widening, parts, of)
-        with counting(builder, of.first, of.last, 1) as row:
-            into = builder.add(results, builder.mul(row, WORD(4)))
-            self._tokens(block, (1, AT_A_TIME[self._dot.lanes]), row, values, into, tokens)
+        half = builder.lshr(builder.sub(of.last, of.first), WORD(1))
+        both = builder.add(of.first, half)
+        block = _FusedBlock(builder, self._dot, self._widening, parts, of, half)
+        for rows, first, last in ((2, of.first, both), (1, builder.add(both, half), of.last)):
+            with counting(builder, first, last, 1) as row:
+                into = builder.add(results, builder.mul(row, WORD(4)))
+                self._tokens(block, (rows, AT_A_TIME[self._dot.lanes]), row, values, into, tokens)
 
     def _tiled(self, parts: Sequence[Any], values: Any, results: Any, tokens: Any) -> None:
         """All rows, a few of them widened at a time."""
@@ -131,9 +133,12 @@ class _Packed(Grouped):
 class _FusedBlock(Block):
     """Emits the products of a few rows with a few tokens, in whose registers the weights are widened."""
 
-    def __init__(self, builder: Any, dot: Dot, widening: Widening, parts: Sequence[Any], of: Operands) -> None:
-        """`parts` are the addresses of the parts of one matrix."""
+    def __init__(
+        self, builder: Any, dot: Dot, widening: Widening, parts: Sequence[Any], of: Operands, gap: Any
+    ) -> None:
+        """`parts` are the addresses of the parts of one matrix; `gap` is the number of rows from one to the next."""
         super().__init__(builder, dot, WORD(0), of.x_step, of.out_step, of.columns)
+        self._gap = gap
         self._widening = widening
         self._parts = parts
 
@@ -147,10 +152,10 @@ class _FusedBlock(Block):
             """`count` columns from start + `first` on, which is a multiple of them."""
             column = builder.add(start, WORD(first))
             for number in range(rows):
-                row = builder.add(weights, WORD(number))
+                row = builder.add(weights, builder.mul(self._gap, WORD(number)))
                 if first % STEP == 0:
                     self._prefetch(row, column)
-                put = partial(self._multiply_add, [each[number] for each in sums], bases, column, first)
+                put = partial(self._multiply_add, sums[0][number], bases, column)
                 self._widening.emit(builder, self._parts, columns, row, column, put)
 
         whole = builder.sub(columns, builder.srem(columns, WORD(step)))
@@ -160,7 +165,7 @@ class _FusedBlock(Block):
         for first in range(0, step - count, count):
             with builder.if_then(builder.icmp_signed("<", builder.add(whole, WORD(first)), columns)):
                 emit(whole, first)
-        self.store(self.totals(sums), results)
+        self.store(self.totals(sums), results, self._gap)
 
     def _prefetch(self, row: Any, column: Any) -> None:
         """Asks for what will be read soon: decoding is too slow for the CPU to look far enough ahead by itself."""
@@ -171,18 +176,12 @@ class _FusedBlock(Block):
         for line in range(0, covered, LINE):
             prefetch(builder, offset(builder, at, AHEAD + line))
 
-    def _multiply_add(
-        self, sums: Sequence[Any], bases: Sequence[Any], column: Any, number: int, first: int, weights: Any
-    ) -> None:
-        """Adds the products of `weights`, those from `column` + `first` on, to the partial `sums` of the tokens.
-
-        `number` is that of the column among those of a step: the partial sums take turns.
-        """
+    def _multiply_add(self, sums: Sequence[Any], bases: Sequence[Any], column: Any, first: int, weights: Any) -> None:
+        """Adds the products of `weights`, those from `column` + `first` on, to the `sums` of the tokens."""
         builder, width = self._builder, self._dot.lanes
         for at in range(0, lanes(weights), width):
             own = part(builder, weights, at, width) if lanes(weights) > width else weights
             place = builder.mul(builder.add(column, WORD(first + at)), WORD(4))
-            turn = (number + first + at) // TURN % len(sums)
-            for base, into in zip(bases, sums[turn], strict=True):
+            for base, into in zip(bases, sums, strict=True):
                 value = self._dot.inputs(builder, builder.add(base, place))
                 builder.store(self._dot.add(builder, builder.load(into), own, value), into)
