@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 NORMS = ("q_norm", "k_norm")
 _ATTRIBUTE = "edgemoe_fused_attention"
-PREPARED_TOKENS = 8
-"""Tokens of a pass up to which its program is kept: as many as most drafts have with the token before them."""
+PREPARED_TOKENS = 4
+"""Tokens of a pass up to which its program is kept, as most verifications have: each number has memory of its own."""
 PROBES = (1, 3)
 """Tokens of the passes that a module is tried with, one after the other."""
 
