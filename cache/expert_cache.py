@@ -119,15 +119,16 @@ class ExpertCache:
     ) -> Generator[Loan, None, None]:
         """As `borrow` where all of `requested`, of which there are some, are resident: a short way for a usual case."""
         self.counters.hit(held, self.store.layouts[requested[0].layer].nbytes)
-        pinned: list[ExpertId] = []
-        for expert in requested:
-            self._pin(expert, pinned)
+        for each in held:
+            each.pins += 1
         try:
             if meanwhile is not None:
                 meanwhile()
             yield self._loan(requested)
         finally:
-            self._unpin(requested, pinned)
+            for each in held:
+                each.pins -= 1
+            self._release([each.slot for each in held])
             for expert in requested:
                 self._policy.used(expert)
 

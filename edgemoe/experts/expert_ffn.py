@@ -163,6 +163,8 @@ class Experts(ABC):
 
     row_multiple = 1
     """An expert's tokens are padded to a multiple of this; the padding rows are dropped."""
+    multiplies: torch.dtype | None = None
+    """The dtype of what `steps_of_one` takes; None where these experts are no steps."""
 
     def __init__(self, module: Any, moe: ExpertsModule, region: SlotRegion) -> None:
         """`module` is transformers' experts module without its weights; `moe` says how `region`'s slots hold them."""
@@ -176,6 +178,17 @@ class Experts(ABC):
     @abstractmethod
     def compute(self, groups: TokenGroups, experts: Sequence[int], slots: Sequence[int]) -> None:
         """Writes `groups.outputs` for the pairs of `experts`, whose records are in `slots`, pinned."""
+
+    def steps_of_one(
+        self, x: torch.Tensor, weights: torch.Tensor, slots: np.ndarray
+    ) -> tuple[torch.Tensor, list[Step]] | None:
+        """Where the weighted sum of one token's experts will be, [1, hidden size], and the steps that write it.
+
+        None where there is no kernel for it. `x` is the hidden state, [1, hidden size] of the dtype that it
+        `multiplies`; `weights` is [1, top-k], and `slots`, int64 [top-k], says where its experts are. Earlier steps may
+        write all of them.
+        """
+        return None
 
     def combined(self, groups: TokenGroups) -> torch.Tensor:
         """The sums of the tokens' experts, times their weights, once every expert has written its outputs."""
@@ -242,6 +255,8 @@ class FastExperts(Experts):
         self._in_one = plain and is_gated_silu(module)
         self._max_tokens = min(matrix.max_tokens for matrix in self._matrices.values())
         self._is_usual = self._in_one and not getattr(module, "has_post_expert_norm", False)
+        if self._is_usual and dtype in ACTIVATION_DTYPES:
+            self.multiplies = self._matrices[self._up_name].inputs
         self._kept: dict[object, PreparedExperts | None] = {}
 
     def _matrix(self, region: SlotRegion, moe: ExpertsModule, name: str) -> SlotMatrix | PackedMatrix:
@@ -275,17 +290,12 @@ class FastExperts(Experts):
             if len(groups.rows[expert]) > limit:
                 self._one(groups, expert, slot)
 
-    @property
-    def is_program(self) -> bool:
-        """Whether `steps_of_one` computes these experts."""
-        return self._is_usual and self._dtype in ACTIVATION_DTYPES
-
     def steps_of_one(
-        self, inputs: Mapping[torch.dtype, torch.Tensor], weights: torch.Tensor, slots: np.ndarray
+        self, x: torch.Tensor, weights: torch.Tensor, slots: np.ndarray
     ) -> tuple[torch.Tensor, list[Step]] | None:
-        """See `ExpertLayer.steps_of_one`. The same bits as those of `compute`."""
+        """See the base class. The same bits as those of `compute`."""
         up, down = self._matrices[self._up_name], self._matrices["down_proj"]
-        return steps_of_one(up, down, inputs[up.inputs], weights, slots, self._dtype)
+        return steps_of_one(up, down, x, weights, slots, self._dtype)
 
     def combined(self, groups: TokenGroups) -> torch.Tensor:
         """See the base class."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +20,6 @@ from edgemoe.experts.lockstep import LockstepPasses
 from edgemoe.experts.router_hook import CurrentLayer, RouterMode
 from edgemoe.experts.routing_override import RoutingOverride
 from edgemoe.kernels.cpu.threads import KernelThreads
-
-if TYPE_CHECKING:
-    from edgemoe.kernels.cpu.program import Step
 
 _ATTRIBUTE = "edgemoe_expert_layer"
 
@@ -41,7 +38,7 @@ class ExpertLayer:
         self.number = number
         self._predictor = predictor
         self._count = moe.experts
-        self._experts = experts
+        self.experts = experts
         self._cache = cache
 
     def compute(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -56,40 +53,26 @@ class ExpertLayer:
             self._predictor.enter_layer(self.number, wanted, groups.hidden)
             predict_next = partial(self._predictor.predict_next, self.number, groups.hidden, groups.top_k)
         for loan in self._cache.borrow(self.number, wanted, meanwhile=predict_next):
-            self._experts.compute(groups, loan.experts, loan.slots)
-        return self._experts.combined(groups).view(hidden.shape)
+            self.experts.compute(groups, loan.experts, loan.slots)
+        return self.experts.combined(groups).view(hidden.shape)
 
     def slots_for_one(self) -> np.ndarray | None:
-        """The slots of all experts, int64 [experts], where `steps_of_one` may compute any of them without a request.
+        """The slots of all experts, int64 [experts], where steps may compute any of them without a request.
 
-        That is while every expert of the model is resident. None otherwise, and where experts are no such steps.
+        That is while every expert of the model is resident. None otherwise, and where experts are no steps.
         """
-        computes = isinstance(self._experts, FastExperts) and self._experts.is_program
-        return self._cache.slots_of(self.number) if computes else None
-
-    def steps_of_one(
-        self, inputs: Mapping[torch.dtype, torch.Tensor], weights: torch.Tensor, slots: np.ndarray
-    ) -> tuple[torch.Tensor, list[Step]] | None:
-        """Where the weighted sum of one token's experts will be, [1, hidden size], and the steps that write it.
-
-        None where there is no kernel for the sum.
-
-        `inputs` is its hidden state, [1, hidden size], in each dtype; `weights` is [1, top-k], and `slots`, int64
-        [top-k], says where its experts are. Earlier steps may write all of them.
-        """
-        assert isinstance(self._experts, FastExperts)
-        return self._experts.steps_of_one(inputs, weights, slots)
+        return None if self.experts.multiplies is None else self._cache.slots_of(self.number)
 
     def hit(self, experts: Sequence[int]) -> None:
-        """Counts `experts` as requested, which `steps_of_one` have computed."""
+        """Counts `experts` as requested, which steps have computed."""
         self._cache.hit(self.number, experts)
 
     def draft(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """As `compute` for resident experts: no load, no hit or miss counted, no use remembered."""
         groups = self._groups(hidden, index, weights)
         with self._cache.lend(self.number, groups.wanted) as loan:
-            self._experts.compute(groups, loan.experts, loan.slots)
-        return self._experts.combined(groups).view(hidden.shape)
+            self.experts.compute(groups, loan.experts, loan.slots)
+        return self.experts.combined(groups).view(hidden.shape)
 
     def _groups(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> TokenGroups:
         flat = hidden.reshape(-1, hidden.shape[-1])

@@ -96,8 +96,7 @@ class Lookahead:
 
 def _router(model: nn.Module, moe: ExpertsModule) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """The router's weight, [experts, hidden size], and its correction bias; None for a router of another kind."""
-    path, _, name = moe.name.rpartition(".")
-    block = model.get_submodule(path)
+    block, name = moe.block(model), moe.name.rpartition(".")[2]
     hidden = model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
     if _width(model, moe) != hidden:
         # The experts' input is not the router's (Nemotron's latent experts).

@@ -16,7 +16,7 @@ from edgemoe.errors import is_device_or_memory_error
 from edgemoe.experts.expert_layer import ExpertLayer, ExpertLayers, installed_in
 from edgemoe.kernels.cpu.threads import torch_threads
 from edgemoe.kernels.router import Router, Routing, router_of
-from edgemoe.kernels.rows import sum_step, widened
+from edgemoe.kernels.rows import in_dtypes, sum_step
 
 if TYPE_CHECKING:
     from edgemoe.kernels.cpu.program import Step
@@ -40,12 +40,15 @@ class AfterAttention:
 
         With `slots` there is one token.
         """
-        inputs = {normed.dtype: normed}
-        inputs[torch.float32], widening = widened(normed)
+        multiplied, experts = self._router.matrix.inputs, self._layer.experts
+        if self.slots is None or experts.multiplies is None:
+            inputs, widening = in_dtypes(normed, {multiplied})
+            self._routing, steps = self._router.steps(inputs[multiplied])
+            return [*widening, *steps]
+        inputs, widening = in_dtypes(normed, {multiplied, experts.multiplies})
         found = np.zeros(self._router.top_k, np.int64)
-        lookup = None if self.slots is None else (self.slots, found)
-        self._routing, steps = self._router.steps(inputs[self._router.matrix.inputs], lookup)
-        computing = None if lookup is None else self._layer.steps_of_one(inputs, self._routing.weights, found)
+        self._routing, steps = self._router.steps(inputs[multiplied], (self.slots, found))
+        computing = experts.steps_of_one(inputs[experts.multiplies], self._routing.weights, found)
         if computing is not None:
             summed, own = computing
             self._output = torch.empty_like(residual)

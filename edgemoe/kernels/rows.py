@@ -53,6 +53,12 @@ def widened(x: torch.Tensor) -> tuple[torch.Tensor, list[Step]]:
     return out, [Step(row_kernels.gather_widened, Job(words, (x, index, out)), rows, out.nbytes)]
 
 
+def in_dtypes(x: torch.Tensor, dtypes: set[torch.dtype]) -> tuple[dict[torch.dtype, torch.Tensor], list[Step]]:
+    """Where `x`, see `widened`, will be in each of `dtypes`, its own and float32, and the steps that write it."""
+    single, steps = widened(x) if dtypes - {x.dtype} else (x, [])
+    return {dtype: x if dtype is x.dtype else single for dtype in dtypes}, steps
+
+
 def scattered(x: torch.Tensor, places: Sequence[int], out: torch.Tensor) -> list[Step]:
     """The steps that write the rows of `x`, float32 [places, columns], to those of `out` at `places`.
 

@@ -27,9 +27,10 @@ from edgemoe.kernels.rows import scattered, widened
 from edgemoe.model.kv_cache import GrowingLayer, SequenceCache
 
 if TYPE_CHECKING:
+    from edgemoe.experts.routed_block import AfterAttention
     from edgemoe.kernels.cpu.program import Step
     from edgemoe.model.packed_attention import PackedAttention, Row
-    from edgemoe.model.prepared_attention import PassJobs, PreparedAttention, Surroundings
+    from edgemoe.model.prepared_attention import LayerNorms, PassJobs, PreparedAttention
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 NORMS = ("q_norm", "k_norm")
@@ -138,23 +139,28 @@ class FusedAttention:
         return hidden.shape[1] <= PREPARED_TOKENS and len(self.packed.rows) == 1
 
     def run_layer(
-        self, hidden: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], surroundings: Surroundings
+        self,
+        hidden: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        norms: LayerNorms,
+        following: AfterAttention | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `run` where `is_prepared`, with what surrounds it in its layer: the residual after it, and its norm.
+        """As `run` where `is_prepared`, with the `norms` of its layer: the residual after it, and its norm.
 
-        Both are [tokens, hidden size], and valid until the next pass.
+        Both are [tokens, hidden size], and valid until the next pass. The program ends with the steps of `following`.
         """
-        return self._prepared(hidden, position_embeddings, surroundings).outputs()
+        return self._prepared(hidden, position_embeddings, norms, following).outputs()
 
     def _prepared(
         self,
         hidden: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        surroundings: Surroundings | None = None,
+        norms: LayerNorms | None = None,
+        following: AfterAttention | None = None,
     ) -> PreparedAttention:
         """The program of so many tokens, which has run. It is made once, and again when its keys need more room."""
         row, tokens = self.packed.rows[0], hidden.shape[1]
-        key = tokens, hidden.dtype, position_embeddings[0].shape[-1], surroundings
+        key = tokens, hidden.dtype, position_embeddings[0].shape[-1], norms is None, following
         prepared = self._kept.get(key)
         like = hidden.new_empty(1, self.parts.keys, tokens, self.parts.width) if prepared is None else prepared.like
         layer = row.kv.layers[self._layer]
@@ -164,7 +170,7 @@ class FusedAttention:
         if prepared is None or count > prepared.most:
             # Later passes may write to its memory in another mode than this one's.
             with torch.inference_mode(False):
-                prepared = self._prepare(hidden, count * 2, position_embeddings, surroundings)
+                prepared = self._prepare(hidden, count * 2, position_embeddings, norms, following)
             self._kept[key] = prepared
         prepared.run(hidden, cache, self.packed.seen_keys(row, count, None), position_embeddings)
         return prepared
@@ -174,7 +180,8 @@ class FusedAttention:
         hidden: torch.Tensor,
         most: int,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        surroundings: Surroundings | None,
+        norms: LayerNorms | None,
+        following: AfterAttention | None,
     ) -> PreparedAttention:
         # Imported late: importing numba is slow.
         from edgemoe.model.prepared_attention import LayerProgram, PreparedAttention
@@ -184,7 +191,7 @@ class FusedAttention:
         query = torch.empty(tokens, parts.queries, parts.width, dtype=hidden.dtype)
         keys = like[:, :, :1].expand(-1, -1, max(most, tokens), -1)
         seen = SeenKeys.ranges([(0, most)] * tokens)
-        layer = None if surroundings is None else LayerProgram(surroundings, tokens, hidden.dtype)
+        layer = None if norms is None else LayerProgram(norms, following, tokens, hidden.dtype)
         inputs = self._inputs(torch.empty_like(hidden)) if layer is None else layer.inputs(self._dtypes)
         turning = tuple(torch.empty_like(each) for each in position_embeddings)
         steps, jobs, result = self._steps(inputs, query, [(keys, keys)], [seen], turning)
@@ -281,16 +288,10 @@ class FusedAttention:
     def _places(self, caches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Any:
         """Where each token's keys and values go, int64 [tokens, 4]: see `head_kernels.PLACE`."""
         # Imported late: importing numba is slow.
-        from edgemoe.kernels.cpu.head_kernels import PLACE
         from edgemoe.model.prepared_attention import places_of
 
-        found = [
-            word
-            for row, both in zip(self.packed.rows, caches, strict=True)
-            for token in places_of(both, row.last - row.first)
-            for word in token
-        ]
-        return np.array(found, np.int64).reshape(-1, PLACE)
+        both = zip(self.packed.rows, caches, strict=True)
+        return np.array([token for row, kept in both for token in places_of(kept, row.last - row.first)], np.int64)
 
 
 def install(model: nn.Module, packed: PackedAttention, threads: KernelThreads) -> None:

@@ -66,11 +66,8 @@ class FusedLayer(NamedTuple):
 
         Appends to the sequence's KV cache.
         """
-        from edgemoe.model.prepared_attention import Surroundings
-
         following = None if self.block is None or not self.block.fits() else self.block.after_attention(hidden.shape[1])
-        surroundings = Surroundings(self.norms, following)
-        residual, normed = self.attention.run_layer(hidden, position_embeddings, surroundings)
+        residual, normed = self.attention.run_layer(hidden, position_embeddings, self.norms, following)
         if following is not None:
             return following.output(residual, normed)[None]
         # The next token writes over it, and what a network is given may be kept.

@@ -13,7 +13,7 @@ from edgemoe.kernels.cpu.attention_kernels import Words
 from edgemoe.kernels.cpu.head_kernels import COSINES, SINES
 from edgemoe.kernels.cpu.row_kernels import WEIGHTS, X
 from edgemoe.kernels.rms_norm import NormArithmetic, norm_step
-from edgemoe.kernels.rows import sum_step, widened
+from edgemoe.kernels.rows import in_dtypes, sum_step
 
 if TYPE_CHECKING:
     from edgemoe.experts.routed_block import AfterAttention
@@ -45,22 +45,13 @@ class LayerNorms(NamedTuple):
     after: NormArithmetic
 
 
-class Surroundings(NamedTuple):
-    """What is in a layer's program beside the attention."""
-
-    norms: LayerNorms
-    following: AfterAttention | None
-    """What continues it after the second norm."""
-
-
 class LayerProgram:
     """What surrounds the attention of tokens in their decoder layer: norms, and the sum with the layer's input."""
 
-    def __init__(self, surroundings: Surroundings, tokens: int, dtype: torch.dtype) -> None:
-        """`dtype` is that of hidden states."""
-        norms, self._following = surroundings
+    def __init__(self, norms: LayerNorms, following: AfterAttention | None, tokens: int, dtype: torch.dtype) -> None:
+        """`following` continues the program after the second norm. `dtype` is that of hidden states."""
         columns = len(norms.before.weight)
-        self._norms = norms
+        self._norms, self._following = norms, following
         self._normed, self.residual, self.output = (torch.empty(tokens, columns, dtype=dtype) for _ in range(3))
         # What is read first lies with the caller, and is told before each run.
         self._first = norm_step(norms.before, self.residual, self._normed)
@@ -69,8 +60,8 @@ class LayerProgram:
 
     def inputs(self, dtypes: set[torch.dtype]) -> dict[torch.dtype, torch.Tensor]:
         """Where the normalised input will be, for matrices that multiply `dtypes`: its own, and float32."""
-        single, self._widening = widened(self._normed)
-        return {dtype: self._normed if dtype is self._normed.dtype else single for dtype in dtypes}
+        found, self._widening = in_dtypes(self._normed, dtypes)
+        return found
 
     def around(self, steps: list[Step], attention: torch.Tensor) -> list[Step]:
         """`steps`, which write the module's output to `attention`, with those before and after them."""
@@ -126,8 +117,7 @@ class PreparedAttention:
         turning = [each.contiguous() for each in position_embeddings]
         for place, each in zip((COSINES, SINES), turning, strict=True):
             heads.set(place, each.data_ptr())
-        for number, words in enumerate(places_of(kept, len(places))):
-            places[number] = words
+        places[:] = places_of(kept, len(places))
         for place, word in zip(CHANGING, _words(kept, seen), strict=True):
             attention.set(place, word)
         hidden = hidden.contiguous()

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -25,14 +24,6 @@ class Router(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return F.linear(hidden, self.weight)
-
-
-@pytest.fixture
-def threads() -> Iterator[KernelThreads]:
-    kept = KernelThreads(2)
-    with torch.inference_mode(), torch_threads(1):
-        yield kept
-    kept.close()
 
 
 def installed(dtype: torch.dtype, threads: KernelThreads) -> tuple[Router, Router]:

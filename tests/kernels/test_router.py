@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from edgemoe.kernels.cpu.threads import KernelThreads, torch_threads
+from edgemoe.kernels.cpu.threads import KernelThreads
 from edgemoe.kernels.router import Router, install_routers, router_of
 from edgemoe.kernels.row_linear import BATCH_INVARIANT_TOKENS
 
@@ -58,14 +58,6 @@ class Biased(Softmax):
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__(dtype)
         self.bias = nn.Parameter(torch.zeros(EXPERTS, dtype=dtype), requires_grad=False)
-
-
-@pytest.fixture
-def threads() -> Iterator[KernelThreads]:
-    kept = KernelThreads(2)
-    with torch.inference_mode(), torch_threads(1):
-        yield kept
-    kept.close()
 
 
 def installed(module: nn.Module, threads: KernelThreads, wanted: Callable[[], bool] = lambda: True) -> Router | None:

@@ -274,9 +274,8 @@ class Block:
         sums = self.zeros(rows, tokens)
         wide = builder.sub(self._columns, builder.srem(self._columns, WORD(dot.values * dot.partial_sums)))
         whole = builder.sub(self._columns, builder.srem(self._columns, WORD(dot.values)))
-        step = dot.values * dot.partial_sums
-        self._multiply((WORD(0), wide, step), sums, row_bases, token_bases, ahead=True)
-        self._multiply((wide, whole, dot.values), sums[:1], row_bases, token_bases)
+        self._multiply(WORD(0), wide, sums, row_bases, token_bases, ahead=True)
+        self._multiply(wide, whole, sums[:1], row_bases, token_bases)
         totals = self.totals(sums)
         if dot.single is not None:
             self._multiply_singly(dot.single, whole, totals, row_bases, token_bases)
@@ -317,15 +316,12 @@ class Block:
         return [builder.add(base, builder.mul(step, WORD(number))) for number in range(count)]
 
     def _multiply(
-        self, columns: tuple[Any, Any, int], sums: list[Any], rows: list[Any], tokens: list[Any], *, ahead: bool = False
+        self, first: Any, stop: Any, sums: list[Any], rows: list[Any], tokens: list[Any], *, ahead: bool = False
     ) -> None:
-        """Adds the products of some `columns`: the first one, where they end, and the step from one round to the next.
-
-        A round adds to each of the `sums` once. With `ahead` it asks memory for the next weights.
-        """
+        """Adds the products of the columns `first` ≤ c < `stop`; with `ahead` it asks memory for the next weights."""
         builder, dot = self._builder, self._dot
         nbytes = dot.values * dot.weight_nbytes
-        with counting(builder, *columns) as at:
+        with counting(builder, first, stop, dot.values * len(sums)) as at:
             for part, own in enumerate(sums):
                 place = builder.add(at, WORD(dot.values * part))
                 weight_place = builder.mul(place, WORD(dot.weight_nbytes))

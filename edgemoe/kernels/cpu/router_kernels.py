@@ -18,7 +18,7 @@ from edgemoe.kernels.cpu.row_kernels import (
     exponential,
     in_order,
     nearest_bf16,
-    rounded_to_bf16,
+    round_all,
 )
 
 
@@ -70,9 +70,9 @@ def softmax_top_k(job, scratch, first, last):  # type: ignore[no-untyped-def]
         if of[NORMALISES] != 0:
             _normalise(values)
         if of[HALVES] != 0:
-            _store_bf16(values, carray(as_bf16(of[WEIGHTS] + 2 * r * top_k), top_k))
+            round_all(values, carray(as_bf16(of[WEIGHTS] + 2 * r * top_k), top_k))
         else:
-            _store_f32(values, carray(as_f32(of[WEIGHTS] + 4 * r * top_k), top_k))
+            carray(as_f32(of[WEIGHTS] + 4 * r * top_k), top_k)[:] = values
         if of[SLOTS] != 0:
             _look_up(carray(as_words(of[SLOTS]), experts), chosen, carray(as_words(of[FOUND] + 8 * r * top_k), top_k))
 
@@ -110,18 +110,6 @@ def _normalise(values):  # type: ignore[no-untyped-def]
         total += values[k]
     for k in range(len(values)):
         values[k] = values[k] / total
-
-
-@compiled(**in_order)
-def _store_bf16(values, out):  # type: ignore[no-untyped-def]
-    for k in range(len(values)):
-        out[k] = np.uint16(rounded_to_bf16(values[k]))
-
-
-@compiled(**in_order)
-def _store_f32(values, out):  # type: ignore[no-untyped-def]
-    for k in range(len(values)):
-        out[k] = values[k]
 
 
 @compiled(**in_order)

@@ -136,7 +136,7 @@ def scatter_bf16(job, scratch, first, last):  # type: ignore[no-untyped-def]
     of = carray(as_words(job), COUNT)
     for r in range(first, last):
         place = carray(as_words(of[WEIGHTS]), last)[r]
-        _round_all(
+        round_all(
             carray(as_f32(of[X] + r * of[X_STEP]), of[COLUMNS]),
             carray(as_bf16(of[OUT] + 2 * place * of[COLUMNS]), of[COLUMNS]),
         )
@@ -193,7 +193,7 @@ def weighted_sum_bf16(job, scratch, first, last):  # type: ignore[no-untyped-def
         weights = carray(as_bf16(of[WEIGHTS] + 2 * r * count), count)
         for k in range(count):
             _add_rounded(carray(as_bf16(of[X] + (r * count + k) * of[X_STEP]), columns), widened(weights[k]), total)
-        _round_all(total, carray(as_bf16(of[OUT] + 2 * r * columns), columns))
+        round_all(total, carray(as_bf16(of[OUT] + 2 * r * columns), columns))
 
 
 @Native
@@ -207,7 +207,7 @@ def weighted_sum_bf16_by_f32(job, scratch, first, last):  # type: ignore[no-unty
         weights = carray(as_f32(of[WEIGHTS] + 4 * r * count), count)
         for k in range(count):
             _add_bf16(carray(as_bf16(of[X] + (r * count + k) * of[X_STEP]), columns), weights[k], total)
-        _round_all(total, carray(as_bf16(of[OUT] + 2 * r * columns), columns))
+        round_all(total, carray(as_bf16(of[OUT] + 2 * r * columns), columns))
 
 
 @Native
@@ -315,7 +315,8 @@ def _sum_f32(x, other, out):  # type: ignore[no-untyped-def]
 
 
 @compiled(**in_order)
-def _round_all(values, out):  # type: ignore[no-untyped-def]
+def round_all(values, out):  # type: ignore[no-untyped-def]
+    """Float32 `values` as bf16, as uint16, in `out`."""
     for c in range(len(out)):
         out[c] = np.uint16(rounded_to_bf16(values[c]))
 

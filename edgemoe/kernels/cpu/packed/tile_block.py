@@ -59,7 +59,7 @@ class TileBlock(Block):
             ]
             for own in places
         ]
-        self._multiply((start, stop, dot.values), [sums], row_bases, token_bases)
+        self._multiply(start, stop, [sums], row_bases, token_bases)
         with builder.if_else(builder.icmp_signed("==", stop, self._columns)) as (ends, goes_on):
             with ends:
                 self.store(self.totals([sums]), results)
