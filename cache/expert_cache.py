@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -13,8 +13,8 @@ from edgemoe.cache.counters import CacheCounters
 from edgemoe.cache.link import Link, Priority, Transfer
 from edgemoe.cache.policy import EvictionPolicy
 from edgemoe.cache.record import ExpertId
-from edgemoe.cache.resident import LoadReason, Loan, Resident
-from edgemoe.cache.slots import SlotPool, SlotRegion
+from edgemoe.cache.resident import LoadReason, Loan, Residency, Resident
+from edgemoe.cache.slots import SlotPool, SlotRegion, SlotTable
 from edgemoe.cache.store import ExpertStore
 
 TRANSIT_SLOTS = 3
@@ -33,24 +33,21 @@ class ExpertCache:
     - a fill takes free slots only; a filled expert is evicted like any other.
     """
 
-    def __init__(self, store: ExpertStore, link: Link, pool: SlotPool, policy: EvictionPolicy) -> None:
+    def __init__(
+        self, store: ExpertStore, link: Link, pool: SlotPool, policy: EvictionPolicy, table: SlotTable | None = None
+    ) -> None:
+        """`table` is told where experts may be read, and where no longer."""
         self.store = store
         self.pool = pool
         self.counters = CacheCounters()
         self._link = link
         self._policy = policy
-        self._held: dict[ExpertId, Resident] = {}
-        self._experts = sum(store.experts)
         self._prefetches: list[Transfer] = []
-        self._numbers: list[set[int]] = [set() for _ in store.experts]
         self._regions = [pool.region(layout.nbytes) for layout in store.layouts]
-        if not all(region.count for region in self._regions):
-            raise ValueError("an expert cache needs at least 1 slot for each size of records")
-        self.layers_of: dict[SlotRegion, list[int]] = {region: [] for region in pool.regions}
+        self._residency = Residency(store.experts, self._regions, pool.regions, table)
+        self._held: Mapping[ExpertId, Resident] = self._residency.held
+        self.layers_of = self._residency.layers_of
         """The layers that share each region of the pool."""
-        for layer, region in enumerate(self._regions):
-            self.layers_of[region].append(layer)
-        self._free = {region: list(reversed(region.numbers)) for region in pool.regions}
         self._device_waited = 0.0
         """The link's `device_wait_seconds` that are counted."""
         # A request for more experts than a layer's share of its slots keeps these many; the others stream through.
@@ -194,9 +191,10 @@ class ExpertCache:
     def fill(self, experts: Sequence[ExpertId]) -> None:
         """Puts `experts` on the link in this order, behind all demand loads. Skips those without a free slot."""
         for expert in experts:
-            free = self._free[self._regions[expert.layer]]
-            if free and expert not in self._held:
-                self._load(expert, free.pop(), LoadReason.FILL)
+            if expert not in self._held:
+                slot = self._residency.free_slot(expert.layer)
+                if slot is not None:
+                    self._load(expert, slot, LoadReason.FILL)
 
     def cancel_prefetches(self, experts: Collection[ExpertId]) -> list[ExpertId]:
         """Cancels the prefetches and fills of `experts` that have not started to move, and frees their slots.
@@ -221,7 +219,7 @@ class ExpertCache:
     @property
     def complete(self) -> bool:
         """Whether every expert of the store has a slot."""
-        return len(self._held) == self._experts
+        return len(self._held) == sum(self.store.experts)
 
     def region(self, layer: int) -> SlotRegion:
         """The slots that hold the records of `layer`, in which the loans of `layer` number them."""
@@ -238,15 +236,20 @@ class ExpertCache:
 
     def residents(self, layer: int) -> list[int]:
         """The resident experts of a layer, in no particular order."""
-        held = self._numbers[layer]
+        held = self._residency.numbers[layer]
         return [number for number in held if self.is_resident(ExpertId(layer, number))]
+
+    def make_readable(self, layer: int) -> None:
+        """Lets the caller's device stream read whatever of `layer` has arrived. The slot table learns of it."""
+        moving = self._residency.moving[layer]
+        if moving:
+            self._make_readable(
+                [each for each in (ExpertId(layer, number) for number in list(moving)) if self.is_resident(each)]
+            )
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless each slot is either free or held by one expert of its layers. For tests."""
-        for region, layers in self.layers_of.items():
-            slots = [held.slot for expert, held in self._held.items() if expert.layer in layers] + self._free[region]
-            assert sorted(slots) == list(region.numbers), f"slots lost or duplicated: {sorted(slots)}"
-        assert all(held.pins >= 0 for held in self._held.values()), "an expert was unpinned twice"
+        self._residency.check_integrity()
 
     def _promote(self, misses: deque[ExpertId], in_flight: list[Transfer], pinned: list[ExpertId]) -> None:
         """Moves prefetches in flight from `misses` to `in_flight`, and pins them before any slot is taken."""
@@ -285,27 +288,30 @@ class ExpertCache:
         if arrived:
             self._link.wait_any(arrived)
             for transfer in arrived:
-                self._held[transfer.expert].transfer = None
+                self._residency.arrived(transfer.expert)
 
     def _wait(self, in_flight: list[Transfer]) -> list[ExpertId]:
         """Waits for a transfer and removes those that are done from the list. Raises the error of a failed one."""
-        started = time.perf_counter()
-        arrived = self._link.wait_any(in_flight)
-        self.counters.link_wait_seconds += time.perf_counter() - started
+        arrived = self._wait_any(in_flight)
         in_flight[:] = [transfer for transfer in in_flight if transfer not in arrived]
         for transfer in arrived:
             if transfer.error is not None:
                 raise transfer.error
-            self._held[transfer.expert].transfer = None
+            self._residency.arrived(transfer.expert)
         return [transfer.expert for transfer in arrived]
+
+    def _wait_any(self, transfers: Sequence[Transfer]) -> list[Transfer]:
+        started = time.perf_counter()
+        arrived = self._link.wait_any(transfers)
+        self.counters.link_wait_seconds += time.perf_counter() - started
+        return arrived
 
     def _load(self, expert: ExpertId, slot: int, reason: LoadReason | None = None) -> Transfer:
         """Starts a load into a free slot: a demand load, unless there is a `reason` for loading ahead."""
         priority = Priority.DEMAND if reason is None else Priority.PREFETCH
         region = self._regions[expert.layer]
         transfer = self._link.start(expert, slot, region.memory[slot - region.first], priority)
-        self._held[expert] = Resident(slot, transfer, load_reason=reason)
-        self._numbers[expert.layer].add(expert.number)
+        self._residency.add(expert, Resident(slot, transfer, load_reason=reason))
         self._policy.inserted(expert)
         if reason is not None:
             self._prefetches.append(transfer)
@@ -317,16 +323,16 @@ class ExpertCache:
         `keep` are the experts that a prefetch must not evict; it is empty for a demand load.
         """
         region = self._regions[layer]
-        if self._free[region]:
-            return self._free[region].pop()
+        free = self._residency.free_slot(layer)
+        if free is not None:
+            return free
 
         def evictable(expert: ExpertId) -> bool:
             if self._regions[expert.layer] is not region:
                 return False
             held = self._held[expert]
-            moving = held.transfer is not None and not held.transfer.done
             unused = held.load_reason is LoadReason.PREFETCH
-            return held.pins == 0 and not moving and expert not in keep and not (keep and unused)
+            return held.pins == 0 and not held.moving and expert not in keep and not (keep and unused)
 
         kept = self._kept
         victim = self._policy.victim(layer, lambda expert: expert not in kept and evictable(expert))
@@ -338,7 +344,7 @@ class ExpertCache:
         if held.transfer is None or held.transfer.error is None:
             self.counters.bytes_prefetched_wasted += self.counters.resolve(held, self.store.record_nbytes(victim))
         self._drop(victim)
-        return self._free[region].pop()
+        return self._residency.free_slot(layer)
 
     def _cancel_latest_prefetch(self, region: SlotRegion) -> int | None:
         """Cancels the latest prefetch into `region` that has not started to move, and takes its slot; or None."""
@@ -347,7 +353,7 @@ class ExpertCache:
                 continue
             if held.transfer is not None and self._link.cancel(held.transfer):
                 self._drop(expert)
-                return self._free[region].pop()
+                return self._residency.free_slot(expert.layer)
         return None
 
     def _wait_for_prefetch(self, layer: int) -> int | None:
@@ -356,9 +362,11 @@ class ExpertCache:
         own = [held for expert, held in self._held.items() if self._regions[expert.layer] is region]
         moving = [each.transfer for each in own if each.transfer is not None]
         assert moving, "no slot is free although nothing is pinned"
-        started = time.perf_counter()
-        self._link.wait_any(moving)
-        self.counters.link_wait_seconds += time.perf_counter() - started
+        for transfer in self._wait_any(moving):
+            if transfer.error is None:
+                # What comes into the slot next must wait for the device to see this record's end.
+                self._residency.arrived(transfer.expert)
+                self._link.released([transfer.slot])
         return self._take_slot(layer, ())
 
     def _is_prefetching(self, transfer: Transfer) -> bool:
@@ -367,8 +375,7 @@ class ExpertCache:
         return unasked and held is not None and held.transfer is transfer
 
     def _drop(self, expert: ExpertId) -> None:
-        self._free[self._regions[expert.layer]].append(self._held.pop(expert).slot)
-        self._numbers[expert.layer].discard(expert.number)
+        self._residency.drop(expert)
         self._slots.clear()
         self._policy.removed(expert)
 

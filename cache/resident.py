@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 from edgemoe.cache.link import Transfer
+from edgemoe.cache.record import ExpertId
+from edgemoe.cache.slots import SlotRegion, SlotTable
 
 
 class LoadReason(Enum):
@@ -28,6 +31,11 @@ class Resident:
     load_reason: LoadReason | None = None
     """Why it was loaded ahead; None once it was requested."""
 
+    @property
+    def moving(self) -> bool:
+        """Whether its slot is still being written, or about to be."""
+        return self.transfer is not None and self.transfer.error is None and not self.transfer.arrived()
+
 
 @dataclass(frozen=True)
 class Loan:
@@ -39,3 +47,66 @@ class Loan:
 
     experts: tuple[int, ...]
     slots: tuple[int, ...]
+
+
+class Residency:
+    """Which expert holds which slot, and which slots are free. It decides nothing."""
+
+    def __init__(
+        self,
+        experts: Sequence[int],
+        regions: Sequence[SlotRegion],
+        all_regions: Sequence[SlotRegion],
+        table: SlotTable | None,
+    ) -> None:
+        """`regions[layer]` are the slots of a layer, one of `all_regions`. ValueError for a layer without slots."""
+        if not all(region.count for region in regions):
+            raise ValueError("an expert cache needs at least 1 slot for each size of records")
+        self.held: dict[ExpertId, Resident] = {}
+        """The experts that have slots, in the order in which they got them."""
+        self.numbers: list[set[int]] = [set() for _ in experts]
+        """Those of each layer."""
+        self.moving: list[set[int]] = [set() for _ in experts]
+        """Those of each layer whose transfer the device may not have seen the end of."""
+        self.layers_of: dict[SlotRegion, list[int]] = {region: [] for region in all_regions}
+        """The layers that share each region."""
+        for layer, region in enumerate(regions):
+            self.layers_of[region].append(layer)
+        self._regions = regions
+        self._free = {region: list(reversed(region.numbers)) for region in all_regions}
+        self._table = table
+
+    def free_slot(self, layer: int) -> int | None:
+        """Takes a free slot for an expert of `layer`; None where there is none."""
+        free = self._free[self._regions[layer]]
+        return free.pop() if free else None
+
+    def add(self, expert: ExpertId, resident: Resident) -> None:
+        """`expert` gets the slot of `resident`, which was free; its record is on the way."""
+        self.held[expert] = resident
+        self.numbers[expert.layer].add(expert.number)
+        self.moving[expert.layer].add(expert.number)
+
+    def arrived(self, expert: ExpertId) -> None:
+        """Work that is queued on the device from now on may read the record of `expert`."""
+        resident = self.held[expert]
+        resident.transfer = None
+        self.moving[expert.layer].discard(expert.number)
+        if self._table is not None:
+            self._table.put(expert, resident.slot - self._regions[expert.layer].first)
+
+    def drop(self, expert: ExpertId) -> None:
+        """`expert` loses its slot, which is then free."""
+        resident = self.held.pop(expert)
+        self.numbers[expert.layer].discard(expert.number)
+        self.moving[expert.layer].discard(expert.number)
+        self._free[self._regions[expert.layer]].append(resident.slot)
+        if self._table is not None and resident.transfer is None:
+            self._table.remove(expert)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless each slot is either free or held by one expert of its layers. For tests."""
+        for region, layers in self.layers_of.items():
+            slots = [held.slot for expert, held in self.held.items() if expert.layer in layers] + self._free[region]
+            assert sorted(slots) == list(region.numbers), f"slots lost or duplicated: {sorted(slots)}"
+        assert all(held.pins >= 0 for held in self.held.values()), "an expert was unpinned twice"

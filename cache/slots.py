@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 import torch
 
 from edgemoe.cache.host_buffer import private_map
-from edgemoe.cache.record import ALIGNMENT, RecordLayout, round_up
+from edgemoe.cache.record import ALIGNMENT, ExpertId, RecordLayout, round_up
 from edgemoe.cache.slot_classes import SlotClass
 
 
@@ -88,3 +88,59 @@ class SlotPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+Change = tuple[int, int]
+"""A place in a flattened table, and the value that is written there."""
+
+
+class SlotTable:
+    """Where the device finds each expert: its slot in the region of its layer, or -1 for one that may not be read.
+
+    Kernels look experts up here, so that they can be queued before the host knows which ones a router has chosen. The
+    table is only written on the stream that computes: kernels that are queued before a `flush` see what was there
+    before, those after it what is there now.
+    """
+
+    def __init__(
+        self,
+        experts: Sequence[int],
+        device: torch.device,
+        write: Callable[[torch.Tensor, Sequence[Change]], None] | None = None,
+    ) -> None:
+        """`experts[layer]` is the number of a layer's experts.
+
+        `write` queues changes of the flattened table on the caller's device stream, without waiting for it.
+        """
+        self.device_table = torch.full((len(experts), max(experts, default=0)), -1, dtype=torch.int32, device=device)
+        """int32 [layers, experts], on the device; the experts that a layer does not have are absent."""
+        self.readable: list[dict[int, int]] = [{} for _ in experts]
+        """By layer, the slot of each expert that kernels queued after the next `flush` may read."""
+        self._write = write or _write
+        self._changes: list[Change] = []
+
+    def put(self, expert: ExpertId, slot: int) -> None:
+        """`expert` may be read from `slot` once `flush` was called."""
+        self.readable[expert.layer][expert.number] = slot
+        self._change(expert, slot)
+
+    def remove(self, expert: ExpertId) -> None:
+        """Kernels queued after the next `flush` do not find `expert`."""
+        del self.readable[expert.layer][expert.number]
+        self._change(expert, -1)
+
+    def flush(self) -> None:
+        """Queues all changes since the last call on the caller's device stream. To be called before kernels are."""
+        if self._changes:
+            self._write(self.device_table, self._changes)
+            self._changes = []
+
+    def _change(self, expert: ExpertId, slot: int) -> None:
+        self._changes.append((expert.layer * self.device_table.shape[1] + expert.number, slot))
+
+
+def _write(table: torch.Tensor, changes: Sequence[Change]) -> None:
+    flat = table.view(-1)
+    # The last change of a place counts.
+    for place, value in dict(changes).items():
+        flat[place].fill_(value)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from edgemoe.cache import ExpertCache, ExpertId
-from edgemoe.experts.router_hook import Choice, are_logits, hidden_score
+from edgemoe.experts.router_hook import Choice, by_kind, hide
 from edgemoe.prefetch.budget import Budget, Demand, Unit, allowed_experts
 
 NORMALISED_SPREAD = 0.01
@@ -77,7 +77,7 @@ class BudgetRouting:
         if allowed is not None:
             allowed = self._selectable(scores, chosen, allowed)
         self._decision = _Decision(layer, allowed)
-        return scores if allowed is None else scores.masked_fill(~allowed, hidden_score(scores))
+        return scores if allowed is None else hide(scores, ~allowed)
 
     def substitute(self, layer: int, index: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `RoutingOverride`: a choice outside of the set gets the weight 0. Takes the decision of `choose`."""
@@ -163,7 +163,9 @@ class BudgetRouting:
 def _probabilities(scores: torch.Tensor) -> torch.Tensor:
     """Router probabilities, float32 [tokens, experts]; 0 for an expert that the family itself has hidden."""
     scores = scores.float()
-    if are_logits(scores):
-        return scores.softmax(-1)
-    scores = scores.clamp(min=0)
-    return scores / scores.sum(-1, keepdim=True).clamp_min(1e-9)
+
+    def shares() -> torch.Tensor:
+        positive = scores.clamp(min=0)
+        return positive / positive.sum(-1, keepdim=True).clamp_min(1e-9)
+
+    return by_kind(scores, lambda: scores.softmax(-1), shares)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from edgemoe.cache import ExpertCache
-from edgemoe.experts.router_hook import Choice, hidden_score, topk_weights
+from edgemoe.experts.router_hook import Choice, hide, topk_weights
 
 RULES = ("reselect", "affinity", "fewer")
 """What replaces an expert that is not resident.
@@ -53,8 +53,7 @@ class DraftRouting:
         self.wanted[layer].append(topk_weights(choice))
         if self._rule == "affinity":
             return choice.scores
-        resident, scores = self.resident(layer, choice.scores.device), choice.scores
-        return scores.masked_fill(~resident, hidden_score(scores))
+        return hide(choice.scores, ~self.resident(layer, choice.scores.device))
 
     def substitute(
         self, layer: int, index: torch.Tensor, weights: torch.Tensor

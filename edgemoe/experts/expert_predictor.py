@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from edgemoe.cache import ExpertCache
-from edgemoe.experts.lookahead import MAX_RANKS, Lookahead
+from edgemoe.experts.lookahead import MAX_RANKS, Lookahead, RouterScores
 from edgemoe.prefetch.forecast import BINS, Forecast
 from edgemoe.prefetch.prefetcher import Prefetcher
 from edgemoe.prefetch.scorecard import PredictionTotals
@@ -104,29 +104,51 @@ class ExpertPredictor:
 
     # --- passes ------------------------------------------------------------------------------------
 
-    def enter_layer(self, layer: int, wanted: Sequence[int], hidden: torch.Tensor) -> None:
+    def queue_scores(self, layer: int, hidden: torch.Tensor, top_k: int) -> list[torch.Tensor]:
+        """What the host has to know of `hidden` for `enter_layer` and `predict_next`, computed on the device.
+
+        For callers that bring it to the host with what they read anyway: as `Lookahead.queue_scores`, or nothing.
+        """
+        if not self._enabled or self._cache.complete:
+            return []
+        following = self._predicts(layer, top_k)
+        if not following and not self._lookahead.learns(layer):
+            return []
+        return self._lookahead.queue_scores(layer, hidden, following=following)
+
+    def enter_layer(
+        self, layer: int, wanted: Sequence[int], hidden: torch.Tensor, scores: RouterScores | None = None
+    ) -> None:
         """A pass enters `layer`, and its router has chosen the experts `wanted`.
 
         Scores the layer's predictions and trains the lookahead on the experts' input `hidden`, [tokens, hidden size].
+        With `scores` nothing more is computed from `hidden`.
         """
         self._prefetcher.enter_layer(layer, wanted)
         self._passes += layer == 0
-        if self._enabled and not self._cache.complete:
-            self._lookahead.enter_layer(layer, hidden)
+        if self._enabled and not self._cache.complete and (scores is None or scores.own is not None):
+            self._lookahead.enter_layer(layer, hidden, scores and scores.own)
 
-    def predict_next(self, layer: int, hidden: torch.Tensor, top_k: int) -> None:
+    def predict_next(self, layer: int, hidden: torch.Tensor, top_k: int, scores: RouterScores | None = None) -> None:
         """Predicts the experts of the next layer from the input of this one's experts, [tokens, hidden size].
 
-        Called once the loads of `layer` are on the link; starts the prefetches that the predictions are worth.
+        Called once the loads of `layer` are on the link; starts the prefetches that the predictions are worth. With
+        `scores` nothing more is computed from `hidden`: without those of the next layer, nothing is predicted.
         """
         if not self._enabled or self._cache.complete:
             return
         following = layer + 1
-        if self._lookahead.can_predict(following) and self._pays(self._lookahead.ranks(following, top_k)):
-            predicted = self._lookahead.predict(following, hidden, top_k)
+        predicts = self._predicts(layer, top_k) if scores is None else scores.following is not None
+        if predicts:
+            predicted = self._lookahead.predict(following, hidden, top_k, scores)
             if predicted:
                 self._prefetcher.add_prediction(LOOKAHEAD, following, predicted, self._cache.residents(following))
         self._prefetcher.issue(layer)
+
+    def _predicts(self, layer: int, top_k: int) -> bool:
+        """Whether the layer after `layer` is to be predicted."""
+        following = layer + 1
+        return self._lookahead.can_predict(following) and self._pays(self._lookahead.ranks(following, top_k))
 
     def _pays(self, ranks: int) -> bool:
         """Whether any of the first `ranks` ranks is right often enough to prefetch, or a retry is due."""

@@ -70,17 +70,32 @@ class RouterMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def are_logits(scores: torch.Tensor) -> bool:
-    """Whether `scores` are logits: some are negative. An expert that the family has hidden by -inf does not count."""
-    return bool(((scores < 0) & (scores > float("-inf"))).any())
+def by_kind(
+    scores: torch.Tensor, logits: Callable[[], torch.Tensor], probabilities: Callable[[], torch.Tensor]
+) -> torch.Tensor:
+    """`logits()` where `scores` are logits, else `probabilities()`; both of one shape and dtype.
 
-
-def hidden_score(scores: torch.Tensor) -> float:
-    """The score that hides an expert among `scores`: the top-k takes it last, only when too few others are left.
-
-    Among probabilities it is too small to change the sum that some families divide by.
+    Scores are logits where some are negative. An expert that the family has hidden by -inf does not count. On a device
+    both are computed, so that the host need not wait.
     """
-    return float("-inf") if are_logits(scores) else -torch.finfo(scores.dtype).tiny
+    negative = ((scores < 0) & (scores > float("-inf"))).any()
+    if scores.device.type == "cpu":
+        return logits() if bool(negative) else probabilities()
+    return torch.where(negative, logits(), probabilities())
+
+
+def hide(scores: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """`scores` with the experts at `hidden`, bool [tokens, experts] or [experts], hidden from the top-k.
+
+    The top-k takes them last, only when too few others are left. Among probabilities the score that hides is too small
+    to change the sum that some families divide by.
+    """
+    tiny = -torch.finfo(scores.dtype).tiny
+    return by_kind(
+        scores,
+        lambda: scores.masked_fill(hidden, float("-inf")),
+        lambda: scores.masked_fill(hidden, tiny),
+    )
 
 
 def topk_weights(choice: Choice) -> torch.Tensor:
@@ -91,7 +106,7 @@ def topk_weights(choice: Choice) -> torch.Tensor:
     """
     scores = choice.scores.float()
     best = scores.topk(min(2 * choice.top_k, scores.shape[-1]), dim=-1)
-    values = best.values
-    values = (values - values[:, :1]).exp() if are_logits(values) else values.clamp(min=0)
+    raw = best.values
+    values = by_kind(raw, lambda: (raw - raw[:, :1]).exp(), lambda: raw.clamp(min=0))
     values = values / values[:, : choice.top_k].sum(-1, keepdim=True).clamp_min(1e-9)
     return torch.zeros_like(scores).scatter(-1, best.indices, values)

@@ -10,7 +10,7 @@ import torch
 
 from edgemoe.cache import ExpertId
 from edgemoe.experts.expert_predictor import RETRY_EVERY, ExpertPredictor
-from edgemoe.experts.lookahead import MAX_PREDICTED_TOKENS, Lookahead
+from edgemoe.experts.lookahead import MAX_PREDICTED_TOKENS, Lookahead, RouterScores
 from edgemoe.prefetch.link_gauge import LinkGauge
 from edgemoe.prefetch.prefetcher import Prefetcher
 from tests.support.checkpoints import Running, Zoo, running
@@ -29,14 +29,16 @@ class ScriptedLookahead(Lookahead):
         self.predicted: list[int] = []
         self.entered: list[int] = []
 
-    def predict(self, layer: int, hidden: torch.Tensor, top_k: int) -> dict[int, int]:
+    def predict(
+        self, layer: int, hidden: torch.Tensor, top_k: int, scores: RouterScores | None = None
+    ) -> dict[int, int]:
         self.predicted.append(layer)
-        super().predict(layer, hidden, top_k)
+        super().predict(layer, hidden, top_k, scores)
         return {} if len(hidden) > MAX_PREDICTED_TOKENS else dict(self.predictions)
 
-    def enter_layer(self, layer: int, hidden: torch.Tensor) -> None:
+    def enter_layer(self, layer: int, hidden: torch.Tensor, own: torch.Tensor | None = None) -> None:
         self.entered.append(layer)
-        super().enter_layer(layer, hidden)
+        super().enter_layer(layer, hidden, own)
 
 
 class Harness:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from edgemoe import Engine, Sampling
 from edgemoe.cache import ExpertCache, ExpertId
@@ -40,13 +39,13 @@ class Watched:
             self.prefetched += started
             return started
 
-        def reaching(predictor: ExpertPredictor, layer: int, wanted: Sequence[int], hidden: torch.Tensor) -> None:
+        def reaching(predictor: ExpertPredictor, layer: int, wanted: Sequence[int], *rest: Any) -> None:
             self.needed += len(wanted)
-            enter_layer(predictor, layer, wanted, hidden)
+            enter_layer(predictor, layer, wanted, *rest)
 
-        def looking(lookahead: Lookahead, layer: int, hidden: torch.Tensor, top_k: int) -> dict[int, int]:
+        def looking(lookahead: Lookahead, *given: Any) -> dict[int, int]:
             self.predicted += 1
-            return predict_next(lookahead, layer, hidden, top_k)
+            return predict_next(lookahead, *given)
 
         monkeypatch.setattr(ExpertCache, "prefetch", prefetching)
         monkeypatch.setattr(ExpertPredictor, "enter_layer", reaching)
