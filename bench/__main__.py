@@ -77,6 +77,12 @@ MEASUREMENTS = {
         "speedup-model": "predicted speed-ups against cycles that were not fitted, over batches, depths and caches",
         "inverted-u": "speed-up over batch, all experts resident, for sparse and dense routing",
     },
+    "no_card": {
+        "device-census": "what a step queues on a card and what the host waits for, counted without one",
+        "device-kernels": "every format's kernels for cards against the plain form, in Triton's interpreter",
+        "device-order": "table patches, copies, evictions and launches over random schedules of a stand-in device",
+        "device-plan": "bytes that loading and decoding take of a card, counted without one, against the plan",
+    },
     "device": {
         "device": "what the CUDA path does on a card: whether it is right, and the figures that decide its design",
     },

@@ -16,6 +16,8 @@ class CacheCounters:
     """Requested experts that were resident."""
     misses: int = 0
     """Requested experts that were not resident, late prefetches included."""
+    computed_by_cpu: int = 0
+    """Misses that were not loaded, as the CPU computed them beside a device. They moved no bytes."""
     bytes_demanded: int = 0
     """Bytes of demand loads."""
     bytes_prefetched_used: int = 0
@@ -53,6 +55,11 @@ class CacheCounters:
         for each in held:
             if each.load_reason is not None:
                 self.bytes_prefetched_used += self.resolve(each, nbytes)
+
+    def missed_elsewhere(self, experts: int) -> None:
+        """Counts requested experts without a slot that are computed from their records in RAM."""
+        self.misses += experts
+        self.computed_by_cpu += experts
 
     def resolve(self, held: Resident, nbytes: int) -> int:
         """Clears the load reason at the first request or the eviction of `held`, and counts the bytes of a fill.

@@ -1,29 +1,34 @@
 """The link of a machine with a CUDA device: asynchronous copies from page-locked RAM on a separate stream.
 
 The calling thread issues the copy of a demand load whose record is page-locked. A dispatching thread handles the rest:
-prefetches, of which at most one is on the bus so that demand loads overtake them, and records that are first read into
+prefetches, of which few are on the bus so that demand loads overtake the others, and records that are first read into
 a page-locked staging buffer. The calling thread never waits for a copy; the compute stream does.
 """
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
 
+from edgemoe.cache import accelerator
 from edgemoe.cache.host_buffer import HostBuffer
 from edgemoe.cache.host_store import HostStore
 from edgemoe.cache.link import Link, Priority, Throttle, Transfer
 from edgemoe.cache.record import ExpertId
 from edgemoe.cache.store import ExpertStore
+
+MAX_ON_BUS = 2
+"""Prefetches that are queued on the device: the next copy starts when one ends, without the host in between."""
+POLL_SECONDS = 1e-3
+"""How often the dispatching thread, with nothing else to do, looks whether a prefetch has ended, to count it."""
 
 
 class Streams(ABC):
@@ -69,9 +74,9 @@ class CudaStreams(Streams):
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._copies = torch.cuda.Stream(device)
+        self._copies = accelerator.new_stream(device)
         # The slots may lie where work that is still queued on the compute stream reads or writes something else.
-        self._copies.wait_stream(torch.cuda.current_stream(device))
+        self._copies.wait_stream(accelerator.current_stream(device))
         self._queueing = threading.Lock()
 
     def staging(self, nbytes: int) -> HostBuffer:
@@ -80,9 +85,9 @@ class CudaStreams(Streams):
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> tuple[Any, Any]:
         """See the base class."""
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = accelerator.new_event(timed=True), accelerator.new_event(timed=True)
         # A copy of another thread between the two events would count in the durations of both copies.
-        with self._queueing, torch.cuda.stream(self._copies):
+        with self._queueing, accelerator.on_stream(self._copies):
             if after is not None:
                 self._copies.wait_event(after)
             self._copies.record_event(start)
@@ -92,14 +97,14 @@ class CudaStreams(Streams):
 
     def mark(self) -> Any:
         """See the base class."""
-        return torch.cuda.current_stream(self._device).record_event()
+        return accelerator.current_stream(self._device).record_event()
 
     def compute_after(self, event: Any) -> tuple[Any, Any] | None:
         """See the base class."""
         if event.query():
             return None
-        compute = torch.cuda.current_stream(self._device)
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        compute = accelerator.current_stream(self._device)
+        start, end = accelerator.new_event(timed=True), accelerator.new_event(timed=True)
         compute.record_event(start)
         compute.wait_event(event)
         compute.record_event(end)
@@ -128,6 +133,8 @@ class _Copy(Transfer):
         self.event: Any = None
         self.fetched = 0.0
         """Seconds until its copy could be queued: time for reading the record, or for the simulated bandwidth."""
+        self.order = 0
+        """Its place among the copies that were queued."""
         self.copied_before = 0.0
         """The value of `CudaLink._copied` when the fetch started."""
 
@@ -152,7 +159,9 @@ class CudaLink(Link):
         self._readers = ThreadPoolExecutor(readers, "edgemoe-read")
         self._ring: list[tuple[HostBuffer, Any]] = [(streams.staging(store.slot_nbytes), None) for _ in range(staging)]
         self._last_use: dict[int, Any] = {}
-        self._in_flight: list[_Copy] = []
+        self._last_use_of_others: Any = None
+        """The event behind which every slot that `_last_use` does not name may be written."""
+        self._in_flight: deque[_Copy] = deque()
         self._waits: deque[tuple[Any, Any]] = deque()
         """The start and end events of the compute stream's waits that are not counted yet."""
         self._copied = 0.0
@@ -162,43 +171,45 @@ class CudaLink(Link):
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._issued = threading.Condition(self._lock)
-        self._queue: list[tuple[Priority, int, _Copy, torch.Tensor]] = []
+        self._queues: dict[Priority, OrderedDict[Transfer, tuple[_Copy, torch.Tensor]]]
+        self._queues = {priority: OrderedDict() for priority in Priority}
+        """What the dispatching thread has not begun, by the order of service."""
+        self._on_bus: deque[_Copy] = deque()
+        """Prefetches on the device's queue whose end the dispatching thread has not seen."""
         self._order = itertools.count()
         self._closed = False
-        self._thread = threading.Thread(target=self._dispatch, name="edgemoe-copy", daemon=True)
-        self._thread.start()
+        self._thread = self._start_dispatching()
 
     def start(self, expert: ExpertId, slot: int, memory: torch.Tensor, priority: Priority) -> Transfer:
         """See the base class."""
         copy = _Copy(self._streams, expert, slot, self._store.record_nbytes(expert), priority)
         pinned = self._pinned(expert)
         if priority is Priority.DEMAND and pinned is not None and self._throttle is None:
-            self._issue(copy, memory, pinned)
+            try:
+                self._issue(copy, memory, pinned)
+            except Exception as error:
+                # The caller has given the slot away: it learns of the failure where it waits for the transfer.
+                copy.error = error
+                copy.done = True
             return copy
         with self._lock:
-            heapq.heappush(self._queue, (priority, next(self._order), copy, memory))
+            self._queues[priority][copy] = copy, memory
             self._work.notify()
         return copy
 
     def promote(self, transfer: Transfer) -> None:
         """See the base class."""
         with self._lock:
-            for position, (priority, order, copy, memory) in enumerate(self._queue):
-                if copy is transfer and priority is Priority.PREFETCH:
-                    self._queue[position] = (Priority.DEMAND, order, copy, memory)
-                    heapq.heapify(self._queue)
-                    break
+            entry = self._queues[Priority.PREFETCH].pop(transfer, None)
+            if entry is not None:
+                self._queues[Priority.DEMAND][transfer] = entry
+                self._work.notify()
             transfer.priority = Priority.DEMAND
 
     def cancel(self, transfer: Transfer) -> bool:
         """See the base class."""
         with self._lock:
-            kept = [entry for entry in self._queue if entry[2] is not transfer]
-            found = len(kept) < len(self._queue)
-            if found:
-                self._queue = kept
-                heapq.heapify(self._queue)
-            return found
+            return any(queue.pop(transfer, None) is not None for queue in self._queues.values())
 
     def wait_any(self, transfers: Sequence[Transfer]) -> list[Transfer]:
         """See the base class. Blocks the host only while none of the copies is queued on the device."""
@@ -207,16 +218,17 @@ class CudaLink(Link):
                 self._issued.wait()
             issued = [transfer for transfer in transfers if transfer.done]
             self._count()
-        # Records that have arrived are computed first. Without any, the device waits for the oldest copy.
-        ready = [transfer for transfer in issued if transfer.arrived()] or issued[:1]
-        failed = [transfer for transfer in issued if transfer.error is not None and transfer not in ready]
-        for transfer in ready:
-            assert isinstance(transfer, _Copy)
-            if transfer.error is None:
-                waited = self._streams.compute_after(transfer.event)
-                if waited is not None:
-                    self._waits.append(waited)
-        return ready + failed
+        failed = [transfer for transfer in issued if transfer.error is not None]
+        copies = [transfer for transfer in issued if isinstance(transfer, _Copy) and transfer.error is None]
+        # Records that have arrived are computed first. Without any, the device waits for the copy that ends next.
+        ready = [copy for copy in copies if copy.arrived()]
+        if not ready and copies:
+            ready = [min(copies, key=lambda copy: copy.order)]
+        for copy in ready:
+            waited = self._streams.compute_after(copy.event)
+            if waited is not None:
+                self._waits.append(waited)
+        return [*ready, *failed]
 
     def released(self, slots: Sequence[int]) -> None:
         """See the base class."""
@@ -227,11 +239,17 @@ class CudaLink(Link):
         with self._lock:
             self._count()
 
+    def released_all(self) -> None:
+        """See the base class."""
+        self._last_use_of_others = self._streams.mark()
+        self._last_use = {}
+
     def close(self) -> None:
         """See the base class."""
         with self._lock:
             self._closed = True
-            self._queue.clear()
+            for queue in self._queues.values():
+                queue.clear()
             self._work.notify()
         self._thread.join()
         self._readers.shutdown()
@@ -243,6 +261,12 @@ class CudaLink(Link):
             buffer.close()
         self._ring.clear()
 
+    def _start_dispatching(self) -> threading.Thread:
+        """The last thing that the constructor does. A test may run `_dispatch` on another kind of thread."""
+        thread = threading.Thread(target=self._dispatch, name="edgemoe-copy", daemon=True)
+        thread.start()
+        return thread
+
     def _pinned(self, expert: ExpertId) -> torch.Tensor | None:
         if isinstance(self._store, HostStore):
             record, locked = self._store.record(expert)
@@ -251,7 +275,10 @@ class CudaLink(Link):
 
     def _issue(self, copy: _Copy, memory: torch.Tensor, source: torch.Tensor) -> None:
         size = self._store.record_nbytes(copy.expert)
-        copy.start, copy.event = self._streams.copy(memory[:size], source[:size], self._last_use.get(copy.slot))
+        copy.start, copy.event = self._streams.copy(
+            memory[:size], source[:size], self._last_use.get(copy.slot, self._last_use_of_others)
+        )
+        copy.order = next(self._order)
         copy.done = True
         with self._lock:
             self._count()
@@ -262,7 +289,7 @@ class CudaLink(Link):
         while self._waits and self._streams.passed(self._waits[0][1]):
             self.device_wait_seconds += self._streams.seconds(*self._waits.popleft())
         while self._in_flight and self._streams.passed(self._in_flight[0].event):
-            copy = self._in_flight.pop(0)
+            copy = self._in_flight.popleft()
             seconds = self._streams.seconds(copy.start, copy.event)
             # The time of a fetch counts as busy, except where it overlaps with other copies, which count themselves.
             # An overlap with a copy is subtracted from one fetch only.
@@ -276,11 +303,14 @@ class CudaLink(Link):
     def _dispatch(self) -> None:
         while True:
             with self._lock:
-                while not self._queue and not self._closed:
-                    self._work.wait()
+                entry = self._next()
                 if self._closed:
                     return
-                _, _, copy, memory = heapq.heappop(self._queue)
+            if entry is None:
+                # The bus holds as many prefetches as it may, and there is nothing but more of them to do.
+                self._streams.block(self._on_bus[0].event)
+                continue
+            copy, memory = entry
             try:
                 self._serve(copy, memory)
             except Exception as error:
@@ -289,9 +319,30 @@ class CudaLink(Link):
             with self._lock:
                 self._issued.notify_all()
             if copy.priority is Priority.PREFETCH and copy.error is None:
-                self._streams.block(copy.event)
-                with self._lock:
-                    self._count()
+                self._on_bus.append(copy)
+
+    def _next(self) -> tuple[_Copy, torch.Tensor] | None:
+        """What to do next, taken from the queue; None if first a prefetch has to leave the bus, or when closed.
+
+        Waits while there is nothing. The lock is held.
+        """
+        demands, prefetches = self._queues[Priority.DEMAND], self._queues[Priority.PREFETCH]
+        while True:
+            self._leave_bus()
+            if self._closed:
+                return None
+            queue = demands or prefetches
+            if queue is prefetches and len(self._on_bus) >= MAX_ON_BUS:
+                return None
+            if queue:
+                return queue.popitem(last=False)[1]
+            self._work.wait(POLL_SECONDS if self._on_bus else None)
+
+    def _leave_bus(self) -> None:
+        """Counts the prefetches that have ended. The lock is held."""
+        while self._on_bus and self._on_bus[0].arrived():
+            self._on_bus.popleft()
+            self._count()
 
     def _serve(self, copy: _Copy, memory: torch.Tensor) -> None:
         started = time.perf_counter()
@@ -312,7 +363,9 @@ class CudaLink(Link):
             pieces = self._store.pieces(copy.expert, buffer.memory)
             reads = [self._readers.submit(move) for _, move in pieces]
             # Wait for all reads even after a failure: the next user of the buffer must be its only writer.
-            wait(reads)
+            while wait(reads, POLL_SECONDS if self._on_bus else None).not_done:
+                with self._lock:
+                    self._leave_bus()
             for read in reads:
                 read.result()
             Throttle.sleep_until(arrival)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -19,6 +19,7 @@ from edgemoe.cache.store import ExpertStore
 
 TRANSIT_SLOTS = 3
 """Slots through which the experts beyond a layer's share stream: one in use, one being loaded, one ready."""
+_Call = Callable[[], None]
 
 
 class ExpertCache:
@@ -39,21 +40,20 @@ class ExpertCache:
         """`table` is told where experts may be read, and where no longer."""
         self.store = store
         self.pool = pool
+        self.table = table
         self.counters = CacheCounters()
         self._link = link
         self._policy = policy
         self._prefetches: list[Transfer] = []
         self._regions = [pool.region(layout.nbytes) for layout in store.layouts]
         self._residency = Residency(store.experts, self._regions, pool.regions, table)
-        self._held: Mapping[ExpertId, Resident] = self._residency.held
+        self._held = self._residency.held
         self.layers_of = self._residency.layers_of
         """The layers that share each region of the pool."""
         self._device_waited = 0.0
         """The link's `device_wait_seconds` that are counted."""
         # A request for more experts than a layer's share of its slots keeps these many; the others stream through.
-        self._max_kept = [
-            max(0, region.count // len(self.layers_of[region]) - TRANSIT_SLOTS) for region in self._regions
-        ]
+        self._max_kept = [max(0, each.count // len(self.layers_of[each]) - TRANSIT_SLOTS) for each in self._regions]
         self._kept: set[ExpertId] = set()
         self._slots: dict[int, tuple[np.ndarray, list[Resident]]] = {}
         """What `slots_of` gives, and the experts there, by layer."""
@@ -61,19 +61,17 @@ class ExpertCache:
         """A trace: unless it is None, `borrow` appends each request to it."""
 
     def borrow(
-        self, layer: int, experts: Sequence[int], meanwhile: Callable[[], None] | None = None
+        self, layer: int, experts: Sequence[int], meanwhile: _Call | None = None, elsewhere: Collection[int] = ()
     ) -> Generator[Loan, None, None]:
         """Requests `experts` of `layer`, which are distinct, and yields loans that cover each once.
 
         Hits come first, then misses as they arrive. Misses are put on the link in the given order before the hits are
         yielded; `meanwhile` is called in between. Where there are more misses than slots, slots are reused as loans
         end. The last of `experts` count as used last, in whatever order they arrive, and are evicted last. Raises the
-        store's OSError when a record cannot be read. Exhaust or close the iterator before the next call.
+        store's OSError when a record cannot be read. Exhaust or close the iterator before the next call. Those
+        `elsewhere`, which have no slot, are requested like the others, and neither loaded nor lent.
         """
-        requested = [ExpertId(layer, index) for index in experts]
-        if self.recording is not None:
-            self.recording.append(requested)
-        self._policy.requested(layer, experts)
+        requested = self._request(layer, experts, elsewhere)
         held = [self._held.get(expert) for expert in requested]
         if requested and all(each is not None and each.transfer is None for each in held):
             yield from self._borrow_hits(requested, [each for each in held if each is not None], meanwhile)
@@ -84,8 +82,7 @@ class ExpertCache:
         misses = deque(expert for expert in requested if not resident[expert])
         self.counters.misses += len(misses)
         self.counters.hit([self._held[expert] for expert in hits], self.store.layouts[layer].nbytes)
-        in_flight: list[Transfer] = []
-        pinned: list[ExpertId] = []
+        in_flight, pinned = list[Transfer](), list[ExpertId]()
         self._kept = set(requested[max(0, len(requested) - self._max_kept[layer]) :])
         try:
             for expert in hits:
@@ -97,12 +94,12 @@ class ExpertCache:
             if meanwhile is not None:
                 meanwhile()
             if hits:
-                yield self._loan(hits)
+                yield self._residency.loan(hits)
                 self._unpin(hits, pinned)
             while in_flight or misses:
                 self._demand(misses, in_flight, pinned)
                 arrived = self._wait(in_flight)
-                yield self._loan(arrived)
+                yield self._residency.loan(arrived)
                 self._unpin(arrived, pinned)
         finally:
             self._unpin(list(pinned), pinned)
@@ -111,8 +108,17 @@ class ExpertCache:
                 if expert in self._held:
                     self._policy.used(expert)
 
+    def _request(self, layer: int, experts: Sequence[int], elsewhere: Collection[int]) -> list[ExpertId]:
+        """Tells trace, policy and counters of a request for `experts`; gives those that are not `elsewhere`."""
+        requested = [ExpertId(layer, index) for index in experts]
+        if self.recording is not None:
+            self.recording.append(requested)
+        self._policy.requested(layer, experts)
+        self.counters.missed_elsewhere(len(elsewhere))
+        return [expert for expert in requested if expert.number not in elsewhere]
+
     def _borrow_hits(
-        self, requested: list[ExpertId], held: list[Resident], meanwhile: Callable[[], None] | None
+        self, requested: list[ExpertId], held: list[Resident], meanwhile: _Call | None
     ) -> Generator[Loan, None, None]:
         """As `borrow` where all of `requested`, of which there are some, are resident: a short way for a usual case."""
         self.counters.hit(held, self.store.layouts[requested[0].layer].nbytes)
@@ -121,7 +127,7 @@ class ExpertCache:
         try:
             if meanwhile is not None:
                 meanwhile()
-            yield self._loan(requested)
+            yield self._residency.loan(requested)
         finally:
             for each in held:
                 each.pins -= 1
@@ -141,7 +147,7 @@ class ExpertCache:
             if not all(map(self.is_resident, experts)):
                 return None
             self._make_readable(experts)
-            slots = np.array(self._loan(experts).slots, np.int64)
+            slots = np.array(self._residency.loan(experts).slots, np.int64)
             self._slots[layer] = slots, [self._held[expert] for expert in experts]
         return self._slots[layer][0]
 
@@ -150,8 +156,7 @@ class ExpertCache:
         if self.recording is not None:
             self.recording.append([ExpertId(layer, number) for number in experts])
         self._policy.requested(layer, experts)
-        held = self._slots[layer][1]
-        self.counters.hit([held[number] for number in experts], self.store.layouts[layer].nbytes)
+        self.counters.hit([self._slots[layer][1][each] for each in experts], self.store.layouts[layer].nbytes)
 
     @contextmanager
     def lend(self, layer: int, experts: Sequence[int]) -> Iterator[Loan]:
@@ -159,15 +164,14 @@ class ExpertCache:
 
         For drafts: it loads nothing, and changes neither the counters nor the policy.
         """
-        requested = [ExpertId(layer, index) for index in experts]
-        pinned: list[ExpertId] = []
+        requested, pinned = [ExpertId(layer, index) for index in experts], list[ExpertId]()
         try:
             for expert in requested:
                 if not self.is_resident(expert):
                     raise KeyError(expert)
                 self._pin(expert, pinned)
             self._make_readable(requested)
-            yield self._loan(requested)
+            yield self._residency.loan(requested)
         finally:
             self._unpin(list(pinned), pinned)
 
@@ -191,10 +195,9 @@ class ExpertCache:
     def fill(self, experts: Sequence[ExpertId]) -> None:
         """Puts `experts` on the link in this order, behind all demand loads. Skips those without a free slot."""
         for expert in experts:
-            if expert not in self._held:
-                slot = self._residency.free_slot(expert.layer)
-                if slot is not None:
-                    self._load(expert, slot, LoadReason.FILL)
+            slot = None if expert in self._held else self._residency.free_slot(expert.layer)
+            if slot is not None:
+                self._load(expert, slot, LoadReason.FILL)
 
     def cancel_prefetches(self, experts: Collection[ExpertId]) -> list[ExpertId]:
         """Cancels the prefetches and fills of `experts` that have not started to move, and frees their slots.
@@ -236,16 +239,16 @@ class ExpertCache:
 
     def residents(self, layer: int) -> list[int]:
         """The resident experts of a layer, in no particular order."""
-        held = self._residency.numbers[layer]
-        return [number for number in held if self.is_resident(ExpertId(layer, number))]
+        return [number for number in self._residency.numbers[layer] if self.is_resident(ExpertId(layer, number))]
 
     def make_readable(self, layer: int) -> None:
         """Lets the caller's device stream read whatever of `layer` has arrived. The slot table learns of it."""
-        moving = self._residency.moving[layer]
-        if moving:
-            self._make_readable(
-                [each for each in (ExpertId(layer, number) for number in list(moving)) if self.is_resident(each)]
-            )
+        moving = [ExpertId(layer, number) for number in self._residency.moving[layer]]
+        self._make_readable([expert for expert in moving if self.is_resident(expert)])
+
+    def released_all(self) -> None:
+        """Work that is queued on the caller's device stream may read any slot: what comes into one waits for it."""
+        self._link.released_all()
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless each slot is either free or held by one expert of its layers. For tests."""
@@ -276,11 +279,10 @@ class ExpertCache:
                 slot = self._wait_for_prefetch(expert.layer)
             if slot is None:
                 return
-            transfer = self._load(expert, slot)
+            in_flight.append(self._load(expert, slot))
             self.counters.bytes_demanded += self.store.record_nbytes(expert)
             misses.popleft()
             self._pin(expert, pinned)
-            in_flight.append(transfer)
 
     def _make_readable(self, experts: Sequence[ExpertId]) -> None:
         """Lets the caller's device stream read resident `experts` that were prefetched or filled."""
@@ -358,8 +360,7 @@ class ExpertCache:
 
     def _wait_for_prefetch(self, layer: int) -> int | None:
         """Waits until a load in flight ends, and takes its slot. For a layer whose slots are all being loaded."""
-        region = self._regions[layer]
-        own = [held for expert, held in self._held.items() if self._regions[expert.layer] is region]
+        own = [each for expert, each in self._held.items() if self._regions[expert.layer] is self._regions[layer]]
         moving = [each.transfer for each in own if each.transfer is not None]
         assert moving, "no slot is free although nothing is pinned"
         for transfer in self._wait_any(moving):
@@ -396,9 +397,3 @@ class ExpertCache:
         waited = self._link.device_wait_seconds
         self.counters.link_wait_seconds += waited - self._device_waited
         self._device_waited = waited
-
-    def _loan(self, experts: Sequence[ExpertId]) -> Loan:
-        return Loan(
-            experts=tuple(expert.number for expert in experts),
-            slots=tuple(self._held[expert].slot - self._regions[expert.layer].first for expert in experts),
-        )

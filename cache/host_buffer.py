@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import mmap
-from contextlib import suppress
 
 import torch
+
+from edgemoe.cache import accelerator
 
 
 class HostBuffer:
@@ -19,13 +20,13 @@ class HostBuffer:
         self._map: mmap.mmap | None = private_map(max(1, nbytes))
         self.memory = torch.frombuffer(self._map, dtype=torch.uint8)[:nbytes]
         """uint8 [nbytes], of zeros at first; valid until `close`."""
-        self.locked = pin and _lock(self.memory)
+        self.locked = pin and accelerator.lock_host(self.memory)
         """Whether the pages are locked."""
 
     def close(self) -> None:
         """Unlocks the pages and frees them. Idempotent. No copy may be in flight, and no tensor of it may be used."""
         if self.locked:
-            torch.cuda.cudart().cudaHostUnregister(self.memory.data_ptr())
+            accelerator.unlock_host(self.memory)
             self.locked = False
         self.memory = torch.empty(0, dtype=torch.uint8)
         self._map = None
@@ -61,19 +62,3 @@ def private_map(nbytes: int) -> mmap.mmap:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         made.madvise(mmap.MADV_HUGEPAGE)
     return made
-
-
-def _lock(memory: torch.Tensor) -> bool:
-    """Page-locks `memory`; False where there is no CUDA, or where the system limits locked memory and refuses."""
-    if not torch.cuda.is_available():
-        return False
-    refused = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)) != 0
-    if refused:
-        _forget_the_last_error()
-    return not refused
-
-
-def _forget_the_last_error() -> None:
-    """Takes the error of a refused call from the CUDA runtime, which reports it again at the next kernel launch."""
-    with suppress(RuntimeError):
-        torch.zeros(1, device="cuda")

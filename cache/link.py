@@ -73,6 +73,9 @@ class Link(ABC):
     def released(self, slots: Sequence[int]) -> None:
         """Declares that no work after that already queued on the caller's device stream reads `slots`."""
 
+    def released_all(self) -> None:  # noqa: B027
+        """As `released` for every slot. For a caller that does not know which ones its queued work reads."""
+
     @abstractmethod
     def close(self) -> None:
         """Drops queued transfers, waits for those that have started, and ends the threads. Idempotent."""

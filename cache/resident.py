@@ -104,6 +104,13 @@ class Residency:
         if self._table is not None and resident.transfer is None:
             self._table.remove(expert)
 
+    def loan(self, experts: Sequence[ExpertId]) -> Loan:
+        """What a borrower learns of `experts`, which hold slots and are pinned."""
+        return Loan(
+            experts=tuple(expert.number for expert in experts),
+            slots=tuple(self.held[expert].slot - self._regions[expert.layer].first for expert in experts),
+        )
+
     def check_integrity(self) -> None:
         """Raises AssertionError unless each slot is either free or held by one expert of its layers. For tests."""
         for region, layers in self.layers_of.items():

@@ -24,15 +24,15 @@ class SlotRegion:
         self.first = first
         self.numbers = range(first, first + self.count)
         """The numbers of the slots among all slots of the pool."""
-        self._views: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
+        self._views: dict[int, tuple[RecordLayout, dict[str, torch.Tensor]]] = {}
+        """The latest views of each slot: layers have layouts of their own, which are mostly equal."""
 
     def views(self, slot: int, layout: RecordLayout) -> dict[str, torch.Tensor]:
         """The parts of the record in `slot`, as tensors that share its memory. Valid while the record is pinned."""
-        key = (slot, id(layout))
-        found = self._views.get(key)
-        if found is None:
-            found = self._views[key] = layout.views(self.memory[slot])
-        return found
+        found = self._views.get(slot)
+        if found is None or (found[0] is not layout and found[0].parts != layout.parts):
+            found = self._views[slot] = layout, layout.views(self.memory[slot])
+        return found[1]
 
     def close(self) -> None:
         """Drops all references to the memory."""

@@ -195,6 +195,19 @@ def expert_cache(value: str) -> str | int:
     return size
 
 
+def cpu_share(value: str) -> str:
+    """A share of the missing experts; the limits are the library's."""
+    share = value.strip().lower()
+    if share not in ("auto", "off"):
+        try:
+            float(share.removesuffix("%"))
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"{value!r} is not a share; give auto, off, or a share of the missing experts such as 35% or 0.35"
+            ) from None
+    return share
+
+
 _FLAGS = {"context": ("-c", "--ctx-size"), "threads": ("-t", "--threads"), "model_config": ("--config",)}
 """Options with another name than their setting, or a short one."""
 
@@ -216,6 +229,7 @@ def _kind(setting: str) -> Callable[[str], Any]:
         return one_of(*choices)
     own: dict[str, Callable[[str], Any]] = {
         "batch": batch_size, "device": device, "expert_cache": expert_cache, "link_gbps": speed,
+        "cpu_share": cpu_share,
     }  # fmt: skip
     by_type: dict[str, Callable[[str], Any]] = {"bool": yes_or_no, "int": counted, "int | None": counted}
     types = {entry.name: str(entry.type) for entry in fields(EngineConfig)}

@@ -28,6 +28,8 @@ from edgemoe.sizes import format_bytes
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
+    from edgemoe.plan.machine import Gpu
+
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 _LITTLE_MEMORY = 2 << 30
 _MAX_READS = 256 << 20
@@ -132,6 +134,7 @@ def _from_torch() -> Iterator[Check]:
     try:
         import torch
 
+        from edgemoe.cache import accelerator
         from edgemoe.plan import machine
     except (ImportError, OSError, RuntimeError) as error:
         yield Check("torch import", PROBLEM, f"failed: {error}", "install torch again for this machine")
@@ -143,14 +146,41 @@ def _from_torch() -> Iterator[Check]:
     yield Check("memory", WARNING if few else OK, found, "close other programs before loading a model" if few else "")
     gpus = machine.gpus()
     for gpu in gpus:
-        yield Check(f"gpu {gpu.index}", OK, f"{gpu.name}, {format_bytes(gpu.free)} free of {format_bytes(gpu.total)}")
-    usable = torch.cuda.is_available()
+        yield Check(f"gpu {gpu.index}", OK, _gpu(gpu))
+    usable = accelerator.available()
     if gpus and not usable:
         yield Check("cuda", WARNING, "this torch cannot use the GPU", "install a CUDA build of torch from pytorch.org")
     elif not gpus:
         yield Check("gpu", OK, "none; the CPU computes, with the experts on disk and the cache in memory")
     yield _pinning() if usable else Check("pinned memory", OK, "not needed without a GPU")
+    yield _triton() if usable else Check("triton", OK, "not needed without a GPU")
     yield _compiled_code()
+
+
+def _gpu(gpu: Gpu) -> str:
+    from edgemoe.cache.accelerator import MIN_BF16_CAPABILITY
+
+    told = [gpu.name, f"{format_bytes(gpu.free)} free of {format_bytes(gpu.total)}"]
+    if gpu.capability is not None:
+        told.append(f"compute capability {_dotted(gpu.capability)}")
+        if gpu.capability < MIN_BF16_CAPABILITY:
+            told.append(f"below {_dotted(MIN_BF16_CAPABILITY)}: checkpoints in bfloat16 run in float16")
+    return ", ".join(told)
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    major, minor = capability
+    return f"{major}.{minor}"
+
+
+def _triton() -> Check:
+    """Whether experts are computed by the GPU's own kernels."""
+    from edgemoe.kernels.triton.availability import missing
+
+    why = missing()
+    if why:
+        return Check("triton", WARNING, why, "passes on the GPU will be slower")
+    return Check("triton", OK, "its kernels can be used")
 
 
 def _compiled_code() -> Check:
@@ -184,7 +214,8 @@ def _model(name: str, model: str | None, engine: EngineFactory | None) -> Check:
         return Check(name, PROBLEM, in_options(str(error)))  # which names the mend itself
     except (ImportError, OSError) as error:
         return Check(name, PROBLEM, f"cannot be looked at: {error}", "mend the problems above first")
-    return Check(name, OK, f"{plan.model} can run on {plan.device} in {plan.dtype}")
+    why = f": {in_options(plan.dtype_note)}" if plan.dtype_note else ""
+    return Check(name, OK, f"{plan.model} can run on {plan.device} in {plan.dtype}{why}")
 
 
 def _disk(model: str) -> Iterator[Check]:

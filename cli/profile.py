@@ -22,7 +22,7 @@ from edgemoe.cli.surface import EngineFactory
 
 if TYPE_CHECKING:
     from edgemoe.plan.performance_model import Outlook
-    from edgemoe.plan.profile import Profile
+    from edgemoe.plan.profile import CardSpeed, Profile
 
 _PICTURES = (".png", ".svg")
 _BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -116,7 +116,7 @@ def _print(made: Profile, *, as_json: bool) -> None:
     tables += [(_title(share), _WORTH, _worth(found)) for share, found in _outlooks(made).items()]
     if not sys.stdout.isatty():
         put("\n\n".join(f"{title}\n{columns([headings, *rows])}" for title, headings, rows in tables) + "\n")
-        put(f"\n{_full_activation_told(made)}\n")
+        put("".join(f"\n{line}\n" for line in _told_last(made)))
         return
     from rich.console import Console
     from rich.table import Table
@@ -128,7 +128,7 @@ def _print(made: Profile, *, as_json: bool) -> None:
         for row in rows:
             table.add_row(*row)
         Console(markup=False).print(table)
-    put(f"{_full_activation_told(made)}\n")
+    put("".join(f"{line}\n" for line in _told_last(made)))
 
 
 def _predicted(made: Profile) -> dict[str, Any]:
@@ -161,6 +161,29 @@ def _full_activation(made: Profile) -> int:
 def _full_activation_told(made: Profile) -> str:
     experts = made.model.shape.experts
     return f"{_full_activation(made)} tokens that choose evenly want 95 % of a layer's {experts} experts"
+
+
+def _told_last(made: Profile) -> list[str]:
+    """What comes below the tables."""
+    return [*([_card_told(made.card)] if made.card else []), _full_activation_told(made)]
+
+
+def _card_told(card: CardSpeed) -> str:
+    """What was measured of the device and of the CPU beside it, and what follows for missing experts."""
+    pcie, pcie_beside, vram, cpu, cpu_beside = (
+        f"{speed / 1e9:.1f} GB/s" for speed in (card.pcie, card.pcie_beside, card.vram, card.cpu, card.cpu_beside)
+    )
+    device = (
+        f"the device reads its memory at {vram} and takes a kernel every {1e6 * card.launch_seconds:.1f} us; "
+        f"the host has what it tells after {1e6 * card.read_seconds:.1f} us"
+    )
+    if not card.cpu:
+        return f"{device}\nrecords are copied at {pcie}; the CPU has no kernels for them"
+    return (
+        f"{device}\nrecords are copied at {pcie}, beside the CPU's kernels at {pcie_beside}; "
+        f"these read records at {cpu}, beside copies at {cpu_beside}\n"
+        f"by these bandwidths {card.cpu_share:.0%} of the missing experts are the CPU's to compute"
+    )
 
 
 def _points(made: Profile) -> list[Sequence[str]]:

@@ -163,6 +163,9 @@ def totals(stats: Stats) -> list[tuple[str, str, str]]:
 def _drafts(counts: Counts, stats: Stats) -> list[tuple[str, str, str]]:
     what, _, why = stats.speculation.partition(": " if stats.speculation.startswith("off") else ", ")
     rows = [("speculation", what, why)]
+    if stats.device_passes:
+        replayed = stats.device_passes == "graphs"
+        rows.append(("passes", "graphs" if replayed else "no graphs", "" if replayed else stats.device_passes))
     if not counts.cycles:
         return rows
     each = counts.a_cycle

@@ -140,6 +140,18 @@ class EngineConfig:
         metavar="WHAT",
     )
     """Loading experts before they are requested: "auto" (while it pays) or "off"."""
+    cpu_share: str | float = _setting(
+        "off",
+        "share of the missing experts that the CPU computes beside a CUDA device, while others are loaded: off, auto "
+        "(as profile has measured), or a share (35%); the last bits then depend on what is resident",
+        "draft",
+        metavar="SHARE",
+    )
+    """Missing experts that the CPU computes beside a CUDA device while others are loaded, in passes of few tokens:
+    "off", "auto" (the share that this machine's profile has measured; off without one), or a share (0.35 or "35%").
+
+    Off by default: the CPU sums in another order than the device, so the last bits of a result, and with them now and
+    then a token, would depend on which experts happen to be resident."""
 
     budget: str | int = _setting(
         "off",
@@ -189,6 +201,9 @@ class EngineConfig:
     """Bytes of the device's memory that the plan never touches."""
     reserve_share: float = 0.05
     """Share of the free memory that the plan leaves to others, where that is more than `reserve`."""
+    host_tier: str = "auto"
+    """Where experts wait for a device: "ram" (all of them, whatever is free now, as in a virtual machine whose memory
+    grows), "file", or "auto" (in RAM if they fit what is free)."""
     pinned_share: float = 0.75
     """Share of the free RAM that may be page-locked for a CUDA device."""
     staging_records: int = 8

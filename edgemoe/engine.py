@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, cast
 
+from edgemoe.cache.accelerator import is_accelerator
 from edgemoe.checkpoint.blueprint import Blueprint, blueprint_for
 from edgemoe.checkpoint.chat_template import ChatPrompt, ChatTemplate, Messages
 from edgemoe.checkpoint.generation_defaults import generation_source, load_generation_defaults
@@ -77,7 +78,7 @@ class Engine:
         speculation = speculation_for(draft_settings(config), runner, runtime, plan, draft_model)
         scheduler = Scheduler(
             runner,
-            KvBudget(plan.kv, plan.kv_nbytes),
+            KvBudget(plan.kv, plan.kv_nbytes, at_once=is_accelerator(plan.device)),
             plan.prefill_chunk,
             BatchSize(plan.batch, automatic=str(config.batch).strip().lower() == "auto"),
             config.patience,
@@ -142,6 +143,7 @@ class Engine:
             batch_reason=size.reason,
             preemptions=totals.preemptions,
             prefix_tokens=totals.tokens_shared,
+            device_passes=runtime.device_passes(loop.runner.model),
             **loop.speculation.telemetry(),
             **vars(budget.totals if budget else BudgetTotals()),
             **runtime.predictor.forecast_totals.telemetry("forecast"),

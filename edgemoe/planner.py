@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from edgemoe.cache import accelerator
 from edgemoe.cache.slot_classes import SlotClass, fitting_slots, limit_slots, slot_classes, total_nbytes
 from edgemoe.checkpoint.blueprint import Blueprint
 from edgemoe.checkpoint.generation_defaults import load_generation_defaults, not_served
@@ -16,7 +17,8 @@ from edgemoe.draft.draft_model import DraftModel
 from edgemoe.draft.settings import budget_settings, draft_settings
 from edgemoe.errors import PlanError
 from edgemoe.formats.made import MADE
-from edgemoe.plan.kv_size import measure_kv
+from edgemoe.plan.cpu_share import cpu_share
+from edgemoe.plan.kv_size import KvSize, measure_kv
 from edgemoe.plan.machine import cores, ram_free
 from edgemoe.plan.plan import FLOATS, Plan
 from edgemoe.plan.prediction import predict
@@ -24,6 +26,12 @@ from edgemoe.sizes import format_bytes, parse_bytes
 
 DRAFTED_FOR = 4
 """Sequences of full length that a draft model has room for; for others, while these run, nothing drafts."""
+HOST_TIERS = ("auto", "ram", "file")
+"""The values of the setting `host_tier`."""
+LIBRARY_NBYTES = 128 << 20
+"""Memory of a device beside PyTorch's tensors: workspaces of the libraries that multiply matrices, 8 MiB for each
+stream and 32 MiB on sm_90 by PyTorch's default, code that is loaded when it is first used, and the pools of graphs. An
+estimate: it has not been measured on a card."""
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "moe_top_k")
 """The names under which configurations give the experts that a token uses."""
 
@@ -41,13 +49,15 @@ def make_plan(blueprint: Blueprint, config: EngineConfig, draft_model: DraftMode
         plan = _shrink_context(plan)
     every = _slots_for_all(blueprint)
     plan = _with_slots(plan, every, _slots(plan, every, config.expert_cache))
-    plan = _room_for_sequences(plan, every, config)
-    if device.type == "cuda":
+    plan = _gaps_of_more(_room_for_sequences(plan, every, config), device)
+    if accelerator.is_accelerator(device):
         plan = _host_tier(plan, _records_nbytes(blueprint), config)
     left = ram_free() - plan.pinned_nbytes - plan.pageable_nbytes - (plan.total_nbytes if device.type == "cpu" else 0)
     direct = plan.slots < plan.experts and plan.file_nbytes > left
     plan = replace(plan, direct_reads=direct if config.file_reads == "auto" else config.file_reads == "direct")
-    return replace(plan, predicted=predict(StateFolder.of(blueprint.checkpoint, config.state_folder), plan))
+    state = StateFolder.of(blueprint.checkpoint, config.state_folder)
+    share, note = cpu_share(config.cpu_share, plan, blueprint.experts_modules, state)
+    return replace(plan, cpu_share=share, cpu_share_note=note, predicted=predict(state, plan))
 
 
 def _without_slots(
@@ -62,6 +72,7 @@ def _without_slots(
         family=blueprint.config.model_type,
         device=str(device),
         dtype=str(blueprint.dtype).removeprefix("torch."),
+        dtype_note=blueprint.dtype_note,
         threads=config.threads or cores(),
         context=context,
         layers=len(blueprint.experts_modules),
@@ -80,16 +91,15 @@ def _without_slots(
         kv_nbytes=kv.nbytes(context),
         draft_weights_nbytes=draft_model.weight_nbytes if draft_model else 0,
         draft_kv_nbytes=DRAFTED_FOR * draft_model.kv.nbytes(context) if draft_model else 0,
-        # While the largest weight loads, the loader may hold it twice; later the same memory serves activations.
-        workspace_nbytes=max(config.prefill_workspace, blueprint.largest_dense_nbytes),
-        reserve_nbytes=max(config.reserve, int(free * config.reserve_share)),
+        workspace_nbytes=_workspace(blueprint, config, device, context) + _gaps(kv, context, device),
+        reserve_nbytes=_reserve(free, device, config),
         cache_nbytes=0,
         host_tier="file",
         pinned_nbytes=0,
         pageable_nbytes=0,
         file_nbytes=sum(extent.nbytes for source in blueprint.records.values() for extent in source.extents),
         direct_reads=False,
-        prefill_chunk=_prefill_chunk(blueprint, config),
+        prefill_chunk=_prefill_chunk(blueprint, config, device, context),
         link_gbps=config.link_gbps,
         speculation=drafts.describe(),
         # Where nothing drafts, no verification runs under a budget.
@@ -98,6 +108,12 @@ def _without_slots(
         other_formats=_other_formats(blueprint),
         not_served=tuple(not_served(load_generation_defaults(blueprint))),
     )
+
+
+def _reserve(free: int, device: torch.device, config: EngineConfig) -> int:
+    """How many of the `free` bytes of `device` are left to other programs and to the device's libraries."""
+    libraries = LIBRARY_NBYTES if accelerator.is_accelerator(device) else 0
+    return libraries + max(config.reserve, int(free * config.reserve_share))
 
 
 def _quantised(blueprint: Blueprint) -> str:
@@ -128,25 +144,23 @@ def _records_nbytes(blueprint: Blueprint) -> int:
 def choose_device(name: str) -> torch.device:
     """The device called `name`; PlanError when there is none such."""
     if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        return torch.device(accelerator.TYPE, 0) if accelerator.available() else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
         raise PlanError(f"device {name!r} is not one of auto, cpu, cuda, cuda:N: choose one as device=") from None
-    if device.type not in ("cpu", "cuda"):
+    if device.type == "cpu":
+        return device
+    if not accelerator.is_accelerator(device):
         raise PlanError(f"device {name!r} is not supported: choose auto, cpu, cuda or cuda:N as device=")
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise PlanError(f"device {name!r} is not there ({torch.cuda.device_count()} CUDA devices): use device='cpu'")
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+    there = accelerator.count() if accelerator.available() else 0
+    if (device.index or 0) >= there:
+        raise PlanError(f"device {name!r} is not there ({there} CUDA devices): use device='cpu'")
+    return torch.device(device.type, device.index or 0)
 
 
 def _device_free(device: torch.device) -> int:
-    if device.type == "cpu":
-        return ram_free()
-    # Not by the driver's own numbers: CUDA_VISIBLE_DEVICES gives the devices others. What PyTorch has taken and does
-    # not use is there for the taking as well.
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0] + unused)
+    return accelerator.free_nbytes(device) if accelerator.is_accelerator(device) else ram_free()
 
 
 def _context(blueprint: Blueprint, config: EngineConfig) -> int:
@@ -160,12 +174,59 @@ def _context(blueprint: Blueprint, config: EngineConfig) -> int:
     return config.context
 
 
-def _prefill_chunk(blueprint: Blueprint, config: EngineConfig) -> int:
+def _workspace(blueprint: Blueprint, config: EngineConfig, device: torch.device, context: int) -> int:
+    """Bytes beside weights, slots and KV caches: what passes compute with, or the loader."""
+    if not accelerator.is_accelerator(device):
+        # While the largest weight loads, the loader may hold it twice; later the same memory serves activations.
+        return max(config.prefill_workspace, blueprint.largest_dense_nbytes)
+    # A device gets weights from the host before there are slots and caches. Attention copies the keys and values that
+    # several heads share, once for each; copies of a growing length leave gaps of about one more in the memory. A
+    # packed matrix is widened as a whole where no kernel multiplies it.
+    copies = 3 * context * _head_values(blueprint.config.get_text_config()) * blueprint.dtype.itemsize
+    return config.prefill_workspace + copies + max((each.float_nbytes for each in blueprint.packed_modules), default=0)
+
+
+def _gaps(kv: KvSize, context: int, device: torch.device) -> int:
+    """Bytes that a device's allocator leaves unused beside the buffers of one KV cache of `context` tokens."""
+    if not accelerator.is_accelerator(device):
+        return 0
+    buffers = [per_token * min(context, window or context) // 2 for per_token, window in kv.layers]
+    return sum(2 * (accelerator.segment_nbytes(each) - each) for each in buffers)
+
+
+def _gaps_of_more(plan: Plan, device: torch.device) -> Plan:
+    """The plan with a part of the memory for more than one sequence left to the gaps beside their buffers."""
+    one = plan.kv.nbytes(plan.context)
+    more = plan.kv_nbytes - one
+    gaps = more * _gaps(plan.kv, plan.context, device) // max(1, one + _gaps(plan.kv, plan.context, device))
+    return replace(plan, kv_nbytes=plan.kv_nbytes - gaps, workspace_nbytes=plan.workspace_nbytes + gaps)
+
+
+def _head_values(text: Any) -> int:
+    """Values of a token's queries, with all heads."""
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(text.num_attention_heads * width)
+
+
+def _scores(blueprint: Blueprint, device: torch.device, context: int) -> int:
+    """Bytes that attention takes for each token of a chunk on a device.
+
+    Its row of the mask, and of all heads' scores where the family knows no kernel that goes without them.
+    """
+    if not accelerator.is_accelerator(device):
+        return 0
+    itemsize, heads = blueprint.dtype.itemsize, blueprint.config.get_text_config().num_attention_heads
+    held = 0 if blueprint.model_class._supports_sdpa else heads * (4 + 3 * itemsize)
+    return context * (1 + itemsize + held)
+
+
+def _prefill_chunk(blueprint: Blueprint, config: EngineConfig, device: torch.device, context: int) -> int:
     """As many tokens as the workspace holds: outputs of top-k experts, hidden states and one expert's inner values."""
     text = blueprint.config.get_text_config()
     token = 4 * text.hidden_size * (_top_k(text) + 6) + 4 * 4 * max(
         max(part.shape) for moe in blueprint.experts_modules for part in moe.layout.parts
     )
+    token += _scores(blueprint, device, context)
     return max(32, min(config.prefill_chunk, config.prefill_workspace // int(token)))
 
 
@@ -268,12 +329,16 @@ def _wanted_slots(plan: Plan, every: tuple[SlotClass, ...], asked: str | int) ->
 
 
 def _host_tier(plan: Plan, records: int, config: EngineConfig) -> Plan:
-    """Where a CUDA device's `records` bytes of experts wait: page-locked RAM up to a cap, other RAM, or their files."""
+    """Where a device's `records` bytes of experts wait: page-locked RAM up to a cap, other RAM, or their files."""
+    if config.host_tier not in HOST_TIERS:
+        raise PlanError(f"host_tier {config.host_tier!r} is not one of {', '.join(HOST_TIERS)}: choose one of them")
     free = ram_free()
     staging = config.staging_records * plan.slot_nbytes
     room = free - max(config.reserve, int(free * config.reserve_share)) - staging
-    if records > room:
+    if config.host_tier == "file" or (config.host_tier == "auto" and records > room):
         return replace(plan, pinned_nbytes=staging)
     pinned = min(records, max(0, int(free * config.pinned_share) - staging))
-    tier = "pinned" if pinned == records else "pageable"
-    return replace(plan, host_tier=tier, pinned_nbytes=pinned + staging, pageable_nbytes=records - pinned)
+    if pinned == records:
+        # All are copied from where they lie.
+        return replace(plan, host_tier="pinned", pinned_nbytes=records)
+    return replace(plan, host_tier="pageable", pinned_nbytes=pinned + staging, pageable_nbytes=records - pinned)

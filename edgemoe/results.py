@@ -145,6 +145,8 @@ class Stats:
     experts: int = 0
     hits: int = 0
     misses: int = 0
+    computed_by_cpu: int = 0
+    """Those of the misses that the CPU computed beside a device, so that they were not loaded."""
     bytes_hit: int = 0
     bytes_demanded: int = 0
     bytes_prefetched_used: int = 0
@@ -168,6 +170,8 @@ class Stats:
     """Requests whose keys and values were dropped for lack of memory, and computed again."""
     prefix_tokens: int = 0
     """Prompt tokens whose keys and values were reused from another request."""
+    device_passes: str = ""
+    """How passes of few tokens run on a device: "graphs" that are replayed, or why not. Empty on a CPU."""
     speculation: str = ""
     """The drafter, or why there is none."""
     speculation_setting: str = ""

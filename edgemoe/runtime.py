@@ -5,16 +5,18 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from edgemoe.cache import ExpertCache, ExpertId, Link, SlotPool, Throttle
+from edgemoe.cache import ExpertCache, ExpertId, Link, SlotPool, Throttle, accelerator
 from edgemoe.cache.cuda_link import CudaLink, CudaStreams
 from edgemoe.cache.host_store import HostStore
 from edgemoe.cache.hot_temporal import HotTemporal
 from edgemoe.cache.reader_link import ReaderLink
 from edgemoe.cache.safetensors_store import SafetensorsStore
+from edgemoe.cache.slots import SlotTable
 from edgemoe.cache.store import ExpertStore
 from edgemoe.checkpoint import heat_file
 from edgemoe.checkpoint.blueprint import Blueprint
@@ -22,8 +24,10 @@ from edgemoe.checkpoint.dense_loader import load_dense
 from edgemoe.checkpoint.experts_module import ExpertsModule
 from edgemoe.checkpoint.state_folder import StateFolder
 from edgemoe.config import EngineConfig
+from edgemoe.errors import PlanError, reason
 from edgemoe.experts import expert_layer
 from edgemoe.experts.expert_predictor import ExpertPredictor
+from edgemoe.experts.host_experts import CpuHelp
 from edgemoe.experts.lookahead import Lookahead
 from edgemoe.formats.float_format import FloatFormat
 from edgemoe.kernels import batch_invariant_linear, kernel_weight, rms_norm
@@ -34,12 +38,19 @@ from edgemoe.kernels.cpu.threads import KernelThreads
 from edgemoe.kernels.packed_layers import PackedEmbedding, PackedLinear
 from edgemoe.kernels.router import install_routers
 from edgemoe.kernels.row_linear import BATCH_INVARIANT_TOKENS
+from edgemoe.kernels.triton import availability
 from edgemoe.model.sequential_runner import SequentialRunner
 from edgemoe.plan.plan import Plan
 from edgemoe.prefetch.fill import fill_order
 from edgemoe.prefetch.link_gauge import LinkGauge
 from edgemoe.prefetch.prefetcher import Prefetcher
 from edgemoe.results import Progress
+from edgemoe.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from edgemoe.experts.grouped_layer import DeviceTools
+    from edgemoe.model.model_runner import ModelRunner
+    from edgemoe.model.pass_graph import DevicePasses
 
 
 class Runtime:
@@ -54,8 +65,17 @@ class Runtime:
         self._stack = ExitStack()
         self._plan = plan
         self.model: Any = None
+        self._host: HostStore | None = None
+        """The records in RAM, where a device has them there."""
         try:
             self._build(blueprint, plan, config, on_progress)
+        except torch.OutOfMemoryError as error:
+            self.close()
+            raise PlanError(
+                f"{plan.model} was planned for {format_bytes(plan.device_free)} free on {plan.device}, "
+                f"{format_bytes(plan.total_nbytes)} of them in use, and there was less ({reason(error)}): "
+                f"give a smaller expert_cache= than {plan.slots} or a smaller context= than {plan.context}"
+            ) from error
         except BaseException:
             self.close()
             raise
@@ -74,28 +94,74 @@ class Runtime:
         self._stack.callback(link.close)
         self.link = link
         policy = HotTemporal(files.experts)
-        self.cache = ExpertCache(files, link, pool, policy)
+        self._tools = self._device_tools(files.experts, device)
+        table = None if self._tools is None else self._tools.table
+        self.cache = ExpertCache(files, link, pool, policy, table)
         threads = self.kernel_threads = KernelThreads(plan.threads)
         self._stack.callback(threads.close)
         self.predictor = self._predictor(blueprint, files.experts, plan, config)
-        self.layers = expert_layer.install(self.model, blueprint.experts_modules, self.cache, threads, self.predictor)
+        self.layers = expert_layer.install(
+            self.model, blueprint.experts_modules, self.cache, threads, self.predictor, grouped=self._grouped()
+        )
+        # Layers refer to the slots' memory.
+        self._stack.callback(self.layers.layers.clear)
         self._kernel_tokens = _kernel_tokens(blueprint.experts_modules, self.model.dtype)
-        if device.type == "cpu":
-            batch_invariant_linear.install_gemv(self.model, threads)
-            rms_norm.install_rms_norm(self.model)
-            kernel_weight.install_kernel_weights(self.model, threads)
-            blocks = [(moe.block(self.model), moe.experts) for moe in blueprint.experts_modules]
-            install_routers(blocks, threads, lambda: self.layers.routes_itself)
-            for module in self.model.modules():
-                if isinstance(module, PackedLinear):
-                    module.use_kernels(threads)
-                elif isinstance(module, PackedEmbedding):
-                    module.use_kernels()
+        self._install_kernels(blueprint, device)
         self.state = StateFolder.of(blueprint.checkpoint, config.state_folder)
         heat = heat_file.read(self.state, files.experts)
         policy.warm(heat)
         self._fill(files.experts, heat)
         self._stack.callback(lambda: heat_file.write(self.state, files.experts, policy.heat()))
+
+    def _install_kernels(self, blueprint: Blueprint, device: torch.device) -> None:
+        """Has the kernels of the CPU, or of an accelerator, multiply by what is no expert."""
+        threads, tools = self.kernel_threads, self._tools
+        packed = [each for each in self.model.modules() if isinstance(each, (PackedLinear, PackedEmbedding))]
+        if accelerator.is_accelerator(device):
+            for module in packed:
+                if tools is not None and isinstance(module, PackedLinear):
+                    module.use_launcher(tools.launch, tools.few_tokens)
+            return
+        batch_invariant_linear.install_gemv(self.model, threads)
+        rms_norm.install_rms_norm(self.model)
+        kernel_weight.install_kernel_weights(self.model, threads)
+        blocks = [(moe.block(self.model), moe.experts) for moe in blueprint.experts_modules]
+        install_routers(blocks, threads, lambda: self.layers.routes_itself)
+        for module in packed:
+            if isinstance(module, PackedLinear):
+                module.use_kernels(threads)
+            else:
+                module.use_kernels()
+
+    def _device_tools(self, experts: Sequence[int], device: torch.device) -> DeviceTools | None:
+        """What an accelerator's kernels need; None on a CPU, and where there is no Triton."""
+        if not accelerator.is_accelerator(device) or availability.missing():
+            return None
+        # Imported late: these need Triton.
+        from edgemoe.experts.grouped_layer import DeviceTools
+        from edgemoe.experts.host_reads import DeviceReads
+        from edgemoe.kernels.triton.grouped_ffn import patch
+        from edgemoe.kernels.triton.launcher import Launcher
+
+        launch = Launcher()
+        tools = DeviceTools(launch, SlotTable(experts, device, partial(patch, launch)), DeviceReads(device))
+        self._stack.callback(tools.close)
+        return tools
+
+    def _grouped(self) -> expert_layer.Grouped | None:
+        if self._tools is None:
+            return None
+        from edgemoe.experts.grouped_layer import grouped
+
+        return grouped(self.cache, self._tools, self.model.dtype, self._cpu_help())
+
+    def _cpu_help(self) -> CpuHelp | None:
+        """The CPU's part in computing missing experts, where the plan has one."""
+        if self._host is None or not self._plan.cpu_share:
+            return None
+        made = CpuHelp(self._host, self._plan.cpu_share, self.kernel_threads, self.model.dtype)
+        self._stack.callback(made.close)
+        return made
 
     def _fill(self, experts: Sequence[int], heat: Mapping[ExpertId, float]) -> None:
         """Loads the hottest experts into the slots that fit them, in the order of a pass."""
@@ -123,15 +189,16 @@ class Runtime:
         throttle: Throttle | None,
         on_progress: Callable[[Progress], None],
     ) -> Link:
-        if not plan.device.startswith("cuda"):
+        if not accelerator.is_accelerator(plan.device):
             return ReaderLink(files, config.reader_threads, throttle)
         store: ExpertStore = files
         staging = config.staging_records
         if plan.host_tier != "file":
-            host = HostStore(files, plan.pinned_nbytes - staging * plan.slot_nbytes, pin=True)
+            staged = 0 if plan.host_tier == "pinned" else staging * plan.slot_nbytes
+            host = HostStore(files, plan.pinned_nbytes - staged, pin=True)
             self._stack.callback(host.close)
             host.fill(config.reader_threads, lambda done, total: on_progress(Progress("experts", done, total)))
-            store = host
+            self._host = store = host
             # Page-locked records are copied from where they lie.
             staging = 0 if host.pinned_nbytes == host.nbytes else staging
         return CudaLink(store, CudaStreams(torch.device(plan.device)), staging, config.reader_threads, throttle)
@@ -151,7 +218,22 @@ class Runtime:
             share,
             self._kernel_tokens,
             self.kernel_threads,
+            self._device_passes(),
         )
+
+    def _device_passes(self) -> DevicePasses | None:
+        if self._tools is None:
+            return None
+        from edgemoe.model.pass_graph import DRAFT_ROOM, DeviceCapturer, DevicePasses
+
+        capturer = DeviceCapturer(torch.device(self._plan.device))
+        return DevicePasses(self._tools, capturer, self._plan.context + DRAFT_ROOM)
+
+    def device_passes(self, runner: ModelRunner) -> str:
+        """How `runner` passes few tokens through an accelerator: "graphs", or why not; empty on a CPU."""
+        if not accelerator.is_accelerator(self._plan.device):
+            return ""
+        return (availability.missing() if self._tools is None else runner.graph_refusal) or "graphs"
 
     def close(self) -> None:
         """Ends the threads and gives files and memory back. Idempotent."""
@@ -160,10 +242,11 @@ class Runtime:
         if self.model is not None:
             _restore_forwards(self.model)
         self.model = None
-        if self._plan.device.startswith("cuda"):
-            # What PyTorch keeps of the device's memory is lost to other programs.
+        if accelerator.is_accelerator(self._plan.device):
+            # What PyTorch keeps is lost to other programs, and to the next plan of this one.
             gc.collect()
-            torch.cuda.empty_cache()
+            accelerator.synchronize(self._plan.device)
+            accelerator.release_unused()
 
 
 def _restore_forwards(model: Any) -> None:

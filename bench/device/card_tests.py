@@ -21,12 +21,16 @@ sys.exit(pytest.main(sys.argv[1:]))
 """
 TIMEOUT = 150.0
 """Seconds for the commands, which run side by side."""
+TILES = "tests/kernels/triton/test_tile_format.py"
+"""What kernels read of every packed format, bit for bit."""
+SAMPLED = "bits_of_the_plain_form"
+"""The half of its cases that takes as long as the others."""
 TAIL = 5000
 """Characters of what a command that failed said."""
 
 
 def measure(target: Target) -> Found:
-    """pytest's last line on the link's tests and on the engine's; a dry run only collects them."""
+    """pytest's last line on the tests of the link, of the engine and of packed tiles; a dry run only collects them."""
     if importlib.util.find_spec("pytest") is None:
         raise SkippedError("pytest is not installed")
     links = sorted(path.relative_to(ROOT) for path in (ROOT / "tests/cache/links").glob("test_cuda_link*.py"))
@@ -34,6 +38,8 @@ def measure(target: Target) -> Found:
     commands = {
         "links": [*map(str, links), "tests/cache/links/test_host_store.py"],
         "prefetching": ["tests/experts/test_prefetching.py", "-k", device],
+        "tiles of samples": [TILES, "-k", SAMPLED],
+        "other tiles": [TILES, "-k", f"not {SAMPLED} and not compile"],
     }
     options = ["--collect-only"] if target.small else []
     seconds = min(TIMEOUT, max(1.0, target.seconds_left()))

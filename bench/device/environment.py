@@ -5,8 +5,10 @@ from __future__ import annotations
 import configparser
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 from bench.device.layout import ROOT
 from bench.device.section import Found, Target
+from edgemoe.kernels.triton.availability import missing
 
 UNDECLARED = ("triton", "pytest")
 """Not needed by edgemoe: triton comes with CUDA builds of torch, pytest with the extra `test`."""
@@ -21,8 +24,8 @@ IMPORTED = ("torch", "transformers", "numba", "greenlet")
 """Tried, since being there is not enough: numba refuses a numpy that is too new for it."""
 WITHOUT = {
     "greenlet": "no engine loads, since edgemoe/experts/lockstep.py imports it: bring its wheel",
-    "triton": "no grouped kernel: it comes with CUDA builds of torch",
-    "pytest": "the section with the tests is skipped",
+    "triton": "no kernels on a card, so experts are computed one after the other: it comes with CUDA builds of torch",
+    "pytest": "the section with the tests is skipped, and no kind of attention is checked",
 }
 
 
@@ -36,10 +39,13 @@ def measure(target: Target) -> Found:
         "edgemoe": _import_error("edgemoe.cache") or _origin(),
         "cores": os.cpu_count(),
         **_memory(),
+        "triton_kernels": missing() or "can be used",
+        "compilers": _compilers(),
     }
     if target.cuda:
         figures |= _card()
-    return Found(figures)
+    faults = [missing()] if target.cuda and missing() else []
+    return Found(figures, faults)
 
 
 def requirements() -> list[str]:
@@ -68,6 +74,28 @@ def _import_error(name: str) -> str:
 def _origin() -> str:
     found = Path(str(sys.modules["edgemoe.cache"].__file__))
     return "this checkout" if found.is_relative_to(ROOT) else "an installed one"
+
+
+def _compilers() -> dict[str, str]:
+    """The C compiler that Triton's launchers need and the ptxas that its kernels go through, by their versions."""
+    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), "")
+    spec = importlib.util.find_spec("triton")
+    own = sorted(Path(str(spec.origin)).parent.glob("backends/nvidia/bin/ptxas*")) if spec is not None else []
+    assemblers = [os.environ.get("TRITON_PTXAS_PATH") or "", *map(str, own), shutil.which("ptxas") or ""]
+    ptxas = next(filter(None, assemblers), "")
+    return {"c": _says_version(compiler), "ptxas": _says_version(ptxas)}
+
+
+def _says_version(program: str) -> str:
+    """The path of `program` and its line that names a version; "none" for no program."""
+    if not program:
+        return "none"
+    try:
+        said = subprocess.run([*program.split(), "--version"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{program}: {error!r}"[:200]
+    lines = said.stdout.strip().splitlines() or [""]
+    return f"{program}: {next((line for line in lines if 'release' in line), lines[0])}"
 
 
 def _memory() -> dict[str, Any]:

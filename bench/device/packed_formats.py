@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from bench.device.processes import in_processes
 from bench.device.section import Found, Target
-from bench.exactness.native_exact import compare
-from bench.support.format_samples import same_bits, samples
-from bench.support.zoo import make
 from edgemoe import Engine, Sampling
 from edgemoe.quiet import quiet_transformers
 
@@ -19,70 +19,98 @@ CASES = (
     ("mixtral", "compressed nvfp4"), ("qwen3_moe", "gptq desc_act"), ("mixtral", "awq"),
     ("qwen3_moe", "bitsandbytes nf4 nested"), ("olmoe", "bitsandbytes int8"),
 )  # fmt: skip
+"""Families and packings that are compared with transformers."""
+GGUF = (("qwen3_moe", "Q4_0", "Q8_0"), ("mixtral", "Q8_0", "Q5_0"), ("gpt_oss", "Q8_0", "F16"))
+"""Families and types of experts and of other matrices, in GGUF files, that are compared with the CPU."""
+MADE = (("nf4", "int8"), ("int4", "nf4"), ("int8", "native"))
+"""What edgemoe quantises experts and other matrices to, compared with the CPU."""
+VALUES = "values"
+PROCESSES = 7
+TIMEOUT = 90.0
+LOGPROB = 1e-4
+"""Largest difference of a log-probability."""
 
 
 def measure(target: Target) -> Found:
     """What differs between the devices, and which checkpoints give other tokens."""
-    faults: list[str] = []
-    names: list[str] = []
-    for sample in samples(1):
-        on_device = {name: part.to(target.device) for name, part in sample.views.items()}
+    packed, gguf, made = (CASES[:1], GGUF[:1], ()) if target.small else (CASES, GGUF, MADE)
+    checkpoints = [f"{family} {packing}" for family, packing in packed]
+    devices = [" ".join(each) for each in gguf] + [f"quantised {' '.join(each)}" for each in made]
+    found = in_processes(__name__, target, [VALUES, *checkpoints, *devices], PROCESSES, TIMEOUT)
+    figures: dict[str, Any] = {
+        "formats": found.get(VALUES, {}).get("formats"),
+        "checkpoints": {task: found[task] for task in checkpoints if task in found},
+        "on both devices": {task: found[task].get("same") for task in devices if task in found},
+    }
+    faults = [f"{task}: {each['error']}" for task, each in found.items() if "error" in each]
+    faults += [f"{name} has other values on the device" for name in found.get(VALUES, {}).get("wrong", ())]
+    faults += [f"{task}: {each}" for task, each in found.items() if "logprob" in each and not _right(each)]
+    faults += [f"{task}: other tokens than on the CPU" for task in devices if found.get(task, {}).get("same") is False]
+    tasks = [VALUES, *checkpoints, *devices]
+    return Found(figures, faults + [f"{task} was not reached" for task in tasks if task not in found])
+
+
+def _right(compared: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint gave transformers' tokens."""
+    return bool(compared["same"]) and compared["logprob"] <= LOGPROB
+
+
+def found(task: str, device: str, small: bool) -> dict[str, Any]:
+    """The values of all formats, or one checkpoint against transformers, or on both devices."""
+    if task == VALUES:
+        return _values(device)
+    family, _, packing = task.partition(" ")
+    with tempfile.TemporaryDirectory(prefix="edgemoe-packed-") as name:
+        folder = Path(name)
+        if (family, packing) in CASES:
+            from bench.exactness.native_exact import compare
+
+            with quiet_transformers():
+                return compare(folder, family, packing, 6 if small else 32, device)
         try:
-            found = sample.format.dequantize(on_device, "w").cpu().contiguous()
+            make, settings = _checkpoint(family, *packing.split())
+            path = make(folder)
+        except ImportError as error:
+            return {"unavailable": repr(error)}
+        return {"same": _reply(path, device, settings) == _reply(path, "cpu", settings)}
+
+
+def _values(device: str) -> dict[str, Any]:
+    """The formats whose values on `device` are not those of the CPU."""
+    from bench.support.format_samples import same_bits, samples
+
+    wrong, count = [], 0
+    for sample in samples(1):
+        on_device = {name: part.to(torch.device(device)) for name, part in sample.views.items()}
+        try:
+            values = sample.format.dequantize(on_device, "w").cpu().contiguous()
         except ImportError:
             # The tables of GGUF's IQ types come with a package that may be missing.
             continue
-        names.append(sample.name)
-        if not same_bits(found, sample.format.dequantize(sample.views, "w").contiguous()):
-            faults.append(f"{sample.name} has other values on the device")
-    figures: dict[str, Any] = {"formats": len(names), "checkpoints": {}, "on both devices": {}}
-    for family, packing in CASES[:1] if target.small else CASES:
-        with tempfile.TemporaryDirectory(prefix="edgemoe-packed-") as folder, quiet_transformers():
-            found_here = compare(Path(folder), family, packing, 6 if target.small else 32, target.device)
-        figures["checkpoints"][f"{family} {packing}"] = found_here
-        if not found_here["same"] or found_here["logprob"] > 1e-4:
-            faults.append(f"{family} in {packing}: {found_here}")
-    for name, model, settings in _models(target.small):
-        with tempfile.TemporaryDirectory(prefix="edgemoe-packed-") as folder:
-            try:
-                path = model(Path(folder))
-            except ImportError:
-                continue
-            here, there = (_reply(path, device, settings) for device in (target.device, "cpu"))
-        figures["on both devices"][name] = here == there
-        if here != there:
-            faults.append(f"{name}: other tokens than on the CPU")
-    return Found(figures, faults)
+        count += 1
+        if not same_bits(values, sample.format.dequantize(sample.views, "w").contiguous()):
+            wrong.append(sample.name)
+    return {"formats": count, "wrong": wrong}
 
 
-def _models(small: bool) -> Iterator[tuple[str, Callable[[Path], Path], dict[str, Any]]]:
-    """Names, what makes a checkpoint in a folder, and settings: GGUF files, and weights that edgemoe quantises."""
+def _checkpoint(family: str, experts: str, dense: str) -> tuple[Callable[[Path], Path], dict[str, Any]]:
+    """What makes a checkpoint in a folder, and its settings: a GGUF file, or weights that edgemoe quantises."""
 
-    def gguf(family: str, experts: str, dense: str) -> Callable[[Path], Path]:
-        def make_file(folder: Path) -> Path:
-            from gguf import GGMLQuantizationType
+    def quantised(folder: Path) -> Path:
+        from bench.support.zoo import make
 
-            from bench.support.gguf_files import GgufMaker
+        with quiet_transformers():
+            return make("qwen3_moe", folder)
 
-            kinds = GGMLQuantizationType[experts], GGMLQuantizationType[dense]
-            return GgufMaker.of_zoo(family, folder).write(folder / "model.gguf", *kinds)
+    def gguf(folder: Path) -> Path:
+        from gguf import GGMLQuantizationType
 
-        return make_file
+        from bench.support.gguf_files import GgufMaker
 
-    for family, experts, dense in (
-        ("qwen3_moe", "Q4_0", "Q8_0"),
-        ("mixtral", "Q8_0", "Q5_0"),
-        ("gpt_oss", "Q8_0", "F16"),
-    ):
-        yield f"{family} {experts} {dense}", gguf(family, experts, dense), {}
-    for experts, dense in (("nf4", "int8"), ("int4", "nf4"), ("int8", "native")):
-        yield (
-            f"quantised {experts} {dense}",
-            lambda folder: make("qwen3_moe", folder),
-            {"experts": experts, "dense": dense},
-        )
-        if small:
-            return
+        kinds = GGMLQuantizationType[experts], GGMLQuantizationType[dense]
+        return GgufMaker.of_zoo(family, folder).write(folder / "model.gguf", *kinds)
+
+    return (quantised, {"experts": experts, "dense": dense}) if family == "quantised" else (gguf, {})
 
 
 def _reply(model: Path, device: str, settings: Mapping[str, Any]) -> tuple[int, ...]:

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench.measurement import BaseSize, Measurement
 from bench.support.alternating import answer, loaded, questions
 from bench.support.engine_parts import cache_of, speculation_of, token_texts
@@ -16,6 +14,7 @@ from edgemoe import Engine, Sampling
 from edgemoe.draft.pass_drafter import Branch
 from edgemoe.draft.proposal import Proposal, StepReport
 from edgemoe.model.draft_tree import DraftTree
+from edgemoe.model.pass_logits import LogitsRows
 
 NAME = "spec-tree"
 BAR = "a picture of a tree with an accepted path and a rejected branch"
@@ -73,7 +72,7 @@ def watch(engine: Engine) -> list[Cycle]:
     cycles: list[Cycle] = []
     run_nodes, learn_step, layers = passes.run, speculation.learn, range(engine.plan.layers)
 
-    def run(branches: Sequence[Branch]) -> list[torch.Tensor]:
+    def run(branches: Sequence[Branch]) -> list[LogitsRows]:
         tree = branches[0].tree
         if not cycles or cycles[-1].tree is not tree:
             cycles.append(Cycle(tree, [set(cache.residents(layer)) for layer in layers]))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from edgemoe.cache import accelerator
 from edgemoe.cache.record import ExpertId
 from edgemoe.cache.safetensors_store import RecordSource
 from edgemoe.checkpoint.checkpoint import WEIGHT_DTYPES, Checkpoint, open_checkpoint
@@ -30,6 +31,8 @@ from edgemoe.errors import CheckpointError, told_as
 from edgemoe.formats.stacked_format import StackedFormat
 from edgemoe.quiet import quiet_transformers
 
+NO_BF16 = "the checkpoint is in bfloat16, which this device cannot multiply (dtype=)"
+"""Why a checkpoint runs in float16."""
 QUANTISED_DTYPES = (torch.int8, torch.uint8, torch.int16, torch.int32)
 
 
@@ -57,6 +60,8 @@ class Blueprint:
     """The same of the other linear layers."""
     packed_modules: tuple[PackedModule, ...] = ()
     """The layers outside of the experts whose weights stay packed."""
+    dtype_note: str = ""
+    """Why the dtype is not the one of the checkpoint although none was asked for; empty where it is."""
 
     @property
     def expert_formats(self) -> tuple[str, ...]:
@@ -82,16 +87,17 @@ def open_blueprint(
     model_config: str | os.PathLike[str] | None = None,
     experts: str = "native",
     dense: str = "native",
+    bf16: bool = True,
 ) -> Blueprint:
     """The blueprint of `model`: a checkpoint's folder, a GGUF file, a Hugging Face id, or None for the shipped model.
 
-    `model_config` is where a GGUF file's configuration comes from, if not from the file. `experts` and `dense` are the
-    settings of these names. Raises CheckpointError as `open_checkpoint` and `read_blueprint` do.
+    `model_config` is where a GGUF file's configuration comes from, if not from the file. `experts`, `dense` and `bf16`
+    are those of `read_blueprint`. Raises CheckpointError as `open_checkpoint` and `read_blueprint` do.
     """
     if model is None:
-        return read_blueprint(open_checkpoint(demo_folder(), name=DEMO_NAME), dtype, experts, dense)
+        return read_blueprint(open_checkpoint(demo_folder(), name=DEMO_NAME), dtype, experts, dense, bf16=bf16)
     checkpoint = open_checkpoint(model, offline=offline, setting=setting, check=check_family, model_config=model_config)
-    return read_blueprint(checkpoint, dtype, experts, dense)
+    return read_blueprint(checkpoint, dtype, experts, dense, bf16=bf16)
 
 
 def blueprint_for(model: str | os.PathLike[str] | None, config: EngineConfig) -> Blueprint:
@@ -103,23 +109,41 @@ def blueprint_for(model: str | os.PathLike[str] | None, config: EngineConfig) ->
         model_config=config.model_config,
         experts=config.experts,
         dense=config.dense,
+        bf16=_multiplies_bf16(config.device),
     )
 
 
+def _multiplies_bf16(device: str) -> bool:
+    """Whether the device that the setting `device` means does; True where it means none that is there."""
+    name = accelerator.TYPE if device == "auto" else device
+    try:
+        meant = torch.device(name)
+    except RuntimeError:
+        return True
+    there = accelerator.is_accelerator(meant) and (meant.index or 0) < accelerator.count()
+    return not there or accelerator.multiplies_bf16(meant)
+
+
 def read_blueprint(
-    checkpoint: Checkpoint, dtype: str = "auto", experts: str = "native", dense: str = "native", *, quick: bool = False
+    checkpoint: Checkpoint,
+    dtype: str = "auto",
+    experts: str = "native",
+    dense: str = "native",
+    *,
+    quick: bool = False,
+    bf16: bool = True,
 ) -> Blueprint:
     """Checks `checkpoint` against its family and locates every expert. Reads no weight.
 
     `dtype` is "auto" (the dtype that most weights are stored in), "bfloat16", "float16" or "float32"; `experts` and
     `dense` are "native" or a format of `formats.made`. `quick` leaves out the shapes of the experts, since a large
-    checkpoint has tens of thousands, and is not for running it. Raises CheckpointError with the reason why the
-    checkpoint cannot be run.
+    checkpoint has tens of thousands, and is not for running it. Without `bf16`, for a device that cannot multiply
+    bfloat16, "auto" is float16 in its place. Raises CheckpointError with the reason why the checkpoint cannot be run.
     """
     made, made_dense = _made("experts", experts), _made("dense", dense)
     config, model_class = _family(checkpoint)
     checkpoint = without_heads_that_draft(checkpoint, config.get_text_config())
-    chosen = _dtype(checkpoint, dtype)
+    chosen, note = _dtype_for_device(_dtype(checkpoint, dtype), bf16=bf16 or dtype != "auto")
     with quiet_transformers():
         model = build_skeleton(model_class, config, chosen)
         experts_modules = require_experts_modules(model, config, checkpoint.name)
@@ -147,6 +171,7 @@ def read_blueprint(
         made,
         made_dense,
         tuple(packed),
+        note,
     )
 
 
@@ -247,6 +272,11 @@ def _dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
     for entry in weights.values():
         stored[entry.dtype] += entry.nbytes
     return stored.most_common(1)[0][0] if stored else torch.bfloat16
+
+
+def _dtype_for_device(dtype: torch.dtype, *, bf16: bool) -> tuple[torch.dtype, str]:
+    """What to compute in on a device that multiplies bfloat16, or does not, and why if it is not `dtype`."""
+    return (torch.float16, NO_BF16) if dtype is torch.bfloat16 and not bf16 else (dtype, "")
 
 
 def _dry_run(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from edgemoe.cache.accelerator import keeping_generators
 from edgemoe.cache.host_buffer import memory_of_its_own
 from edgemoe.cache.record import host_bytes
 from edgemoe.checkpoint.blueprint import Blueprint, build_skeleton, load_config
@@ -101,8 +102,8 @@ def load_dense(blueprint: Blueprint, device: torch.device, on_read: Callable[[in
             raw = [lazy_tensor(each)[...] for each in module.stored]
             module.install(model, module.weight(raw, blueprint.dtype, device))
     settings = load_config(model, blueprint.dtype, device)
-    # The loader draws random initial values, which must not advance the caller's generator.
-    with reading(checkpoint.name), quiet_transformers(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    # The loader draws random initial values, which must not advance the caller's generators.
+    with reading(checkpoint.name), quiet_transformers(), torch.no_grad(), keeping_generators(device):
         info, _ = model._load_pretrained_model(model, lazy, None, settings)
         info = model._finalize_model_loading(model, settings, info)
     lost = sorted(info.missing_keys) + sorted(info.conversion_errors)

@@ -15,6 +15,7 @@ from edgemoe.experts.expert_layer import ExpertLayers
 from edgemoe.model.draft_tree import DraftTree
 from edgemoe.model.kv_cache import SequenceCache
 from edgemoe.model.model_runner import ModelRunner, tree_input
+from edgemoe.model.pass_logits import LogitsRows, on_host
 from edgemoe.model.sequential_runner import PassInput
 from edgemoe.plan.kv_size import KvSize
 from edgemoe.request.request import Request
@@ -101,8 +102,8 @@ class PassDrafter(ABC):
             cache.mark()
             self._run[request], self._base[request] = [], cache.tokens
 
-    def run(self, branches: Sequence[Branch]) -> list[torch.Tensor]:
-        """The logits after each node, float32 [nodes, vocabulary] for each branch. Parents are run before children."""
+    def run(self, branches: Sequence[Branch]) -> list[LogitsRows]:
+        """The logits after each node, a row each, for each branch. Parents are run before children."""
         work = [
             self._known(
                 tree_input(self._cache_of(branch.request), branch.tree, branch.nodes, self._run[branch.request])
@@ -110,7 +111,7 @@ class PassDrafter(ABC):
             for branch in branches
         ]
         with self._drafting():
-            logits = self._runner.run(work)
+            logits = self._runner.run_sampled(work)
         for branch in branches:
             self._run[branch.request] += branch.nodes
         return logits
@@ -170,11 +171,11 @@ class SelfDrafter(PassDrafter):
         """See the base class."""
         self._choice.observe(self._rule, tokens, seconds)
 
-    def run(self, branches: Sequence[Branch]) -> list[torch.Tensor]:
+    def run(self, branches: Sequence[Branch]) -> list[LogitsRows]:
         """See the base class."""
         self._routing = DraftRouting(self._cache, self._experts, self._rule, self._most_similar)
         logits = super().run(branches)
-        self.wanted = [torch.cat(shares) if shares else torch.zeros(0, 0) for shares in self._routing.wanted]
+        self.wanted = self._routing.wanted_on_host()
         return logits
 
     def _drafting(self) -> AbstractContextManager[None]:
@@ -216,11 +217,13 @@ class ModelDrafter(PassDrafter):
         """See the base class."""
         self._caches.pop(request, None)
 
-    def run(self, branches: Sequence[Branch]) -> list[torch.Tensor]:
+    def run(self, branches: Sequence[Branch]) -> list[LogitsRows]:
         """See the base class."""
         more = self._vocabulary - self._own_vocabulary
         logits = super().run(branches)
-        return [torch.nn.functional.pad(each, (0, more), value=float("-inf")) for each in logits] if more else logits
+        if not more:
+            return logits
+        return [torch.nn.functional.pad(on_host(each), (0, more), value=float("-inf")) for each in logits]
 
     def _known(self, work: PassInput) -> PassInput:
         last = self._own_vocabulary - 1

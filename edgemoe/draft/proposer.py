@@ -18,6 +18,7 @@ from edgemoe.draft.step_cost import CycleCost, StepCost
 from edgemoe.draft.tree_builder import TreeBuilder
 from edgemoe.experts.expert_predictor import ExpertPredictor
 from edgemoe.model.draft_tree import Candidate, DraftTree
+from edgemoe.model.pass_logits import LogitsRows
 from edgemoe.prefetch.calibration import CalibratedRates
 from edgemoe.request.request import Request
 
@@ -195,8 +196,8 @@ class DraftProposer:
             passes.run([Branch(builder.request, builder.tree, builder.unexpanded) for builder in builders])
             self._add_predictions(passes, builders)
 
-    def _propose_children(self, builder: TreeBuilder, logits: torch.Tensor) -> None:
-        """Proposes what may follow the unexpanded nodes, given the logits after each, [nodes, vocabulary]."""
+    def _propose_children(self, builder: TreeBuilder, logits: LogitsRows) -> None:
+        """Proposes what may follow the unexpanded nodes, given the logits after each."""
         tree = builder.tree
         for node, after in zip(builder.unexpanded, logits, strict=True):
             if node and tree.tokens[node] in builder.request.ends:

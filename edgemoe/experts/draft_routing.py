@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from edgemoe.cache import ExpertCache
+from edgemoe.cache import ExpertCache, accelerator
 from edgemoe.experts.router_hook import Choice, hide, topk_weights
 
 RULES = ("reselect", "affinity", "fewer")
@@ -40,9 +40,9 @@ class DraftRouting:
 
         One tensor for each call of the layer, in the order of the pass's tokens.
         """
+        self.rule = rule
         self._cache = cache
         self._experts = experts
-        self._rule = rule
         self._most_similar = most_similar
         self._recorded_layer: int | None = None
         """The layer whose routing weights `choose` has recorded and that `substitute` has not yet served."""
@@ -51,7 +51,7 @@ class DraftRouting:
         """See `RoutingOverride`. Records `wanted`, and leaves a mark that it did for `substitute`."""
         self._recorded_layer = layer
         self.wanted[layer].append(topk_weights(choice))
-        if self._rule == "affinity":
+        if self.rule == "affinity":
             return choice.scores
         return hide(choice.scores, ~self.resident(layer, choice.scores.device))
 
@@ -66,20 +66,39 @@ class DraftRouting:
             self.wanted[layer].append(self._spread(layer, index, weights))
         self._recorded_layer = None
         resident = self.resident(layer, index.device)
-        if not bool(resident.any()):
+        # A device finds no expert for choices of weight 0; the host need not know whether there is any.
+        if not accelerator.is_accelerator(index.device) and not bool(resident.any()):
             return None
-        if self._rule == "affinity" and self._most_similar is not None:
+        if self.rule == "affinity" and self._most_similar is not None:
             index = self._most_similar(layer, resident.cpu()).to(index.device)[index.clamp(max=len(resident) - 1)]
         inside = index < len(resident)
         index = index.clamp(max=len(resident) - 1)
         weights = torch.where(inside & resident[index], weights, torch.zeros_like(weights)).nan_to_num()
-        if self._rule == "fewer":
+        if self.rule == "fewer":
             weights = _fewer(weights)
         # An expert of weight 0 is not computed, but must exist.
         return torch.where(weights != 0, index, resident.int().argmax()), weights
 
+    @property
+    def asks_host(self) -> bool:
+        """Whether the rule needs what the host computes."""
+        return self.rule == "affinity"
+
+    def alike(self) -> DraftRouting:
+        """The same rule for another pass. Only where it asks nothing of the host."""
+        return DraftRouting(self._cache, self._experts, self.rule)
+
+    def wanted_on_host(self) -> list[torch.Tensor]:
+        """`wanted` by layer, float32 [tokens, experts] on the CPU; from a device in one copy where layers are alike."""
+        layers = [torch.cat(each) if each else torch.zeros(0, 0) for each in self.wanted]
+        if len({each.shape for each in layers}) == 1 and accelerator.is_accelerator(layers[0].device):
+            return list(torch.stack(layers).cpu())
+        return [each.cpu() for each in layers]
+
     def resident(self, layer: int, device: torch.device) -> torch.Tensor:
-        """The experts of `layer` that are resident now, bool [experts]."""
+        """The experts of `layer` that are resident now, bool [experts]; on a device, those that its table has."""
+        if self._cache.table is not None:
+            return self._cache.table.device_table[layer, : self._experts[layer]] >= 0
         mask = torch.zeros(self._experts[layer], dtype=torch.bool)
         mask[self._cache.residents(layer)] = True
         return mask.to(device)

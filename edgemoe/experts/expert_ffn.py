@@ -54,11 +54,7 @@ class TokenGroups:
         self.top_k = index.shape[-1]
         self.summed: torch.Tensor | None = None
         """The sums of all outputs times their weights, [tokens, hidden size], where experts have computed them."""
-        rows: dict[int, list[int]] = {}
-        for pair, expert in enumerate(self._chosen(index, weights)):
-            if 0 <= expert < experts:
-                rows.setdefault(expert, []).append(pair)
-        self.rows: Mapping[int, list[int]] = rows
+        self.rows: Mapping[int, list[int]] = rows_of(self._chosen(index, weights), experts)
         """The pairs of each chosen expert, ascending. A choice that names no expert is in none: its output row is 0."""
         self._pairs = index.numel()
 
@@ -97,16 +93,30 @@ class TokenGroups:
 
     @property
     def wanted(self) -> list[int]:
-        """The experts to borrow, by ascending number of tokens, then by their last token.
-
-        The last ones count as used most recently, and so stay resident longest: an expert of many tokens is the one
-        most likely to be chosen again soon.
-        """
-        return sorted(self.rows, key=lambda expert: (len(self.rows[expert]), self.rows[expert][-1]))
+        """The experts to borrow; see `in_order_of_use`."""
+        return in_order_of_use(self.rows)
 
     def tokens(self, rows: Sequence[int]) -> list[int]:
         """The token number of each pair in `rows`."""
         return [row // self.top_k for row in rows]
+
+
+def rows_of(chosen: Sequence[int], experts: int) -> dict[int, list[int]]:
+    """The pairs of each chosen expert, ascending. `chosen[pair]` is its number; one beyond `experts` - 1 is none."""
+    rows: dict[int, list[int]] = {}
+    for pair, expert in enumerate(chosen):
+        if 0 <= expert < experts:
+            rows.setdefault(expert, []).append(pair)
+    return rows
+
+
+def in_order_of_use(rows: Mapping[int, Sequence[int]]) -> list[int]:
+    """The experts of `rows`, by ascending number of pairs, then by their last pair.
+
+    The last ones count as used most recently, and so stay resident longest: an expert of many tokens is the one most
+    likely to be chosen again soon.
+    """
+    return sorted(rows, key=lambda expert: (len(rows[expert]), rows[expert][-1]))
 
 
 class SortedGroups(TokenGroups):

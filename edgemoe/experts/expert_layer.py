@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgemoe.cache import ExpertCache
+from edgemoe.cache import ExpertCache, accelerator
 from edgemoe.checkpoint.experts_module import ExpertsModule
 from edgemoe.experts.expert_ffn import Experts, FastExperts, PlainExperts, SortedGroups, TokenGroups
 from edgemoe.experts.expert_predictor import ExpertPredictor
@@ -94,11 +94,24 @@ class ExpertLayer:
         return [part.view(each.shape) for part, each in zip(parts, hidden, strict=True)]
 
 
+Grouped = Callable[[int, ExpertsModule, Experts, "ExpertPredictor | None"], "ExpertLayer | None"]
+"""Makes the layer of a number whose experts are computed by kernels on a device; None where there are none for it."""
+
+
+Take = Callable[["ExpertLayer", torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""A layer's output for hidden states, index and weights, as `ExpertLayer.compute` has them."""
+
+
 class ExpertLayers:
     """The installed MoE layers of one model, with the modes that all of them run in."""
 
-    def __init__(self, current: CurrentLayer) -> None:
+    def __init__(self, current: CurrentLayer, cache: ExpertCache | None = None) -> None:
+        """`cache` has the experts of all layers; None for a model without any."""
+        self.layers: list[ExpertLayer] = []
+        """By their numbers."""
+        self.capture: Take | None = None
         self._current = current
+        self._cache = cache
         self._silent = False
         self._override: RoutingOverride | None = None
         self._lockstep: LockstepPasses | None = None
@@ -113,10 +126,26 @@ class ExpertLayers:
         """Whether routers choose by themselves: no `RoutingOverride` wants their scores."""
         return self._override is None
 
+    @property
+    def override(self) -> RoutingOverride | None:
+        """What routes the passes now, in the place of the routers; None where nothing does."""
+        return self._override
+
+    @contextmanager
+    def captured(self, take: Take) -> Iterator[None]:
+        """In the block `take` gets the calls of `forward`, in the place of the layers."""
+        self.capture = take
+        try:
+            yield
+        finally:
+            self.capture = None
+
     def forward(
         self, layer: ExpertLayer, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         """The output of `layer` in the current mode; arguments and result as in `ExpertLayer.compute`."""
+        if self.capture is not None:
+            return self.capture(layer, hidden, index, weights)
         if self._silent:
             return torch.zeros_like(hidden)
         if self._override is not None:
@@ -145,10 +174,22 @@ class ExpertLayers:
         """In the block passes are routed by `routing`. A nested block replaces the outer one's routing."""
         before, self._override = self._override, routing
         try:
+            if routing.resident_only:
+                self._show_residents()
             with RouterMode(self._current, routing.choose):
                 yield
         finally:
             self._override = before
+            if routing.resident_only and self._cache is not None:
+                # Kernels that are queued may read any slot that the table on a device has.
+                self._cache.released_all()
+
+    def _show_residents(self) -> None:
+        """Brings the table on the device, where there is one, up to what is resident now."""
+        if self._cache is not None and self._cache.table is not None:
+            for layer in range(len(self.layers)):
+                self._cache.make_readable(layer)
+            self._cache.table.flush()
 
     @contextmanager
     def lockstep(self) -> Iterator[LockstepPasses]:
@@ -168,19 +209,24 @@ def install(
     predictor: ExpertPredictor | None = None,
     *,
     plain: bool = False,
+    grouped: Grouped | None = None,
 ) -> ExpertLayers:
     """Replaces the forward of every experts module of `model` by an `ExpertLayer`.
 
     Also registers hooks on the model's MoE blocks (`CurrentLayer`). `plain` uses the reference arithmetic everywhere.
+    `grouped` makes the layers that a device has kernels for.
     """
-    layers = ExpertLayers(CurrentLayer(model, experts_modules))
+    layers = ExpertLayers(CurrentLayer(model, experts_modules), cache)
     for number, moe in enumerate(experts_modules):
         module, region = moe.module(model), cache.region(number)
-        if not plain and cache.pool.device.type == "cpu" and FastExperts.fits(module, moe):
+        on_cpu = not accelerator.is_accelerator(cache.pool.device)
+        if not plain and on_cpu and FastExperts.fits(module, moe):
             experts: Experts = FastExperts(module, moe, region, threads, model.dtype)
         else:
             experts = PlainExperts(module, moe, region)
-        layer = ExpertLayer(number, moe, experts, cache, predictor)
+        made = None if grouped is None else grouped(number, moe, experts, predictor)
+        layer = made or ExpertLayer(number, moe, experts, cache, predictor)
+        layers.layers.append(layer)
         module.forward = types.MethodType(_forward(layers, layer), module)
         vars(module)[_ATTRIBUTE] = layers, layer
     return layers

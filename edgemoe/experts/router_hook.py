@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from edgemoe.cache import accelerator
 from edgemoe.checkpoint.experts_module import ExpertsModule
 
 TOPK = (torch.topk, torch.Tensor.topk)
@@ -79,7 +80,7 @@ def by_kind(
     both are computed, so that the host need not wait.
     """
     negative = ((scores < 0) & (scores > float("-inf"))).any()
-    if scores.device.type == "cpu":
+    if not accelerator.is_accelerator(scores.device):
         return logits() if bool(negative) else probabilities()
     return torch.where(negative, logits(), probabilities())
 

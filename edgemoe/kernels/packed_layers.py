@@ -15,6 +15,8 @@ from edgemoe.kernels.row_linear import BATCH_INVARIANT_TOKENS, few_on_cpu
 
 if TYPE_CHECKING:
     from edgemoe.kernels.cpu.packed.packed_matrix import PackedMatrix
+    from edgemoe.kernels.triton.device_linear import PackedDense
+    from edgemoe.kernels.triton.launcher import Launcher
 
 
 class PackedWeight:
@@ -50,6 +52,8 @@ class PackedLinear(nn.Module):
         self.matrix: PackedMatrix | None = None
         """What multiplies by the weight, where a kernel does."""
         self._threads: KernelThreads | None = None
+        self._dense: PackedDense | None = None
+        self._dense_tokens = 0
 
     @property
     def weight(self) -> torch.Tensor:
@@ -65,6 +69,18 @@ class PackedLinear(nn.Module):
             self.matrix = packed_matrix.PackedMatrix.of_views(kind, self.packed.parts, "", columns)
             self._threads = threads
 
+    def use_launcher(self, launcher: Launcher, max_tokens: int) -> None:
+        """Multiplies up to `max_tokens` tokens by a kernel of the device that the weight is on, where there is one."""
+        # Imported late: it needs Triton.
+        from edgemoe.kernels.triton.device_linear import PackedDense
+
+        try:
+            dense = PackedDense(launcher, self.packed.kind, self.packed.parts, self.packed.shape)
+        except ValueError:
+            return
+        self.packed.parts = dense.parts
+        self._dense, self._dense_tokens = dense, max_tokens
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """The product with `input`, [..., columns], and the bias, [..., rows] in the dtype of `input`."""
         flat = input.reshape(-1, self.in_features)
@@ -74,6 +90,8 @@ class PackedLinear(nn.Module):
         return product.to(input.dtype).view(*input.shape[:-1], self.out_features)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
+        if self._dense is not None and 0 < len(x) <= self._dense_tokens:
+            return self._dense.multiply(x)
         matrix, threads = self.matrix, self._threads
         if matrix is None or threads is None:
             few, packed = few_on_cpu(x), self.packed

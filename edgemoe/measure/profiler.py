@@ -12,18 +12,19 @@ from statistics import fmean
 
 import torch
 
-from edgemoe.cache import ExpertCache
+from edgemoe.cache import ExpertCache, accelerator
 from edgemoe.checkpoint.blueprint import Blueprint
 from edgemoe.checkpoint.tokenizer import load_tokenizer
 from edgemoe.config import EngineConfig
 from edgemoe.errors import PlanError, reading
 from edgemoe.kernels.cpu.threads import torch_threads
+from edgemoe.measure.card_speed import measure_card
 from edgemoe.measure.text_passes import PROMPT, SEED, PassReading, TextPasses, task_texts
 from edgemoe.model.model_runner import ModelRunner
 from edgemoe.plan import fitting, machine
 from edgemoe.plan.performance_model import MachineSpeed, ModelShape
 from edgemoe.plan.plan import Plan
-from edgemoe.plan.profile import Profile, ProfileConditions, ProfilePoint
+from edgemoe.plan.profile import CardSpeed, Profile, ProfileConditions, ProfilePoint
 from edgemoe.planner import make_plan
 from edgemoe.results import Progress
 from edgemoe.runtime import Runtime
@@ -85,7 +86,8 @@ def profiling_run(
     limit, name = min(LENGTH, blueprint.context_limit or LENGTH), blueprint.checkpoint.name
     if limit < MIN_LENGTH:
         raise PlanError(f"{name} has a context of {limit} tokens: a profile needs texts of at least {MIN_LENGTH}")
-    config = replace(config, speculate="off", draft_model=None, state_folder="none", context=limit, batch=SEQUENCES)
+    alone = {"speculate": "off", "draft_model": None, "cpu_share": "off"}
+    config = replace(config, state_folder="none", context=limit, batch=SEQUENCES, **alone)
     plan = make_plan(blueprint, config)
     sequences = min(SEQUENCES, plan.kv_nbytes // max(1, plan.kv.nbytes(limit)))
     if sequences < MIN_SEQUENCES:
@@ -140,6 +142,7 @@ def _profile(blueprint: Blueprint, config: EngineConfig, on_progress: Callable[[
             )
         points = measure(full, SHAPES, fitting.MIN_POINTS)
         speed = _ceilings(blueprint, full)
+        card = _card_speed(blueprint, full)
     if lean < plan.slots:
         with profiling_run(blueprint, lean_config(config, plan, lean), on_progress) as few:
             points += measure(few, LEAN_SHAPES, fitting.MIN_POINTS - len(points))
@@ -148,7 +151,7 @@ def _profile(blueprint: Blueprint, config: EngineConfig, on_progress: Callable[[
     model = fitting.fit(shape_of(blueprint, plan), speed, points, bulk_from)
     taken = datetime.datetime.now().astimezone().date().isoformat()
     # The plan with few slots has missing experts, and so says where they come from.
-    return Profile(taken, ProfileConditions.of(plan), model, tuple(points))
+    return Profile(taken, ProfileConditions.of(plan), model, tuple(points), card)
 
 
 def lean_config(config: EngineConfig, plan: Plan, slots: int) -> EngineConfig:
@@ -230,6 +233,13 @@ def _ceilings(blueprint: Blueprint, at: ProfilingRun) -> MachineSpeed:
             arithmetic=machine.product_speed(math.prod(rows), columns, blueprint.dtype, device),
             link=_link_speed(at),
         )
+
+
+def _card_speed(blueprint: Blueprint, at: ProfilingRun) -> CardSpeed | None:
+    """That of the device; None on a CPU."""
+    if not accelerator.is_accelerator(at.plan.device):
+        return None
+    return measure_card(at.runtime, blueprint.experts_modules[0], at.plan.top_k)
 
 
 def _link_speed(at: ProfilingRun) -> float:

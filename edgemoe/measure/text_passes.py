@@ -17,6 +17,7 @@ from edgemoe.draft.proposer import MIN_PROBABILITY
 from edgemoe.model.draft_tree import DraftTree
 from edgemoe.model.kv_cache import SequenceCache
 from edgemoe.model.model_runner import ModelRunner
+from edgemoe.model.pass_logits import LogitsRows
 from edgemoe.model.sequential_runner import PassInput
 from edgemoe.quiet import quiet_transformers
 
@@ -74,10 +75,11 @@ class TextPasses:
         drafted = time.perf_counter()
         bases = [_cache_of(reader).tokens for reader in readers]
         kept = [tokens] * batch if right is None else [each + 1 for each in right]
-        logits = self._runner.run([_work(reader, tokens, count) for reader, count in zip(readers, kept, strict=True)])
+        work = [_work(reader, tokens, count) for reader, count in zip(readers, kept, strict=True)]
+        logits = self._runner.run_sampled(work)
         ran = time.perf_counter()
         for reader, base, each, count in zip(readers, bases, logits, kept, strict=True):
-            each.argmax(-1).tolist()
+            _sample(each)
             if tokens > 1:
                 _cache_of(reader).rollback(base, range(count))
         after, ended = self._counters, time.perf_counter()
@@ -98,6 +100,11 @@ class TextPasses:
 def _cache_of(reader: _Reader) -> SequenceCache:
     assert reader.cache is not None, "its prompt was not run"
     return reader.cache
+
+
+def _sample(rows: LogitsRows) -> list[int]:
+    """The likeliest token after each row: what a greedy request would get."""
+    return rows.argmax(-1).tolist() if isinstance(rows, torch.Tensor) else [row.argmax for row in rows]
 
 
 def _draft(reader: _Reader, nodes: int) -> None:

@@ -15,6 +15,9 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
+SPARE_ROWS = 64
+"""Rows behind those of a window that a buffer has room for."""
+
 
 class GrowingLayer(DynamicLayer):
     """A full-attention layer that appends to one buffer.
@@ -28,6 +31,10 @@ class GrowingLayer(DynamicLayer):
         super().__init__()  # type: ignore[no-untyped-call]
         self.capacity = capacity
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """As the base class, which copies an empty list to the device twice and waits for it."""
+        _begin_empty(self, key_states, value_states)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -49,6 +56,25 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = keys[..., :total, :], values[..., :total, :]
         return self.keys, self.values
 
+    def make_room(self, tokens: int) -> bool:
+        """Makes the buffers hold `tokens` more rows. Returns whether they were replaced. Only where there are rows."""
+        assert self.keys is not None
+        assert self.values is not None
+        before, past = self._buffers, self.get_seq_length()
+        return self._reserve(self.keys, self.values, past, past + tokens) is not before
+
+    @property
+    def buffers(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Those of keys and values, [batch, heads, capacity, width] each, filled or not; None before the first row."""
+        return self._buffers
+
+    def advance(self, tokens: int) -> None:
+        """Counts `tokens` rows that were written behind the others, in the buffers."""
+        assert self._buffers is not None
+        total = self.get_seq_length() + tokens
+        keys, values = self._buffers
+        self.keys, self.values = keys[..., :total, :], values[..., :total, :]
+
     def reset(self) -> None:
         """Drops everything and frees the buffer."""
         self._buffers = None
@@ -62,7 +88,7 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized or self.keys is None or self.values is None:
             return
         if rows and rows[-1] != len(rows) - 1:
-            index = torch.tensor(rows, device=self.keys.device) + base
+            index = torch.tensor([base + row for row in rows]).to(self.keys.device, non_blocking=True)
             for kept in (self.keys, self.values):
                 kept[..., base : base + len(rows), :] = kept.index_select(-2, index)
         self.keys = self.keys[..., : base + len(rows), :]
@@ -96,12 +122,20 @@ class WindowLayer(DynamicSlidingWindowLayer):
     """A sliding-window layer that can be rolled back.
 
     Between passes it holds the last `sliding_window` - 1 rows, as transformers' own layer does. From `mark` to
-    `rollback` it drops no row: a rollback needs the rows before the drafted ones.
+    `rollback` it drops no row: a rollback needs the rows before the drafted ones. `make_room` puts the rows into a
+    buffer with spare room, where a device appends; `update` takes them out of it again.
     """
 
     def __init__(self, sliding_window: int) -> None:
         super().__init__(sliding_window=sliding_window)
         self._drafting = False
+        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._first = 0
+        """The row of the buffers that is the first one held."""
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """See `GrowingLayer`."""
+        _begin_empty(self, key_states, value_states)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -115,9 +149,41 @@ class WindowLayer(DynamicSlidingWindowLayer):
         keys = torch.cat([self.keys, key_states], dim=-2)
         values = torch.cat([self.values, value_states], dim=-2)
         self.keys, self.values = keys, values
+        self._buffers = None
         if not self._drafting:
             self._trim()
         return keys, values
+
+    def make_room(self, tokens: int) -> bool:
+        """As `GrowingLayer.make_room`."""
+        assert self.keys is not None
+        assert self.values is not None
+        held = self.keys.shape[-2]
+        if self._buffers is not None and self._first + held + tokens <= self._buffers[0].shape[-2]:
+            return False
+        grown = []
+        for kept in (self.keys, self.values):
+            buffer = kept.new_empty(*kept.shape[:-2], held + max(tokens, SPARE_ROWS), kept.shape[-1])
+            buffer[..., :held, :] = kept
+            grown.append(buffer)
+        self._buffers, self._first = (grown[0], grown[1]), 0
+        self._hold(held)
+        return True
+
+    @property
+    def buffers(self) -> tuple[torch.Tensor, torch.Tensor, int] | None:
+        """As those of `GrowingLayer`, and the number of the sequence's tokens before their first row."""
+        if self._buffers is None or self.keys is None:
+            return None
+        return *self._buffers, self.cumulative_length - self.keys.shape[-2] - self._first
+
+    def advance(self, tokens: int) -> None:
+        """As `GrowingLayer.advance`."""
+        assert self.keys is not None
+        self.cumulative_length += tokens
+        self._hold(self.keys.shape[-2] + tokens)
+        if not self._drafting:
+            self._trim()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """How many keys the next pass of `query_length` tokens attends to, and the position of the first one."""
@@ -134,17 +200,35 @@ class WindowLayer(DynamicSlidingWindowLayer):
         if not self.is_initialized or self.keys is None or self.values is None:
             return
         held = self.keys.shape[-2] - (self.cumulative_length - base)
-        places = [*range(held), *(held + row for row in rows)]
-        index = torch.tensor(places, dtype=torch.long, device=self.keys.device)
-        self.keys, self.values = self.keys.index_select(-2, index), self.values.index_select(-2, index)
+        if list(rows) != list(range(len(rows))):
+            index = torch.tensor([held + row for row in rows]).to(self.keys.device, non_blocking=True)
+            for kept in (self.keys, self.values):
+                kept[..., held : held + len(rows), :] = kept.index_select(-2, index)
+        self.keys = self.keys[..., : held + len(rows), :]
+        self.values = self.values[..., : held + len(rows), :]
         self.cumulative_length = base + len(rows)
         self._trim()
+
+    def _hold(self, rows: int) -> None:
+        """Holds so many rows of the buffers."""
+        assert self._buffers is not None
+        keys, values = self._buffers
+        self.keys, self.values = (each[..., self._first : self._first + rows, :] for each in (keys, values))
 
     def _trim(self) -> None:
         assert self.keys is not None
         assert self.values is not None
+        before = self.keys.shape[-2]
         self.keys = self.keys[:, :, -self.sliding_window + 1 :, :]
         self.values = self.values[:, :, -self.sliding_window + 1 :, :]
+        self._first += before - self.keys.shape[-2]
+
+
+def _begin_empty(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Makes `layer` hold no row of keys and values such as these."""
+    layer.dtype, layer.device = keys.dtype, keys.device
+    layer.keys, layer.values = keys[..., :0, :], values[..., :0, :]
+    layer.is_initialized = True
 
 
 def cache_argument(model: Any) -> str:
@@ -191,6 +275,8 @@ class SequenceCache:
         self.kv = kv
         self.capacity = capacity
         self.tokens = tokens
+        self.buffer_table: torch.Tensor | None = None
+        """Where the layers' buffers lie, as kernels of a device read it; kept by the runner that made it."""
 
     @classmethod
     def empty(cls, model: Any, capacity: int) -> SequenceCache:

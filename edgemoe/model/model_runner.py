@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,9 +13,13 @@ from edgemoe.model.draft_tree import DraftTree, TreeMask
 from edgemoe.model.kv_cache import SequenceCache
 from edgemoe.model.packed_attention import configs_of
 from edgemoe.model.packed_runner import PackedRunner
+from edgemoe.model.pass_logits import LogitsRows, split_rows
 from edgemoe.model.rope import rescaling_lengths
-from edgemoe.model.sequential_runner import PROBE_TOKENS, PassInput, SequentialRunner
+from edgemoe.model.sequential_runner import PROBE_TOKENS, PassInput, SequentialRunner, whole_logits
 from edgemoe.quiet import quiet_transformers
+
+if TYPE_CHECKING:
+    from edgemoe.model.graph_runner import GraphRunner
 
 
 class ModelRunner:
@@ -41,6 +46,9 @@ class ModelRunner:
         self._packed = PackedRunner(sequential)
         self.packs = self._packed.works
         self._rescaling = rescaling_lengths(configs_of(sequential.model))
+        self._graphs = self._graph_runner()
+        self.graph_refusal = self._why_no_graphs()
+        """Why passes of few tokens are not replayed on a device that could; empty where they are, or there is none."""
         self.verifies, self.refusal = self._probe_verification()
 
     @property
@@ -72,13 +80,46 @@ class ModelRunner:
 
         With `every` they are those of all its tokens, [tokens, vocabulary]. After an error the caches are invalid.
         """
-        if self.packs:
-            return self._packed.run(inputs)
-        return self.sequential.run(inputs) if len(inputs) == 1 else self._in_lockstep(inputs)
+        return whole_logits(inputs, self.run_on_device(inputs))
 
-    def _in_lockstep(self, inputs: Sequence[PassInput]) -> list[torch.Tensor]:
+    def run_sampled(self, inputs: Sequence[PassInput]) -> list[LogitsRows]:
+        """As `run`, for logits that tokens are sampled from: each input's as rows, one or one a token.
+
+        Those of a device stay there until the next pass, and the best few of every row are read, in one copy.
+        """
+        found = self.run_on_device(inputs)
+        for rows in found:
+            if not isinstance(rows, torch.Tensor):
+                # Now, so that an error of the pass is raised by the pass, and its time is that of the pass.
+                rows.read_best()
+        return found
+
+    def _graph_runner(self) -> GraphRunner | None:
+        passes, attention = self.sequential.device_passes, self._packed.attention
+        if passes is None or attention is None or not self.packs:
+            return None
+        # Imported late: it needs Triton.
+        from edgemoe.model.graph_runner import GraphRunner
+
+        return GraphRunner(self.sequential, attention, passes)
+
+    def _why_no_graphs(self) -> str:
+        if self._graphs is not None:
+            return self._graphs.refusal
+        return "" if self.sequential.device_passes is None else "sequences of this family do not share a pass"
+
+    def run_on_device(self, inputs: Sequence[PassInput]) -> list[LogitsRows]:
+        """As `run_sampled`, without reading any logits of a device."""
+        if self._graphs is not None and self._graphs.fits(inputs):
+            return self._graphs.rows(inputs)
+        if self.packs:
+            return self._packed.rows(inputs)
+        return self.sequential.rows(inputs) if len(inputs) == 1 else self._in_lockstep(inputs)
+
+    def _in_lockstep(self, inputs: Sequence[PassInput]) -> list[LogitsRows]:
         with self.sequential.passing(inputs, kind="lockstep"), self.sequential.layers.lockstep() as lockstep:
-            return lockstep.run([partial(self.sequential.forward, item) for item in inputs])
+            logits = lockstep.run([partial(self.sequential.forward, item) for item in inputs])
+            return split_rows(torch.cat(logits), [item.outputs for item in inputs])
 
     def _probe_verification(self) -> tuple[str, str]:
         """What a pass can verify, and why it is nothing."""

@@ -54,6 +54,10 @@ class _Attached(NamedTuple):
     """Whether the masks of `base` are added to the scores."""
 
 
+AttendOnDevice = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor, "dict[str, Any]"], torch.Tensor]
+"""Attention of an attention module's query, key and value, with options as transformers gives them."""
+
+
 class PackedAttention:
     """The attention of one model's packed passes. Used by one thread at a time."""
 
@@ -65,6 +69,8 @@ class PackedAttention:
         self._threads = threads
         self.rows: Sequence[Row] = ()
         """Of the pass under way."""
+        self.on_device: AttendOnDevice | None = None
+        """Attends in the place of `rows` while a pass is captured, whose rows are only known when it is replayed."""
         self._masks: dict[object, torch.Tensor] = {}
         self._seen: dict[object, SeenKeys] = {}
         self._configs = configs_of(model)
@@ -92,6 +98,16 @@ class PackedAttention:
             self._masks.clear()
             self._seen.clear()
 
+    @contextmanager
+    def captured(self, attend: AttendOnDevice) -> Iterator[None]:
+        """In the block the model's attention is `attend`, whichever rows its passes will have."""
+        with self.running(()):
+            self.on_device = attend
+            try:
+                yield
+            finally:
+                self.on_device = None
+
     def running_alone(self, kv: DynamicCache, tokens: int) -> AbstractContextManager[None]:
         """As `running` for one sequence with new tokens, each with the bits of a step of its own."""
         return self.running([Row(kv, 0, tokens, None, batch_invariant=True)])
@@ -115,6 +131,8 @@ class PackedAttention:
 
     def attend(self, module: Any, query: Any, key: Any, value: Any, attached: _Attached, options: Any) -> torch.Tensor:
         """See `attend`."""
+        if self.on_device is not None:
+            return self.on_device(module, query, key, value, options)
         outputs = []
         for row in self.rows:
             first, last = row.first, row.last
@@ -170,7 +188,7 @@ class PackedAttention:
         key = (row.first if row.tree_mask else -queries, count, window)
         if key not in self._masks:
             visible = row.tree_mask.visible(count, window) if row.tree_mask else _causal(queries, count, window)
-            visible = visible.to(keys.device)
+            visible = visible.to(keys.device, non_blocking=True)
             self._masks[key] = (additive_mask(visible, keys.dtype) if additive else visible)[None, None]
         return self._masks[key]
 

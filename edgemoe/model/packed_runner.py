@@ -11,7 +11,8 @@ from edgemoe.errors import is_device_or_memory_error
 from edgemoe.kernels import batch_invariant_linear
 from edgemoe.model import fused_attention, fused_layer
 from edgemoe.model.packed_attention import MIN_THREADED_PAIRS, PackedAttention, Row
-from edgemoe.model.sequential_runner import PROBE_TOKENS, PassInput, SequentialRunner
+from edgemoe.model.pass_logits import LogitsRows, split_rows
+from edgemoe.model.sequential_runner import PROBE_TOKENS, PassInput, SequentialRunner, whole_logits
 from edgemoe.quiet import quiet_transformers
 
 
@@ -23,17 +24,22 @@ class PackedRunner:
         self._runner = runner
         # A KV cache that cannot be rolled back has layers of other kinds than `attend` appends to.
         packed = PackedAttention(runner.model, runner.kernel_threads) if runner.start(1).can_roll_back else None
-        self._attention = packed if packed is not None and packed.attached else None
-        if self._attention is not None:
-            batch_invariant_linear.install_batch_invariance(runner.model, partial(_batch_invariant, self._attention))
-            fused_attention.install(runner.model, self._attention, runner.kernel_threads)
+        self.attention = packed if packed is not None and packed.attached else None
+        """The attention of packed passes; None where the family has none such."""
+        if self.attention is not None:
+            batch_invariant_linear.install_batch_invariance(runner.model, partial(_batch_invariant, self.attention))
+            fused_attention.install(runner.model, self.attention, runner.kernel_threads)
             fused_layer.install(runner.model)
-        self.works = self._attention is not None and self._agrees()
+        self.works = self.attention is not None and self._agrees()
 
     def run(self, inputs: Sequence[PassInput]) -> list[torch.Tensor]:
         """As `SequentialRunner.run`, in one pass. Only where `works`."""
+        return whole_logits(inputs, self.rows(inputs))
+
+    def rows(self, inputs: Sequence[PassInput]) -> list[LogitsRows]:
+        """As `SequentialRunner.rows`, in one pass. Only where `works`."""
         runner = self._runner
-        assert self._attention is not None
+        assert self.attention is not None
         with runner.passing(inputs, kind="packed"):
             rows: list[Row] = []
             ids: list[int] = []
@@ -48,20 +54,19 @@ class PackedRunner:
                 ids += item.tokens
                 wanted += range(len(ids) - item.outputs, len(ids))
             device = runner.device
-            index = torch.tensor(wanted, device=device)
+            index = torch.tensor(wanted).to(device, non_blocking=True)
             extra = {"logits_to_keep": index} if runner.keeps_last else {}
-            with self._attention.running(rows):
+            with self.attention.running(rows):
                 logits = runner.model(
-                    input_ids=torch.tensor([ids], device=device),
-                    position_ids=torch.tensor([positions], device=device),
+                    # From pageable memory, so that the host may go on at once.
+                    input_ids=torch.tensor([ids]).to(device, non_blocking=True),
+                    position_ids=torch.tensor([positions]).to(device, non_blocking=True),
                     use_cache=False,
                     **extra,
                 ).logits[0]
             for item in inputs:
                 item.cache.tokens += len(item.tokens)
-            logits = (logits if runner.keeps_last else logits[index]).float().cpu()
-            parts = logits.split([item.outputs for item in inputs])
-            return [part if item.every else part[0] for item, part in zip(inputs, parts, strict=True)]
+            return split_rows(logits if runner.keeps_last else logits[index], [item.outputs for item in inputs])
 
     def _agrees(self) -> bool:
         """Whether two sequences get the same logits packed and alone, for their prompts and the tokens after them."""

@@ -6,11 +6,12 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from edgemoe.cache import accelerator
 from edgemoe.experts.expert_layer import ExpertLayers
 from edgemoe.kernels.cpu.kernel_choice import few_tokens
 from edgemoe.kernels.cpu.threads import KernelThreads, torch_threads
@@ -18,7 +19,11 @@ from edgemoe.kernels.row_linear import BATCH_INVARIANT_TOKENS
 from edgemoe.model.draft_tree import TreeMask, additive_mask
 from edgemoe.model.kv_cache import SequenceCache, cache_argument, has_recurrent_state
 from edgemoe.model.packed_attention import MIN_THREADED_PAIRS
+from edgemoe.model.pass_logits import LogitsRows, on_host, split_rows
 from edgemoe.quiet import quiet_transformers
+
+if TYPE_CHECKING:
+    from edgemoe.model.pass_graph import DevicePasses
 
 ATTENTION_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """What attention runs on, on a CUDA device."""
@@ -79,6 +84,7 @@ class SequentialRunner:
         expert_share: float = 1.0,
         kernel_tokens: int | None = None,
         kernel_threads: KernelThreads | None = None,
+        device_passes: DevicePasses | None = None,
     ) -> None:
         """`nbytes_per_token` are the weight bytes that a token multiplies. `kernel_threads` run attention's kernels;
         without them the caller does.
@@ -92,13 +98,15 @@ class SequentialRunner:
         self.prefill_chunk = prefill_chunk
         self.threads = threads
         self.kernel_threads = kernel_threads or KernelThreads(1)
+        self.device_passes = device_passes
+        """What passes are captured with, on a device that can."""
         self._nbytes_per_token = nbytes_per_token
         self._expert_share = expert_share
         self._cache_argument = cache_argument(model)
         self.keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
         if kernel_tokens is None:
             kernel_tokens = few_tokens(model.dtype)
-        self._few_tokens = kernel_tokens if device.type == "cpu" else 0
+        self._few_tokens = 0 if accelerator.is_accelerator(device) else kernel_tokens
         self._seen: set[object] = set()
 
     @property
@@ -119,26 +127,32 @@ class SequentialRunner:
 
         Returns each one's last logits, float32 [vocabulary] on the CPU, or those of all its tokens where `every`.
         """
-        results = []
+        return whole_logits(inputs, self.rows(inputs))
+
+    def rows(self, inputs: Sequence[PassInput]) -> list[LogitsRows]:
+        """As `run`, with the logits of every input as rows, one or one a token; those of a device are not read yet."""
+        results: list[LogitsRows] = []
         for item in inputs:
             with self.passing([item], kind=(len(item.tokens) > 1, item.tree_mask is None)):
-                results.append(self.forward(item))
+                results += split_rows(self.forward(item), [item.outputs])
         return results
 
     def forward(self, inputs: PassInput) -> torch.Tensor:
-        """The pass of `run` for one input, for callers that are already inside of `passing`."""
+        """The pass of `run` for one input, for callers that are already inside of `passing`.
+
+        Returns [outputs, vocabulary], on the device and in the dtype of the model.
+        """
         sequence = inputs.cache
-        ids = torch.tensor([list(inputs.tokens)], device=self.device)
+        ids = torch.tensor([list(inputs.tokens)]).to(self.device, non_blocking=True)
         extra: dict[str, Any] = {"logits_to_keep": inputs.outputs} if self.keeps_last else {}
         if inputs.tree_mask is not None:
-            extra["position_ids"] = torch.tensor([inputs.positions], device=self.device)
+            extra["position_ids"] = torch.tensor([list(inputs.positions)]).to(self.device, non_blocking=True)
             extra["attention_mask"] = self._masks(sequence, inputs.tree_mask)
         extra[self._cache_argument] = sequence.kv
         output = self.model(input_ids=ids, use_cache=True, **extra)
         sequence.kv = getattr(output, self._cache_argument)
         sequence.tokens += len(inputs.tokens)
-        logits = output.logits[0, -inputs.outputs :].float().cpu()
-        return logits if inputs.every else logits[-1]  # type: ignore[no-any-return]
+        return output.logits[0, -inputs.outputs :]  # type: ignore[no-any-return]
 
     def _masks(self, sequence: SequenceCache, tree_mask: TreeMask) -> Any:
         """A 4-D mask, or one for each kind of attention where the model has several, [1, 1, tokens, keys]."""
@@ -151,7 +165,7 @@ class SequentialRunner:
                 continue
             keys, _ = layer.get_mask_sizes(len(tree_mask.ancestors))
             window = layer.sliding_window if layer.is_sliding else None
-            visible = tree_mask.visible(keys, window).to(self.device)
+            visible = tree_mask.visible(keys, window).to(self.device, non_blocking=True)
             masks[kind] = additive_mask(visible, self.model.dtype)[None, None]
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
@@ -168,7 +182,7 @@ class SequentialRunner:
         # the two kinds gets the cores of a pass.
         few = tokens <= self._few_tokens or self._spread_thin(tokens)
         # A device leaves the CPU so little to do that starting and joining threads costs more than all of it.
-        alone = small or few or self.device.type != "cpu"
+        alone = small or few or accelerator.is_accelerator(self.device)
         quiet = nullcontext() if kind in self._seen else quiet_transformers()
         self._seen.add(kind)
         threads = torch_threads(1 if alone else self.threads)
@@ -180,7 +194,8 @@ class SequentialRunner:
 
         For more tokens, and on GPUs, a loop over them would cost more than it is worth.
         """
-        return self.device.type == "cpu" and 1 < sum(len(item.tokens) for item in inputs) <= BATCH_INVARIANT_TOKENS
+        few = 1 < sum(len(item.tokens) for item in inputs) <= BATCH_INVARIANT_TOKENS
+        return few and not accelerator.is_accelerator(self.device)
 
     def _spread_thin(self, tokens: int) -> bool:
         """Whether each expert gets so few of `tokens` that kernels gain more on experts than they lose elsewhere."""
@@ -220,6 +235,11 @@ class SequentialRunner:
         """Whether two logits differ by no more than rounding."""
         scale = float(expected.max() - expected.min()) or 1.0
         return float((expected - found).abs().max()) <= AGREEMENT[self.model.dtype] * scale
+
+
+def whole_logits(inputs: Sequence[PassInput], rows: Sequence[LogitsRows]) -> list[torch.Tensor]:
+    """What `SequentialRunner.run` returns for `inputs`, of the `rows` of each."""
+    return [on_host(each if item.every else each[-1]) for item, each in zip(inputs, rows, strict=True)]
 
 
 def _attention_kernels(device: torch.device) -> AbstractContextManager[None]:

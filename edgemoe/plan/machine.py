@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
+
+from edgemoe.cache import accelerator
+from edgemoe.cache.host_buffer import HostBuffer
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 
@@ -22,6 +26,8 @@ class Gpu:
     name: str
     total: int
     free: int
+    capability: tuple[int, int] | None = None
+    """NVIDIA's compute capability, such as (8, 6); None where the driver does not say."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,19 @@ def _gpu(index: int) -> Gpu:
 
     handle = pynvml.nvmlDeviceGetHandleByIndex(index)
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-    return Gpu(index, str(pynvml.nvmlDeviceGetName(handle)), int(memory.total), int(memory.free))
+    capability: tuple[int, int] | None = None
+    with suppress(pynvml.NVMLError):
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+        capability = int(major), int(minor)
+    return Gpu(index, str(pynvml.nvmlDeviceGetName(handle)), int(memory.total), int(memory.free), capability)
+
+
+def gpu_nbytes(name: str) -> int:
+    """Bytes of memory of the device that the driver calls `name`; 0 where it knows none, as without a driver.
+
+    By name, since PyTorch and the driver number devices differently; of several of one name, the first.
+    """
+    return next((gpu.total for gpu in gpus() if gpu.name == name), 0)
 
 
 def _limits_of(base: Path, path: str, limit: str, usage: str, *cached: str) -> Iterator[GroupLimit]:
@@ -142,10 +160,14 @@ def product_speed(rows: int, columns: int, dtype: torch.dtype, device: torch.dev
 
 
 def copy_speed(nbytes: int, device: torch.device) -> float:
-    """Bytes per second of copying `nbytes` bytes from pageable RAM to `device`."""
-    here = torch.ones(nbytes, dtype=torch.uint8)
+    """Bytes per second of copying `nbytes` bytes to `device`, from page-locked RAM where the system gives any."""
+    here = HostBuffer(nbytes, pin=accelerator.is_accelerator(device))
+    here.memory.fill_(1)
     there = torch.empty(nbytes, dtype=torch.uint8, device=device)
-    return nbytes / _fastest(lambda: there.copy_(here), device)
+    try:
+        return nbytes / _fastest(lambda: there.copy_(here.memory, non_blocking=True), device)
+    finally:
+        here.close()
 
 
 def _fastest(action: Callable[[], object], device: torch.device) -> float:
@@ -154,8 +176,8 @@ def _fastest(action: Callable[[], object], device: torch.device) -> float:
     def tried() -> float:
         started = time.perf_counter()
         action()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if accelerator.is_accelerator(device):
+            accelerator.synchronize(device)
         return time.perf_counter() - started
 
     tried()

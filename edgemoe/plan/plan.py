@@ -83,6 +83,12 @@ class Plan:
     """Bytes of all experts in formats that they could be quantised to (`experts=`), by its name; none where packed."""
     not_served: tuple[str, ...] = ()
     """What the checkpoint says about generation and edgemoe does not do, as "name=value"."""
+    dtype_note: str = ""
+    """Why the dtype is not the one of the checkpoint although none was asked for; empty where it is."""
+    cpu_share: float = 0.0
+    """Share of the missing experts, from 0 to 1, that the CPU computes beside a device, in passes of few tokens."""
+    cpu_share_note: str = ""
+    """Where that share is from, or why it is 0; empty where none was asked for."""
     predicted: PredictedSpeed | None = None
     """Predicted tokens per second; None without a profile of the model on this machine (see `edgemoe profile`)."""
 
@@ -128,16 +134,17 @@ class Plan:
 
     def lines(self) -> list[tuple[str, str, str]]:
         """Rows for people: name, amount, and where or why."""
-        memory = "VRAM" if self.device.startswith("cuda") else "RAM"
+        memory = "RAM" if self.device == "cpu" else "VRAM"
         size = format_bytes
         slots = f"{self.slots} slots of {self._slot_sizes()}, {self.slots / self.experts:.0%} of the experts"
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        dtype = f"{self.dtype}: {self.dtype_note}" if self.dtype_note else self.dtype
         experts = f"{self.layers} MoE layers, {self.experts} experts, top-{self.top_k}"
         if not set(self.formats) <= FLOATS:
             experts += f", in {' and '.join(self.formats)}"
         rows = [
             ("model", self.model, f"{self.family}, {experts}"),
-            ("device", self.device, f"{size(self.device_free)} {memory} free, {threads}, {self.dtype}"),
+            ("device", self.device, f"{size(self.device_free)} {memory} free, {threads}, {dtype}"),
             ("non-expert weights", size(self.dense_nbytes), memory),
             ("KV cache", size(self.kv_nbytes), f"{memory}, {self._sequences()}"),
             *self._draft_model(memory),
@@ -147,12 +154,18 @@ class Plan:
         ]
         way = "past the page cache" if self.direct_reads else "through the page cache"
         if self.host_tier == "file":
+            # On a CPU alone there is no other place.
+            why = "" if self.device == "cpu" else ": free RAM does not hold them all (host_tier=)"
             rows.append(
-                ("experts", size(self.file_nbytes), "read from the checkpoint's files as they are needed, " + way)
+                ("experts", size(self.file_nbytes), f"read from the checkpoint's files as they are needed, {way}{why}")
             )
         else:
             rows.append(("pinned RAM", size(self.pinned_nbytes), "records and staging, page-locked"))
             rows.append(("pageable RAM", size(self.pageable_nbytes), "records beyond the page-locked ones"))
+        if self.cpu_share_note:
+            on = f"of the missing experts, {self.cpu_share_note}; the last bits depend on what is resident"
+            share = (f"{self.cpu_share:.0%}", on) if self.cpu_share else ("off", self.cpu_share_note)
+            rows.append(("CPU share", *share))
         # The drafter comes first, then when it runs, or why none does.
         what, why = re.split(": |, ", self.speculation, maxsplit=1)
         rows.append(("speculation", what, why))

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import psutil
 import torch
 
+from edgemoe.cache import accelerator
 from edgemoe.checkpoint.state_folder import StateFolder
 from edgemoe.errors import PlanError
-from edgemoe.plan.machine import cores
+from edgemoe.plan.machine import cores, gpu_nbytes
 from edgemoe.plan.performance_model import Locality, MachineSpeed, ModelShape, PerformanceModel, Routing, Times
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ _LABELS = {
     "cores": "cores",
     "ram_gib": "GiB of RAM",
     "device": "device",
+    "device_gib": "GiB of the device's memory",
     "torch": "PyTorch",
     "dtype": "dtype",
     "formats": "formats",
@@ -75,6 +77,8 @@ class ProfileConditions:
     ram_gib: int
     device: str
     """The GPU's name; "cpu" without a GPU."""
+    device_gib: int
+    """The GPU's memory, since some are sold with less under the same name; 0 without a GPU, or where no driver says."""
     torch: str
     """The version of PyTorch."""
     dtype: str
@@ -91,13 +95,14 @@ class ProfileConditions:
     @classmethod
     def of(cls, plan: Plan) -> ProfileConditions:
         """The conditions of an engine with `plan` on this machine."""
-        cuda = plan.device.startswith("cuda")
         misses = plan.slots < plan.experts
+        device = accelerator.device_name(plan.device) if accelerator.is_accelerator(plan.device) else plan.device
         return cls(
             processor=_processor(),
             cores=cores(),
             ram_gib=round(psutil.virtual_memory().total / (1 << 30)),
-            device=torch.cuda.get_device_name(plan.device) if cuda else plan.device,
+            device=device,
+            device_gib=round(gpu_nbytes(device) / (1 << 30)),
             torch=torch.__version__,
             dtype=plan.dtype,
             formats=" ".join((*plan.formats, plan.dense_format)).strip(),
@@ -147,8 +152,8 @@ def _processor() -> str:
 
 NAME = "profile.json"
 FORMAT = "edgemoe profile"
-VERSION = 3
-"""Version 1 did not record where missing experts came from. Files of other versions are ignored."""
+VERSION = 4
+"""Version 3 did not record the size of the device's memory and its speeds. Files of other versions are ignored."""
 MAX_NBYTES = 1 << 20
 """Upper bound of a file's size; a larger one is ignored."""
 _PARTS = {"shape": ModelShape, "speed": MachineSpeed, "routing": Routing, "locality": Locality, "times": Times}
@@ -160,6 +165,32 @@ class ForeignProfile(PlanError):
 
 
 @dataclass(frozen=True)
+class CardSpeed:
+    """What was measured of a device that is no CPU: bytes per second, and seconds."""
+
+    pcie: float
+    """Copies of records from page-locked RAM to the device."""
+    pcie_beside: float
+    """The same while the CPU's kernels read the same RAM."""
+    vram: float
+    """Reading the device's memory."""
+    launch_seconds: float
+    """Time of the host to queue one of PyTorch's kernels."""
+    read_seconds: float
+    """Time of the host until it has what a device that has nothing else to do tells it: one token's choice of experts.
+    """
+    cpu: float
+    """The CPU's kernels on records in RAM; 0 where there are none for the experts' format."""
+    cpu_beside: float
+    """The same while records are copied to the device."""
+
+    @property
+    def cpu_share(self) -> float:
+        """The share of missing experts, from 0 to 1, that the CPU would compute while the others are copied."""
+        return self.cpu_beside / max(self.cpu_beside + self.pcie_beside, 1e-9)
+
+
+@dataclass(frozen=True)
 class Profile:
     """Measured points, the conditions of the measurement, and the performance model fitted to the points."""
 
@@ -168,11 +199,14 @@ class Profile:
     conditions: ProfileConditions
     model: PerformanceModel
     points: tuple[ProfilePoint, ...]
+    card: CardSpeed | None = None
+    """Of the device; None on a CPU."""
 
     def to_dict(self) -> dict[str, Any]:
         """The profile as a JSON object."""
         header = {"format": FORMAT, "version": VERSION, "taken": self.taken, "conditions": asdict(self.conditions)}
-        return header | asdict(self.model) | {"points": [asdict(point) for point in self.points]}
+        points = [asdict(point) for point in self.points]
+        return header | asdict(self.model) | {"card": asdict(self.card) if self.card else None, "points": points}
 
 
 def write_profile(state: StateFolder, profile: Profile) -> None:
@@ -206,7 +240,8 @@ def _parsed(data: bytes) -> Profile | None:
         parts: dict[str, Any] = {name: _part(kind, kept[name]) for name, kind in _PARTS.items()}
         points = tuple(_part(ProfilePoint, point) for point in kept["points"])
         conditions = ProfileConditions(**kept["conditions"])
-        return Profile(str(kept["taken"]), conditions, PerformanceModel(**parts), points)
+        card = None if kept["card"] is None else _part(CardSpeed, kept["card"])
+        return Profile(str(kept["taken"]), conditions, PerformanceModel(**parts), points, card)
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
 

@@ -16,6 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from edgemoe.model.pass_logits import DeviceRow, LogitsRow, on_host
 from edgemoe.request.sparse_processors import in_place
 
 BY_VALUE = (TopPLogitsWarper, MinPLogitsWarper)
@@ -52,7 +53,8 @@ class LogitsSteps:
     Of tokens that are equally likely at the border of top-p, others may be kept: PyTorch's sort has no order for them.
     """
 
-    def __init__(self, processors: LogitsProcessorList) -> None:
+    def __init__(self, processors: LogitsProcessorList, *, greedy: bool = False) -> None:
+        """With `greedy` only the largest of what is kept matters, and the first of equal ones."""
         self._all = processors
         self._top_k = 0
         self._first, self._last = LogitsProcessorList(), LogitsProcessorList()
@@ -64,23 +66,36 @@ class LogitsSteps:
                 self._first = LogitsProcessorList(processors[:first])
                 self._top_k, self._last = each.top_k, LogitsProcessorList([*processors[first:place], *behind])
         self._in_place = [in_place(each) for each in self._first]
+        self._best = 1 if greedy and not processors else 0 if self._first else self._top_k
+        """The number of largest logits that are enough; 0 where all are needed."""
 
-    def run(self, tokens: Sequence[int], logits: torch.Tensor) -> Kept:
-        """What becomes of `logits`, float32 [vocabulary] on the CPU, after `tokens`. The logits are not changed."""
-        if not self._all:
+    def run(self, tokens: Sequence[int], logits: LogitsRow) -> Kept:
+        """What becomes of `logits` after `tokens`. The logits are not changed.
+
+        Where the largest are enough, no others are read from a device.
+        """
+        if not self._all and isinstance(logits, torch.Tensor):
             return Kept(logits)
         text = torch.frombuffer(array("q", tokens), dtype=torch.int64) if tokens else torch.empty(0, dtype=torch.int64)
+        largest = logits.largest(self._best) if self._best and isinstance(logits, DeviceRow) else None
+        if largest is not None:
+            return self._kept(text, *largest)
+        whole = on_host(logits)
         if self._top_k:
-            scores = self._changed(text, logits)
+            scores = self._changed(text, whole)
             kept = top_k(scores, self._top_k)
             # Nothing is left where a logit is not a number.
             if len(kept):
-                few = scores[kept][None]
-                # One by one: transformers' list looks at the signature of each in every call.
-                for each in self._last:
-                    few = each(text[None], few)
-                return Kept(few[0], kept)
-        return Kept(_processed(self._all, text, logits))
+                return self._kept(text, scores[kept], kept)
+        return Kept(_processed(self._all, text, whole))
+
+    def _kept(self, text: torch.Tensor, few: torch.Tensor, ids: torch.Tensor) -> Kept:
+        """What the processors from top-k on leave of `few`, float32 [kept], those of `ids` that top-k keeps."""
+        few = few[None]
+        # One by one: transformers' list looks at the signature of each in every call.
+        for each in self._last:
+            few = each(text[None], few)
+        return Kept(few[0], ids)
 
     def _changed(self, text: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """`logits` after the processors before top-k and the temperature."""

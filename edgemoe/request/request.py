@@ -6,10 +6,9 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-import torch
-
 from edgemoe.model.draft_tree import DraftTree
 from edgemoe.model.kv_cache import SequenceCache
+from edgemoe.model.pass_logits import LogitsRow, LogitsRows, on_host
 from edgemoe.request.reply_parts import Piece
 from edgemoe.request.reply_text import ReplyText
 from edgemoe.request.sampler import Sampler
@@ -129,15 +128,15 @@ class Request:
         self._misses += misses
         self._bytes_loaded += nbytes
 
-    def advance(self, logits: torch.Tensor) -> None:
-        """Samples the next token from `logits`, float32 [vocabulary] on the CPU, and adds its chunk."""
+    def advance(self, logits: LogitsRow) -> None:
+        """Samples the next token from `logits`, and adds its chunk."""
         self._append(self._draw(logits), logits)
 
-    def verify(self, tree: DraftTree, logits: torch.Tensor) -> list[int]:
+    def verify(self, tree: DraftTree, logits: LogitsRows) -> list[int]:
         """Samples along `tree`, whose root is the last token, until a token is not in the tree, and adds the chunks.
 
-        `logits` is float32 [nodes, vocabulary] on the CPU. Tokens are sampled as by `advance`, so the reply is the same
-        without the tree. Returns the nodes whose tokens are in the reply, root first: those to keep in the KV cache.
+        `logits` are those after each node. Tokens are sampled as by `advance`, so the reply is the same without the
+        tree. Returns the nodes whose tokens are in the reply, root first: those to keep in the KV cache.
         """
         path = [0]
         self.cycles += 1
@@ -153,10 +152,10 @@ class Request:
             if child is None or self.finished:
                 return path
 
-    def candidates(self, tree: DraftTree, node: int, logits: torch.Tensor, count: int) -> list[tuple[int, float]]:
+    def candidates(self, tree: DraftTree, node: int, logits: LogitsRow, count: int) -> list[tuple[int, float]]:
         """The `count` most probable samples after `node`, most probable first: tokens and probabilities.
 
-        `logits`, float32 [vocabulary], are a drafter's. The probabilities are the softmax of the sampler's scores, with
+        `logits` are a drafter's. The probabilities are the softmax of the sampler's scores, with
         the noise that the next sample will use; tokens of probability 0 are left out.
         """
         text = self.tokens + tree.text(node)
@@ -171,10 +170,10 @@ class Request:
         """Ends it with `error`."""
         self.error = error
 
-    def _draw(self, logits: torch.Tensor) -> int:
+    def _draw(self, logits: LogitsRow) -> int:
         return self._sampler.draw(self.tokens, logits)
 
-    def _append(self, token: int, logits: torch.Tensor) -> None:
+    def _append(self, token: int, logits: LogitsRow) -> None:
         self._first_at = self._first_at or time.perf_counter()
         self.tokens.append(token)
         self._reason, piece = self._follow(token)
@@ -192,11 +191,11 @@ class Request:
             return ("stop" if self._text.stopped else "length"), piece
         return None, piece
 
-    def _logprobs(self, token: int, logits: torch.Tensor) -> tuple[TokenLogprob, ...] | None:
+    def _logprobs(self, token: int, logits: LogitsRow) -> tuple[TokenLogprob, ...] | None:
         count = self._settings.logprobs
         if count is None:
             return None
-        values = logits.log_softmax(-1)
+        values = on_host(logits).log_softmax(-1)
         best = values.topk(min(count, len(values)))
         name = self._text.name
         top = tuple((int(index), name(int(index)), float(value)) for value, index in zip(*best, strict=True))

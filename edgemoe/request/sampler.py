@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from edgemoe.errors import CheckpointError, RequestError, is_device_or_memory_error, reason
+from edgemoe.model.pass_logits import DeviceRow, LogitsRow
 from edgemoe.request.gumbel_noise import gumbel_noise
 from edgemoe.request.kept_logits import Kept, LogitsSteps
 from edgemoe.request.logits_processors import OccurrencePenalty, make_processors, without_state
@@ -38,13 +39,16 @@ class Sampler:
             own.append(OccurrencePenalty(prompt_length, settings.presence_penalty, settings.frequency_penalty))
         self.processors = make_processors(settings.generation, prompt_length, vocabulary, own)
         """What the logits go through, transformers' LogitsProcessorList."""
-        self._steps = LogitsSteps(self.processors)
-        self._for_drafts = LogitsSteps(without_state(self.processors))
+        self._steps = LogitsSteps(self.processors, greedy=self.greedy)
+        for_drafts = without_state(self.processors)
+        self._for_drafts = LogitsSteps(for_drafts)
+        self._drafts_likeliest = self.greedy and not for_drafts
 
-    def draw(self, tokens: Sequence[int], logits: torch.Tensor) -> int:
-        """Samples the token after `tokens` (prompt and reply) from its `logits`, float32 [vocabulary] on the CPU.
+    def draw(self, tokens: Sequence[int], logits: LogitsRow) -> int:
+        """Samples the token after `tokens` (prompt and reply) from its `logits`.
 
-        Uses up the noise of one sample, unless greedy.
+        Of a device's, the best few are enough for greedy and for top-k before which nothing but the temperature changes
+        logits; else all are read. Uses up the noise of one sample, unless greedy.
         """
         found = self._with_noise(self._steps.run(tokens, logits))
         self._drawn += 1
@@ -58,9 +62,14 @@ class Sampler:
         return self._with_noise(self._for_drafts.run(tokens, logits), ahead).spread(len(logits))
 
     def candidates(
-        self, tokens: Sequence[int], logits: torch.Tensor, count: int, ahead: int = 0
+        self, tokens: Sequence[int], logits: LogitsRow, count: int, ahead: int = 0
     ) -> list[tuple[int, float]]:
-        """The `count` tokens of the highest `scores`, highest first, and the softmax of these: none of 0."""
+        """The `count` tokens of the highest `scores`, highest first, and the softmax of these: none of 0.
+
+        Of a device's logits they may be fewer: at most `pass_logits.BEST`.
+        """
+        if self._drafts_likeliest and isinstance(logits, DeviceRow):
+            return logits.likeliest(count)
         kept = self._with_noise(self._for_drafts.run(tokens, logits), ahead)
         best = kept.scores.softmax(-1).topk(min(count, len(kept.scores)))
         found = zip(best.values.tolist(), best.indices.tolist(), strict=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgemoe.model.kv_cache import SequenceCache
+from edgemoe.model.kv_cache import SequenceCache, capacity_for
 from edgemoe.plan.kv_size import KvSize
 
 
@@ -13,8 +13,10 @@ class KvBudget:
     holds at least one sequence of full length.
     """
 
-    def __init__(self, size: KvSize, limit_nbytes: int) -> None:
+    def __init__(self, size: KvSize, limit_nbytes: int, *, at_once: bool = False) -> None:
+        """With `at_once`, caches never grow: buffers of many sizes that come and go leave gaps in a device's memory."""
         self.limit_nbytes = limit_nbytes
+        self._at_once = at_once
         self._size = size
         self._charges: dict[SequenceCache, int] = {}
         self._total = 0
@@ -23,6 +25,10 @@ class KvBudget:
     def nbytes(self) -> int:
         """Bytes that are charged."""
         return self._total
+
+    def capacity_for(self, tokens: int, limit: int) -> int:
+        """The capacity in tokens of a cache for `tokens` tokens that will hold at most `limit`."""
+        return max(tokens, limit) if self._at_once else capacity_for(tokens, limit)
 
     def nbytes_for(self, capacity: int) -> int:
         """Bytes of a cache for `capacity` tokens."""

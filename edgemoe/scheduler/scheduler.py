@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from edgemoe.draft.proposal import Verified
 from edgemoe.model.draft_tree import DraftTree
-from edgemoe.model.kv_cache import SequenceCache, capacity_for
+from edgemoe.model.kv_cache import SequenceCache
 from edgemoe.model.model_runner import ModelRunner
+from edgemoe.model.pass_logits import LogitsRows
 from edgemoe.request.request import Request
 from edgemoe.scheduler.batch_size import BatchSize
 from edgemoe.scheduler.kv_budget import KvBudget
@@ -112,15 +111,15 @@ class Scheduler:
         """
         verified, generated = {}, 0
         self._account(step.parts, outputs)
-        for (request, _), logits in zip(step.parts, outputs.logits, strict=True):
+        for (request, _), rows in zip(step.parts, outputs.logits, strict=True):
             if request.cache is not None and request.cache.tokens == self._pauses.get(request):
                 self._keep_copy(request, request.cache)
             if request in drafts:
-                verified[request] = _verify(request, drafts[request], logits, outputs.bases[request])
+                verified[request] = _verify(request, drafts[request], rows, outputs.bases[request])
                 request.lossy |= outputs.lossy
                 generated += verified[request].tokens
             elif request.uncomputed == 0:
-                request.advance(logits)
+                request.advance(rows[-1])
                 generated += 1
         self.totals.tokens_generated += generated
         return Committed(generated, verified)
@@ -169,7 +168,7 @@ class Scheduler:
             match = self._match(request)
             if self._prefix_is_coming(request, match.tokens if match else 0):
                 return
-            capacity = capacity_for(len(request.tokens), request.max_length)
+            capacity = self.kv.capacity_for(len(request.tokens), request.max_length)
             # Cached prefixes are not counted: they are evicted before a request has to wait.
             taken = sum(self.kv.charged(each.cache) for each in self._running if each.cache is not None)
             if self._running and taken + self.kv.nbytes_for(capacity) > self.kv.limit_nbytes:
@@ -263,7 +262,7 @@ class Scheduler:
             cache = request.cache
             if cache is None or cache.tokens + count <= cache.capacity:
                 continue
-            capacity = capacity_for(cache.tokens + count, request.max_length)
+            capacity = self.kv.capacity_for(cache.tokens + count, request.max_length)
             more = self.kv.more_for(cache, capacity)
             while not self._evicted_for(more) and self._running[-1] is not request:
                 self._preempt(self._running[-1])
@@ -291,7 +290,7 @@ class Scheduler:
         left = left if depth is None else min(left, depth)
         wanted = cache.tokens + 1 + min(self._max_draft_nodes, left)
         if wanted > cache.capacity:
-            capacity = capacity_for(wanted, request.max_length)
+            capacity = self.kv.capacity_for(wanted, request.max_length)
             if self.kv.fits(self.kv.more_for(cache, capacity)):
                 self._grow(cache, capacity)
         return max(0, min(left, cache.capacity - cache.tokens - 1))
@@ -332,11 +331,11 @@ class Scheduler:
             request.account(outputs.hits * share, outputs.misses * share, outputs.nbytes_loaded * share)
 
 
-def _verify(request: Request, tree: DraftTree, logits: torch.Tensor, base: int) -> Verified:
+def _verify(request: Request, tree: DraftTree, rows: LogitsRows, base: int) -> Verified:
     """Adds the tokens that a verification gives to the reply, and keeps the cached tokens that belong to it."""
     assert request.cache is not None
     before = request.generated
-    path = request.verify(tree, logits)
+    path = request.verify(tree, rows)
     tokens = request.generated - before
     request.cache.rollback(base, path[:tokens])
     return Verified(path, tokens)

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-
 from edgemoe.draft.proposal import Verified
+from edgemoe.model.pass_logits import LogitsRows
 from edgemoe.model.sequential_runner import PassInput
 from edgemoe.request.request import Request
 
@@ -41,8 +40,8 @@ class StepOutputs:
 
     inputs: Sequence[PassInput]
     """One for each part of the step, as it was run."""
-    logits: Sequence[torch.Tensor]
-    """For each input float32 on the CPU: [vocabulary], or [nodes, vocabulary] where a draft tree was verified."""
+    logits: Sequence[LogitsRows]
+    """For each input a row, or one for each node where a draft tree was verified."""
     bases: Mapping[Request, int]
     """Tokens in the KV cache before the pass, of requests whose drafts were verified."""
     hits: int

@@ -39,7 +39,7 @@ class StepRunner:
                 cache.mark()
                 inputs.append(tree_input(cache, tree, range(len(tree)), ())._replace(verifies=True))
         with self._restricted(step, inputs, drafts):
-            logits = self.model.run(inputs)
+            logits = self.model.run_sampled(inputs)
         now = self.counters
         return StepOutputs(
             inputs=inputs,

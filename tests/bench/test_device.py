@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import configparser
-import importlib
 import json
 import os
 import subprocess
@@ -12,15 +11,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from bench.device import device, environment
+from bench.device.census import counts
+from bench.device.processes import in_processes
 from bench.device.runner import Outcome, run_sections
 from bench.device.section import Found, OnCpu, Section, SkippedError, Target
+from bench.device.wide.figures import Fixed, against_floor
+from bench.device.wide.section import Measured, _verdict
 from bench.measurement import Measurement
+from edgemoe.plan.profile import CardSpeed
 from tests.support import ROOT
 
 HIDE = """
@@ -29,7 +33,7 @@ sys.meta_path[:] = [finder for finder in sys.meta_path if "Editable" not in geta
 """
 """A sitecustomize that takes an editable install's finder away, as on a machine where nothing was installed."""
 PARTS = ("bench", "cache", "cli", "edgemoe", "prefetch", "tests", "pyproject.toml", "setup.cfg")
-NEED_TRITON = {"zero-copy", "grouped-kernel"}
+NEED_TRITON = {"zero-copy", "graphs", "kernel-checks", "kernel-speed"}
 
 
 @dataclass
@@ -58,7 +62,7 @@ def dry_run(tmp_path_factory: pytest.TempPathFactory) -> DryRun:
         env=os.environ | {"PYTHONPATH": paths, "OUT": str(out), "EDGEMOE_BENCH_DIR": str(folder / "bench")},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=400,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return DryRun(
@@ -79,7 +83,7 @@ def test_every_section_that_needs_no_card_runs_from_a_bare_checkout(dry_run: Dry
         if section.on_cpu is OnCpu.NEVER:
             assert found == {"skipped": "needs a card"}
         elif section.name in NEED_TRITON and found.get("skipped"):
-            assert "triton is not installed" in found["skipped"]
+            assert "Triton is not installed" in found["skipped"]
         else:
             assert found["figures"], section.name
 
@@ -235,34 +239,120 @@ def run_with(sections: list[Section], where: str, monkeypatch: pytest.MonkeyPatc
     return device.run()
 
 
-@pytest.mark.parametrize("capability", [75, 80, 90])
-def test_kernels_compile_for_cards(capability: int) -> None:
-    """Triton's interpreter, which the dry run uses, accepts what its compiler refuses."""
-    triton = pytest.importorskip("triton", reason="triton is not installed: it comes with CUDA builds of torch")
-    compiler = importlib.import_module("triton.compiler")
-    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", capability, 32)
-    kernels = importlib.import_module("bench.device.triton_kernels")
-    weights = {"pool": "*bf16", "table": "*i32", "experts": "*i32"}
-    integers = dict.fromkeys(("first", "stride", "offset"), "i32")
-    sizes = {"row_block": 32, "block": 128, "kind": kernels.tl.bfloat16}
-    cases: list[tuple[Any, dict[str, str], dict[str, Any]]] = [
-        (
-            kernels.gather,
-            {"addresses": "*i64", "records": "*i64", "sources": "*i32", "slots": "*i32"},
-            {"words": 9 << 17, "block": 1024, "programs": 8},
-        ),
-        (
-            kernels.up_gate,
-            {"hidden": "*bf16", **weights, "inner": "*bf16", **integers},
-            {"top_k": 8, "width": 2048, "rows": 768, **sizes},
-        ),
-        (
-            kernels.down,
-            {"inner": "*bf16", **weights, "outputs": "*bf16", **integers},
-            {"width": 768, "rows": 2048, **sizes},
-        ),
-    ]
-    for kernel, signature, constants in cases:
-        kinds = signature | dict.fromkeys(constants, "constexpr")
-        source = compiler.ASTSource(fn=kernel, signature=kinds, constexprs=constants)
-        assert triton.compile(source, target=target).asm["cubin"]
+COMPILE = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from bench.device.triton_kernels import gather
+signature = {"addresses": "*i64", "records": "*i64", "sources": "*i32", "slots": "*i32"}
+constants = {"words": 9 << 17, "block": 1024, "programs": 8}
+source = ASTSource(fn=gather, signature=signature | dict.fromkeys(constants, "constexpr"), constexprs=constants)
+for capability in map(int, sys.argv[1:]):
+    assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
+    print(capability)
+"""
+
+
+def test_kernels_compile_for_cards() -> None:
+    """In a process without Triton's interpreter, which accepts what its compiler refuses."""
+    pytest.importorskip("triton", reason="triton is not installed: it comes with CUDA builds of torch")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, "75", "80", "90"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["75", "80", "90"], done.stderr
+
+
+# --- tasks in processes --------------------------------------------------------------------------
+
+
+TASKS = """
+import os, time
+
+def found(task, device, small):
+    if task == "raises":
+        raise ValueError(f"no {device}")
+    if task == "dies":
+        os._exit(9)
+    if task == "late":
+        time.sleep(600)
+    return {"task": task, "small": small}
+"""
+
+
+@pytest.fixture
+def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a module that processes find."""
+    (tmp_path / "tasks_of_a_test.py").write_text(TASKS)
+    paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    return "tasks_of_a_test"
+
+
+@pytest.mark.slow
+def test_a_task_that_fails_spares_those_after_it(tasks: str) -> None:
+    found = in_processes(tasks, target(), ["raises", "dies", "fine"], 1, 300)
+    assert list(found) == ["raises", "dies", "fine"]
+    assert found["raises"] == {"error": "ValueError('no cpu')"}
+    assert "the process ended" in found["dies"]["error"]
+    assert found["fine"] == {"task": "fine", "small": True}
+
+
+@pytest.mark.slow
+def test_tasks_that_are_not_done_in_time_are_left_out(tasks: str) -> None:
+    began = time.perf_counter()
+    assert "late" not in in_processes(tasks, target(), ["fine", "late", "fine too"], 1, 30)
+    assert time.perf_counter() - began < 120
+
+
+# --- figures -------------------------------------------------------------------------------------
+
+
+def event(name: str, device: str, microseconds: float = 0.0) -> Any:
+    return SimpleNamespace(name=name, device_type=SimpleNamespace(name=device), device_time=microseconds)
+
+
+def test_kernels_in_graphs_are_those_that_were_not_launched() -> None:
+    events = [
+        event("aten::mm", "CPU"), event("cudaLaunchKernel", "CPU"), event("cuLaunchKernelEx", "CPU"),
+        event("cudaGraphLaunch", "CPU"), event("cudaMemcpyAsync", "CPU"), event("Memcpy HtoD", "CUDA", 9.0),
+        event("Memset (Device)", "CUDA", 9.0), event("_up", "CUDA", 5.0), event("_down", "CUDA", 3.0),
+        event("gemv", "CUDA", 2.0), event("softmax", "CUDA", 1.0), event("rms_norm", "CUDA", 1.0),
+    ]  # fmt: skip
+    found = counts(events)
+    assert (found["launches"], found["graph_replays"], found["copies"]) == (2, 1, 1)
+    assert (found["kernels"], found["kernels_in_graphs"]) == (5, 3)
+    assert (found["kernel_us"], found["expert_kernel_us"]) == (12.0, 8.0)
+
+
+def test_a_step_is_held_against_what_has_to_be_moved() -> None:
+    """Two layers of 4 of 10 MB experts, half of which are missing; the link has 20 GB/s, the memory 400 GB/s."""
+    plan: Any = SimpleNamespace(layers=2, top_k=4, record_nbytes=10_000_000, dense_nbytes=600)
+    short: Any = SimpleNamespace(layers=1, dense_nbytes=350)
+    fixed = Fixed.between(short, 0.005, plan, 0.007)
+    assert fixed.seconds == pytest.approx(0.003)
+    assert fixed.layer_nbytes == 250
+    speed = CardSpeed(20e9, 15e9, 400e9, 0.0, 0.0, 12e9, 10e9)
+    row = {"ms_a_step": 7.0, "hit_rate": 0.5, "link_GBps": 18.0}
+    found = against_floor(row, plan, speed, fixed)
+    assert found["ms_a_layer"] == 2.0
+    assert found["ms_of_48_layers"] == 99.0
+    assert found["floor_ms_a_layer"] == {"link": 1.0, "link and CPU": 0.8, "vram": 0.1}
+    assert (found["of_floor"], found["link_of_pinned"]) == (2.0, 0.9)
+
+
+def test_the_verdict_on_layers_of_a_large_model() -> None:
+    fine_step = {"reads_a_layer": 1.0, "hidden_waits_a_layer": 0.5}
+    plain: dict[str, Any] = {"ms_a_step": 10.0, "MB_a_step": 50.0, "link_of_pinned": 0.9}
+    rows: dict[str, dict[str, Any]]
+    rows = {"int4, 12 GiB": {"ms_a_step": 10.4, "step": fine_step}, "int4, 12 GiB, prefetch off": plain}
+    assert _verdict(Measured(rows)) == []
+    rows = {
+        "int4, 12 GiB": {"ms_a_step": 10.6, "step": {**fine_step, "reads_a_layer": 1.5}},
+        "int4, 12 GiB, prefetch off": {**plain, "link_of_pinned": 0.8},
+    }
+    waits, prefetch, link = _verdict(Measured(rows))
+    assert "1.5 times" in waits
+    assert "10.6 ms a step, 10.0 without prefetches" in prefetch
+    assert "80%" in link

@@ -76,3 +76,19 @@ def test_leaving_the_block_closes() -> None:
     with SlotPool([SlotClass(64, 1)], CPU) as pool:
         pass
     assert pool.memory.numel() == 0
+
+
+def test_layers_with_equal_layouts_share_the_views_of_a_slot() -> None:
+    with SlotPool([SlotClass(LAYOUT.nbytes, 1)], CPU) as pool:
+        region = pool.region(LAYOUT.nbytes)
+        first = region.views(0, LAYOUT)
+        assert all(region.views(0, RecordLayout(LAYOUT.parts)) is first for _ in range(3))
+
+
+def test_of_each_slot_one_set_of_views_is_kept_however_many_layouts_there_are() -> None:
+    layouts = [RecordLayout([Part(f"w{layer}", (8,), torch.float32)]) for layer in range(20)]
+    with SlotPool([SlotClass(LAYOUT.nbytes, 2)], CPU) as pool:
+        region = pool.region(LAYOUT.nbytes)
+        made = [weakref.ref(region.views(0, layout)[f"w{layer}"]) for layer, layout in enumerate(layouts)]
+        gc.collect()
+        assert sum(view() is not None for view in made) == 1

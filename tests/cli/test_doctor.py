@@ -12,6 +12,7 @@ import pytest
 from edgemoe.cli.doctor import _package, _read_speed
 from edgemoe.cli.main import main
 from edgemoe.errors import CheckpointError
+from edgemoe.plan.machine import Gpu
 from tests.support.fake_engine import FakeFactory
 
 
@@ -83,3 +84,58 @@ def test_a_slow_disk_is_a_warning(tmp_path: Path) -> None:
     assert (slow.status, slow.found) == ("warning", "20.0 MiB a second")
     gone = _read_speed(tmp_path / "gone")
     assert (gone.status, gone.found) == ("problem", "gone: no such file or directory")
+
+
+def gpu(capability: tuple[int, int] | None) -> Gpu:
+    return Gpu(0, "Abacus 9", 12 << 30, 11 << 30, capability)
+
+
+@pytest.mark.parametrize(
+    ("capability", "told"),
+    [
+        (None, "Abacus 9, 11.0 GiB free of 12.0 GiB"),
+        ((8, 0), "Abacus 9, 11.0 GiB free of 12.0 GiB, compute capability 8.0"),
+        (
+            (7, 5),
+            "Abacus 9, 11.0 GiB free of 12.0 GiB, compute capability 7.5, "
+            "below 8.0: checkpoints in bfloat16 run in float16",
+        ),
+    ],
+)
+def test_a_gpu_and_what_it_computes_in(
+    capability: tuple[int, int] | None,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    factory: FakeFactory,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("edgemoe.plan.machine.gpus", lambda: [gpu(capability)])
+    assert main(["doctor", "--json"], engine=factory) == 0
+    found = checks(capsys)["gpu 0"]
+    assert (found["status"], found["found"]) == ("ok", told)
+
+
+@pytest.mark.parametrize("why", ["", "Triton is not installed (pip install triton)"])
+def test_whether_the_gpus_kernels_can_be_used(
+    why: str, monkeypatch: pytest.MonkeyPatch, factory: FakeFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("edgemoe.plan.machine.gpus", lambda: [gpu((8, 6))])
+    monkeypatch.setattr("edgemoe.cache.accelerator.available", lambda: True)
+    monkeypatch.setattr("edgemoe.kernels.triton.availability.missing", lambda: why)
+    assert main(["doctor", "--json"], engine=factory) == 0
+    found = checks(capsys)
+    assert "cuda" not in found
+    assert (found["triton"]["status"], found["triton"]["found"]) == (
+        ("warning", why) if why else ("ok", "its kernels can be used")
+    )
+
+
+def test_without_a_gpu_its_kernels_are_not_asked_for(
+    monkeypatch: pytest.MonkeyPatch, factory: FakeFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("edgemoe.cache.accelerator.available", lambda: False)
+    monkeypatch.setattr("edgemoe.kernels.triton.availability.missing", lambda: pytest.fail("it is asked for"))
+    assert main(["doctor", "--json"], engine=factory) == 0
+    assert checks(capsys)["triton"] == {
+        "name": "triton", "status": "ok", "found": "not needed without a GPU", "advice": "",
+    }  # fmt: skip

@@ -13,7 +13,7 @@ from edgemoe.cli.main import main
 from edgemoe.plan.moesd import tokens_per_cycle
 from edgemoe.plan.profile import Profile
 from tests.support.fake_engine import FakeFactory
-from tests.support.profiles import known_model, known_profile
+from tests.support.profiles import CARD, known_model, known_profile
 
 
 @pytest.fixture
@@ -121,6 +121,28 @@ def test_json_is_the_profile_and_what_the_tables_tell(
             cells += [f"{worth['target_efficiency']:.2f}", f"{worth['speedup']:.2f}", "x"]
         assert row.split() == cells
         assert [worth["drafted"] for worth in one["drafts"]] == [3, 8]
+
+
+def test_what_was_measured_of_a_card_comes_below_the_tables(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = replace(known_profile(), card=CARD)
+    monkeypatch.setattr("edgemoe.measure.profiler.take_profile", lambda *of: made)
+    assert main(["profile", "--state-folder", "none"]) == 0
+    assert capsys.readouterr().out.splitlines()[-6:-1] == [
+        "",
+        "the device reads its memory at 350.0 GB/s and takes a kernel every 5.0 us; "
+        "the host has what it tells after 25.0 us",
+        "records are copied at 24.0 GB/s, beside the CPU's kernels at 20.0 GB/s; "
+        "these read records at 40.0 GB/s, beside copies at 30.0 GB/s",
+        "by these bandwidths 60% of the missing experts are the CPU's to compute",
+        "",
+    ]
+    made = replace(made, card=replace(CARD, cpu=0.0, cpu_beside=0.0))
+    assert main(["profile", "--state-folder", "none"]) == 0
+    assert "records are copied at 24.0 GB/s; the CPU has no kernels for them" in capsys.readouterr().out
+    assert main(["profile", "--json", "--state-folder", "none"]) == 0
+    assert json.loads(capsys.readouterr().out)["card"]["vram"] == 350e9
 
 
 def test_a_table_on_a_terminal(

@@ -20,6 +20,7 @@ from edgemoe.experts.expert_layer import ExpertLayers
 from edgemoe.model.draft_tree import DraftTree
 from edgemoe.model.kv_cache import SequenceCache
 from edgemoe.model.model_runner import ModelRunner, tree_input
+from edgemoe.model.pass_logits import LogitsRows
 from edgemoe.model.sequential_runner import PassInput
 from edgemoe.prefetch.budget import RULES
 from edgemoe.quiet import quiet_transformers
@@ -265,9 +266,9 @@ def test_in_a_batch_only_passes_over_drafts_are_under_it(
     under: list[bool] = []
     with running(zoo(family)) as own:
         crowd = Crowd(own, step_tokens=48, limit=3, speculate="ngram")
-        run, restricting = crowd.joint.run, ExpertBudget.restricting
+        run, restricting = crowd.joint.run_sampled, ExpertBudget.restricting
 
-        def watched(inputs: Sequence[PassInput]) -> list[torch.Tensor]:
+        def watched(inputs: Sequence[PassInput]) -> list[LogitsRows]:
             under.append(own.layers._override is not None)
             assert under[-1] == any(item.verifies for item in inputs)
             return run(inputs)
@@ -278,7 +279,7 @@ def test_in_a_batch_only_passes_over_drafts_are_under_it(
                 assert known is None or len(known) == len(item.tokens)
             return restricting(self, work, certain)
 
-        crowd.joint.run = watched  # type: ignore[method-assign]
+        crowd.joint.run_sampled = watched  # type: ignore[method-assign]
         monkeypatch.setattr(ExpertBudget, "restricting", checked)
         crowd.loop.runner.budget = budgeted(own, 1, "sum", "truncate")
         prompts = [ECHO, random_ids(40, seed=2), ECHO[3:]]

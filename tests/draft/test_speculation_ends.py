@@ -197,7 +197,7 @@ def test_an_error_in_a_verifying_pass_does_too(engine: Engine, whole: Completion
     stream = engine.stream("abc", Sampling(**SETTINGS, max_tokens=40))
     next(stream)
     runner = engine._loop.runner.model
-    run = runner.run
+    run = runner.run_sampled
 
     def fail(inputs: Sequence[Any]) -> Any:
         logits = run(inputs)
@@ -205,12 +205,12 @@ def test_an_error_in_a_verifying_pass_does_too(engine: Engine, whole: Completion
             raise RuntimeError("no luck")
         return logits
 
-    runner.run = fail  # type: ignore[method-assign]
+    runner.run_sampled = fail  # type: ignore[method-assign]
     try:
         with pytest.raises(EdgeMoEError, match="no luck"):
             list(stream)
     finally:
-        runner.run = run  # type: ignore[method-assign]
+        runner.run_sampled = run  # type: ignore[method-assign]
     assert engine.generate("abc", Sampling(**SETTINGS, max_tokens=40)).token_ids == whole.token_ids
 
 

@@ -191,6 +191,8 @@ def test_the_weights_of_a_normalising_family_sum_to_one_however_few_are_resident
 class Residents:
     """The part of a cache that routing uses."""
 
+    table = None
+
     def __init__(self, residents: Sequence[int]) -> None:
         self._residents = list(residents)
 

@@ -177,17 +177,17 @@ def test_cancelling_what_has_not_begun_lets_the_running_ones_finish(engine: Engi
 
 def test_a_step_that_fails_is_raised_and_ends_the_rest(engine: Engine) -> None:
     runner = engine._loop.runner.model
-    run = runner.run
+    run = runner.run_sampled
 
     def fail(inputs: Sequence[Any]) -> Any:
         raise OSError("the link is down")
 
     replies = engine.generate_batch([([10], wants(1)), *(([11 + number], wants(9)) for number in range(5))])
     assert next(replies)[0] == 0
-    runner.run = fail  # type: ignore[method-assign]
+    runner.run_sampled = fail  # type: ignore[method-assign]
     with pytest.raises(CheckpointError, match="the link is down"):
         next(replies)
-    runner.run = run  # type: ignore[method-assign]
+    runner.run_sampled = run  # type: ignore[method-assign]
     assert list(replies) == []
     assert len(list(engine.generate_batch([("abc", wants(2))] * 3))) == 3
     assert engine._loop.scheduler.running == engine._loop.scheduler.waiting == 0

@@ -82,3 +82,20 @@ def test_probes_swallow_no_fault_of_the_machine() -> None:
                 if not hands_on and "raise" not in body and "is_device_or_memory_error" not in body:
                     wrong.append(f"{file.relative_to(ROOT)}:{node.lineno}")
     assert wrong == []
+
+
+BACKENDS = ("cuda", "accelerator", "xpu", "hip", "mps")
+"""What PyTorch calls the modules of its devices."""
+
+
+def test_one_module_names_the_backends_of_pytorch() -> None:
+    """Another kind of card is then added in one file."""
+    wrong = []
+    for file in sources(*PACKAGE):
+        if file == ROOT / "cache" / "accelerator.py":
+            continue
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            named = ast.unparse(node) if isinstance(node, (ast.Attribute, ast.Import, ast.ImportFrom)) else ""
+            if re.search(rf"\btorch\.({'|'.join(BACKENDS)})\b|^from torch import .*\b({'|'.join(BACKENDS)})\b", named):
+                wrong.append(f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 0)} {named[:40]}")
+    assert wrong == []

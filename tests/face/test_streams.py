@@ -55,17 +55,17 @@ def in_threads(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
 def failing(engine: Engine, error: BaseException) -> Iterator[list[int]]:
     """In the block every pass of `engine` raises `error`; yields how many sequences each had."""
     runner = engine._loop.runner.model
-    run, failed = runner.run, list[int]()
+    run, failed = runner.run_sampled, list[int]()
 
     def fail(inputs: Sequence[Any]) -> Any:
         failed.append(len(inputs))
         raise error
 
-    runner.run = fail  # type: ignore[method-assign]
+    runner.run_sampled = fail  # type: ignore[method-assign]
     try:
         yield failed
     finally:
-        runner.run = run  # type: ignore[method-assign]
+        runner.run_sampled = run  # type: ignore[method-assign]
 
 
 def test_streams_of_one_thread_run_together(engine: Engine, expected: dict[str, tuple[int, ...]]) -> None:
@@ -224,13 +224,13 @@ def test_who_was_no_part_of_a_failed_step_is_not_disturbed_by_computing_it(
         next(stream)
     last = engine.stream("~", SETTINGS)
     runner = engine._loop.runner.model
-    run = runner.run
+    run = runner.run_sampled
 
     def fail_once(inputs: Sequence[Any]) -> Any:
-        runner.run = run  # type: ignore[method-assign]
+        runner.run_sampled = run  # type: ignore[method-assign]
         raise OSError("the link is down")
 
-    runner.run = fail_once  # type: ignore[method-assign]
+    runner.run_sampled = fail_once  # type: ignore[method-assign]
     assert tuple(token for chunk in last for token in chunk.token_ids) == expected["~"]
     for stream in streams:
         with pytest.raises(CheckpointError, match="the link is down"):

@@ -121,12 +121,12 @@ def test_every_layer_acquires_its_experts_once_a_step(family: str, zoo: Zoo) -> 
         asked: list[int] = []
         borrow = own.cache.borrow
 
-        def counting(layer: int, experts: Sequence[int], meanwhile: Any = None) -> Generator[Loan, None, None]:
+        def counting(layer: int, experts: Sequence[int], *rest: Any) -> Generator[Loan, None, None]:
             asked.append(layer)
             assert len(set(experts)) == len(experts)
-            return borrow(layer, experts, meanwhile)
+            return borrow(layer, experts, *rest)
 
-        own.cache.borrow = counting  # type: ignore[method-assign]
+        own.cache.borrow = counting  # type: ignore[method-assign, assignment]
         for tokens in ([[9]] * 5, [[9], [8, 7, 6, 5], [1], [2], [3, 3]]):
             asked.clear()
             joint.run(works(caches, tokens))
@@ -169,9 +169,9 @@ def test_an_error_leaves_no_trace_either(zoo: Zoo) -> None:
         with pytest.raises(TypeError):
             packed.run(works([runner.start(8), broken], [[5, 6], [7]]))
         assert implementations(own.model) == before
-        assert packed._attention is not None
-        assert packed._attention.rows == ()
-        assert packed._attention._masks == {}
+        assert packed.attention is not None
+        assert packed.attention.rows == ()
+        assert packed.attention._masks == {}
         assert torch.equal(own.logits(PROMPT), alone)
         assert_steps_equal_the_reference(own, ROUNDS[:2], 1e-4)
 

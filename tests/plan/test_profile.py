@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,12 @@ import pytest
 
 from edgemoe import Engine, Plan
 from edgemoe.checkpoint.state_folder import StateFolder
+from edgemoe.plan.machine import Gpu
 from edgemoe.plan.profile import NAME, VERSION, ForeignProfile, ProfileConditions, read_profile, write_profile
-from tests.support.profiles import CONDITIONS, known_profile
+from tests.support.profiles import CARD, CONDITIONS, known_profile
 
+GIB12 = 12 * (1 << 30) - (200 << 20)
+"""As a driver says it: less than what is printed on the box."""
 NOTHING_MISSING = replace(CONDITIONS, direct_reads=None, host_tier=None)
 
 
@@ -38,6 +41,7 @@ def test_a_profile_comes_back_as_it_was(state: StateFolder) -> None:
         ({"cores": 64}, "cores 2, not 64"),
         ({"ram_gib": 8}, "GiB of RAM 24, not 8"),
         ({"device": "GPU 1"}, "device cpu, not GPU 1"),
+        ({"device": "GPU 1", "device_gib": 12}, "device cpu, not GPU 1, GiB of the device's memory 0, not 12"),
         ({"torch": "2.14.0"}, "PyTorch 2.13.0, not 2.14.0"),
         ({"dtype": "float32"}, "dtype bfloat16, not float32"),
         ({"threads": 1}, "threads 2, not 1"),
@@ -76,6 +80,31 @@ def test_conditions_have_the_source_of_missing_experts_where_some_can_be_missing
     assert way(full) == (None, None)
 
 
+def test_a_card_of_the_same_name_with_less_memory_is_another(state: StateFolder) -> None:
+    card = replace(CONDITIONS, device="Abacus 9", device_gib=12)
+    write_profile(state, replace(known_profile(card), card=CARD))
+    assert read_profile(state, card) == replace(known_profile(card), card=CARD)
+    with pytest.raises(ForeignProfile, match=r"\(GiB of the device's memory 12, not 8\)"):
+        read_profile(state, replace(card, device_gib=8))
+
+
+def test_conditions_have_the_cards_name_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = replace(Engine.plan_for(None, device="cpu"), device="cuda:1")
+    monkeypatch.setattr("edgemoe.cache.accelerator.device_name", lambda device: {"cuda:1": "Abacus 9"}[device])
+    monkeypatch.setattr(
+        "edgemoe.plan.machine.gpus", lambda: [Gpu(0, "Other", 5 << 30, 0), Gpu(1, "Abacus 9", GIB12, 0)]
+    )
+    conditions = ProfileConditions.of(plan)
+    assert (conditions.device, conditions.device_gib) == ("Abacus 9", 12)
+    monkeypatch.setattr("edgemoe.plan.machine.gpus", list)
+    assert ProfileConditions.of(plan).device_gib == 0
+
+
+def test_the_cpus_share_of_missing_experts_is_that_of_both_speeds() -> None:
+    assert CARD.cpu_share == pytest.approx(30 / 50)
+    assert replace(CARD, cpu_beside=0.0).cpu_share == 0
+
+
 def test_a_profile_of_an_older_version_is_ignored(state: StateFolder) -> None:
     older = known_profile().to_dict() | {"version": 1}
     for name in ("direct_reads", "host_tier"):
@@ -94,6 +123,9 @@ def test_a_profile_of_an_older_version_is_ignored(state: StateFolder) -> None:
         {"times": None},
         {"points": [{"batch": 1}]},
         {"points": 3},
+        {"card": {"pcie": 1}},
+        {"card": {**asdict(CARD), "vram": -1}},
+        {"card": 3},
         {"conditions": {"weather": "fine"}},
         {"speed": {"memory": "fast", "arithmetic": 1, "link": 1}},
         {"speed": {"memory": 1, "arithmetic": 1, "link": -1}},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -133,8 +134,15 @@ def test_the_sizes_of_the_slots_are_shown(blueprint: Blueprint, sizes: tuple[int
     ]
 
 
-def test_records_in_ram_are_counted_by_their_own_sizes(blueprint: Blueprint, sizes: tuple[int, int], ram: Ram) -> None:
+def test_records_in_ram_are_counted_by_their_own_sizes(
+    blueprint: Blueprint, sizes: tuple[int, int], ram: Ram, monkeypatch: pytest.MonkeyPatch
+) -> None:
     records, config = planner._records_nbytes(blueprint), EngineConfig()
     assert records == SMALL * sizes[0] + LARGE * sizes[1]
     tiered = planner._host_tier(plan_with(blueprint, "50%"), records, config)
-    assert tiered.pinned_nbytes + tiered.pageable_nbytes == records + config.staging_records * sizes[1]
+    assert (tiered.host_tier, tiered.pinned_nbytes, tiered.pageable_nbytes) == ("pinned", records, 0)
+    monkeypatch.setattr(planner, "ram_free", lambda: 2 * records)
+    small = replace(config, reserve=0, staging_records=2, pinned_share=0.25)
+    tiered = planner._host_tier(tiered, records, small)
+    assert tiered.host_tier == "pageable"
+    assert tiered.pinned_nbytes + tiered.pageable_nbytes == records + 2 * sizes[1]

@@ -67,14 +67,14 @@ def test_a_step_that_fails_takes_only_those_with_it_that_were_part_of_it(own: Ru
     crowd = Crowd(own, limit=2)
     requests = [crowd.ask(random_ids(12, seed), max_tokens=4) for seed in range(4)]
     crowd.step()
-    run = crowd.joint.run
+    run = crowd.joint.run_sampled
 
     def fail(inputs: Any) -> Any:
         raise OSError("the link is down")
 
-    crowd.joint.run = fail  # type: ignore[method-assign]
+    crowd.joint.run_sampled = fail  # type: ignore[method-assign]
     crowd.step()
-    crowd.joint.run = run  # type: ignore[method-assign]
+    crowd.joint.run_sampled = run  # type: ignore[method-assign]
     failed = [request for request in requests if isinstance(request.error, OSError)]
     assert len(failed) == 2
     assert crowd.scheduler.running == 0
@@ -124,11 +124,11 @@ def test_what_ends_the_computing_thread_goes_on_in_it_and_is_told_to_the_others(
     def interrupt(inputs: Any) -> Any:
         raise KeyboardInterrupt
 
-    run = crowd.joint.run
-    crowd.joint.run = interrupt  # type: ignore[method-assign]
+    run = crowd.joint.run_sampled
+    crowd.joint.run_sampled = interrupt  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         crowd.step()
-    crowd.joint.run = run  # type: ignore[method-assign]
+    crowd.joint.run_sampled = run  # type: ignore[method-assign]
     assert [type(request.error) for request in requests] == [KeyboardInterrupt, KeyboardInterrupt, type(None)]
     crowd.finish()
     assert_same_reply(completion(requests[2]), alone(own, [12] * 3))

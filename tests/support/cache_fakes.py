@@ -176,10 +176,13 @@ class FakeLink(Link):
 
 
 class LockedStore(HostStore):
-    """A host store whose records claim to be page-locked, except for those of `pageable`. Needs no CUDA."""
+    """A host store of page-locked records, which without a device only claim to be; those of `pageable` do not.
+
+    A device copies from memory that is not locked when the host asks it to, so that no race would show.
+    """
 
     def __init__(self, source: ExpertStore, pageable: Sequence[ExpertId] = ()) -> None:
-        super().__init__(source, 0, pin=False)
+        super().__init__(source, source.nbytes, pin=True)
         self.pageable = set(pageable)
         self.fill(2, lambda done, total: None)
 

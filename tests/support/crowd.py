@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-import torch
 from transformers import GenerationConfig
 
 from bench.support.byte_tokenizer import byte_tokenizer
@@ -18,6 +17,7 @@ from edgemoe.draft.speculation import Speculation
 from edgemoe.experts.expert_predictor import ExpertPredictor
 from edgemoe.experts.lookahead import Lookahead
 from edgemoe.model.model_runner import ModelRunner
+from edgemoe.model.pass_logits import LogitsRows
 from edgemoe.model.sequential_runner import PassInput
 from edgemoe.plan.kv_size import KvSize, measure_kv
 from edgemoe.prefetch.link_gauge import LinkGauge
@@ -161,8 +161,8 @@ class Crowd:
         self._step_tokens = step_tokens
         self._in_chunks = in_chunks
         self._drafts = 0 if speculate == "off" else step_tokens // 4
-        self._run = self.joint.run
-        self.joint.run = self._watched_run  # type: ignore[method-assign]
+        self._run = self.joint.run_sampled
+        self.joint.run_sampled = self._watched_run  # type: ignore[method-assign]
 
     @property
     def computed(self) -> int:
@@ -208,6 +208,6 @@ class Crowd:
         caches += [kept.cache for kept in self.scheduler._prefixes.kept]
         return sum(self._kv.nbytes(cache.capacity) for cache in caches)
 
-    def _watched_run(self, inputs: Sequence[PassInput]) -> list[torch.Tensor]:
+    def _watched_run(self, inputs: Sequence[PassInput]) -> list[LogitsRows]:
         self.steps.append([len(item.tokens) for item in inputs])
         return self._run(inputs)

@@ -6,9 +6,13 @@ import random
 
 from edgemoe.measure.profiler import LEAN_SHAPES, LEAN_SHARE, SHAPES
 from edgemoe.plan.performance_model import Locality, MachineSpeed, ModelShape, PerformanceModel, Routing, Times
-from edgemoe.plan.profile import Profile, ProfileConditions, ProfilePoint
+from edgemoe.plan.profile import CardSpeed, Profile, ProfileConditions, ProfilePoint
 
-CONDITIONS = ProfileConditions("Abacus 9", 2, 24, "cpu", "2.13.0", "bfloat16", "bf16", 2, None, False, "file")
+CONDITIONS = ProfileConditions("Abacus 9", 2, 24, "cpu", 0, "2.13.0", "bfloat16", "bf16", 2, None, False, "file")
+CARD = CardSpeed(
+    pcie=24e9, pcie_beside=20e9, vram=350e9, launch_seconds=5e-6, read_seconds=2.5e-5, cpu=40e9, cpu_beside=30e9
+)
+"""The speeds of a card that never was."""
 
 
 def known_model(bulk_from: int = 129) -> PerformanceModel:

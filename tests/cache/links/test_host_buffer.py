@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from edgemoe.cache.host_buffer import HUGE_PAGE, HostBuffer, memory_of_its_own
+from tests.support.cache_fakes import FakeStore, LockedStore
 
 
 class Runtime:
@@ -73,6 +74,15 @@ def test_nothing_is_locked_that_need_not_be(monkeypatch: pytest.MonkeyPatch) -> 
     assert not buffer.locked
     assert runtime.locked == {}
     buffer.close()
+
+
+def test_the_records_that_tests_call_locked_are_locked_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime(0)
+    install(monkeypatch, runtime)
+    store = LockedStore(FakeStore([4, 4], 256))
+    assert sum(runtime.locked.values()) == store.nbytes == 8 * 256
+    store.close()
+    assert runtime.locked == {}
 
 
 def test_an_empty_buffer_is_one() -> None:

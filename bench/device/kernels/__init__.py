@@ -1,0 +1,1 @@
+"""The package's own kernels on a card: their values against the plain form, and their speed."""

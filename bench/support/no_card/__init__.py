@@ -1,0 +1,1 @@
+"""What stands in for a card on a machine without one."""

@@ -1,0 +1,105 @@
+"""A whole step of every family with tensors of a card that have no values: nothing is mixed up, nothing is read."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from bench.support import zoo
+from bench.support.no_card.fake_card import DEVICE, Counts, FakeCard
+from bench.support.no_card.fake_passes import FakePasses
+from bench.support.policies.lru import GlobalLRU
+from edgemoe.checkpoint.experts_module import find_experts_modules, release_weights
+from edgemoe.quiet import quiet_transformers
+
+pytest.importorskip("triton")
+
+CONTEXT = 512
+OWN_WAITS = {"phimoe": 1}
+"""Waits of a pass that transformers' own code of a family has: it makes a tensor of a number (LongRoPE's factor)."""
+MAX_LAUNCHES = 12
+"""A layer, outside of graphs, of a pass that is captured."""
+
+
+@contextmanager
+def passes_of(family: str, share: float = 0.6) -> Iterator[tuple[FakePasses, int]]:
+    """Passes of the tiny `family` with a slot for a `share` of the experts, and the number of its MoE layers."""
+    import transformers
+
+    if family not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    auto: Any = transformers.AutoModelForCausalLM
+    with quiet_transformers(), torch.device("meta"):
+        model = auto.from_config(zoo.config(family), dtype=torch.bfloat16)
+    modules = find_experts_modules(model)
+    for moe in modules:
+        release_weights(moe, model)
+    card, choices = FakeCard(), random.Random(1)
+    least = min(moe.experts for moe in modules)
+    slots = max(3 * len(modules), round(share * sum(moe.experts for moe in modules)))
+
+    def chosen(pairs: int) -> list[int]:
+        return [choices.randrange(least) for _ in range(pairs)]
+
+    with quiet_transformers(), card.running():
+        yield FakePasses(card, model, modules, slots, GlobalLRU(), chosen, CONTEXT), len(modules)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", zoo.TESTED)
+def test_a_step_reads_nothing_but_the_choices(family: str) -> None:
+    with passes_of(family) as (passes, layers):
+        # transformers' own KV caches begin with copies of empty lists.
+        assert passes.prompt(12).choices <= layers
+        # New sequences; one after the other where they do not share a pass.
+        assert passes.together(2).choices <= 2 * layers
+        steps: list[Callable[[], Counts]] = [passes.decode]
+        if passes.verifies:
+            steps += [passes.verify, passes.draft]
+        for step in steps:
+            found = step()
+            assert found.choices <= layers
+            assert found.host_reads - found.choices <= OWN_WAITS.get(family, 0)
+        if passes.refusal:
+            assert "captur" in passes.refusal or "share" in passes.refusal or "state" in passes.refusal
+        else:
+            assert passes.decode().launches <= MAX_LAUNCHES * layers
+
+
+def test_drafts_are_one_graph() -> None:
+    with passes_of("qwen3_moe") as (passes, _):
+        passes.prompt(12)
+        passes.draft()
+        found = passes.draft()
+        assert (found.launches, found.host_reads) == (1, 0)
+
+
+def test_hits_of_a_complete_cache_need_no_host() -> None:
+    with passes_of("qwen3_moe", share=1.0) as (passes, layers):
+        passes.prompt(12)
+        passes.decode()
+        found = passes.decode()
+        assert found.host_reads == 0
+        assert found.experts == 4 * layers
+
+
+@pytest.mark.parametrize("fault", ["mixed", "item", "list"])
+def test_the_card_finds_faults(fault: str) -> None:
+    """What the tests above would miss if the fake card missed it."""
+    card = FakeCard()
+    with card.running():
+        own = torch.empty(4, 4, device=DEVICE)
+        if fault == "mixed":
+            with pytest.raises(RuntimeError, match="device"):
+                own @ torch.ones(4, 4)
+        elif fault == "item":
+            with pytest.raises(RuntimeError):
+                card.counted(lambda: bool(own.sum() > 0))
+            assert card.counts.host_reads == 1
+        else:
+            assert card.counted(lambda: torch.tensor([1, 2], device=DEVICE)).host_reads == 1
