@@ -105,6 +105,12 @@ def on_stream(stream: Any) -> AbstractContextManager[Any]:
     return context
 
 
+def selected(device: torch.device) -> AbstractContextManager[None]:
+    """In the block, `device` is the one that code without a word about devices means."""
+    context: AbstractContextManager[None] = torch.cuda.device(device)
+    return context
+
+
 def new_event(*, timed: bool = False) -> Any:
     """An event that a stream records; two `timed` ones tell the milliseconds between them (`elapsed_time`)."""
     return torch.cuda.Event(enable_timing=timed)

@@ -143,7 +143,7 @@ class Runtime:
         from edgemoe.kernels.triton.grouped_ffn import patch
         from edgemoe.kernels.triton.launcher import Launcher
 
-        launch = Launcher()
+        launch = Launcher(device)
         tools = DeviceTools(launch, SlotTable(experts, device, partial(patch, launch)), DeviceReads(device))
         self._stack.callback(tools.close)
         return tools

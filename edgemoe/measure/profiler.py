@@ -86,8 +86,8 @@ def profiling_run(
     limit, name = min(LENGTH, blueprint.context_limit or LENGTH), blueprint.checkpoint.name
     if limit < MIN_LENGTH:
         raise PlanError(f"{name} has a context of {limit} tokens: a profile needs texts of at least {MIN_LENGTH}")
-    alone = {"speculate": "off", "draft_model": None, "cpu_share": "off"}
-    config = replace(config, state_folder="none", context=limit, batch=SEQUENCES, **alone)
+    config = replace(config, speculate="off", draft_model=None, cpu_share="off", state_folder="none")
+    config = replace(config, context=limit, batch=SEQUENCES)
     plan = make_plan(blueprint, config)
     sequences = min(SEQUENCES, plan.kv_nbytes // max(1, plan.kv.nbytes(limit)))
     if sequences < MIN_SEQUENCES:

@@ -247,7 +247,7 @@ def _attention_kernels(device: torch.device) -> AbstractContextManager[None]:
 
     cuDNN makes a plan for every new number of keys, 10 ms a layer on an H200, and a sequence grows by every step.
     """
-    return sdpa_kernel(ATTENTION_KERNELS) if device.type == "cuda" else nullcontext()
+    return sdpa_kernel(ATTENTION_KERNELS) if accelerator.is_accelerator(device) else nullcontext()
 
 
 def _first_state(cache: Any) -> list[torch.Tensor]:

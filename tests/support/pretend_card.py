@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -76,6 +76,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accelerator, "multiplies_bf16", lambda device: True)
     monkeypatch.setattr(accelerator, "device_name", lambda device: "a CPU in the place of a card")
     monkeypatch.setattr("edgemoe.checkpoint.dense_loader.keeping_generators", lambda device: torch.random.fork_rng([]))
+    monkeypatch.setattr(accelerator, "selected", lambda device: nullcontext())
     monkeypatch.setattr(accelerator, "synchronize", lambda device: None)
     monkeypatch.setattr(accelerator, "release_unused", lambda: None)
     monkeypatch.setattr("edgemoe.runtime.CudaStreams", ImmediateStreams)

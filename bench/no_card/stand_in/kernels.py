@@ -97,7 +97,7 @@ class StandInKernels:
     def _patch(self, launch: Launch) -> Work:
         table, *changes = launch.args
         flat = _array(table)
-        places, values = list(changes[: len(changes) // 2]), changes[len(changes) // 2 :]
+        places, values = [each >> 32 & 0x3FFFFFFF for each in changes], [(each & 0xFFFFFFFF) - 1 for each in changes]
 
         def work() -> None:
             flat[places] = values

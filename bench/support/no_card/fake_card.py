@@ -293,7 +293,7 @@ class _OnCard(TorchFunctionMode):
     """Calls that name the card, or get its tensors, run where these are fake; all others are the CPU's."""
 
     def __init__(self, card: FakeCard, mode: FakeTensorMode) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._card = card
         self._mode = mode
 

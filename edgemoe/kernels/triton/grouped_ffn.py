@@ -264,14 +264,12 @@ def resolve(
 def patch(launcher: Launcher, table: torch.Tensor, changes: Sequence[tuple[int, int]]) -> None:
     """Sets entries of `table`, int32, contiguous, of any shape: `changes` are flat places and their new values.
 
-    The last change of a place counts. The values travel as arguments of a launch, eight at a time: nothing is copied.
+    The last change of a place counts. They travel as arguments of a launch, 16 at a time: nothing is copied.
     """
-    last = list(dict(changes).items())
+    last = [table_kernels.packed_change(*each) for each in dict(changes).items()]
     for begin in range(0, len(last), table_kernels.CHANGES):
         some = last[begin : begin + table_kernels.CHANGES]
-        some += some[-1:] * (table_kernels.CHANGES - len(some))
-        places, values = zip(*some, strict=True)
-        launcher(table_kernels.patch, (1,), table, *places, *values, num_warps=1)
+        launcher(table_kernels.patch, (1,), table, *some, *some[-1:] * (table_kernels.CHANGES - len(some)), num_warps=1)
 
 
 def combine(

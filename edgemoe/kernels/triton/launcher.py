@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+
+from edgemoe.cache import accelerator
+
 
 class Launch(NamedTuple):
     """One launch of a kernel: `run` queues it on the current stream of the device."""
@@ -22,7 +26,9 @@ class Launch(NamedTuple):
 class Launcher:
     """Queues kernels. One for each engine."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
+        """For kernels on `device`, whichever one the caller has selected; None for the interpreter."""
+        self._device = device
         self.observer: Callable[[Launch], None] | None = None
         """Takes launches instead of the device: for captures that are replayed by the host, and for counts."""
 
@@ -31,5 +37,9 @@ class Launcher:
         launch = Launch(kernel, grid, args, constants)
         if self.observer is not None:
             self.observer(launch)
-        else:
+        elif self._device is None:
             launch.run()
+        else:
+            # Triton launches on the device that PyTorch has selected.
+            with accelerator.selected(self._device):
+                launch.run()

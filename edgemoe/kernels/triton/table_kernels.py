@@ -49,20 +49,46 @@ def _resolve(
         tl.store(done + pair, 1, mask=found)
 
 
-def _patch(table, p0, p1, p2, p3, p4, p5, p6, p7, v0, v1, v2, v3, v4, v5, v6, v7):
-    """Sets the entries at the places `p0` to `p7` to the values `v0` to `v7`. Equal places have equal values."""
-    tl.store(table + p0, v0)
-    tl.store(table + p1, v1)
-    tl.store(table + p2, v2)
-    tl.store(table + p3, v3)
-    tl.store(table + p4, v4)
-    tl.store(table + p5, v5)
-    tl.store(table + p6, v6)
-    tl.store(table + p7, v7)
+def _write(table, change):
+    """Sets the entry of a `change`, as `packed_change` makes it."""
+    value = ((change & 0xFFFFFFFF) - 1).to(tl.int32)
+    tl.store(table + ((change >> 32) & 0x3FFFFFFF), value)
 
 
-CHANGES = 8
+write = triton.jit(_write)
+
+
+def _patch(table, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11, c12, c13, c14, c15):
+    """Makes 16 changes of a table. Those of one place are equal."""
+    write(table, c0)
+    write(table, c1)
+    write(table, c2)
+    write(table, c3)
+    write(table, c4)
+    write(table, c5)
+    write(table, c6)
+    write(table, c7)
+    write(table, c8)
+    write(table, c9)
+    write(table, c10)
+    write(table, c11)
+    write(table, c12)
+    write(table, c13)
+    write(table, c14)
+    write(table, c15)
+
+
+CHANGES = 16
 """Entries that one launch of `patch` sets."""
+
+
+def packed_change(place: int, value: int) -> int:
+    """A place from 0 to 2^30 - 1 and the value that it gets, -1 or more, as one number, which is one of 64 bits always.
+
+    Triton compiles a kernel for each combination of the widths of its numbers.
+    """
+    return 1 << 62 | place << 32 | value + 1
+
 
 # A new number of pairs, another layer's row of the table and other values compile nothing anew.
 resolve = triton.jit(
@@ -70,4 +96,4 @@ resolve = triton.jit(
     do_not_specialize=["pairs", "experts"],
     do_not_specialize_on_alignment=["table", "live", "slots", "done", "chosen"],
 )
-patch = triton.jit(_patch, do_not_specialize=[f"{kind}{at}" for kind in "pv" for at in range(CHANGES)])
+patch = triton.jit(_patch, do_not_specialize=[f"c{at}" for at in range(CHANGES)])
