@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edgemoe.cache import ExpertId
+from edgemoe.cache import ExpertCache, ExpertId
 from tests.support.driven_cache import NBYTES, free_slots, ids, link_of, make, prefetched, use
 
 
@@ -252,3 +252,29 @@ def test_a_demand_calls_off_what_fills_a_slot() -> None:
     use(cache, 1, 5)
     assert link.happened("cancel") == ids(0, 1)
     assert cache.counters.bytes_filled == 0
+
+
+def on_the_bus(cache: ExpertCache, number: int) -> None:
+    """Prefetches an expert of layer 0, whose copy is queued on the device and not over."""
+    assert cache.prefetch(ids(0, number)) == 1
+    transfer, _ = link_of(cache).in_flight[ExpertId(0, number)]
+    transfer.done = True
+    transfer.arrived = lambda: False  # type: ignore[method-assign]
+
+
+def test_what_is_on_the_bus_is_not_evicted() -> None:
+    cache = make(2, (3,))
+    on_the_bus(cache, 0)
+    use(cache, 0, 1)
+    use(cache, 0, 2)
+    assert cache.holds(ExpertId(0, 0))
+    assert not cache.holds(ExpertId(0, 1))
+
+
+def test_where_everything_is_on_the_bus_a_slot_is_written_behind_what_was_on_its_way_there() -> None:
+    cache = make(1, (2,))
+    on_the_bus(cache, 0)
+    before = len(link_of(cache).events)
+    use(cache, 0, 1)
+    kinds = [kind for kind, _ in link_of(cache).events[before:]]
+    assert kinds[:2] == ["released", "start"], "the copy waits for what the device does with the record before"

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partialmethod
 from typing import Any
 from unittest import mock
 
@@ -28,6 +29,7 @@ from edgemoe.cache.slots import SlotTable
 from edgemoe.cache.store import ExpertStore, Piece
 from edgemoe.checkpoint.experts_module import ExpertsModule
 from edgemoe.experts import expert_layer
+from edgemoe.experts.expert_ffn import SortedGroups
 from edgemoe.experts.expert_layer import ExpertLayers
 from edgemoe.experts.host_reads import HostRead, HostReads
 from edgemoe.kernels.cpu.threads import KernelThreads
@@ -64,6 +66,8 @@ class FakeCard:
         self.counts = Counts()
         self.launcher = Launcher()
         self.launcher.observer = self._launched
+        self.chosen: Callable[[int], list[int]] = lambda pairs: [0] * pairs
+        """What routers choose, as far as the host learns of it: the experts of so many pairs."""
         self.capturing = False
         self.captured = 0
         """Operations and kernels in all graphs so far."""
@@ -83,6 +87,7 @@ class FakeCard:
             # PyTorch has no mixed precision for this type of device; models only turn it off.
             stack.enter_context(mock.patch.object(torch, "is_autocast_enabled", return_value=False))
             stack.enter_context(mock.patch.object(torch, "autocast", new=_no_autocast))
+            stack.enter_context(mock.patch.object(SortedGroups, "_on_host", partialmethod(_choices, self)))
             stack.enter_context(_OnCard(self, self._mode))
             yield
 
@@ -177,19 +182,17 @@ class FakeCapturer:
 
 
 class FakeReads(HostReads):
-    """Reads of choices give `chosen()`, the experts of all pairs, and of scores zeros."""
+    """Reads of choices give what `FakeCard.chosen` does, and of scores zeros."""
 
-    def __init__(self, card: FakeCard, chosen: Callable[[int], list[int]]) -> None:
-        """`chosen(pairs)` are the experts of so many pairs."""
+    def __init__(self, card: FakeCard) -> None:
         self._card = card
-        self._chosen = chosen
 
     def start(self, values: Sequence[torch.Tensor]) -> HostRead:
         """See the base class."""
         assert all(value.device == DEVICE for value in values)
         self._card.counts.copies += len(values)
         (pairs,) = values[0].shape
-        return _FakeRead(self._card, [torch.tensor(self._chosen(pairs)), *(_zeros(each) for each in values[1:])])
+        return _FakeRead(self._card, [torch.tensor(self._card.chosen(pairs)), *(_zeros(each) for each in values[1:])])
 
 
 class _FakeRead(HostRead):
@@ -279,7 +282,8 @@ def put_on(
     classes = slot_classes([layout.nbytes for layout in store.layouts], store.experts)
     pool = SlotPool(limit_slots(classes, slots or sum(store.experts)), DEVICE)
     table = SlotTable(store.experts, DEVICE, lambda flat, changes: patch(card.launcher, flat, changes))
-    tools = DeviceTools(card.launcher, table, FakeReads(card, chosen))
+    card.chosen = chosen
+    tools = DeviceTools(card.launcher, table, FakeReads(card))
     cache = ExpertCache(store, FakeLink(), pool, policy, table)
     every = [ExpertId(layer, each) for layer, count in enumerate(store.experts) for each in range(count)]
     cache.fill(every)
@@ -345,6 +349,14 @@ class _Counting(TorchDispatchMode):
             self._card.counts.copies += 1
         elif _computes(func):
             self._card.queued(name)
+
+
+def _choices(groups: SortedGroups, card: FakeCard, chosen: torch.Tensor) -> list[int]:
+    """As `SortedGroups._on_host`, the one read of a layer without grouped kernels."""
+    card.counts.host_reads += 1
+    card.counts.choices += 1
+    groups._below = 0
+    return card.chosen(chosen.numel())
 
 
 def _no_autocast(*given: Any, **named: Any) -> AbstractContextManager[None]:
