@@ -47,7 +47,7 @@ def test_replies_are_those_of_the_cpu_and_close_gives_everything_back(
         assert reply(engine) == expected
         assert engine.stats.device_passes == "graphs"
         runtime = engine._loaded()
-        slots, runner = weakref.ref(runtime.cache.pool._map), runtime.runner()  # type: ignore[arg-type]
+        slots, runner = weakref.ref(runtime.cache.pool._map), runtime.runner()
         graphs = weakref.ref(next(iter(engine._loop.runner.model._graphs._graphs.values())))  # type: ignore[union-attr]
         engine.close()
     gc.collect()
