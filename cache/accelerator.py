@@ -129,6 +129,8 @@ class Graph:
 
     def __init__(self) -> None:
         self._graph = torch.cuda.CUDAGraph()
+        self._place: tuple[int, Any] | None = None
+        """The device, and the pool that was given, while the capture is under way."""
 
     def begin(self, pool: Any = None) -> None:
         """The work that the calling thread queues on the current stream from now on is captured and not run.
@@ -139,10 +141,20 @@ class Graph:
         """
         handle = self._graph.pool() if isinstance(pool, Graph) else pool
         self._graph.capture_begin(pool=handle, capture_error_mode="thread_local")
+        self._place = torch.cuda.current_device(), handle
 
     def end(self) -> None:
         """Ends the capture. Raises RuntimeError where something cannot be captured."""
-        self._graph.capture_end()
+        place, self._place = self._place, None
+        try:
+            self._graph.capture_end()
+        except RuntimeError:
+            # PyTorch's allocator would go on as if the capture were under way, and free nothing for the rest of it.
+            if place is not None and place[1] is not None:
+                with suppress(RuntimeError, AttributeError):
+                    torch._C._cuda_endAllocateToPool(*place)
+                    torch._C._cuda_releasePool(*place)
+            raise
 
     def replay(self) -> None:
         """Queues all of the captured work on the current stream."""

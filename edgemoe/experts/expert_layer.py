@@ -175,7 +175,7 @@ class ExpertLayers:
         before, self._override = self._override, routing
         try:
             if routing.resident_only:
-                self._show_residents()
+                self.show_residents()
             with RouterMode(self._current, routing.choose):
                 yield
         finally:
@@ -184,7 +184,13 @@ class ExpertLayers:
                 # Kernels that are queued may read any slot that the table on a device has.
                 self._cache.released_all()
 
-    def _show_residents(self) -> None:
+    @property
+    def all_resident(self) -> bool:
+        """Whether every expert of the model is resident, and so stays it."""
+        cache = self._cache
+        return cache is not None and all(cache.slots_of(layer) is not None for layer in range(len(self.layers)))
+
+    def show_residents(self) -> None:
         """Brings the table on the device, where there is one, up to what is resident now."""
         if self._cache is not None and self._cache.table is not None:
             for layer in range(len(self.layers)):

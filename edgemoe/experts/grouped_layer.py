@@ -46,8 +46,8 @@ class DeviceTools:
     """int64 [1] on the device, the tokens of the pass that are no padding; None where there is no padding."""
     live_tokens: int | None = None
     """The same number on the host."""
-    uncounted: deque[tuple[int, int, HostRead]] = field(default_factory=deque)
-    """Layer, top-k and choice of requests that found every expert of the model resident: they are counted later."""
+    uncounted: deque[tuple[Sequence[int], HostRead]] = field(default_factory=deque)
+    """Layers, and a choice for each, of requests that found every expert of the model resident: counted later."""
     closing: list[Callable[[], None]] = field(default_factory=list)
     """What `close` calls: others keep memory of the device, too."""
     _pairs: dict[tuple[int, int, torch.dtype], PairBuffers] = field(default_factory=dict)
@@ -197,8 +197,7 @@ class GroupedLayer(ExpertLayer):
         self.tools.table.flush()
         own.resolve(first=True)
         if resident:
-            self._count_earlier()
-            self.tools.uncounted.append((self.number, own.top_k, self.tools.reads.start([own.buffers.chosen])))
+            self.count_later([self.number], own.buffers.chosen[None])
             own.compute()
         else:
             try:
@@ -215,10 +214,16 @@ class GroupedLayer(ExpertLayer):
         index: torch.Tensor,
         weights: torch.Tensor,
         out: torch.Tensor | None = None,
+        chosen: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """See the base class. Asks nothing of the host: what the table has is computed, the rest is left out."""
+        """See the base class. Asks nothing of the host: what the table has is computed, the rest is left out.
+
+        `chosen` gets the expert of each pair, int32 [pairs], where it is given.
+        """
         own = self._pass(hidden, index, weights)
         own.resolve(first=True)
+        if chosen is not None:
+            chosen.copy_(own.buffers.chosen)
         own.compute()
         return own.combined(out).view(hidden.shape)
 
@@ -251,15 +256,19 @@ class GroupedLayer(ExpertLayer):
                 own.resolve(first=False)
                 own.compute()
 
-    def _count_earlier(self) -> None:
-        """Counts the requests whose choice has arrived."""
+    def count_later(self, layers: Sequence[int], chosen: torch.Tensor) -> None:
+        """Counts a request of each of `layers` once its choice, a row of int32 [layers, pairs], has come to the host.
+
+        Every expert of the model is resident. Requests that have come meanwhile are counted now.
+        """
         waiting = self.tools.uncounted
-        while waiting and waiting[0][2].arrived():
-            layer, _, read = waiting.popleft()
-            (chosen,) = read.wait()
-            wanted = in_order_of_use(rows_of(chosen.tolist(), self._cache.store.experts[layer]))
-            if self._cache.slots_of(layer) is not None:
-                self._cache.hit(layer, wanted)
+        while waiting and waiting[0][1].arrived():
+            numbers, read = waiting.popleft()
+            for layer, row in zip(numbers, read.wait()[0].tolist(), strict=True):
+                wanted = in_order_of_use(rows_of(row, self._cache.store.experts[layer]))
+                if self._cache.slots_of(layer) is not None:
+                    self._cache.hit(layer, wanted)
+        waiting.append((layers, self.tools.reads.start([chosen])))
 
 
 def _run(tasks: Sequence[Callable[[], None]]) -> None:

@@ -14,13 +14,15 @@ from edgemoe.kernels.triton.device_linear import FewTokenLinears
 from edgemoe.kernels.triton.pass_layout import Buffer, PassLayout, PassSequence, buffer_table
 from edgemoe.model.kv_cache import GrowingLayer, SequenceCache, WindowLayer
 from edgemoe.model.packed_attention import PackedAttention
-from edgemoe.model.pass_graph import DevicePasses, GraphAttention, PassGraph, capture, capture_draft
+from edgemoe.model.pass_graph import DevicePasses, GraphAttention, PassGraph, capture, capture_draft, capture_resident
 from edgemoe.model.pass_logits import LogitsRows, split_rows
 from edgemoe.model.sequential_runner import PROBE_TOKENS, PassInput, SequentialRunner
 from edgemoe.quiet import quiet_transformers
 
 TOKENS = (1, 2, 4, 8, 16)
 """Tokens of the passes that are captured: one with fewer is padded."""
+WHOLE = "whole"
+"""Of graphs with the experts of a model that are all resident."""
 
 
 class GraphRunner:
@@ -40,9 +42,9 @@ class GraphRunner:
         self._attention = attention
         self._tools, self._capturer, self._context = passes
         self._graphs: dict[tuple[int, str], PassGraph] = {}
-        """By tokens, and the rule of a draft."""
-        self._draft_refusals: dict[str, str] = {}
-        """Why drafts by a rule are not captured."""
+        """By tokens, and the rule of a draft or `WHOLE`."""
+        self._refusals: dict[str, str] = {}
+        """Why drafts by a rule, or passes that are `WHOLE`, are not captured."""
         self._tools.closing.append(self.close)
         self.refusal = self._refusal()
         """Why the model cannot be captured, in a sentence; empty where it can."""
@@ -63,10 +65,13 @@ class GraphRunner:
     def rows(self, inputs: Sequence[PassInput]) -> list[LogitsRows]:
         """As `PackedRunner.rows`; only where `fits`. The logits are valid until the next pass."""
         tokens, routing = sum(len(item.tokens) for item in inputs), self._runner.layers.override
-        graph = self._graph(tokens, routing if isinstance(routing, DraftRouting) else None)
+        whole = self._whole(tokens)
+        graph = self._graph(tokens, routing if isinstance(routing, DraftRouting) else None, whole=whole)
         with self._runner.passing(inputs, kind="graph"):
             self._fill(graph, inputs)
             self._replay(graph, tokens)
+            if whole:
+                self._count(graph)
             if isinstance(routing, DraftRouting):
                 for shares, wanted in zip(routing.wanted, graph.wanted, strict=True):
                     shares.append(wanted[:tokens])
@@ -83,23 +88,38 @@ class GraphRunner:
 
     def _drafts(self, routing: DraftRouting, tokens: int) -> bool:
         """Whether a draft pass can be captured, and is."""
-        if routing.asks_host or routing.rule in self._draft_refusals:
+        if routing.asks_host or routing.rule in self._refusals:
             return False
+        return self._captures(tokens, routing, routing.rule)
+
+    def _whole(self, tokens: int) -> bool:
+        """Whether a pass routed as the model says is one graph with its experts, since all of them are resident."""
+        layers = self._runner.layers
+        if WHOLE in self._refusals or not (layers.as_usual and layers.all_resident):
+            return False
+        return self._captures(tokens, None, WHOLE, whole=True)
+
+    def _captures(self, tokens: int, routing: DraftRouting | None, kind: str, *, whole: bool = False) -> bool:
+        """Whether a graph of `kind` can be captured, and is."""
         try:
-            self._graph(tokens, routing)
+            self._graph(tokens, routing, whole=whole)
         except Exception as error:
             if _is_of_machine(error):
                 raise
-            self._draft_refusals[routing.rule] = reason(error)
-        return routing.rule not in self._draft_refusals
+            self._refusals[kind] = reason(error)
+        return kind not in self._refusals
 
-    def _graph(self, tokens: int, routing: DraftRouting | None) -> PassGraph:
-        key = next(size for size in TOKENS if size >= tokens), "" if routing is None else routing.rule
+    def _graph(self, tokens: int, routing: DraftRouting | None, *, whole: bool = False) -> PassGraph:
+        kind = WHOLE if whole else "" if routing is None else routing.rule
+        key = next(size for size in TOKENS if size >= tokens), kind
         if key not in self._graphs:
-            self._graphs[key] = self._captured(key[0], routing)
+            if whole:
+                # From now on nothing changes in the table.
+                self._runner.layers.show_residents()
+            self._graphs[key] = self._captured(key[0], routing, whole=whole)
         return self._graphs[key]
 
-    def _captured(self, tokens: int, routing: DraftRouting | None) -> PassGraph:
+    def _captured(self, tokens: int, routing: DraftRouting | None, *, whole: bool) -> PassGraph:
         runner, tools = self._runner, self._tools
         layers = runner.start(1).kv.layers
         graph = PassGraph(PassLayout(tokens, len(layers), self._context), runner.device)
@@ -113,7 +133,9 @@ class GraphRunner:
         linears = FewTokenLinears(tools.launch, TOKENS[-1])
         given = graph, self._capturer, runner.layers, self._attention, attend, linears, forward
         with torch.inference_mode(), quiet_transformers(), tools.padded(graph.live, tokens):
-            if routing is None:
+            if whole:
+                capture_resident(*given)
+            elif routing is None:
                 capture(*given)
             else:
                 capture_draft(*given, routing.alike())
@@ -142,6 +164,13 @@ class GraphRunner:
                     piece.layer.compute(*given, out=piece.out)
                 else:
                     piece.out.copy_(layers.forward(piece.layer, *given))
+
+    def _count(self, graph: PassGraph) -> None:
+        """Has the requests of a pass counted that the host was not asked for."""
+        layers = self._runner.layers.layers
+        first = layers[0]
+        assert isinstance(first, GroupedLayer)
+        first.count_later(range(len(layers)), graph.chosen)
 
     def _outputs(self, logits: torch.Tensor, inputs: Sequence[PassInput]) -> list[LogitsRows]:
         wanted, first, parts = [], 0, []

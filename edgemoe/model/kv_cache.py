@@ -283,6 +283,11 @@ class SequenceCache:
         """The cache of a sequence without tokens."""
         return cls(new_cache(model, capacity), capacity)
 
+    def appended(self, tokens: int) -> None:
+        """Counts `tokens` tokens that a pass has appended to `kv`, which may have replaced buffers."""
+        self.tokens += tokens
+        self.buffer_table = None
+
     def reserve(self, capacity: int) -> None:
         """Raises the capacity to `capacity` tokens; a buffer is replaced when it is full, and not before."""
         self.capacity = max(self.capacity, capacity)

@@ -65,7 +65,7 @@ class PackedRunner:
                     **extra,
                 ).logits[0]
             for item in inputs:
-                item.cache.tokens += len(item.tokens)
+                item.cache.appended(len(item.tokens))
             return split_rows(logits if runner.keeps_last else logits[index], [item.outputs for item in inputs])
 
     def _agrees(self) -> bool:

@@ -6,6 +6,7 @@ positions, lengths and addresses of KV buffers - it reads from one tensor, so th
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from edgemoe.cache import accelerator
 from edgemoe.experts.draft_routing import DraftRouting
 from edgemoe.experts.expert_layer import ExpertLayer, ExpertLayers
-from edgemoe.experts.grouped_layer import DeviceTools
+from edgemoe.experts.grouped_layer import DeviceTools, GroupedLayer
 from edgemoe.kernels.triton.attention import DecodeAttention
 from edgemoe.kernels.triton.device_linear import FewTokenLinears
 from edgemoe.kernels.triton.launcher import Launcher
@@ -58,6 +59,10 @@ class Capturer(Protocol):
         """In the block, work is queued on a stream that can be captured."""
         ...
 
+    def make_room(self) -> None:
+        """Frees memory that a capture could not: to be called before each."""
+        ...
+
 
 class DevicePasses(NamedTuple):
     """What graphs of passes are made with."""
@@ -74,6 +79,8 @@ class DeviceCapturer:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool: Any = None
+        self._stream: Any = None
+        """One for all captures: libraries keep a workspace for each stream, and blocks of memory belong to one."""
 
     def graph(self) -> accelerator.Graph:
         """See `Capturer`."""
@@ -88,11 +95,21 @@ class DeviceCapturer:
     @contextmanager
     def stream(self) -> Iterator[None]:
         """See `Capturer`."""
-        before, stream = accelerator.current_stream(self._device), accelerator.new_stream(self._device)
+        if self._stream is None:
+            self._stream = accelerator.new_stream(self._device)
+        before, stream = accelerator.current_stream(self._device), self._stream
         stream.wait_stream(before)
-        with accelerator.on_stream(stream):
-            yield
-        before.wait_stream(stream)
+        try:
+            with accelerator.on_stream(stream):
+                yield
+        finally:
+            before.wait_stream(stream)
+
+    def make_room(self) -> None:
+        """See `Capturer`: PyTorch gives back nothing of what it keeps while a capture is under way."""
+        gc.collect()
+        accelerator.synchronize(self._device)
+        accelerator.release_unused()
 
 
 @dataclass(frozen=True)
@@ -125,6 +142,8 @@ class PassGraph:
         self.pieces: list[Piece] = []
         self.logits = torch.empty(0)
         """[tokens, vocabulary], written by the last piece."""
+        self.chosen = torch.empty(0, 0, dtype=torch.int32)
+        """Of a pass with every expert resident: the experts of each layer's pairs, int32 [layers, pairs]."""
         self.wanted: list[torch.Tensor] = []
         """Of a draft: by layer, the routing weights that it would have had, float32 [tokens, experts]."""
 
@@ -185,6 +204,7 @@ def capture(
     with attention.captured(attend), capturer.stream(), linears:
         with layers.captured(skip):
             forward(graph.ids, positions)
+        capturer.make_room()
         pieces = _Pieces(capturer)
         with pieces.capturing(), layers.captured(pieces.at_experts):
             graph.logits = forward(graph.ids, positions)
@@ -208,9 +228,38 @@ def capture_draft(
         forward(graph.ids, positions)
         for each in routing.wanted:
             each.clear()
+        capturer.make_room()
         with pieces.capturing():
             graph.logits = forward(graph.ids, positions)
     graph.wanted = [each for (each,) in routing.wanted]
+    graph.pieces = pieces.finished(graph.logits)
+
+
+def capture_resident(
+    graph: PassGraph,
+    capturer: Capturer,
+    layers: ExpertLayers,
+    attention: PackedAttention,
+    attend: GraphAttention,
+    linears: FewTokenLinears,
+    forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> None:
+    """As `capture`, in one piece with the experts, for passes that find every expert of the model resident."""
+    positions = graph.layout.positions(graph.metadata)
+    pieces = _Pieces(capturer)
+
+    def draft(layer: ExpertLayer, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        assert isinstance(layer, GroupedLayer)
+        if not graph.chosen.numel():
+            # The layers of a model choose equally many.
+            graph.chosen = torch.full((len(layers.layers), index.numel()), -1, dtype=torch.int32, device=index.device)
+        return layer.draft(hidden, index, weights, chosen=graph.chosen[layer.number, : index.numel()])
+
+    with attention.captured(attend), capturer.stream(), layers.captured(draft), linears:
+        forward(graph.ids, positions)
+        capturer.make_room()
+        with pieces.capturing():
+            graph.logits = forward(graph.ids, positions)
     graph.pieces = pieces.finished(graph.logits)
 
 

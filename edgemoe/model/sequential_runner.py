@@ -151,7 +151,7 @@ class SequentialRunner:
         extra[self._cache_argument] = sequence.kv
         output = self.model(input_ids=ids, use_cache=True, **extra)
         sequence.kv = getattr(output, self._cache_argument)
-        sequence.tokens += len(inputs.tokens)
+        sequence.appended(len(inputs.tokens))
         return output.logits[0, -inputs.outputs :]  # type: ignore[no-any-return]
 
     def _masks(self, sequence: SequenceCache, tree_mask: TreeMask) -> Any:

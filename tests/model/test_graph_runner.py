@@ -76,6 +76,31 @@ def test_replayed_passes_give_the_logits_of_plain_ones(zoo: Zoo, family: str, mo
 
 
 @pytest.mark.slow
+def test_with_every_expert_resident_a_pass_is_one_graph(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    with both(zoo, "qwen3_moe", monkeypatch, slots=None) as (plain, graphs, card):
+        experts = card.cache.store.experts
+        for layer, count in enumerate(experts):
+            list(card.cache.borrow(layer, range(count)))
+        prompt = random_ids(5, seed=1)
+        own, other = start(plain, prompt), start(graphs, prompt)
+        graphs.step(other, [4]), plain.step(own, [4])
+        replays, before = [graph.replays for graph in card.capturer.graphs], card.cache.counters.copy()
+        assert_alike(plain.step(own, [5]), graphs.step(other, [5]))
+        assert sum(graph.replays for graph in card.capturer.graphs) == sum(replays) + 1
+        # What a pass found is counted with the next one.
+        assert card.cache.counters.hits - before.hits == card.model.config.num_experts_per_tok * len(experts)
+        assert card.cache.counters.misses == before.misses
+
+
+@pytest.mark.slow
+def test_buffers_that_a_plain_pass_has_replaced_are_found(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    with both(zoo, "qwen3_moe", monkeypatch) as (plain, graphs, _):
+        own, other = plain.start(8), graphs.start(8)
+        for tokens in (random_ids(5, seed=1), [4], random_ids(20, seed=2), [5]):
+            assert_alike(plain.step(own, tokens), graphs.step(other, tokens))
+
+
+@pytest.mark.slow
 def test_drafts_are_replayed_and_leave_everything_as_it_was(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
     with both(zoo, "qwen3_moe", monkeypatch, slots=12) as (_, graphs, card):
         prompt = random_ids(7, seed=3)

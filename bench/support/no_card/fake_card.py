@@ -175,6 +175,9 @@ class FakeCapturer:
     def pool(self) -> None:
         """None is needed."""
 
+    def make_room(self) -> None:
+        """Nothing is kept."""
+
     @contextmanager
     def stream(self) -> Iterator[None]:
         """There is one order of work."""
@@ -191,8 +194,9 @@ class FakeReads(HostReads):
         """See the base class."""
         assert all(value.device == DEVICE for value in values)
         self._card.counts.copies += len(values)
-        (pairs,) = values[0].shape
-        return _FakeRead(self._card, [torch.tensor(self._card.chosen(pairs)), *(_zeros(each) for each in values[1:])])
+        shape = values[0].shape
+        chosen = torch.tensor(self._card.chosen(values[0].numel())).view(shape)
+        return _FakeRead(self._card, [chosen, *(_zeros(each) for each in values[1:])])
 
 
 class _FakeRead(HostRead):

@@ -74,6 +74,9 @@ class RecordingCapturer:
     def pool(self) -> None:
         """Nothing: the memory of the CPU needs none."""
 
+    def make_room(self) -> None:
+        """Nothing is kept."""
+
     @contextmanager
     def stream(self) -> Iterator[None]:
         """The CPU has one order of work."""

@@ -44,7 +44,9 @@ class FewTokenLinears(TorchFunctionMode):
     ) -> torch.Tensor | None:
         """The product; None where it is PyTorch's."""
         rows, columns = weight.shape if weight.dim() == 2 else (0, 0)
-        usual = weight.dtype in NAMES and input.dtype in KINDS and weight.is_contiguous() and rows > 0
+        # Kernels number the values of a matrix in 32 bits.
+        small = weight.numel() < 1 << 31
+        usual = small and weight.dtype in NAMES and input.dtype in KINDS and weight.is_contiguous() and rows > 0
         if not usual or input.numel() > self._max_tokens * columns or input.numel() == 0:
             return None
         key = rows, columns, weight.dtype

@@ -64,7 +64,8 @@ def _product(
 ):
     """The products of `rows` of a matrix with the vector at `x`, rounded to `KIND`, float32 [ROWS]."""
     total = tl.zeros((ROWS, BLOCK), tl.float32)
-    for first in range(0, WIDTH, BLOCK):
+    # Without the number of stages a loop without `dot` waits for each of its loads.
+    for first in tl.range(0, WIDTH, BLOCK, num_stages=4):
         column = first + tl.arange(0, BLOCK)
         value = tl.load(x + column, mask=column < WIDTH, other=0.0).to(KIND).to(tl.float32)
         total += LOAD(record, tables, rows, first, BLOCK, META) * value[None, :]
