@@ -85,7 +85,7 @@ def _on_card(
         plain = [_reply(engine, prompt, count) for prompt in prompts]
     with _loaded(folder, device, speculate="self", draft_rule=RULE) as engine:
         drafted = [_reply(engine, prompt, count) for prompt in prompts[:1]]
-        drafts, draft_refusals = _graphs(engine), _draft_refusals(engine)
+        drafts, draft_refusals = _graphs(engine), _refusals(engine)
     same = {
         "than the CPU": replayed == right,
         "with graphs than without": replayed == plain,
@@ -98,7 +98,7 @@ def _on_card(
         "same": same,
         "refusal": refusal,
         "graphs": [tokens for tokens, rule in graphs if not rule],
-        "draft_graphs": [tokens for tokens, rule in drafts if rule],
+        "draft_graphs": [tokens for tokens, kind in drafts if kind == RULE],
         "draft_refusals": draft_refusals,
         "packs": runner.packs,
         "verifies": runner.verifies,
@@ -141,15 +141,15 @@ def _sampling(count: int) -> Sampling:
 
 
 def _graphs(engine: Engine) -> list[tuple[int, str]]:
-    """Tokens and the draft rule, if any, of each graph that was captured."""
+    """Tokens of each graph that was captured, and the rule of a draft, "whole" with all experts, or nothing."""
     graphs = runner_of(engine)._graphs
     return [] if graphs is None else sorted(graphs._graphs)
 
 
-def _draft_refusals(engine: Engine) -> dict[str, str]:
+def _refusals(engine: Engine) -> dict[str, str]:
     """Why drafts are not captured, by their rule."""
     graphs = runner_of(engine)._graphs
-    return {} if graphs is None else dict(graphs._draft_refusals)
+    return {} if graphs is None else dict(graphs._refusals)
 
 
 @contextmanager

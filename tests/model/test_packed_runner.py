@@ -121,10 +121,10 @@ def test_every_layer_acquires_its_experts_once_a_step(family: str, zoo: Zoo) -> 
         asked: list[int] = []
         borrow = own.cache.borrow
 
-        def counting(layer: int, experts: Sequence[int], *rest: Any) -> Generator[Loan, None, None]:
+        def counting(layer: int, experts: Sequence[int], **more: Any) -> Generator[Loan, None, None]:
             asked.append(layer)
             assert len(set(experts)) == len(experts)
-            return borrow(layer, experts, *rest)
+            return borrow(layer, experts, **more)
 
         own.cache.borrow = counting  # type: ignore[method-assign, assignment]
         for tokens in ([[9]] * 5, [[9], [8, 7, 6, 5], [1], [2], [3, 3]]):
