@@ -6,8 +6,7 @@ Nothing in this module touches a device when it is imported, so that a process m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
@@ -125,7 +124,7 @@ def new_graph_pool() -> Any:
 
 
 class Graph:
-    """Work of one stream that is captured once and then queued with one call. Its memory stays taken until `reset`."""
+    """Work of one stream that is captured once and then queued with one call. Its memory is taken while it lives."""
 
     def __init__(self) -> None:
         self._graph = torch.cuda.CUDAGraph()
@@ -136,12 +135,10 @@ class Graph:
         """The work that the calling thread queues on the current stream from now on is captured and not run.
 
         The current stream must not be the default one (see `on_stream`). Memory comes from `pool`, of
-        `new_graph_pool` or of another graph; without it the graph has a pool of its own. Other threads may use the
-        device meanwhile.
+        `new_graph_pool`; without it the graph has a pool of its own. Other threads may use the device meanwhile.
         """
-        handle = self._graph.pool() if isinstance(pool, Graph) else pool
-        self._graph.capture_begin(pool=handle, capture_error_mode="thread_local")
-        self._place = torch.cuda.current_device(), handle
+        self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        self._place = torch.cuda.current_device(), pool
 
     def end(self) -> None:
         """Ends the capture. Raises RuntimeError where something cannot be captured."""
@@ -159,35 +156,6 @@ class Graph:
     def replay(self) -> None:
         """Queues all of the captured work on the current stream."""
         self._graph.replay()
-
-    def pool(self) -> Any:
-        """The pool that its memory came from."""
-        return self._graph.pool()
-
-    def reset(self) -> None:
-        """Frees the graph and, unless other graphs share it, its pool. It cannot be replayed any more."""
-        self._graph.reset()
-
-
-@contextmanager
-def capturing(graph: Graph, device: torch.device, pool: Any = None) -> Iterator[None]:
-    """Captures the work of the block in `graph`, on a stream of its own that follows the current one and precedes it.
-
-    An error of the block ends the capture before it is raised.
-    """
-    stream, before = new_stream(device), current_stream(device)
-    stream.wait_stream(before)
-    with on_stream(stream):
-        graph.begin(pool)
-        try:
-            yield
-        except BaseException:
-            # What is captured so far is of no use, and the capture may be invalid already.
-            with suppress(RuntimeError):
-                graph.end()
-            raise
-        graph.end()
-    before.wait_stream(stream)
 
 
 # --- memory of the host -----------------------------------------------------------------------------

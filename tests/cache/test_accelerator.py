@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
 from bench.no_card.caching_allocator import CachingAllocator
 from edgemoe.cache import accelerator
-from edgemoe.cache.accelerator import Graph, capturing, is_accelerator
+from edgemoe.cache.accelerator import Graph, is_accelerator
 
 CARD = torch.device("cuda:1")
 
@@ -74,65 +73,47 @@ def test_the_generators_of_the_caller_are_kept(where: str, monkeypatch: pytest.M
 
 
 class Backend:
-    """Streams and graphs that note what is done with them, in order."""
+    """Graphs that note what is done with them, in order."""
 
     def __init__(self) -> None:
         self.log: list[str] = []
-
-    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def named(name: str) -> SimpleNamespace:
-            return SimpleNamespace(name=name, wait_stream=lambda other: self.log.append(f"{name} after {other.name}"))
-
-        graph = SimpleNamespace(
+        self.graph = SimpleNamespace(
             capture_begin=lambda pool, capture_error_mode: self.log.append(f"begin {pool} {capture_error_mode}"),
             capture_end=lambda: self.log.append("end"),
             replay=lambda: self.log.append("replay"),
-            reset=lambda: self.log.append("reset"),
-            pool=lambda: (0, 9),
         )
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
-        monkeypatch.setattr(torch.cuda, "Stream", lambda device: named("own"))
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: named("current"))
-        monkeypatch.setattr(torch.cuda, "stream", self._entered)
 
-    def _entered(self, stream: Any) -> Backend:
-        self.log.append(f"on {stream.name}")
-        return self
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error: object) -> None:
-        self.log.append("off")
-
-
-def test_a_capture_runs_on_a_stream_of_its_own_in_order_with_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = Backend()
-    backend.install(monkeypatch)
-    graph = Graph()
-    with capturing(graph, CARD):
-        backend.log.append("work")
-    expected = ["own after current", "on own", "begin None thread_local", "work", "end", "off", "current after own"]
-    assert backend.log == expected
-    graph.replay()
-    graph.reset()
-    assert backend.log[len(expected) :] == ["replay", "reset"]
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self.graph)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
 
 def test_graphs_share_a_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = Backend()
     backend.install(monkeypatch)
-    for pool in (Graph(), (0, 9)):
-        Graph().begin(pool)
-    assert backend.log == ["begin (0, 9) thread_local"] * 2
+    for _ in range(2):
+        graph = Graph()
+        graph.begin((0, 9))
+        graph.end()
+        graph.replay()
+    assert backend.log == ["begin (0, 9) thread_local", "end", "replay"] * 2
 
 
-def test_an_error_ends_the_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = Backend()
+def test_a_capture_that_fails_leaves_the_allocator_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, ended = Backend(), list[tuple[str, tuple[object, ...]]]()
     backend.install(monkeypatch)
-    with pytest.raises(ValueError, match="no"), capturing(Graph(), CARD):
-        raise ValueError("no")
-    assert backend.log[-2:] == ["end", "off"]
+
+    def fail() -> None:
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(backend.graph, "capture_end", fail)
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda *place, name=name: ended.append((name, place)), raising=False)
+    graph = Graph()
+    graph.begin((0, 9))
+    with pytest.raises(RuntimeError, match="previous error"):
+        graph.end()
+    assert ended == [("_cuda_endAllocateToPool", (0, (0, 9))), ("_cuda_releasePool", (0, (0, 9)))]
 
 
 @pytest.mark.parametrize("nbytes", [512, 1 << 20, 2 << 20, 3 << 20, (8 << 20) + 512, 10 << 20, 15 << 20])

@@ -16,6 +16,7 @@ from edgemoe.cache import accelerator
 from edgemoe.cache.record import ALIGNMENT, RecordLayout, round_up
 from edgemoe.formats.weight_format import WeightFormat
 from edgemoe.kernels.triton.availability import missing
+from edgemoe.model.pass_graph import DeviceCapturer
 from edgemoe.plan import machine
 
 EXPERTS, TOP_K = 128, 8
@@ -147,18 +148,18 @@ class _Choice:
 def _graph_ms(work: list[Callable[[], object]], device: torch.device) -> float:
     """The card's milliseconds for one of `work`, all of which are captured in one graph."""
     graph = accelerator.Graph()
-    with accelerator.capturing(graph, device):
+    with DeviceCapturer(device).stream():
+        graph.begin()
         for each in work:
             each()
+        graph.end()
 
     def replay() -> None:
         for _ in range(REPLAYS):
             graph.replay()
 
     replay()
-    taken = min(device_ms(replay) for _ in range(3)) / REPLAYS / len(work)
-    graph.reset()
-    return taken
+    return min(device_ms(replay) for _ in range(3)) / REPLAYS / len(work)
 
 
 def _attention(figures: dict[str, Any], device: torch.device) -> list[str]:

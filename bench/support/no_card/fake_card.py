@@ -67,7 +67,7 @@ class FakeCard:
         self.launcher = Launcher()
         self.launcher.observer = self._launched
         self.chosen: Callable[[int], list[int]] = lambda pairs: [0] * pairs
-        """What routers choose, as far as the host learns of it: the experts of so many pairs."""
+        """What the host learns of routers: the experts of so many pairs."""
         self.capturing = False
         self.captured = 0
         """Operations and kernels in all graphs so far."""
@@ -116,7 +116,7 @@ class FakeCard:
         return made.eval()
 
     def from_host(self, value: torch.Tensor, *, waits: bool) -> torch.Tensor:
-        """A copy of `value`, of the CPU, on the card; whether the host `waits` until all earlier work is done, too."""
+        """A copy of `value`, of the CPU, on the card, for which the host `waits` or not."""
         if self.capturing:
             raise RuntimeError("operation not permitted while capturing: a copy from the host")
         self.counts.copies += 1
@@ -196,7 +196,7 @@ class FakeReads(HostReads):
         self._card.counts.copies += len(values)
         shape = values[0].shape
         chosen = torch.tensor(self._card.chosen(values[0].numel())).view(shape)
-        return _FakeRead(self._card, [chosen, *(_zeros(each) for each in values[1:])])
+        return _FakeRead(self._card, [chosen, *(torch.zeros(each.shape, dtype=each.dtype) for each in values[1:])])
 
 
 class _FakeRead(HostRead):
@@ -395,7 +395,3 @@ def _only_asks(func: Any) -> bool:
 def _no_addresses(layers: Any) -> torch.Tensor:
     """As `buffer_table`: fake tensors lie nowhere, in buffers as long as need be."""
     return torch.tensor([[0, 0, 1 << 30, 0] for _ in layers], dtype=torch.int64)
-
-
-def _zeros(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(tensor.shape, dtype=tensor.dtype)
