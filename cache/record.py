@@ -65,6 +65,14 @@ class RecordLayout:
                 return offset
         raise KeyError(name)
 
+    def places(self, name: str) -> dict[str, int]:
+        """The offset in bytes of each part of the matrix `name`, by what follows that in the part's name."""
+        return {
+            part.name[len(name) :]: offset
+            for part, offset in zip(self.parts, self.offsets, strict=True)
+            if part.name == name or part.name.startswith(f"{name}.")
+        }
+
 
 def round_up(value: int, multiple: int) -> int:
     """The smallest multiple of `multiple` that is at least `value`."""

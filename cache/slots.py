@@ -106,7 +106,7 @@ class SlotTable:
         self,
         experts: Sequence[int],
         device: torch.device,
-        write: Callable[[torch.Tensor, Sequence[Change]], None] | None = None,
+        write: Callable[[torch.Tensor, Sequence[Change]], None],
     ) -> None:
         """`experts[layer]` is the number of a layer's experts.
 
@@ -116,7 +116,7 @@ class SlotTable:
         """int32 [layers, experts], on the device; the experts that a layer does not have are absent."""
         self.readable: list[dict[int, int]] = [{} for _ in experts]
         """By layer, the slot of each expert that kernels queued after the next `flush` may read."""
-        self._write = write or _write
+        self._write = write
         self._changes: list[Change] = []
 
     def put(self, expert: ExpertId, slot: int) -> None:
@@ -137,10 +137,3 @@ class SlotTable:
 
     def _change(self, expert: ExpertId, slot: int) -> None:
         self._changes.append((expert.layer * self.device_table.shape[1] + expert.number, slot))
-
-
-def _write(table: torch.Tensor, changes: Sequence[Change]) -> None:
-    flat = table.view(-1)
-    # The last change of a place counts.
-    for place, value in dict(changes).items():
-        flat[place].fill_(value)

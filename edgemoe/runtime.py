@@ -120,7 +120,7 @@ class Runtime:
         if accelerator.is_accelerator(device):
             for module in packed:
                 if tools is not None and isinstance(module, PackedLinear):
-                    module.use_launcher(tools.launch, tools.few_tokens)
+                    module.use_launcher(tools.launch, BATCH_INVARIANT_TOKENS)
             return
         batch_invariant_linear.install_gemv(self.model, threads)
         rms_norm.install_rms_norm(self.model)

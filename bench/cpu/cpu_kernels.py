@@ -101,7 +101,7 @@ def _prepared(
     if isinstance(kind, FloatFormat) and not widens(kind.dtype, size.shape[1]):
         matrix: SlotMatrix | PackedMatrix = SlotMatrix(kind.dtype, size.shape, memory)
     else:
-        places = {part.name: layout.part_offset("w" + part.name) for part in kind.parts("", size.shape)}
+        places = layout.places("w")
         matrix = PackedMatrix(kind, size.shape, memory, places)
     return lambda groups, x: matrix.multiply(threads, groups, x), layout.nbytes, records
 

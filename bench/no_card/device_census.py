@@ -7,14 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from bench.measurement import BaseSize, Measurement
-from bench.support.no_card.fake_card import Counts, FakeCard
-from bench.support.no_card.fake_passes import FakePasses
-from bench.support.policies.lru import GlobalLRU
+from bench.support.no_card.fake_card import Counts, FakeCard, put_on
+from bench.support.no_card.fake_passes import FakePasses, without_weights
 from bench.support.zoo import config
-from edgemoe.checkpoint.experts_module import ExpertsModule, find_experts_modules, release_weights
+from edgemoe.checkpoint.experts_module import ExpertsModule
 
 NAME = "device-census"
 BAR = (
@@ -45,10 +42,8 @@ FULL, SMALL = Size(), Size(small=True, layers=3)
 
 def run(size: Size = FULL) -> Measurement:
     """Decoding with every expert resident, with some, and drafting, once each graph is captured."""
-    model = _model(size.layers)
-    modules = find_experts_modules(model)
-    for moe in modules:
-        release_weights(moe, model)
+    shape = QWEN3_30B_A3B | {"num_hidden_layers": size.layers}
+    model, modules = without_weights(config("qwen3_moe", **shape))
     rows = {
         "decode, all resident": _row(model, modules, size, share=1.0, work=FakePasses.decode),
         "decode, some resident": _row(model, modules, size, share=size.share, work=FakePasses.decode),
@@ -57,17 +52,6 @@ def run(size: Size = FULL) -> Measurement:
     }
     faults = [f"{name}: {fault}" for name, row in rows.items() for fault in _faults(name, row)]
     return Measurement(NAME, rows, BAR, not faults, {"faults": faults, "layers": size.layers})
-
-
-def _model(layers: int) -> Any:
-    """Without weights, on the meta device."""
-    from transformers import AutoModelForCausalLM
-
-    auto: Any = AutoModelForCausalLM
-    with torch.device("meta"):
-        return auto.from_config(
-            config("qwen3_moe", **QWEN3_30B_A3B | {"num_hidden_layers": layers}), dtype=torch.bfloat16
-        )
 
 
 def _row(
@@ -81,8 +65,9 @@ def _row(
         top_k = model.config.num_experts_per_tok
         return [each for _ in range(pairs // top_k) for each in choices.sample(range(modules[0].experts), top_k)]
 
+    card.chosen = chosen
     with card.running():
-        passes = FakePasses(card, model, modules, slots, GlobalLRU(), chosen, CONTEXT)
+        passes = FakePasses(card, put_on(card, model, modules, slots), CONTEXT)
         passes.prompt(PROMPT)
         work(passes)
         found = work(passes)

@@ -189,10 +189,9 @@ class Case:
         from edgemoe.kernels.triton.grouped_ffn import GroupedMatrix
 
         kind, shape, records = self.formats[name], self.shapes[name], self.records
-        places = {part.name: records.part_offset(name + part.name) for part in kind.parts("", self._stored(name))}
         bias = records.part_offset(f"{name}_bias") if self.layout.bias else None
         device, transposed = torch.device("cpu"), self.layout.transposed
-        return GroupedMatrix(kind, shape, places, device, transposed=transposed, bias=bias)
+        return GroupedMatrix(kind, shape, records.places(name), device, transposed=transposed, bias=bias)
 
     def ffn(self, dtype: torch.dtype = torch.float32) -> GroupedFfn:
         """The kernels."""

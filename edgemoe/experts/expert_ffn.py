@@ -215,7 +215,7 @@ class Experts(ABC):
         module, views = self.module, self.region.views(slot, self._layout)
         x = groups.inputs(expert, self.row_multiple)
         row_by_row = few_on_cpu(groups.hidden)
-        inner = self._linear(x, views, _up_name(module), slot, row_by_row)
+        inner = self._linear(x, views, up_name(module), slot, row_by_row)
         inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
         groups.write(expert, self._linear(inner, views, "down_proj", slot, row_by_row))
 
@@ -259,7 +259,7 @@ class FastExperts(Experts):
         """As the base class; `fits` must hold. `threads` run the kernels; `dtype` is the model's."""
         super().__init__(module, moe, region)
         self._threads = threads
-        self._up_name, self._dtype = _up_name(module), dtype
+        self._up_name, self._dtype = up_name(module), dtype
         self._matrices = {name: self._matrix(region, moe, name) for name in (self._up_name, "down_proj")}
         plain = not module.has_bias and not any(matrix.interleaved for matrix in self._matrices.values())
         self._in_one = plain and is_gated_silu(module)
@@ -274,11 +274,10 @@ class FastExperts(Experts):
         transposed = name in moe.transposed
         if isinstance(kind, FloatFormat) and (transposed or not widens(kind.dtype, shape[1])):
             return SlotMatrix(kind.dtype, shape, region.memory, moe.layout.part_offset(name), transposed=transposed)
-        places = {part.name: moe.layout.part_offset(name + part.name) for part in kind.parts("", shape)}
-        return PackedMatrix(kind, shape, region.memory, places, self._dtype)
+        return PackedMatrix(kind, shape, region.memory, moe.layout.places(name), self._dtype)
 
     @staticmethod
-    def fits(module: Any, moe: ExpertsModule) -> bool:
+    def fits(moe: ExpertsModule) -> bool:
         """Whether the kernels support the formats and the orientation that these experts are stored in."""
 
         def fits(name: str) -> bool:
@@ -287,7 +286,7 @@ class FastExperts(Experts):
                 return SlotMatrix.fits(kind.dtype, columns, transposed=name in moe.transposed)
             return packed_matrix.fits(kind, columns)
 
-        return fits(_up_name(module)) and fits("down_proj")
+        return all(map(fits, moe.formats))
 
     def compute(self, groups: TokenGroups, experts: Sequence[int], slots: Sequence[int]) -> None:
         """See the base class."""
@@ -372,6 +371,6 @@ class FastExperts(Experts):
         return values + torch.stack([self.region.views(slot, self._layout)[f"{name}_bias"] for slot in owners])
 
 
-def _up_name(module: Any) -> str:
+def up_name(module: Any) -> str:
     """The first matrix of an expert of `module`."""
     return "gate_up_proj" if module.has_gate else "up_proj"

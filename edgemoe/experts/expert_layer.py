@@ -226,7 +226,7 @@ def install(
     for number, moe in enumerate(experts_modules):
         module, region = moe.module(model), cache.region(number)
         on_cpu = not accelerator.is_accelerator(cache.pool.device)
-        if not plain and on_cpu and FastExperts.fits(module, moe):
+        if not plain and on_cpu and FastExperts.fits(moe):
             experts: Experts = FastExperts(module, moe, region, threads, model.dtype)
         else:
             experts = PlainExperts(module, moe, region)

@@ -19,20 +19,19 @@ import torch
 from edgemoe.cache import ExpertCache, ExpertId
 from edgemoe.cache.slots import SlotRegion, SlotTable
 from edgemoe.checkpoint.experts_module import ExpertsModule
-from edgemoe.experts.expert_ffn import Experts, in_order_of_use, rows_of
+from edgemoe.experts.expert_ffn import Experts, in_order_of_use, rows_of, up_name
 from edgemoe.experts.expert_layer import ExpertLayer, Grouped
 from edgemoe.experts.expert_predictor import ExpertPredictor
 from edgemoe.experts.host_experts import MAX_TOKENS, CpuHelp, HostExperts
 from edgemoe.experts.host_reads import HostRead, HostReads
 from edgemoe.experts.lookahead import RouterScores
+from edgemoe.kernels.row_linear import BATCH_INVARIANT_TOKENS
 from edgemoe.kernels.triton.activations import gate_rule
 from edgemoe.kernels.triton.grouped_ffn import GroupedFfn, GroupedMatrix, combine, resolve
 from edgemoe.kernels.triton.launcher import Launcher
 
 KEPT_TOKENS = 16
 """Tokens of a pass up to which its buffers are kept for the next one of as many."""
-FEW_TOKENS = 64
-"""Tokens of a pass up to which each pair is multiplied by itself, to bits that depend on no other token."""
 
 
 @dataclass
@@ -51,11 +50,6 @@ class DeviceTools:
     closing: list[Callable[[], None]] = field(default_factory=list)
     """What `close` calls: others keep memory of the device, too."""
     _pairs: dict[tuple[int, int, torch.dtype], PairBuffers] = field(default_factory=dict)
-
-    @property
-    def few_tokens(self) -> int:
-        """Tokens of a pass up to which each is multiplied by itself."""
-        return FEW_TOKENS
 
     def close(self) -> None:
         """Frees what is kept on the device, graphs included. No pass may follow."""
@@ -134,7 +128,8 @@ class _Pass:
     def compute(self) -> None:
         """Queues the experts of the pairs that were looked up."""
         own, ffn = self.buffers, self._layer.ffn
-        if len(self.hidden) <= FEW_TOKENS:
+        # Each pair by itself, to bits that depend on no other token, or tiles.
+        if len(self.hidden) <= BATCH_INVARIANT_TOKENS:
             ffn.run(self.hidden, own.slots, own.outputs, self.top_k)
         else:
             ffn.run_many(self.hidden, self.index, own.slots, own.outputs, self.top_k, self._layer.count)
@@ -317,21 +312,22 @@ def grouped_ffn(
     gate = gate_rule(module)
     if gate is None:
         return None
-    matrices = [_matrix(module, moe, region, name, dtype) for name in _names(module)]
-    up, down = matrices
-    return None if up is None or down is None else GroupedFfn(launch, region.memory, up, down, gate, dtype)
-
-
-def _names(module: Any) -> tuple[str, str]:
-    return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
-
-
-def _matrix(module: Any, moe: ExpertsModule, region: SlotRegion, name: str, dtype: torch.dtype) -> GroupedMatrix | None:
-    kind, shape, device = moe.formats[name], moe.matrix_shape(name), region.memory.device
-    transposed = name in moe.transposed
-    stored = (shape[1], shape[0]) if transposed else shape
-    places = {part.name: moe.layout.part_offset(name + part.name) for part in kind.parts("", stored)}
-    if not GroupedMatrix.fits(kind, shape, transposed=transposed):
+    try:
+        up, down = (_matrix(module, moe, region, name, dtype) for name in (up_name(module), "down_proj"))
+        return GroupedFfn(launch, region.memory, up, down, gate, dtype)
+    except ValueError:
+        # A format, or an order of rows, that no kernel reads.
         return None
+
+
+def _matrix(module: Any, moe: ExpertsModule, region: SlotRegion, name: str, dtype: torch.dtype) -> GroupedMatrix:
     bias = moe.layout.part_offset(f"{name}_bias") if module.has_bias else None
-    return GroupedMatrix(kind, shape, places, device, transposed=transposed, bias=bias, bias_dtype=dtype)
+    return GroupedMatrix(
+        moe.formats[name],
+        moe.matrix_shape(name),
+        moe.layout.places(name),
+        region.memory.device,
+        transposed=name in moe.transposed,
+        bias=bias,
+        bias_dtype=dtype,
+    )

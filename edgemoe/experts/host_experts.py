@@ -18,9 +18,6 @@ from edgemoe.cache.record import ExpertId
 from edgemoe.cache.slots import SlotRegion
 from edgemoe.checkpoint.experts_module import ExpertsModule
 from edgemoe.experts.expert_ffn import FastExperts, TokenGroups
-from edgemoe.formats.float_format import FloatFormat
-from edgemoe.kernels.cpu.packed import packed_matrix
-from edgemoe.kernels.cpu.slot_matrix import SlotMatrix
 from edgemoe.kernels.cpu.threads import KernelThreads
 
 MAX_TOKENS = 8
@@ -44,7 +41,7 @@ class CpuHelp:
 
         `module` is transformers' experts module, and `moe` says how the records hold its weights.
         """
-        if not fits(moe):
+        if not FastExperts.fits(moe):
             return None
         kernels = {
             first: FastExperts(module, moe, SlotRegion(records, 0), self._threads, self._dtype)
@@ -120,19 +117,6 @@ class _Pairs(TokenGroups):
     def has_all(self, rows: Sequence[int]) -> bool:
         """See the base class: no, whatever there is of a token is not all."""
         return False
-
-
-def fits(moe: ExpertsModule) -> bool:
-    """Whether the CPU has kernels for the matrices of these experts, as they lie in a record."""
-    for name, kind in moe.formats.items():
-        _, columns = moe.matrix_shape(name)
-        if isinstance(kind, FloatFormat):
-            found = SlotMatrix.fits(kind.dtype, columns, transposed=name in moe.transposed)
-        else:
-            found = packed_matrix.fits(kind, columns)
-        if not found:
-            return False
-    return True
 
 
 def _runs(store: HostStore, layer: int) -> list[tuple[int, torch.Tensor]]:

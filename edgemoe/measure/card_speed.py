@@ -93,7 +93,7 @@ def cpu_kernel(
 
     None where the CPU has no kernels for them. `module` is the experts module of transformers, `dtype` the model's.
     """
-    if not FastExperts.fits(module, moe):
+    if not FastExperts.fits(moe):
         return None
     experts, count = FastExperts(module, moe, SlotRegion(records, 0), threads, dtype), len(records)
     hidden_size = moe.matrix_shape("down_proj")[0]

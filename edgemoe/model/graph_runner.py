@@ -14,15 +14,15 @@ from edgemoe.kernels.triton.device_linear import FewTokenLinears
 from edgemoe.kernels.triton.pass_layout import Buffer, PassLayout, PassSequence, buffer_table
 from edgemoe.model.kv_cache import GrowingLayer, SequenceCache, WindowLayer
 from edgemoe.model.packed_attention import PackedAttention
-from edgemoe.model.pass_graph import DevicePasses, GraphAttention, PassGraph, capture, capture_draft, capture_resident
+from edgemoe.model.pass_graph import Capture, DevicePasses, GraphAttention, PassGraph
 from edgemoe.model.pass_logits import LogitsRows, split_rows
 from edgemoe.model.sequential_runner import PROBE_TOKENS, PassInput, SequentialRunner
 from edgemoe.quiet import quiet_transformers
 
 TOKENS = (1, 2, 4, 8, 16)
 """Tokens of the passes that are captured: one with fewer is padded."""
-WHOLE = "whole"
-"""Of graphs with the experts of a model that are all resident."""
+PIECES, WHOLE = "", "whole"
+"""Kinds of graphs: those between the MoE layers, and those with the experts of a model that are all resident."""
 
 
 class GraphRunner:
@@ -42,9 +42,9 @@ class GraphRunner:
         self._attention = attention
         self._tools, self._capturer, self._context = passes
         self._graphs: dict[tuple[int, str], PassGraph] = {}
-        """By tokens, and the rule of a draft or `WHOLE`."""
+        """By tokens, and their kind."""
         self._refusals: dict[str, str] = {}
-        """Why drafts by a rule, or passes that are `WHOLE`, are not captured."""
+        """Why some kind is not captured."""
         self._tools.closing.append(self.close)
         self.refusal = self._refusal()
         """Why the model cannot be captured, in a sentence; empty where it can."""
@@ -59,18 +59,18 @@ class GraphRunner:
         tokens = sum(len(item.tokens) for item in inputs)
         if self.refusal or tokens > TOKENS[-1] or not all(map(self._fits, inputs)):
             return False
-        routing = self._runner.layers.override
-        return routing is None or (isinstance(routing, DraftRouting) and self._drafts(routing, tokens))
+        return self._kind(tokens) is not None
 
     def rows(self, inputs: Sequence[PassInput]) -> list[LogitsRows]:
         """As `PackedRunner.rows`; only where `fits`. The logits are valid until the next pass."""
         tokens, routing = sum(len(item.tokens) for item in inputs), self._runner.layers.override
-        whole = self._whole(tokens)
-        graph = self._graph(tokens, routing if isinstance(routing, DraftRouting) else None, whole=whole)
+        kind = self._kind(tokens)
+        assert kind is not None
+        graph = self._graph(tokens, kind)
         with self._runner.passing(inputs, kind="graph"):
             self._fill(graph, inputs)
             self._replay(graph, tokens)
-            if whole:
+            if kind == WHOLE:
                 self._count(graph)
             if isinstance(routing, DraftRouting):
                 for shares, wanted in zip(routing.wanted, graph.wanted, strict=True):
@@ -86,41 +86,39 @@ class GraphRunner:
         ready = bool(layers) and all(layer.is_initialized for layer in layers)
         return ready and item.cache.tokens + TOKENS[-1] <= self._context
 
-    def _drafts(self, routing: DraftRouting, tokens: int) -> bool:
-        """Whether a draft pass can be captured, and is."""
-        if routing.asks_host or routing.rule in self._refusals:
-            return False
-        return self._captures(tokens, routing, routing.rule)
+    def _kind(self, tokens: int) -> str | None:
+        """The kind of graph that serves a pass as passes are routed now; None where there is none.
 
-    def _whole(self, tokens: int) -> bool:
-        """Whether a pass routed as the model says is one graph with its experts, since all of them are resident."""
-        layers = self._runner.layers
-        if WHOLE in self._refusals or not (layers.as_usual and layers.all_resident):
-            return False
-        return self._captures(tokens, None, WHOLE, whole=True)
+        It is `PIECES`, `WHOLE` or the rule of a draft. Those that can fail are captured here.
+        """
+        layers, routing = self._runner.layers, self._runner.layers.override
+        if routing is None:
+            whole = layers.as_usual and layers.all_resident and self._captures(tokens, WHOLE)
+            return WHOLE if whole else PIECES
+        if not isinstance(routing, DraftRouting) or routing.asks_host:
+            return None
+        return routing.rule if self._captures(tokens, routing.rule) else None
 
-    def _captures(self, tokens: int, routing: DraftRouting | None, kind: str, *, whole: bool = False) -> bool:
+    def _captures(self, tokens: int, kind: str) -> bool:
         """Whether a graph of `kind` can be captured, and is."""
+        if kind in self._refusals:
+            return False
         try:
-            self._graph(tokens, routing, whole=whole)
+            self._graph(tokens, kind)
         except Exception as error:
             if _is_of_machine(error):
                 raise
             self._refusals[kind] = reason(error)
         return kind not in self._refusals
 
-    def _graph(self, tokens: int, routing: DraftRouting | None, *, whole: bool = False) -> PassGraph:
-        kind = WHOLE if whole else "" if routing is None else routing.rule
+    def _graph(self, tokens: int, kind: str) -> PassGraph:
         key = next(size for size in TOKENS if size >= tokens), kind
         if key not in self._graphs:
-            if whole:
-                # From now on nothing changes in the table.
-                self._runner.layers.show_residents()
-            self._graphs[key] = self._captured(key[0], routing, whole=whole)
+            self._graphs[key] = self._captured(*key)
         return self._graphs[key]
 
-    def _captured(self, tokens: int, routing: DraftRouting | None, *, whole: bool) -> PassGraph:
-        runner, tools = self._runner, self._tools
+    def _captured(self, tokens: int, kind: str) -> PassGraph:
+        runner, tools, routing = self._runner, self._tools, self._runner.layers.override
         layers = runner.start(1).kv.layers
         graph = PassGraph(PassLayout(tokens, len(layers), self._context), runner.device)
         windows = [layer.sliding_window if layer.is_sliding else None for layer in layers]
@@ -131,14 +129,16 @@ class GraphRunner:
             return logits
 
         linears = FewTokenLinears(tools.launch, TOKENS[-1])
-        given = graph, self._capturer, runner.layers, self._attention, attend, linears, forward
+        captured = Capture(graph, self._capturer, runner.layers, self._attention, attend, linears, forward)
         with torch.inference_mode(), quiet_transformers(), tools.padded(graph.live, tokens):
-            if whole:
-                capture_resident(*given)
-            elif routing is None:
-                capture(*given)
+            if isinstance(routing, DraftRouting):
+                captured.draft(routing.alike())
+            elif kind == WHOLE:
+                # From now on nothing changes in the table.
+                runner.layers.show_residents()
+                captured.whole()
             else:
-                capture_draft(*given, routing.alike())
+                captured.between_layers()
         return graph
 
     def _fill(self, graph: PassGraph, inputs: Sequence[PassInput]) -> None:

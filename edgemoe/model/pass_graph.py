@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -182,85 +182,64 @@ class GraphAttention:
         return self._made[shape].attend(query, key, value, self._metadata, number, options.get("s_aux"))
 
 
-def capture(
-    graph: PassGraph,
-    capturer: Capturer,
-    layers: ExpertLayers,
-    attention: PackedAttention,
-    attend: GraphAttention,
-    linears: FewTokenLinears,
-    forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-) -> None:
-    """Captures `forward(ids, positions)`, the logits [tokens, vocabulary], in pieces between the MoE layers.
+class Capture(NamedTuple):
+    """What passes of one number of tokens are captured with. Each method fills a graph.
 
-    `forward` runs twice: libraries and kernels prepare themselves in the first one, which no capture may contain.
-    Raises what `forward` raises, and RuntimeError where something in it cannot be captured.
+    They raise what `forward` raises, and RuntimeError where something in it cannot be captured.
     """
-    positions = graph.layout.positions(graph.metadata)
 
-    def skip(layer: ExpertLayer, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(hidden)
+    graph: PassGraph
+    capturer: Capturer
+    layers: ExpertLayers
+    attention: PackedAttention
+    attend: GraphAttention
+    linears: FewTokenLinears
+    forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    """The logits [tokens, vocabulary] of ids and positions, [1, tokens]."""
 
-    with attention.captured(attend), capturer.stream(), linears:
-        with layers.captured(skip):
-            forward(graph.ids, positions)
-        capturer.make_room()
-        pieces = _Pieces(capturer)
-        with pieces.capturing(), layers.captured(pieces.at_experts):
-            graph.logits = forward(graph.ids, positions)
-    graph.pieces = pieces.finished(graph.logits)
+    def between_layers(self) -> None:
+        """Captures a pass in pieces between the MoE layers."""
 
+        def skip(layer: ExpertLayer, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            return torch.zeros_like(hidden)
 
-def capture_draft(
-    graph: PassGraph,
-    capturer: Capturer,
-    layers: ExpertLayers,
-    attention: PackedAttention,
-    attend: GraphAttention,
-    linears: FewTokenLinears,
-    forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    routing: DraftRouting,
-) -> None:
-    """As `capture`, for a pass routed by `routing`: in one piece with the experts, since it asks the host nothing."""
-    positions = graph.layout.positions(graph.metadata)
-    pieces = _Pieces(capturer)
-    with attention.captured(attend), capturer.stream(), layers.overriding(routing), linears:
-        forward(graph.ids, positions)
-        for each in routing.wanted:
-            each.clear()
-        capturer.make_room()
-        with pieces.capturing():
-            graph.logits = forward(graph.ids, positions)
-    graph.wanted = [each for (each,) in routing.wanted]
-    graph.pieces = pieces.finished(graph.logits)
+        pieces = _Pieces(self.capturer)
+        self._twice(pieces, self.layers.captured(skip), self.layers.captured(pieces.at_experts))
 
+    def draft(self, routing: DraftRouting) -> None:
+        """Captures a pass routed by `routing`, in one piece with the experts, since it asks the host nothing."""
+        with self.layers.overriding(routing):
+            self._twice(_Pieces(self.capturer), nullcontext(), nullcontext())
+        # The first ones are those of the pass that was not captured.
+        self.graph.wanted = [wanted for _, wanted in routing.wanted]
 
-def capture_resident(
-    graph: PassGraph,
-    capturer: Capturer,
-    layers: ExpertLayers,
-    attention: PackedAttention,
-    attend: GraphAttention,
-    linears: FewTokenLinears,
-    forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-) -> None:
-    """As `capture`, in one piece with the experts, for passes that find every expert of the model resident."""
-    positions = graph.layout.positions(graph.metadata)
-    pieces = _Pieces(capturer)
+    def whole(self) -> None:
+        """Captures a pass that finds every expert of the model resident, in one piece with the experts."""
+        graph, layers = self.graph, self.layers
 
-    def draft(layer: ExpertLayer, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        assert isinstance(layer, GroupedLayer)
-        if not graph.chosen.numel():
-            # The layers of a model choose equally many.
-            graph.chosen = torch.full((len(layers.layers), index.numel()), -1, dtype=torch.int32, device=index.device)
-        return layer.draft(hidden, index, weights, chosen=graph.chosen[layer.number, : index.numel()])
+        def draft(layer: ExpertLayer, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            assert isinstance(layer, GroupedLayer)
+            pairs = index.numel()
+            if not graph.chosen.numel():
+                # The layers of a model choose equally many.
+                graph.chosen = torch.full((len(layers.layers), pairs), -1, dtype=torch.int32, device=index.device)
+            return layer.draft(hidden, index, weights, chosen=graph.chosen[layer.number, :pairs])
 
-    with attention.captured(attend), capturer.stream(), layers.captured(draft), linears:
-        forward(graph.ids, positions)
-        capturer.make_room()
-        with pieces.capturing():
-            graph.logits = forward(graph.ids, positions)
-    graph.pieces = pieces.finished(graph.logits)
+        self._twice(_Pieces(self.capturer), layers.captured(draft), layers.captured(draft))
+
+    def _twice(
+        self, pieces: _Pieces, first: AbstractContextManager[None], second: AbstractContextManager[None]
+    ) -> None:
+        """Runs the pass in `first`, in which libraries and kernels prepare themselves, and captures it in `second`."""
+        graph = self.graph
+        positions = graph.layout.positions(graph.metadata)
+        with self.attention.captured(self.attend), self.capturer.stream(), self.linears:
+            with first:
+                self.forward(graph.ids, positions)
+            self.capturer.make_room()
+            with second, pieces.capturing():
+                graph.logits = self.forward(graph.ids, positions)
+        graph.pieces = pieces.finished(graph.logits)
 
 
 class _Pieces:

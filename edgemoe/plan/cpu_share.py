@@ -8,7 +8,7 @@ from edgemoe.cache import accelerator
 from edgemoe.checkpoint.experts_module import ExpertsModule
 from edgemoe.checkpoint.state_folder import StateFolder
 from edgemoe.errors import PlanError
-from edgemoe.experts import host_experts
+from edgemoe.experts.expert_ffn import FastExperts
 from edgemoe.kernels.triton import availability
 from edgemoe.plan.plan import Plan
 from edgemoe.plan.profile import ForeignProfile, ProfileConditions, read_profile
@@ -56,9 +56,9 @@ def _refusal(plan: Plan, experts_modules: Sequence[ExpertsModule]) -> str:
         return "every expert has a slot"
     if plan.host_tier == "file":
         return "the experts are not in RAM (host_tier=)"
-    if availability.missing():
-        return availability.missing()
-    if not any(map(host_experts.fits, experts_modules)):
+    if missing := availability.missing():
+        return missing
+    if not any(map(FastExperts.fits, experts_modules)):
         return f"the CPU has no kernels for {' and '.join(plan.formats)}"
     return ""
 

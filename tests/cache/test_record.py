@@ -65,3 +65,12 @@ def test_host_bytes_writes_into_the_tensor() -> None:
 
 def test_expert_ids_order_by_layer_then_number() -> None:
     assert sorted([ExpertId(1, 0), ExpertId(0, 5), ExpertId(0, 2)]) == [(0, 2), (0, 5), (1, 0)]
+
+
+def test_places_are_the_offsets_of_a_matrix_s_own_parts() -> None:
+    parts = [
+        Part(name, (3,), torch.float32) for name in ("up_proj", "up_proj.scale", "up_proj_bias", "gate_up_proj.scale")
+    ]
+    layout = RecordLayout(parts)
+    offset = layout.part_offset
+    assert layout.places("up_proj") == {"": offset("up_proj"), ".scale": offset("up_proj.scale")}

@@ -18,8 +18,8 @@ from edgemoe.cache.slots import SlotRegion
 from edgemoe.checkpoint.blueprint import Blueprint, read_blueprint
 from edgemoe.checkpoint.checkpoint import open_checkpoint
 from edgemoe.checkpoint.dense_loader import load_dense
-from edgemoe.experts.expert_ffn import PlainExperts, TokenGroups
-from edgemoe.experts.host_experts import MAX_TOKENS, CpuHelp, HostExperts, fits
+from edgemoe.experts.expert_ffn import FastExperts, PlainExperts, TokenGroups
+from edgemoe.experts.host_experts import MAX_TOKENS, CpuHelp, HostExperts
 from edgemoe.kernels.cpu.threads import KernelThreads
 from edgemoe.runtime import Runtime
 from tests.support import pretend_card
@@ -103,9 +103,9 @@ def test_the_coldest_are_taken_and_the_share_is_rounded_down(share: float, missi
 def test_experts_without_kernels_are_left_to_the_device(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
     with in_ram(zoo, "packed") as (blueprint, model, host):
         moe = blueprint.experts_modules[0]
-        assert fits(moe)
+        assert FastExperts.fits(moe)
         monkeypatch.setattr("edgemoe.kernels.cpu.packed.packed_matrix.fits", lambda kind, columns: False)
-        assert not fits(moe)
+        assert not FastExperts.fits(moe)
         help = CpuHelp(host, 1.0, KernelThreads(1), model.dtype)
         assert help.layer(0, moe.module(model), moe) is None
 

@@ -39,9 +39,7 @@ def placed(kind: WeightFormat, shape: tuple[int, int], *matrices: dict[str, torc
         for name, view in layout.views(record).items():
             if name.startswith("w"):
                 view.copy_(views[name])
-    return PackedMatrix(
-        kind, shape, memory, {part.name: layout.part_offset("w" + part.name) for part in kind.parts("", shape)}
-    )
+    return PackedMatrix(kind, shape, memory, layout.places("w"))
 
 
 def test_the_formats_that_people_download_most_have_kernels() -> None:
@@ -181,7 +179,7 @@ def test_stacked_bf16_is_multiplied_as_it_is_in_a_model_of_bf16(dtype: torch.dty
     memory = torch.zeros(2, layout.nbytes, dtype=torch.uint8)
     for name, view in layout.views(memory[1]).items():
         view.copy_(views[name])
-    places = {part.name: layout.part_offset("w" + part.name) for part in kind.parts("", shape)}
+    places = layout.places("w")
     matrix = PackedMatrix(kind, shape, memory, places, dtype)
     assert matrix.inputs is (torch.bfloat16 if dtype is torch.bfloat16 and PairsOfBf16.available() else torch.float32)
     x = torch.randn(150, 96, generator=generator).bfloat16().to(dtype)

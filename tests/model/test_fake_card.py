@@ -6,17 +6,14 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from bench.support import zoo
-from bench.support.no_card.fake_card import DEVICE, Counts, FakeCard
-from bench.support.no_card.fake_passes import FakePasses
-from bench.support.policies.lru import GlobalLRU
-from edgemoe.checkpoint.experts_module import find_experts_modules, release_weights
+from bench.support.no_card.fake_card import DEVICE, Counts, FakeCard, put_on
+from bench.support.no_card.fake_passes import FakePasses, without_weights
 from edgemoe.quiet import quiet_transformers
 
 pytest.importorskip("triton")
@@ -37,12 +34,8 @@ def passes_of(family: str, share: float = 0.6) -> Iterator[tuple[FakePasses, int
 
     if family not in transformers.CONFIG_MAPPING:
         pytest.skip(f"transformers {transformers.__version__} has no {family}")
-    auto: Any = transformers.AutoModelForCausalLM
-    with quiet_transformers(), torch.device("meta"):
-        model = auto.from_config(zoo.config(family), dtype=torch.bfloat16)
-    modules = find_experts_modules(model)
-    for moe in modules:
-        release_weights(moe, model)
+    with quiet_transformers():
+        model, modules = without_weights(zoo.config(family))
     card, choices = FakeCard(), random.Random(1)
     least = min(moe.experts for moe in modules)
     slots = max(3 * len(modules), round(share * sum(moe.experts for moe in modules)))
@@ -50,8 +43,9 @@ def passes_of(family: str, share: float = 0.6) -> Iterator[tuple[FakePasses, int
     def chosen(pairs: int) -> list[int]:
         return [choices.randrange(least) for _ in range(pairs)]
 
+    card.chosen = chosen
     with quiet_transformers(), card.running():
-        yield FakePasses(card, model, modules, slots, GlobalLRU(), chosen, CONTEXT), len(modules)
+        yield FakePasses(card, put_on(card, model, modules, slots), CONTEXT), len(modules)
 
 
 @pytest.mark.slow

@@ -152,7 +152,7 @@ def test_what_a_capture_does_not_permit_is_a_refusal_and_a_fault_of_the_machine_
         def captured(*given: object) -> None:
             raise error
 
-        monkeypatch.setattr("edgemoe.model.graph_runner.capture", captured)
+        monkeypatch.setattr("edgemoe.model.graph_runner.Capture.between_layers", captured)
 
     with running_on_card(zoo("qwen3_moe"), None, monkeypatch) as card:
         fails(RuntimeError("CUDA error: operation not permitted when stream is capturing"))

@@ -17,7 +17,7 @@ from edgemoe.checkpoint.state_folder import StateFolder
 from edgemoe.cli.arguments import cpu_share as option
 from edgemoe.cli.wording import in_options
 from edgemoe.config import EngineConfig
-from edgemoe.experts import host_experts
+from edgemoe.experts.expert_ffn import FastExperts
 from edgemoe.kernels.triton import availability
 from edgemoe.plan.profile import ProfileConditions, write_profile
 from edgemoe.planner import make_plan
@@ -133,7 +133,7 @@ def test_it_is_off_where_the_cpu_has_nothing_to_compute_from(
 
 
 def test_it_is_off_without_kernels_of_either_side(planned: Planned, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_experts, "fits", lambda moe: False)
+    monkeypatch.setattr(FastExperts, "fits", lambda moe: False)
     assert row(planned(0.5)) == ("off", "the CPU has no kernels for fp32")
     monkeypatch.setattr(availability, "missing", lambda: "Triton is not installed")
     assert row(planned(0.5)) == ("off", "Triton is not installed")

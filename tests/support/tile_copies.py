@@ -55,8 +55,7 @@ def tiles(
     stored = shape[::-1] if transposed else shape
     parts = [*FloatFormat(torch.float32).parts("before", (before, 16)), *kind.parts("w", stored)]
     layout = RecordLayout(parts)
-    places = {part.name: layout.part_offset("w" + part.name) for part in kind.parts("", stored)}
-    found = tile_format(kind, shape, places, torch.device(device), transposed=transposed)
+    found = tile_format(kind, shape, layout.places("w"), torch.device(device), transposed=transposed)
     assert found is not None
     return layout, found
 

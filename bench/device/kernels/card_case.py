@@ -30,7 +30,7 @@ class CardCase(Case):
     def matrix(self, name: str) -> GroupedMatrix:
         """See the base class."""
         kind, shape, transposed = self.formats[name], self.shapes[name], self.layout.transposed
-        places = {part.name: self.records.part_offset(name + part.name) for part in kind.parts("", self._stored(name))}
+        places = self.records.places(name)
         bias = self.records.part_offset(f"{name}_bias") if self.layout.bias else None
         return GroupedMatrix(kind, shape, places, self._device, transposed=transposed, bias=bias)
 

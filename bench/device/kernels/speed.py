@@ -71,12 +71,8 @@ class _Layer:
         # Bytes of 32 to 63 are ordinary numbers in every format.
         slot_nbytes = round_up(self.records.nbytes, ALIGNMENT)
         self.memory = torch.empty(self.experts, slot_nbytes, dtype=torch.uint8, device=device).random_(32, 64)
-        matrices = []
-        for name, shape in shapes.items():
-            places = {part.name: self.records.part_offset(name + part.name) for part in kind.parts("", shape)}
-            matrices.append(GroupedMatrix(kind, shape, places, device))
         self.launcher = Launcher()
-        up, down = matrices
+        up, down = (GroupedMatrix(kind, shape, self.records.places(name), device) for name, shape in shapes.items())
         self._ffn = GroupedFfn(self.launcher, self.memory, up, down, GateRule("silu", True), self.dtype)
         self._table = torch.randperm(self.experts, device=device).int()
         self._device = device

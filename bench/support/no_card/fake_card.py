@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partialmethod
+from functools import partial, partialmethod
 from typing import Any
 from unittest import mock
 
@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from bench.support.policies.lru import GlobalLRU
 from edgemoe.cache import ExpertCache, ExpertId, Link, SlotPool, accelerator
 from edgemoe.cache.link import Priority, Transfer
 from edgemoe.cache.record import RecordLayout
@@ -267,14 +268,7 @@ class OnFakeCard:
     """`DeviceTools`."""
 
 
-def put_on(
-    card: FakeCard,
-    model: Any,
-    experts_modules: Sequence[ExpertsModule],
-    slots: int | None,
-    policy: Any,
-    chosen: Callable[[int], list[int]],
-) -> OnFakeCard:
+def put_on(card: FakeCard, model: Any, experts_modules: Sequence[ExpertsModule], slots: int | None) -> OnFakeCard:
     """`model`, without the weights of its experts, on `card`, with `slots` slots (None is one for every expert).
 
     To be called inside of `card.running()`, and the result to be used there.
@@ -285,10 +279,9 @@ def put_on(
     own, store = card.moved(model), FakeStore(experts_modules)
     classes = slot_classes([layout.nbytes for layout in store.layouts], store.experts)
     pool = SlotPool(limit_slots(classes, slots or sum(store.experts)), DEVICE)
-    table = SlotTable(store.experts, DEVICE, lambda flat, changes: patch(card.launcher, flat, changes))
-    card.chosen = chosen
+    table = SlotTable(store.experts, DEVICE, partial(patch, card.launcher))
     tools = DeviceTools(card.launcher, table, FakeReads(card))
-    cache = ExpertCache(store, FakeLink(), pool, policy, table)
+    cache = ExpertCache(store, FakeLink(), pool, GlobalLRU(), table)
     every = [ExpertId(layer, each) for layer, count in enumerate(store.experts) for each in range(count)]
     cache.fill(every)
     layers = expert_layer.install(

@@ -2,40 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
-from bench.support.no_card.fake_card import DEVICE, Counts, FakeCapturer, FakeCard, put_on
-from edgemoe.checkpoint.experts_module import ExpertsModule
+import torch
+
+from bench.support.no_card.fake_card import DEVICE, Counts, FakeCapturer, FakeCard, OnFakeCard
+from edgemoe.checkpoint.experts_module import ExpertsModule, find_experts_modules, release_weights
 from edgemoe.experts.draft_routing import DraftRouting
 from edgemoe.model.draft_tree import DraftTree
 from edgemoe.model.model_runner import ModelRunner, tree_input
 from edgemoe.model.sequential_runner import PassInput, SequentialRunner
 
 
+def without_weights(chosen: Any) -> tuple[Any, list[ExpertsModule]]:
+    """The model of a transformers configuration in bf16, on the meta device, and its experts modules."""
+    from transformers import AutoModelForCausalLM
+
+    auto: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        model = auto.from_config(chosen, dtype=torch.bfloat16)
+    modules = find_experts_modules(model)
+    for moe in modules:
+        release_weights(moe, model)
+    return model, modules
+
+
 class FakePasses:
     """Passes over one sequence. To be used inside of `card.running()`."""
 
-    def __init__(
-        self,
-        card: FakeCard,
-        model: Any,
-        experts_modules: Sequence[ExpertsModule],
-        slots: int | None,
-        policy: Any,
-        chosen: Callable[[int], list[int]],
-        context: int,
-    ) -> None:
-        """Arguments as those of `put_on`; `context` bounds the tokens of the sequence.
+    def __init__(self, card: FakeCard, own: OnFakeCard, context: int) -> None:
+        """Of the model that `put_on` put on `card`; `context` bounds the tokens of the sequence.
 
         What passes can be is probed by comparing values, of which there are none: all that a model's code runs counts
         as right.
         """
         from edgemoe.model.pass_graph import DevicePasses
 
-        self._card = card
-        self._own = put_on(card, model, experts_modules, slots, policy, chosen)
+        self._card, self._own = card, own
         passes = DevicePasses(self._own.tools, FakeCapturer(card), context)
         sequential = SequentialRunner(self._own.model, self._own.layers, DEVICE, 1000, 1, 1, device_passes=passes)
         alike = mock.patch.object(SequentialRunner, "agree", return_value=True)
@@ -47,11 +52,6 @@ class FakePasses:
     def refusal(self) -> str:
         """Why passes are not captured; empty where they are."""
         return self._runner.graph_refusal
-
-    @property
-    def packs(self) -> bool:
-        """Whether sequences share a pass."""
-        return self._runner.packs
 
     @property
     def verifies(self) -> str:

@@ -27,14 +27,7 @@ class RecordedGraph:
         self._launcher = launcher
         self._steps: list[Callable[[], None]] = []
         self._mode = _Recorder(self._steps)
-        self.launches = 0
-        """Kernels of `launcher` that were captured."""
         self.replays = 0
-
-    @property
-    def operations(self) -> int:
-        """Operations of PyTorch and kernels that were captured."""
-        return len(self._steps)
 
     def begin(self, pool: Any = None) -> None:
         """See `accelerator.Graph`; operations run as they are captured, which no reader of their results notices."""
@@ -54,7 +47,6 @@ class RecordedGraph:
                 step()
 
     def _launched(self, launch: Launch) -> None:
-        self.launches += 1
         self._steps.append(launch.run)
 
 

@@ -67,11 +67,9 @@ class PackedDense:
         self, launcher: Launcher, kind: WeightFormat, parts: Mapping[str, torch.Tensor], shape: tuple[int, int]
     ) -> None:
         """Copies `parts`, those of `kind.parts("", shape)`, on one device. ValueError where no kernel reads them."""
-        declared = kind.parts("", shape)
-        layout = RecordLayout(declared)
+        layout = RecordLayout(kind.parts("", shape))
         device = next(iter(parts.values())).device
-        places = {part.name: layout.part_offset(part.name) for part in declared}
-        form = tile_format(kind, shape, places, device)
+        form = tile_format(kind, shape, layout.places(""), device)
         if form is None:
             raise ValueError(f"no kernel reads {shape[0]} x {shape[1]} weights of the format {kind.name}")
         self._launcher, self._form, self._rows = launcher, form, shape[0]

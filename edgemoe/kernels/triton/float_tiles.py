@@ -38,26 +38,28 @@ def _wide(start, at, keep, NUMBER: constexpr):
     return values
 
 
+def _kept(rows, first, BLOCK: constexpr, META: constexpr):
+    """Which values of a tile the matrix has, and the columns of the tile, [BLOCK]."""
+    column = first + tl.arange(0, BLOCK)
+    keep = (rows < META[0])[:, None]
+    if META[1] % BLOCK != 0:
+        keep = keep & (column < META[1])[None, :]
+    return keep, column
+
+
+kept = triton.jit(_kept)
+
+
 def _by_rows(record, tables, rows, first, BLOCK: constexpr, META: constexpr):
     """`FloatFormat`, [rows, columns]. META: rows, columns, the place, the number of the dtype."""
-    ROWS: constexpr = META[0]
-    COLUMNS: constexpr = META[1]
-    column = first + tl.arange(0, BLOCK)
-    keep = (rows < ROWS)[:, None]
-    if COLUMNS % BLOCK != 0:
-        keep = keep & (column < COLUMNS)[None, :]
-    return wide(record + META[2], rows[:, None] * COLUMNS + column[None, :], keep, META[3])
+    keep, column = kept(rows, first, BLOCK, META)
+    return wide(record + META[2], rows[:, None] * META[1] + column[None, :], keep, META[3])
 
 
 def _by_columns(record, tables, rows, first, BLOCK: constexpr, META: constexpr):
     """`FloatFormat`, [columns, rows]. META: as `by_rows`."""
-    ROWS: constexpr = META[0]
-    COLUMNS: constexpr = META[1]
-    column = first + tl.arange(0, BLOCK)
-    keep = (rows < ROWS)[:, None]
-    if COLUMNS % BLOCK != 0:
-        keep = keep & (column < COLUMNS)[None, :]
-    return wide(record + META[2], column[None, :] * ROWS + rows[:, None], keep, META[3])
+    keep, column = kept(rows, first, BLOCK, META)
+    return wide(record + META[2], column[None, :] * META[0] + rows[:, None], keep, META[3])
 
 
 def _fp8(record, tables, rows, first, BLOCK: constexpr, META: constexpr):

@@ -40,7 +40,10 @@ activated = triton.jit(_activated)
 
 
 def _biased(product, record, rows, inside, BIAS: constexpr, SUM: constexpr):
-    """`product` plus the bias of `rows`: BIAS is its byte offset in the record, -1 without one, and its dtype."""
+    """`product` plus the bias of `rows`, of a shape that fits it.
+
+    BIAS is its byte offset in the record, -1 without one, and its dtype.
+    """
     if BIAS[0] >= 0:
         bias = tl.load((record + BIAS[0]).to(tl.pointer_type(BIAS[1])) + rows, mask=inside, other=0.0)
         product = rounded(product + bias.to(tl.float32), SUM)

@@ -9,19 +9,29 @@ are zeros, so that the result of a pair does not depend on which other pairs are
 
 from __future__ import annotations
 
-from edgemoe.kernels.triton.grouped_kernels import activated, rounded
+from edgemoe.kernels.triton.grouped_kernels import activated, biased, rounded
 from edgemoe.kernels.triton.language import constexpr, tl, triton
 
 
-def _biased_tile(product, record, rows, inside, BIAS: constexpr, SUM: constexpr):
-    """As `grouped_kernels.biased`, for a tile of [ROWS, PAIRS]."""
-    if BIAS[0] >= 0:
-        bias = tl.load((record + BIAS[0]).to(tl.pointer_type(BIAS[1])) + rows, mask=inside, other=0.0)
-        product = rounded(product + bias.to(tl.float32)[:, None], SUM)
-    return product
+def _block(order, bounds, slots, memory, slot_step, PAIRS: constexpr):
+    """The pairs of a program's block, [PAIRS], whether each is there, and the record of their expert."""
+    begin, end = tl.load(bounds + 2 * tl.program_id(0)), tl.load(bounds + 2 * tl.program_id(0) + 1)
+    at = begin + tl.arange(0, PAIRS)
+    has = at < end
+    pair = tl.load(order + at, mask=has, other=0)
+    record = memory + tl.load(slots + tl.load(order + begin)).to(tl.int64) * slot_step
+    return pair, has, record
 
 
-biased_tile = triton.jit(_biased_tile)
+block_of = triton.jit(_block)
+
+
+def _is_empty(bounds):
+    """Whether a program's block has no pair."""
+    return tl.load(bounds + 2 * tl.program_id(0)) >= tl.load(bounds + 2 * tl.program_id(0) + 1)
+
+
+is_empty = triton.jit(_is_empty)
 
 
 def _product_tile(
@@ -85,24 +95,21 @@ def _up_tile(
     BLOCK: constexpr,
 ):
     """As `grouped_kernels.up`; the pairs of block b are `order[bounds[b, 0]]` up to `order[bounds[b, 1] - 1]`."""
-    begin, end = tl.load(bounds + 2 * tl.program_id(0)), tl.load(bounds + 2 * tl.program_id(0) + 1)
-    if begin >= end:
+    if is_empty(bounds):
         return
-    at, row = begin + tl.arange(0, PAIRS), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    has = at < end
-    pair = tl.load(order + at, mask=has, other=0)
-    record = memory + tl.load(slots + tl.load(order + begin)).to(tl.int64) * slot_step
+    pair, has, record = block_of(order, bounds, slots, memory, slot_step, PAIRS)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     x = hidden + (pair // TOP_K).to(tl.int64) * hidden_step
     inside = row < INNER
     gate = product_tile(x, has, record, tables, row * LAYOUT[0], WIDTH, LOAD, META, KIND, ROWS, PAIRS, BLOCK)
-    gate = biased_tile(gate, record, row * LAYOUT[2], inside, BIAS, SUM)
+    gate = biased(gate, record, (row * LAYOUT[2])[:, None], inside[:, None], BIAS, SUM)
     up = gate
     if GATE != 0:
         up = product_tile(
             x, has, record, second_tables, row * LAYOUT[0] + LAYOUT[1],
             WIDTH, SECOND_LOAD, SECOND_META, KIND, ROWS, PAIRS, BLOCK,
         )  # fmt: skip
-        up = biased_tile(up, record, row * LAYOUT[2] + LAYOUT[3], inside, BIAS, SUM)
+        up = biased(up, record, (row * LAYOUT[2] + LAYOUT[3])[:, None], inside[:, None], BIAS, SUM)
     value = activated(gate, up, ACTIVATION, CONSTANTS, GATE, SUM).to(inner.dtype.element_ty)
     tl.store(inner + pair.to(tl.int64)[None, :] * INNER + row[:, None], value, mask=inside[:, None] & has[None, :])
 
@@ -128,18 +135,14 @@ def _down_tile(
     BLOCK: constexpr,
 ):
     """As `grouped_kernels.down`, with the blocks of `up_tile`."""
-    begin, end = tl.load(bounds + 2 * tl.program_id(0)), tl.load(bounds + 2 * tl.program_id(0) + 1)
-    if begin >= end:
+    if is_empty(bounds):
         return
-    at = begin + tl.arange(0, PAIRS)
-    has = at < end
-    pair = tl.load(order + at, mask=has, other=0)
-    record = memory + tl.load(slots + tl.load(order + begin)).to(tl.int64) * slot_step
+    pair, has, record = block_of(order, bounds, slots, memory, slot_step, PAIRS)
     x = inner + pair.to(tl.int64) * WIDTH
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     inside = row < HEIGHT
     value = product_tile(x, has, record, tables, row, WIDTH, LOAD, META, KIND, ROWS, PAIRS, BLOCK)
-    value = biased_tile(value, record, row, inside, BIAS, SUM).to(outputs.dtype.element_ty)
+    value = biased(value, record, row[:, None], inside[:, None], BIAS, SUM).to(outputs.dtype.element_ty)
     tl.store(outputs + pair.to(tl.int64)[None, :] * HEIGHT + row[:, None], value, mask=inside[:, None] & has[None, :])
 
 
