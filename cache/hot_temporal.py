@@ -50,8 +50,12 @@ class HotTemporal(EvictionPolicy):
     Only `requested` counts uses; `used` is ignored.
     """
 
-    def __init__(self, experts: Sequence[int]) -> None:
-        """`experts[layer]` is the number of experts of each layer."""
+    def __init__(self, experts: Sequence[int], pass_layers: int | None = None) -> None:
+        """`experts[layer]` is the number of experts of each layer.
+
+        Passes run the first `pass_layers` of them, all where it is None; others are requested between passes.
+        """
+        self._pass_layers = len(experts) if pass_layers is None else pass_layers
         layers, widest = len(experts), max(experts)
         self._experts = tuple(experts)
         self._recent = np.zeros((layers, widest), np.float32)
@@ -75,7 +79,8 @@ class HotTemporal(EvictionPolicy):
         """See the base class."""
         if self._layer is None or layer <= self._layer:
             self._observe_pending()
-            self._begin_pass()
+            if layer < self._pass_layers:
+                self._begin_pass()
         self._layer, self._requested = layer, set(experts)
         self._pending.append((layer, tuple(experts)))
 

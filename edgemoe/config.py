@@ -99,14 +99,16 @@ class EngineConfig:
 
     speculate: str = _setting(
         "auto",
-        "what drafts tokens: auto, auto+self, off, ngram, self, model, ngram+self, ngram+model; "
+        "what drafts tokens: auto, auto+self, off, ngram, mtp, self, model, ngram+mtp, ngram+self, ngram+model; "
         "auto drafts what pays, a named drafter always drafts",
         "draft",
-        choices=("auto", "auto+self", "off", "ngram", "self", "model", "ngram+self", "ngram+model"),
+        choices=(
+            "auto", "auto+self", "off", "ngram", "mtp", "self", "model", "ngram+mtp", "ngram+self", "ngram+model"
+        ),
         metavar="WHAT",
-    )
-    """What drafts: "auto" or "auto+self" (what pays), "off", or drafters that always draft: "ngram", "self", "model",
-    "ngram+self" or "ngram+model"."""
+    )  # fmt: skip
+    """What drafts: "auto" or "auto+self" (what pays), "off", or drafters that always draft: "ngram", "mtp", "self",
+    "model", "ngram+mtp", "ngram+self" or "ngram+model"."""
     draft_model: str | os.PathLike[str] | None = _setting(
         None,
         "smaller checkpoint with the same tokenizer, which drafts with auto or model",
@@ -208,6 +210,12 @@ class EngineConfig:
     """Share of the free RAM that may be page-locked for a CUDA device."""
     staging_records: int = 8
     """Page-locked buffers, each one record, through which records go that are not page-locked themselves."""
+
+    @property
+    def drafts_with_head(self) -> bool:
+        """Whether the checkpoint's own draft head is to draft, where it has one."""
+        asked = self.speculate.strip().lower()
+        return "mtp" in asked.split("+") or (asked == "auto" and not self.draft_model)
 
     def changed(self, **settings: Any) -> EngineConfig:
         """A copy with other values; TypeError for a name that is no field."""

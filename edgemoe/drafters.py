@@ -7,6 +7,7 @@ from contextlib import suppress
 
 from edgemoe.draft import affinity_file
 from edgemoe.draft.draft_model import DraftModel
+from edgemoe.draft.head_drafter import HeadDrafter
 from edgemoe.draft.pass_drafter import ModelDrafter, PassDrafter, SelfDrafter
 from edgemoe.draft.settings import DraftSettings
 from edgemoe.draft.speculation import Speculation
@@ -27,7 +28,12 @@ def speculation_for(
     Raises PlanError when the rule "affinity" has no table, CheckpointError when the draft model cannot be loaded.
     """
     passes: PassDrafter | None = None
-    if "self" in settings.drafters:
+    if "mtp" in settings.drafters:
+        if runner.head is not None:
+            passes = HeadDrafter(runner, runner.head, plan.prefill_chunk)
+        else:
+            settings = settings.without_head(runner.head_refusal)
+    elif "self" in settings.drafters:
         passes = _self_drafter(settings, runner, runtime)
     elif draft_model is not None:
         own = draft_model.load(plan)

@@ -17,13 +17,12 @@ from edgemoe.checkpoint.tokenizer import Prompt, as_chat, check_prompt, check_to
 from edgemoe.config import EngineConfig
 from edgemoe.draft.draft_model import DraftModel
 from edgemoe.draft.expert_budget import expert_budget_for
-from edgemoe.draft.settings import draft_settings
 from edgemoe.drafters import speculation_for
 from edgemoe.errors import EdgeMoEError, RequestError, reading, unreadable
 from edgemoe.experts.budget_routing import BudgetTotals
 from edgemoe.model.model_runner import ModelRunner
 from edgemoe.plan.plan import Plan
-from edgemoe.planner import make_plan
+from edgemoe.planner import drafts_of, make_plan
 from edgemoe.request.reply_text import ReplyTexts
 from edgemoe.request.request import Cancels, Request
 from edgemoe.request.sampler import check_defaults
@@ -50,6 +49,7 @@ class Engine:
     """
 
     def __init__(self, blueprint: Blueprint, config: EngineConfig, on_progress: Callable[[Progress], None]) -> None:
+        self._drafts = drafts_of(blueprint, config)
         draft_model = _draft_model(blueprint, config)
         self.plan: Plan = make_plan(blueprint, config, draft_model)
         self._config = config
@@ -75,7 +75,7 @@ class Engine:
         """The scheduler, the drafter and the runner of this engine's steps."""
         plan, config = self.plan, self._config
         runner = ModelRunner(runtime.runner())
-        speculation = speculation_for(draft_settings(config), runner, runtime, plan, draft_model)
+        speculation = speculation_for(self._drafts, runner, runtime, plan, draft_model)
         scheduler = Scheduler(
             runner,
             KvBudget(plan.kv, plan.kv_nbytes, at_once=is_accelerator(plan.device)),
@@ -354,7 +354,7 @@ class Engine:
 
 def _draft_model(blueprint: Blueprint, config: EngineConfig) -> DraftModel | None:
     """The checkpoint that drafts for `blueprint`, where the settings ask for one."""
-    if "model" not in draft_settings(config).drafters or config.draft_model is None:
+    if "model" not in drafts_of(blueprint, config).drafters or config.draft_model is None:
         return None
     return DraftModel(config.draft_model, blueprint, offline=config.offline)
 

@@ -14,7 +14,7 @@ from edgemoe.checkpoint.generation_defaults import load_generation_defaults, not
 from edgemoe.checkpoint.state_folder import StateFolder
 from edgemoe.config import EngineConfig
 from edgemoe.draft.draft_model import DraftModel
-from edgemoe.draft.settings import budget_settings, draft_settings
+from edgemoe.draft.settings import DraftSettings, budget_settings, draft_settings
 from edgemoe.errors import PlanError
 from edgemoe.formats.made import MADE
 from edgemoe.plan.cpu_share import cpu_share
@@ -64,7 +64,7 @@ def _without_slots(
     blueprint: Blueprint, config: EngineConfig, draft_model: DraftModel | None, device: torch.device
 ) -> Plan:
     """Everything but the expert cache, which takes what is left, and what depends on its size."""
-    drafts, budget = draft_settings(config), budget_settings(config)
+    drafts, budget = drafts_of(blueprint, config), budget_settings(config)
     free, kv, context = _device_free(device), measure_kv(blueprint), _context(blueprint, config)
     quantised = _quantised(blueprint)
     return Plan(
@@ -108,6 +108,11 @@ def _without_slots(
         other_formats=_other_formats(blueprint),
         not_served=tuple(not_served(load_generation_defaults(blueprint))),
     )
+
+
+def drafts_of(blueprint: Blueprint, config: EngineConfig) -> DraftSettings:
+    """What drafts for `blueprint` under `config`; PlanError names what is wrong with the settings."""
+    return draft_settings(config, head=blueprint.head is not None, no_head=blueprint.head_refusal)
 
 
 def _reserve(free: int, device: torch.device, config: EngineConfig) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -189,6 +189,10 @@ class Stats:
     """Tokens drafted for them."""
     accepted: int = 0
     """Drafted tokens that became part of a reply."""
+    drafted_by: Mapping[str, int] = field(default_factory=dict)
+    """`drafted` by the drafter that proposed the token: "ngram", "mtp", "self" or "model"."""
+    accepted_by: Mapping[str, int] = field(default_factory=dict)
+    """`accepted` likewise."""
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     """Time of the steps with at least one verification."""

@@ -93,7 +93,7 @@ class Runtime:
         link = self._link(files, plan, config, throttle, on_progress)
         self._stack.callback(link.close)
         self.link = link
-        policy = HotTemporal(files.experts)
+        policy = HotTemporal(files.experts, len(blueprint.pass_modules))
         self._tools = self._device_tools(files.experts, device)
         table = None if self._tools is None else self._tools.table
         self.cache = ExpertCache(files, link, pool, policy, table)
@@ -101,7 +101,13 @@ class Runtime:
         self._stack.callback(threads.close)
         self.predictor = self._predictor(blueprint, files.experts, plan, config)
         self.layers = expert_layer.install(
-            self.model, blueprint.experts_modules, self.cache, threads, self.predictor, grouped=self._grouped()
+            self.model,
+            blueprint.experts_modules,
+            self.cache,
+            threads,
+            self.predictor,
+            grouped=self._grouped(),
+            head_layers=len(blueprint.experts_modules) - len(blueprint.pass_modules),
         )
         # Layers refer to the slots' memory.
         self._stack.callback(self.layers.layers.clear)
@@ -176,7 +182,7 @@ class Runtime:
         self, blueprint: Blueprint, experts: Sequence[int], plan: Plan, config: EngineConfig
     ) -> ExpertPredictor:
         prefetcher = Prefetcher(self.cache, len(experts), LinkGauge(self.link, self.cache.counters))
-        lookahead = Lookahead(self.model, blueprint.experts_modules)
+        lookahead = Lookahead(self.model, blueprint.pass_modules)
         return ExpertPredictor(
             self.cache, prefetcher, lookahead, experts, plan.top_k, enabled=config.prefetch == "auto"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -124,31 +125,38 @@ def _random(key: str, shape: torch.Size, noise: torch.Tensor, generator: torch.G
     return noise[start : start + count].view(shape).mul(shape[-1] ** -0.5)
 
 
-def inflated(factor: int = FACTOR) -> Path:
+def inflated(factor: int = FACTOR, *, head: bool = True) -> Path:
     """The shipped model with every expert's inner neurons repeated `factor` times, a power of two.
 
     The down projection is divided by the factor, so that the function, the routing and the tokens stay
-    the same while experts become as heavy as a real model's: 14 MB each at 128.
+    the same while experts become as heavy as a real model's: 14 MB each at 128. Without `head` its draft head is left
+    out.
     """
     if factor & (factor - 1):
         raise ValueError(f"the factor must be a power of two for the result to be exact, not {factor}")
     source = demo_folder()
-    folder = work_folder() / f"inflated-{factor}"
+    weights_file = source / "model.safetensors"
+    # Of other weights, other folders.
+    version = f"{zlib.crc32(weights_file.read_bytes()):08x}"
+    folder = work_folder() / f"inflated-{factor}-{version}{'' if head else '-headless'}"
     if (folder / "config.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    with safe_open(source / "model.safetensors", framework="pt") as weights:
-        names = list(weights.keys())
-        layers = sorted({name.split(".")[2] for name in names if ".layers." in name}, key=int)
-        for layer in ["rest", *layers]:
-            mine = [name for name in names if (name.split(".")[2] if ".layers." in name else "rest") == layer]
+    with safe_open(weights_file, framework="pt") as weights:
+        names = [name for name in weights.keys() if head or not name.startswith("mtp.")]  # noqa: SIM118
+        parts: dict[str, list[str]] = {}
+        for name in names:
+            parts.setdefault(".".join(name.split(".")[:3]) if ".layers." in name else "rest", []).append(name)
+        for part, mine in parts.items():
             tensors = {name: _widened(name, weights.get_tensor(name), factor) for name in mine}
-            save_file(tensors, folder / f"model-{layer}.safetensors", metadata={"format": "pt"})
+            save_file(tensors, folder / f"model-{part}.safetensors", metadata={"format": "pt"})
     for file in source.iterdir():
         if file.suffix != ".safetensors" and file.name != "config.json":
             shutil.copy(file, folder / file.name)
     config = json.loads((source / "config.json").read_text())
     config["moe_intermediate_size"] *= factor
+    if not head:
+        del config["num_nextn_predict_layers"]
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     return folder
 

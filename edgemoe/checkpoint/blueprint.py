@@ -10,8 +10,8 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,15 +19,15 @@ from edgemoe.cache import accelerator
 from edgemoe.cache.record import ExpertId
 from edgemoe.cache.safetensors_store import RecordSource
 from edgemoe.checkpoint.checkpoint import WEIGHT_DTYPES, Checkpoint, open_checkpoint
+from edgemoe.checkpoint.draft_head import HEAD, FoundHead, HeadShape, attach_head, find_head
 from edgemoe.checkpoint.expert_sources import ExpertSources
 from edgemoe.checkpoint.experts_module import ExpertsModule, require_experts_modules
-from edgemoe.checkpoint.extra_layers import without_heads_that_draft
 from edgemoe.checkpoint.packed.packed_modules import PackedModule, find_packed_modules
 from edgemoe.checkpoint.renaming import Renaming
 from edgemoe.checkpoint.rope_context import context_limit
 from edgemoe.config import EngineConfig, choices_of
 from edgemoe.demo import DEMO_NAME, demo_folder
-from edgemoe.errors import CheckpointError, told_as
+from edgemoe.errors import CheckpointError, reason, told_as
 from edgemoe.formats.stacked_format import StackedFormat
 from edgemoe.quiet import quiet_transformers
 
@@ -62,6 +62,15 @@ class Blueprint:
     """The layers outside of the experts whose weights stay packed."""
     dtype_note: str = ""
     """Why the dtype is not the one of the checkpoint although none was asked for; empty where it is."""
+    head: HeadShape | None = None
+    """The checkpoint's own draft head, where it has one and it is asked for. Its experts modules are the last ones."""
+    head_refusal: str = ""
+    """Why a head that the checkpoint has is not used; empty where it has none, or it is used."""
+
+    @property
+    def pass_modules(self) -> tuple[ExpertsModule, ...]:
+        """The experts modules of the model's own passes: all but those of the head, which come last."""
+        return tuple(moe for moe in self.experts_modules if not moe.name.startswith(f"{HEAD}."))
 
     @property
     def expert_formats(self) -> tuple[str, ...]:
@@ -88,16 +97,18 @@ def open_blueprint(
     experts: str = "native",
     dense: str = "native",
     bf16: bool = True,
+    head: bool = False,
 ) -> Blueprint:
     """The blueprint of `model`: a checkpoint's folder, a GGUF file, a Hugging Face id, or None for the shipped model.
 
-    `model_config` is where a GGUF file's configuration comes from, if not from the file. `experts`, `dense` and `bf16`
-    are those of `read_blueprint`. Raises CheckpointError as `open_checkpoint` and `read_blueprint` do.
+    `model_config` is where a GGUF file's configuration comes from, if not from the file. `experts`, `dense`, `bf16` and
+    `head` are those of `read_blueprint`. Raises CheckpointError as `open_checkpoint` and `read_blueprint` do.
     """
     if model is None:
-        return read_blueprint(open_checkpoint(demo_folder(), name=DEMO_NAME), dtype, experts, dense, bf16=bf16)
+        demo = open_checkpoint(demo_folder(), name=DEMO_NAME)
+        return read_blueprint(demo, dtype, experts, dense, bf16=bf16, head=head)
     checkpoint = open_checkpoint(model, offline=offline, setting=setting, check=check_family, model_config=model_config)
-    return read_blueprint(checkpoint, dtype, experts, dense, bf16=bf16)
+    return read_blueprint(checkpoint, dtype, experts, dense, bf16=bf16, head=head)
 
 
 def blueprint_for(model: str | os.PathLike[str] | None, config: EngineConfig) -> Blueprint:
@@ -110,6 +121,7 @@ def blueprint_for(model: str | os.PathLike[str] | None, config: EngineConfig) ->
         experts=config.experts,
         dense=config.dense,
         bf16=_multiplies_bf16(config.device),
+        head=config.drafts_with_head,
     )
 
 
@@ -132,47 +144,74 @@ def read_blueprint(
     *,
     quick: bool = False,
     bf16: bool = True,
+    head: bool = False,
 ) -> Blueprint:
     """Checks `checkpoint` against its family and locates every expert. Reads no weight.
 
     `dtype` is "auto" (the dtype that most weights are stored in), "bfloat16", "float16" or "float32"; `experts` and
     `dense` are "native" or a format of `formats.made`. `quick` leaves out the shapes of the experts, since a large
     checkpoint has tens of thousands, and is not for running it. Without `bf16`, for a device that cannot multiply
-    bfloat16, "auto" is float16 in its place. Raises CheckpointError with the reason why the checkpoint cannot be run.
+    bfloat16, "auto" is float16 in its place. With `head` the checkpoint's own draft head is part of the model, where it
+    has one that can be. Raises CheckpointError with the reason why the checkpoint cannot be run.
     """
     made, made_dense = _made("experts", experts), _made("dense", dense)
     config, model_class = _family(checkpoint)
-    checkpoint = without_heads_that_draft(checkpoint, config.get_text_config())
+    found = find_head(checkpoint, config.get_text_config(), wanted=head)
     chosen, note = _dtype_for_device(_dtype(checkpoint, dtype), bf16=bf16 or dtype != "auto")
-    with quiet_transformers():
-        model = build_skeleton(model_class, config, chosen)
-        experts_modules = require_experts_modules(model, config, checkpoint.name)
-        renaming = Renaming(model, _mapping(model))
-        sources = ExpertSources(checkpoint, model, experts_modules, renaming, made)
-        experts_modules = sources.modules
-        outside = {key: weight for key, weight in checkpoint.weights.items() if key not in sources.keys}
-        counts = {moe.experts for moe in experts_modules}
-        packed = find_packed_modules(model, outside, renaming, made_dense, counts)
-        stacked = {f"{moe.name}.{name}" for moe in experts_modules for name in moe.shapes} if quick else set()
-        _dry_run(checkpoint, model, chosen, sources.keys if quick else frozenset(), stacked)
-        records = sources.records()
-        # A new skeleton, since the dry run uses the first one up.
-        sizes = _dense_sizes(build_skeleton(model_class, config, chosen), experts_modules, packed)
-    return Blueprint(
-        checkpoint,
-        config,
-        model_class,
-        chosen,
-        tuple(experts_modules),
-        records,
-        tuple(outside),
-        sum(sizes),
-        max([*sizes, *(each.float_nbytes for each in packed)]),
-        made,
-        made_dense,
-        tuple(packed),
-        note,
-    )
+    reader = _Reader(config, model_class, chosen, made, made_dense, quick)
+    if found.shape is None:
+        return replace(reader.read(found), dtype_note=note, head_refusal=found.refusal)
+    try:
+        return replace(reader.read(found), dtype_note=note)
+    except (LookupError, CheckpointError) as error:
+        # The model runs without the head, if it is the head that does not fit.
+        bare = find_head(checkpoint, config.get_text_config(), wanted=False)
+        return replace(reader.read(bare), dtype_note=note, head_refusal=reason(error))
+
+
+class _Reader(NamedTuple):
+    """What a checkpoint is checked against."""
+
+    config: Any
+    model_class: Any
+    dtype: torch.dtype
+    made: str | None
+    made_dense: str | None
+    quick: bool
+
+    def read(self, found: FoundHead) -> Blueprint:
+        """The blueprint of a checkpoint; raises as `read_blueprint`, and LookupError where the head cannot be built."""
+        checkpoint = found.checkpoint
+        with quiet_transformers():
+            model = build_skeleton(self.model_class, self.config, self.dtype, found.shape)
+            experts_modules = require_experts_modules(model, self.config, checkpoint.name)
+            renaming = Renaming(model, _mapping(model))
+            sources = ExpertSources(checkpoint, model, experts_modules, renaming, self.made)
+            experts_modules = sources.modules
+            outside = {key: weight for key, weight in checkpoint.weights.items() if key not in sources.keys}
+            counts = {moe.experts for moe in experts_modules}
+            packed = find_packed_modules(model, outside, renaming, self.made_dense, counts)
+            stacked = {f"{moe.name}.{name}" for moe in experts_modules for name in moe.shapes} if self.quick else set()
+            _dry_run(checkpoint, model, self.dtype, sources.keys if self.quick else frozenset(), stacked)
+            records = sources.records()
+            # A new skeleton, since the dry run uses the first one up.
+            skeleton = build_skeleton(self.model_class, self.config, self.dtype, found.shape)
+            sizes = _dense_sizes(skeleton, experts_modules, packed)
+        return Blueprint(
+            checkpoint,
+            self.config,
+            self.model_class,
+            self.dtype,
+            tuple(experts_modules),
+            records,
+            tuple(outside),
+            sum(sizes),
+            max([*sizes, *(each.float_nbytes for each in packed)]),
+            self.made,
+            self.made_dense,
+            tuple(packed),
+            head=found.shape,
+        )
 
 
 def _made(setting: str, name: str) -> str | None:
@@ -190,10 +229,13 @@ def check_family(checkpoint: Checkpoint) -> None:
         require_experts_modules(build_skeleton(model_class, config, torch.bfloat16), config, checkpoint.name)
 
 
-def build_skeleton(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
-    """The model with every tensor on the meta device."""
+def build_skeleton(model_class: Any, config: Any, dtype: torch.dtype, head: HeadShape | None = None) -> Any:
+    """The model, and the `head` that it is to have, with every tensor on the meta device."""
     with torch.device("meta"):
-        return model_class._from_config(config, dtype=dtype).eval()
+        model = model_class._from_config(config, dtype=dtype)
+        if head is not None:
+            attach_head(model, head, dtype)
+    return model.eval()
 
 
 def load_config(model: Any, dtype: torch.dtype, device: torch.device | str) -> Any:

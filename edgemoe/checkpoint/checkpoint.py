@@ -135,7 +135,7 @@ def _open_gguf(path: Path, name: str, folder: Path | None) -> Checkpoint:
     """The checkpoint in a GGUF file, or in a split one whose first file is `path`; `folder` has its configuration."""
     file = read_gguf(path)
     config = gguf_config(file, name) if folder is None else read_config(folder, str(folder), "model_config")
-    weights = gguf_weights(file, config.get("text_config", config)["num_hidden_layers"], name)
+    weights = gguf_weights(file, name)
     tensors, packed = dict[str, TensorEntry](), dict[str, PackedTensor | MergedTensor]()
     for key, weight in weights.items():
         if isinstance(weight, TensorEntry):

@@ -94,7 +94,7 @@ def load_dense(blueprint: Blueprint, device: torch.device, on_read: Callable[[in
 
     packed = {each.key for each in blueprint.packed_modules}
     lazy = {key: lazy_weight(weights[key]) for key in blueprint.dense_keys if key not in packed}
-    model = build_skeleton(blueprint.model_class, blueprint.config, blueprint.dtype)
+    model = build_skeleton(blueprint.model_class, blueprint.config, blueprint.dtype, blueprint.head)
     for moe in blueprint.experts_modules:
         release_weights(moe, model)
     with reading(checkpoint.name), torch.no_grad():

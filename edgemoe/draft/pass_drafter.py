@@ -74,6 +74,8 @@ class PassDrafter(ABC):
     experts, float32 [nodes, experts]; empty where the drafter cannot tell.
     """
 
+    name: str
+    """What settings and reports call it."""
     predicts_experts = False
     """Whether the drafter routes as the target does, so that `wanted` predicts its experts."""
 
@@ -85,6 +87,10 @@ class PassDrafter(ABC):
 
     def takes(self, request: Request) -> bool:
         """Whether the drafter can draft for `request` now."""
+        return True
+
+    def can_run(self, request: Request, tree: DraftTree, node: int) -> bool:
+        """Whether the next run may have `node` of `tree`, whose children it proposes."""
         return True
 
     def forget(self, request: Request) -> None:  # noqa: B027
@@ -140,6 +146,7 @@ class PassDrafter(ABC):
 class SelfDrafter(PassDrafter):
     """Drafts with the target model and its KV caches, routed among resident experts (SpecMoE)."""
 
+    name = "self"
     predicts_experts = True
 
     def __init__(
@@ -192,6 +199,8 @@ class ModelDrafter(PassDrafter):
     How many rows a checkpoint has beyond its tokenizer's tokens is its own affair: logits are given for those of the
     target, and a token that this model has no row for is read as its last one.
     """
+
+    name = "model"
 
     def __init__(self, runner: ModelRunner, vocabulary: int, kv: KvSize, room_nbytes: int, chunk: int) -> None:
         """`vocabulary` is the target's. `chunk` bounds the tokens of a pass that catches up with committed tokens."""

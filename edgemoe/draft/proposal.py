@@ -19,6 +19,8 @@ class Proposal:
     """A tree with at least one drafted node for each request whose draft is to be verified."""
     bins: Mapping[Request, Mapping[int, int]] = field(default_factory=dict)
     """For each tree the calibration bin of its nodes, where they have one."""
+    drafters: Mapping[Request, Mapping[int, str]] = field(default_factory=dict)
+    """For each tree the drafter that proposed each node."""
     nodes: Mapping[Request, int] = field(default_factory=dict)
     """Drafted nodes of every request that might have had a draft; at least 1 where a pass was run for it."""
     passed: frozenset[Request] = frozenset()

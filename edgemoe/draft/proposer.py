@@ -121,6 +121,7 @@ class DraftProposer:
         return Proposal(
             trees={each.request: each.tree for each in builders if each.tree.drafted},
             bins={each.request: each.bins for each in builders},
+            drafters={each.request: each.drafters for each in builders},
             nodes=nodes,
             passed=passed,
             cost=step,
@@ -158,71 +159,81 @@ class DraftProposer:
         passes = self._passes
         if passes is None:
             return frozenset()
-        growing = [each for each in builders if each.passes and not each.full and passes.takes(each.request)]
+        begun = [each for each in builders if each.passes and not each.full and passes.takes(each.request)]
+        growing = [(each, [0]) for each in begun]
         if not growing or not self._round_pays(growing, price):
             return frozenset()
-        begun = list(growing)
         self._predictor.begin_cycle()
         try:
             passes.begin([builder.request for builder in begun])
-            growing = self._round(passes, growing, price)
+            growing = self._growing(passes, begun)
             while growing and self._round_pays(growing, price):
-                growing = self._round(passes, growing, price)
+                self._round(passes, growing, price)
+                growing = self._growing(passes, begun)
             self._run_leaves(passes, [each for each in begun if each.unexpanded and each.tree.drafted])
         finally:
             passes.end()
         return frozenset(builder.request for builder in begun)
 
-    def _round(self, passes: PassDrafter, builders: list[TreeBuilder], price: DraftPrice) -> list[TreeBuilder]:
-        """Runs the unexpanded nodes and adds the best children; the builders that have unexpanded nodes again."""
+    @staticmethod
+    def _growing(passes: PassDrafter, builders: Sequence[TreeBuilder]) -> list[tuple[TreeBuilder, list[int]]]:
+        """The builders that a round is for, each with the nodes to run."""
+        found = []
+        for builder in builders:
+            nodes = [node for node in builder.unexpanded if passes.can_run(builder.request, builder.tree, node)]
+            if any(map(builder.fits, nodes)):
+                found.append((builder, nodes))
+        return found
+
+    def _round(self, passes: PassDrafter, growing: Sequence[tuple[TreeBuilder, list[int]]], price: DraftPrice) -> None:
+        """Runs the nodes of each builder and adds their best children."""
         started = time.perf_counter()
-        branches = [Branch(builder.request, builder.tree, builder.unexpanded) for builder in builders]
-        logits = passes.run(branches)
-        self._costs.observe_draft(len(builders), time.perf_counter() - started)
-        self._add_predictions(passes, builders)
-        for builder, after in zip(builders, logits, strict=True):
-            self._propose_children(builder, after)
-            builder.unexpanded = []
+        logits = passes.run([Branch(builder.request, builder.tree, nodes) for builder, nodes in growing])
+        self._costs.observe_draft(len(growing), time.perf_counter() - started)
+        self._add_predictions(passes, growing)
+        for (builder, nodes), after in zip(growing, logits, strict=True):
+            self._propose_children(builder, nodes, after, passes.name)
+            builder.unexpanded = [node for node in builder.unexpanded if node not in nodes]
             # Exactly the width: a candidate that is taken out is not proposed again.
             for candidate in islice(builder.best_proposals(), builder.width):
                 if not price.pays(candidate.probability, builder.tree.drafted, builder.loads.get(candidate.parent)):
                     break
                 builder.add(candidate)
-        return [builder for builder in builders if any(map(builder.fits, builder.unexpanded))]
 
     def _run_leaves(self, passes: PassDrafter, builders: list[TreeBuilder]) -> None:
         """Runs the last nodes for their routing alone, where cycles wait for the link more than they compute."""
         if builders and passes.predicts_experts and self._predictor.link_bound:
-            passes.run([Branch(builder.request, builder.tree, builder.unexpanded) for builder in builders])
-            self._add_predictions(passes, builders)
+            leaves = [(builder, builder.unexpanded) for builder in builders]
+            passes.run([Branch(builder.request, builder.tree, nodes) for builder, nodes in leaves])
+            self._add_predictions(passes, leaves)
 
-    def _propose_children(self, builder: TreeBuilder, logits: LogitsRows) -> None:
-        """Proposes what may follow the unexpanded nodes, given the logits after each."""
+    def _propose_children(self, builder: TreeBuilder, nodes: Sequence[int], logits: LogitsRows, drafter: str) -> None:
+        """Proposes what may follow `nodes`, given the logits of `drafter` after each."""
         tree = builder.tree
-        for node, after in zip(builder.unexpanded, logits, strict=True):
+        for node, after in zip(nodes, logits, strict=True):
             if node and tree.tokens[node] in builder.request.ends:
                 continue
             for token, share in builder.request.candidates(tree, node, after, builder.width):
                 number = min(int(share * SHARE_BINS), SHARE_BINS - 1)
                 path = tree.probabilities[node] * self._calibration.rate(number)
-                builder.propose(Candidate(node, token, path, number))
+                builder.propose(Candidate(node, token, path, number, drafter))
 
-    def _round_pays(self, builders: list[TreeBuilder], price: DraftPrice) -> bool:
+    def _round_pays(self, growing: Sequence[tuple[TreeBuilder, list[int]]], price: DraftPrice) -> bool:
         """Whether one more drafting pass is likely to save more time than it takes."""
         if not price.priced:
             return True
-        likeliest = sum(max(each.tree.probabilities[node] for node in each.unexpanded) for each in builders)
+        likeliest = sum(max(builder.tree.probabilities[node] for node in nodes) for builder, nodes in growing)
         gain = likeliest * price.worth * self._calibration.rate(SHARE_BINS - 1)
-        return self._costs.draft_pays(len(builders), gain)
+        return self._costs.draft_pays(len(growing), gain)
 
-    def _add_predictions(self, passes: PassDrafter, builders: Sequence[TreeBuilder]) -> None:
+    def _add_predictions(self, passes: PassDrafter, growing: Sequence[tuple[TreeBuilder, Sequence[int]]]) -> None:
         """Predicts the experts of the nodes that were just run, and counts those that each node adds.
 
         A child needs much of what its parent needs, so the count prices the children.
         """
         if not passes.predicts_experts:
             return
-        nodes = [(builder, node) for builder in builders for node in builder.unexpanded]
+        nodes = [(builder, node) for builder, own in growing for node in own]
         certain = torch.tensor([builder.tree.probabilities[node] for builder, node in nodes])
         loads = torch.zeros(len(nodes), dtype=torch.long)
         for layer, wanted in enumerate(passes.wanted):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from edgemoe.config import EngineConfig, choices_of
@@ -13,7 +13,9 @@ from edgemoe.sizes import format_bytes, parse_bytes
 if TYPE_CHECKING:
     from edgemoe.prefetch.budget import Budget
 
-DRAFTERS = ("ngram", "self", "model")
+DRAFTERS = ("ngram", "mtp", "self", "model")
+PASSES = frozenset(DRAFTERS) - {"ngram"}
+"""Drafters that run passes, of which an engine has one."""
 MAX_NODES = 256
 """Limit of `draft_nodes` and `draft_depth`."""
 
@@ -34,14 +36,21 @@ class DraftSettings:
     """Most drafted tokens of a sequence and cycle."""
     depth: int
     """Most drafted tokens that follow one another."""
+    note: str = ""
+    """Why a drafter that was asked for is not among them; empty where all are."""
+
+    def without_head(self, why: str) -> DraftSettings:
+        """The same without the checkpoint's draft head, which cannot be run."""
+        return replace(self, drafters=self.drafters - {"mtp"}, note=why)
 
     def describe(self) -> str:
         """What drafts, in a few words."""
         if not self.drafters:
-            return "off: asked for"
+            return f"off: {self.note or 'asked for'}"
         when = "while it pays" if self.priced else "always"
         tokens = f"{self.nodes} token{'s' if self.nodes > 1 else ''}"
-        return f"{' and '.join(sorted(self.drafters))}, {when}, {self.shape}s of at most {tokens}"
+        note = f" (not mtp: {self.note})" if self.note else ""
+        return f"{' and '.join(sorted(self.drafters))}, {when}, {self.shape}s of at most {tokens}{note}"
 
 
 @dataclass(frozen=True)
@@ -66,24 +75,31 @@ class BudgetSettings:
         return f"verifications of drafts keep to {size}"
 
 
-def draft_settings(config: EngineConfig) -> DraftSettings:
-    """The settings that `config` asks for; PlanError names what is wrong with them.
+def draft_settings(config: EngineConfig, *, head: bool = False, no_head: str = "") -> DraftSettings:
+    """The settings that `config` asks for, of a checkpoint with a `head` that drafts; PlanError names what is wrong.
 
-    "auto" drafts what pays: n-grams, and the draft model where one is named; "auto+self" has the model itself beside
-    the n-grams. Drafters named without "auto" always draft.
+    "auto" drafts what pays: n-grams, and the draft model where one is named, else the head; "auto+self" has the model
+    itself beside the n-grams. Drafters named without "auto" always draft. `no_head` is why a head is not used.
     """
     asked = config.speculate.strip().lower()
     priced = asked in ("auto", "auto+self")
     if priced:
         drafters = {"ngram"} | ({"model"} if config.draft_model else set()) | set(asked.split("+")[1:])
+        if head and config.drafts_with_head:
+            drafters.add("mtp")
     elif asked == "off":
         drafters = set()
     else:
         drafters = set(asked.split("+"))
         if not drafters <= set(DRAFTERS):
             check_choice("speculate", config.speculate)
-    if {"self", "model"} <= drafters:
-        raise PlanError("both a draft model and the model itself cannot draft: give one of them as speculate=")
+    if len(drafters & PASSES) > 1:
+        raise PlanError(
+            f"{' and '.join(sorted(drafters & PASSES))} cannot draft together: give one of them as speculate="
+        )
+    if "mtp" in drafters and not head:
+        why = no_head or "the checkpoint has no draft head"
+        raise PlanError(f"speculate={config.speculate!r} is not possible, since {why}: give auto as speculate=")
     if "model" in drafters and not config.draft_model:
         raise PlanError("speculate='model' needs a second checkpoint: name it as draft_model=")
     for setting in ("draft_shape", "draft_rule"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from edgemoe.draft.controller import Controllers
@@ -34,6 +34,10 @@ class SpeculationTotals:
     drafted: int = 0
     accepted: int = 0
     """Drafted tokens that are in a reply."""
+    drafted_by: dict[str, int] = field(default_factory=dict)
+    """`drafted` by the drafter that proposed the token."""
+    accepted_by: dict[str, int] = field(default_factory=dict)
+    """`accepted` likewise."""
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     """Passes that verified something, whatever else they computed."""
@@ -77,7 +81,8 @@ class Speculation:
     def telemetry(self) -> dict[str, Any]:
         """What `Stats` tells of it, by name. May be called while a step runs."""
         controllers = self._controllers
-        return vars(self.totals) | {
+        totals = {name: dict(value) if isinstance(value, dict) else value for name, value in vars(self.totals).items()}
+        return totals | {
             "speculation": self.reason,
             "speculation_setting": controllers.describe() if self.active else self.reason,
             "speculation_changes": controllers.changes,
@@ -96,6 +101,7 @@ class Speculation:
         """Learns from a step that ran `proposal`: acceptance rates, what tokens cost, and what drafting is worth."""
         for request, verified in report.verified.items():
             self._learn_path(proposal.trees[request], proposal.bins[request], verified)
+            self._count(proposal.drafters[request], proposal.trees[request], verified)
         if report.verified:
             self.totals.verify_seconds += report.seconds
         made = {request: verified.tokens for request, verified in report.verified.items()}
@@ -133,6 +139,13 @@ class Speculation:
         """Lets go of the models that draft, and of what was read."""
         self._passes = self._proposer = None
         self._ngrams.clear()
+
+    def _count(self, drafters: Mapping[int, str], tree: DraftTree, verified: Verified) -> None:
+        """Counts the tree's tokens for the drafters that proposed them."""
+        totals = self.totals
+        for nodes, counts in ((range(1, len(tree)), totals.drafted_by), (verified.path[1:], totals.accepted_by)):
+            for node in nodes:
+                counts[drafters[node]] = counts.get(drafters[node], 0) + 1
 
     def _learn_path(self, tree: DraftTree, bins: Mapping[int, int], verified: Verified) -> None:
         self.totals.cycles += 1

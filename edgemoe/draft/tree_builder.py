@@ -22,6 +22,8 @@ class TreeBuilder:
         self.tree = DraftTree(request.tokens[-1])
         self.bins: dict[int, int] = {}
         """Calibration bins of nodes, where they have one."""
+        self.drafters: dict[int, str] = {}
+        """The drafter that proposed each node first."""
         self.loads: dict[int, int] = {}
         """Number of experts that a node adds to those resident or needed already; for nodes that a pass has run."""
         self.unexpanded = [0]
@@ -52,6 +54,7 @@ class TreeBuilder:
         node = self.tree.add(candidate.parent, candidate.token, candidate.probability)
         if node == before:
             self.unexpanded.append(node)
+            self.drafters[node] = candidate.drafter
         if candidate.bin is not None:
             self.bins.setdefault(node, candidate.bin)
 

@@ -108,7 +108,9 @@ class ExpertLayers:
     def __init__(self, current: CurrentLayer, cache: ExpertCache | None = None) -> None:
         """`cache` has the experts of all layers; None for a model without any."""
         self.layers: list[ExpertLayer] = []
-        """By their numbers."""
+        """By their numbers. Those of a draft head come last."""
+        self.in_passes = 0
+        """How many of them the model's own passes run: all but those of a draft head."""
         self.capture: Take | None = None
         self._current = current
         self._cache = cache
@@ -186,9 +188,9 @@ class ExpertLayers:
 
     @property
     def all_resident(self) -> bool:
-        """Whether every expert of the model is resident, and so stays it."""
+        """Whether every expert of the model, without a draft head's, is resident, and so stays it."""
         cache = self._cache
-        return cache is not None and all(cache.slots_of(layer) is not None for layer in range(len(self.layers)))
+        return cache is not None and all(cache.slots_of(layer) is not None for layer in range(self.in_passes))
 
     def show_residents(self) -> None:
         """Brings the table on the device, where there is one, up to what is resident now."""
@@ -216,13 +218,16 @@ def install(
     *,
     plain: bool = False,
     grouped: Grouped | None = None,
+    head_layers: int = 0,
 ) -> ExpertLayers:
     """Replaces the forward of every experts module of `model` by an `ExpertLayer`.
 
     Also registers hooks on the model's MoE blocks (`CurrentLayer`). `plain` uses the reference arithmetic everywhere.
-    `grouped` makes the layers that a device has kernels for.
+    `grouped` makes the layers that a device has kernels for. The last `head_layers` are a draft head's: nothing is
+    predicted for them from the layer before.
     """
     layers = ExpertLayers(CurrentLayer(model, experts_modules), cache)
+    layers.in_passes = len(experts_modules) - head_layers
     for number, moe in enumerate(experts_modules):
         module, region = moe.module(model), cache.region(number)
         on_cpu = not accelerator.is_accelerator(cache.pool.device)
@@ -230,8 +235,9 @@ def install(
             experts: Experts = FastExperts(module, moe, region, threads, model.dtype)
         else:
             experts = PlainExperts(module, moe, region)
-        made = None if grouped is None else grouped(number, moe, experts, predictor)
-        layer = made or ExpertLayer(number, moe, experts, cache, predictor)
+        own = predictor if number < layers.in_passes else None
+        made = None if grouped is None else grouped(number, moe, experts, own)
+        layer = made or ExpertLayer(number, moe, experts, cache, own)
         layers.layers.append(layer)
         module.forward = types.MethodType(_forward(layers, layer), module)
         vars(module)[_ATTRIBUTE] = layers, layer

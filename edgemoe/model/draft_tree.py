@@ -17,6 +17,8 @@ class Candidate(NamedTuple):
     """That everything from the root down to it is accepted."""
     bin: int | None = None
     """Which kind of foretelling it is, for who learns how often these are right."""
+    drafter: str = "ngram"
+    """What proposes it."""
 
 
 class DraftTree:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from edgemoe.checkpoint.draft_head import HEAD
 from edgemoe.errors import is_device_or_memory_error
 from edgemoe.kernels.batch_invariant_linear import matrix_of
 from edgemoe.kernels.cpu.arrays import Groups, Job, address
@@ -298,9 +299,12 @@ def install(model: nn.Module, packed: PackedAttention, threads: KernelThreads) -
     """Replaces the forward of each attention module of `model` that can be fused, for passes of few tokens on a CPU."""
     tried: dict[object, bool] = {}
     layers = SequenceCache.empty(model, 1).kv.layers
-    for module in model.modules():
+    head = getattr(model, HEAD, None)
+    for name, module in model.named_modules():
         layer = getattr(module, "layer_idx", None)
-        grows = isinstance(layer, int) and layer < len(layers) and type(layers[layer]) is GrowingLayer
+        # A head's layers count for themselves.
+        like = head.like[layer] if head is not None and layer is not None and name.startswith(f"{HEAD}.") else layer
+        grows = isinstance(like, int) and like < len(layers) and type(layers[like]) is GrowingLayer
         parts = _Parts.of(module) if grows and packed.is_plain(module) else None
         if parts is None or not isinstance(layer, int):
             continue

@@ -167,10 +167,10 @@ class GraphRunner:
 
     def _count(self, graph: PassGraph) -> None:
         """Has the requests of a pass counted that the host was not asked for."""
-        layers = self._runner.layers.layers
-        first = layers[0]
+        layers = self._runner.layers
+        first = layers.layers[0]
         assert isinstance(first, GroupedLayer)
-        first.count_later(range(len(layers)), graph.chosen)
+        first.count_later(range(layers.in_passes), graph.chosen)
 
     def _outputs(self, logits: torch.Tensor, inputs: Sequence[PassInput]) -> list[LogitsRows]:
         wanted, first, parts = [], 0, []

@@ -15,6 +15,8 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
+from edgemoe.model.head_cache import HeadCache
+
 SPARE_ROWS = 64
 """Rows behind those of a window that a buffer has room for."""
 
@@ -277,6 +279,8 @@ class SequenceCache:
         self.tokens = tokens
         self.buffer_table: torch.Tensor | None = None
         """Where the layers' buffers lie, as kernels of a device read it; kept by the runner that made it."""
+        self.head: HeadCache | None = None
+        """What the model's draft head keeps of the sequence, where it has one."""
 
     @classmethod
     def empty(cls, model: Any, capacity: int) -> SequenceCache:
@@ -294,10 +298,13 @@ class SequenceCache:
         for layer in getattr(self.kv, "layers", ()):
             if isinstance(layer, GrowingLayer):
                 layer.capacity = self.capacity
+        if self.head is not None:
+            self.head.reserve(self.capacity)
 
     def can_crop(self) -> bool:
         """Whether any number of the last tokens can be dropped: all layers hold rows, and no window has dropped one."""
-        return type(self.kv) is DynamicCache and all(map(_keeps_all_rows, self.kv.layers))
+        own = [] if self.head is None else self.head.kv.layers
+        return type(self.kv) is DynamicCache and all(map(_keeps_all_rows, [*self.kv.layers, *own]))
 
     def can_always_crop(self) -> bool:
         """Whether `can_crop` holds at any length: no layer has a window or a state."""
@@ -307,6 +314,8 @@ class SequenceCache:
         """Drops all but the first `tokens`; only where `can_crop`."""
         for layer in self.kv.layers:
             layer.crop(tokens - self.tokens)
+        if self.head is not None and tokens < self.tokens:
+            self.head.crop(tokens)
         self.tokens = tokens
 
     @property
@@ -320,6 +329,8 @@ class SequenceCache:
         """Marks the end: `rollback` can drop what is appended from now on. Only where `can_roll_back`."""
         for layer in self.kv.layers:
             layer.mark()
+        if self.head is not None:
+            self.head.mark()
 
     def rollback(self, base: int, rows: Sequence[int] = ()) -> None:
         """Drops what was appended since `mark`, when there were `base` tokens, except for `rows`.
@@ -329,6 +340,8 @@ class SequenceCache:
         with torch.inference_mode():
             for layer in self.kv.layers:
                 layer.rollback(base, rows)
+            if self.head is not None:
+                self.head.rollback(rows)
         self.tokens = base + len(rows)
 
     def fork(self, tokens: int, capacity: int) -> SequenceCache:
@@ -337,7 +350,13 @@ class SequenceCache:
             raise ValueError(f"a cache that cannot be cropped has {self.tokens} tokens, not {tokens}")
         self.trim()
         with torch.inference_mode():
-            return SequenceCache(self._copied(tokens, capacity), capacity, tokens)
+            other = SequenceCache(_copied(self.kv, tokens, self.tokens, capacity), capacity, tokens)
+            if self.head is not None:
+                rows = self.head.rows
+                other.head = self.head.fork(_copied(self.head.kv, rows, rows, capacity).layers)
+                if tokens < self.tokens:
+                    other.head.crop(tokens)
+            return other
 
     def trim(self) -> None:
         """Frees rows that windows have dropped: the rows that are left are views of the last chunk's."""
@@ -346,20 +365,22 @@ class SequenceCache:
                 if not isinstance(layer, GrowingLayer):
                     _own(vars(layer))
 
-    def _copied(self, tokens: int, capacity: int) -> Any:
-        if type(self.kv) is not DynamicCache:
-            return copy.deepcopy(self.kv)
-        other: Any = copy.copy(self.kv)
-        other.layers = []
-        for layer in self.kv.layers:
-            if isinstance(layer, GrowingLayer):
-                # Copies no row that would be cropped at once.
-                other.layers.append(layer.fork(tokens, capacity))
-            else:
-                other.layers.append(copy.deepcopy(layer))
-                if tokens < self.tokens:
-                    other.layers[-1].crop(tokens - self.tokens)
-        return other
+
+def _copied(kv: Any, tokens: int, whole: int, capacity: int) -> Any:
+    """A copy of the first `tokens` of `whole` tokens of a cache of transformers."""
+    if type(kv) is not DynamicCache:
+        return copy.deepcopy(kv)
+    other: Any = copy.copy(kv)
+    other.layers = []
+    for layer in kv.layers:
+        if isinstance(layer, GrowingLayer):
+            # Copies no row that would be cropped at once.
+            other.layers.append(layer.fork(tokens, capacity))
+        else:
+            other.layers.append(copy.deepcopy(layer))
+            if tokens < whole:
+                other.layers[-1].crop(tokens - whole)
+    return other
 
 
 def capacity_for(tokens: int, limit: int) -> int:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from edgemoe.checkpoint.draft_head import HEAD
 from edgemoe.errors import is_device_or_memory_error
 from edgemoe.model.draft_tree import DraftTree, TreeMask
+from edgemoe.model.head_runner import HeadRunner
 from edgemoe.model.kv_cache import SequenceCache
 from edgemoe.model.packed_attention import configs_of
 from edgemoe.model.packed_runner import PackedRunner
@@ -35,6 +37,8 @@ class ModelRunner:
     """What one pass can verify: a "tree", a "chain", or "" where drafted tokens cannot be taken back."""
     refusal: str
     """Why nothing can be verified; empty where something can."""
+    head_refusal: str = ""
+    """Why the model's own draft head cannot be run; empty where it can, or there is none."""
 
     def __init__(self, sequential: SequentialRunner) -> None:
         """Probes what the model can do, with a few tokens and without experts.
@@ -42,6 +46,8 @@ class ModelRunner:
         Raises what the device or the memory raises meanwhile; any other error means that the family cannot do it.
         """
         self.sequential = sequential
+        self.head: HeadRunner | None = None
+        """Runs the model's own draft head; None where there is none, or nothing drafted could be verified."""
         self.can_chunk = sequential.can_chunk
         self._packed = PackedRunner(sequential)
         self.packs = self._packed.works
@@ -50,6 +56,7 @@ class ModelRunner:
         self.graph_refusal = self._why_no_graphs()
         """Why passes of few tokens are not replayed on a device that could; empty where they are, or there is none."""
         self.verifies, self.refusal = self._probe_verification()
+        self.head = self._head_runner()
 
     @property
     def vocabulary(self) -> int:
@@ -69,7 +76,10 @@ class ModelRunner:
 
     def start(self, capacity: int) -> SequenceCache:
         """The KV cache of a new sequence, with buffers for `capacity` tokens. The caller owns it."""
-        return self.sequential.start(capacity)
+        cache = self.sequential.start(capacity)
+        if self.head is not None:
+            cache.head = self.head.start(capacity)
+        return cache
 
     def step(self, cache: SequenceCache, tokens: Sequence[int]) -> torch.Tensor:
         """As `run` for one sequence."""
@@ -109,7 +119,25 @@ class ModelRunner:
         return "" if self.sequential.device_passes is None else "sequences of this family do not share a pass"
 
     def run_on_device(self, inputs: Sequence[PassInput]) -> list[LogitsRows]:
-        """As `run_sampled`, without reading any logits of a device."""
+        """As `run_sampled`, without reading any logits of a device. Heads' caches get the hidden states."""
+        if self.head is None:
+            return self._run_on_device(inputs)
+        with self.head.states.taking() as taken:
+            found = self._run_on_device(inputs)
+        hidden = taken[0] if len(taken) == 1 else torch.cat(taken)
+        for item, own in zip(inputs, hidden.split([len(item.tokens) for item in inputs]), strict=True):
+            if item.cache.head is not None:
+                item.cache.head.give(own)
+        return found
+
+    def _head_runner(self) -> HeadRunner | None:
+        if not self.verifies or not hasattr(self.sequential.model, HEAD):
+            return None
+        head = HeadRunner(self.sequential, self._packed.attention if self.packs else None)
+        self.head_refusal = head.refusal
+        return None if head.refusal else head
+
+    def _run_on_device(self, inputs: Sequence[PassInput]) -> list[LogitsRows]:
         if self._graphs is not None and self._graphs.fits(inputs):
             return self._graphs.rows(inputs)
         if self.packs:

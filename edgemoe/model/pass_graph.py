@@ -222,7 +222,7 @@ class Capture(NamedTuple):
             pairs = index.numel()
             if not graph.chosen.numel():
                 # The layers of a model choose equally many.
-                graph.chosen = torch.full((len(layers.layers), pairs), -1, dtype=torch.int32, device=index.device)
+                graph.chosen = torch.full((layers.in_passes, pairs), -1, dtype=torch.int32, device=index.device)
             return layer.draft(hidden, index, weights, chosen=graph.chosen[layer.number, :pairs])
 
         self._twice(_Pieces(self.capturer), layers.captured(draft), layers.captured(draft))

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -68,6 +68,20 @@ class PassInput(NamedTuple):
         if self.tree_mask is not None:
             return self.tree_mask.positions
         return range(self.cache.tokens, self.cache.tokens + len(self.tokens))
+
+
+class Counted(Protocol):
+    """What the context of a pass needs to know of an input."""
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """See `PassInput`."""
+        ...
+
+    @property
+    def pairs(self) -> int:
+        """See `PassInput`."""
+        ...
 
 
 class SequentialRunner:
@@ -170,7 +184,7 @@ class SequentialRunner:
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
     @contextmanager
-    def passing(self, inputs: Sequence[PassInput], *, kind: object) -> Iterator[None]:
+    def passing(self, inputs: Sequence[Counted], *, kind: object) -> Iterator[None]:
         """The context of every pass: no gradients, the number of PyTorch's threads that pays, no messages.
 
         transformers names its fallbacks in the first pass of each `kind`; that pass is silenced.

@@ -47,7 +47,7 @@ def measure_kv(blueprint: Blueprint) -> KvSize:
     """
     with quiet_transformers():
         skeleton = build_skeleton(blueprint.model_class, blueprint.config, blueprint.dtype)
-    for moe in blueprint.experts_modules:
+    for moe in blueprint.pass_modules:
         moe.module(skeleton).forward = lambda hidden_states, *arguments, **named: torch.empty_like(hidden_states)
     try:
         with quiet_transformers(), torch.no_grad(), torch.device("meta"):
@@ -56,7 +56,12 @@ def measure_kv(blueprint: Blueprint) -> KvSize:
         if is_device_or_memory_error(error):
             raise
         return kv_from_config(blueprint.config, blueprint.dtype.itemsize)
-    layers, beside = short
+    layers, beside, own = short
+    if blueprint.head is not None:
+        text = blueprint.config.get_text_config()
+        # Keys and values of the head's layers, and the hidden states that wait for it: before and after a norm at most.
+        layers += [own[layer] for layer in blueprint.head.layers if layer in own]
+        layers.append((2 * text.hidden_size * blueprint.dtype.itemsize, None))
     # Tensors beside keys and values may grow too: an indexer's keys, or rows that each sum up several tokens.
     grown = -(-max(0, long[1] - beside) // (PROBES[1] - PROBES[0]))
     if grown:
@@ -64,23 +69,27 @@ def measure_kv(blueprint: Blueprint) -> KvSize:
     return KvSize(max(0, beside - PROBES[0] * grown), tuple(layers))
 
 
-def _probe(skeleton: Any, tokens: int) -> tuple[list[tuple[int, int | None]], int]:
-    """Each layer's (bytes of keys and values per token, window), and the bytes of all other states after `tokens`."""
+LayerSize = tuple[int, int | None]
+"""Bytes of a layer's keys and values per token, and its window."""
+
+
+def _probe(skeleton: Any, tokens: int) -> tuple[list[LayerSize], int, dict[int, LayerSize]]:
+    """The sizes of all layers that have keys, the bytes of all other states after `tokens`, and the sizes by number."""
     name, ids = cache_argument(skeleton), torch.zeros(1, tokens, dtype=torch.long)
     output = skeleton(input_ids=ids, use_cache=True, **{name: new_cache(skeleton, tokens)})
     cache = getattr(output, name)
     # Some families keep states outside of the layers.
     own = {name: value for name, value in vars(cache).items() if name != "layers"}
-    beside, layers = sum(tensor.nbytes for tensor in _tensors(own)), []
-    for layer in cache.layers:
+    beside, layers = sum(tensor.nbytes for tensor in _tensors(own)), dict[int, LayerSize]()
+    for number, layer in enumerate(cache.layers):
         nbytes = sum(tensor.nbytes for tensor in _tensors(vars(layer)))
         if getattr(layer, "keys", None) is not None:
             rows = sum(tensor.nbytes for tensor in (layer.keys, layer.values))
             window = layer.sliding_window if getattr(layer, "is_sliding", False) else None
-            layers.append((rows // layer.keys.shape[-2], window))
+            layers[number] = rows // layer.keys.shape[-2], window
             nbytes = max(0, nbytes - rows)
         beside += nbytes
-    return layers, beside
+    return list(layers.values()), beside, layers
 
 
 def kv_from_config(config: Any, itemsize: int) -> KvSize:

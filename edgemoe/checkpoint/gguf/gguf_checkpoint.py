@@ -10,7 +10,7 @@ from typing import Any
 
 from edgemoe.checkpoint.gguf.gguf_config import config_of
 from edgemoe.checkpoint.gguf.gguf_file import GgufFile, GgufTensor
-from edgemoe.checkpoint.gguf.gguf_names import ARCHITECTURES, IGNORED, TOP, Names
+from edgemoe.checkpoint.gguf.gguf_names import ARCHITECTURES, IGNORED, NEXTN, TOP, Names
 from edgemoe.checkpoint.packed.packed_tensor import MergedTensor, PackedTensor, Weight
 from edgemoe.checkpoint.tensor_entry import TensorEntry
 from edgemoe.errors import CheckpointError
@@ -55,11 +55,10 @@ def _unknown(file: GgufFile, name: str) -> CheckpointError:
     )
 
 
-def gguf_weights(file: GgufFile, layers: int, name: str) -> dict[str, Weight]:
-    """The weights of `file`, of a model of `layers` layers, by their names in transformers.
+def gguf_weights(file: GgufFile, name: str) -> dict[str, Weight]:
+    """The weights of `file` by their names in transformers.
 
-    Layers after the last one are heads that draft, and left out. Raises CheckpointError for a tensor without a name
-    there.
+    Layers after the last one are draft heads. Raises CheckpointError for a tensor without a name there.
     """
     names = ARCHITECTURES.get(file.architecture)
     if names is None:
@@ -76,9 +75,8 @@ def gguf_weights(file: GgufFile, layers: int, name: str) -> dict[str, Weight]:
                 raise _surplus(file, key, name)
             found[f"{TOP[base]}.{end}"] = _weight(file, names, base, tensor)
     for layer, tensors in by_layer.items():
-        if layer < layers:
-            for place, weight in _of_layer(file, names, tensors, name):
-                found[f"model.layers.{layer}.{place}"] = weight
+        for place, weight in _of_layer(file, names, tensors, name):
+            found[f"model.layers.{layer}.{place}"] = weight
     return found
 
 
@@ -100,7 +98,11 @@ def _of_layer(
             yield names.whole[key], _weight(file, names, base, tensor)
         elif base in names.layer:
             yield f"{names.layer[base]}.{end}", _weight(file, names, base, tensor)
-        elif base != "nextn" and base not in IGNORED:
+        elif base == "nextn" and end.partition(".")[0] in NEXTN:
+            part, _, end = end.partition(".")
+            # The converter treats a head's norms as all others.
+            yield f"{NEXTN[part]}.{end}", _weight(file, names, "output_norm" if "norm" in part else part, tensor)
+        elif base not in IGNORED:
             raise _surplus(file, key, name)
 
 

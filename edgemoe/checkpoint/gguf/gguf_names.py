@@ -42,6 +42,11 @@ MLA = {
 DELTA = {
     "ssm_conv1d": "linear_attn.conv1d", "ssm_norm": "linear_attn.norm", "ssm_out": "linear_attn.out_proj",
 }  # fmt: skip
+NEXTN = {
+    "eh_proj": "eh_proj", "enorm": "enorm", "hnorm": "hnorm", "embed_tokens": "embed_tokens",
+    "shared_head_norm": "shared_head.norm", "shared_head_head": "shared_head.head",
+}  # fmt: skip
+"""The parts of a draft head beside its layer, after `nextn.`."""
 WHOLE = {"exp_probs_b.bias": "mlp.gate.e_score_correction_bias", "exp_probs_b": "mlp.gate.e_score_correction_bias"}
 """Names whose ends differ, too."""
 DELTA_WHOLE = {"ssm_a": "linear_attn.A_log", "ssm_dt.bias": "linear_attn.dt_bias"}

@@ -1,0 +1,88 @@
+"""Tiny checkpoints with draft heads: those of the zoo, with a layer more, of random values as all others."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from bench.support.zoo import make
+
+LAYER = re.compile(r"^(.*\blayers\.)(\d+)\.(.+)$")
+ROLES = {
+    "appended": {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "norm": "shared_head.norm"},
+    "apart": {"enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_norm_hidden", "eh_proj": "fc", "norm": "norm"},
+}
+"""How the layouts of published checkpoints call the parts of a head: DeepSeek's and GLM's, and Qwen's."""
+SIZES: dict[str, dict[str, int]] = {"zaya": {}}
+
+
+def make_with_head(
+    family: str, folder: Path, *, layout: str = "appended", copies: bool = False, seed: int = 0, **overrides: Any
+) -> Path:
+    """As `zoo.make`, and the checkpoint has a head in `layout`, one of `ROLES`.
+
+    `copies` adds the model's embedding and output under the head's names, as DeepSeek's checkpoints have them.
+    """
+    make(family, folder, seed=seed, **overrides)
+    path = folder / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    config = json.loads((folder / "config.json").read_text())
+    text = config.get("text_config", config)
+    tensors |= head_tensors(tensors, text, layout, seed=seed + 100, copies=copies)
+    save_file(tensors, path, metadata=metadata)
+    text["num_nextn_predict_layers"] = 1
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def head_tensors(
+    tensors: dict[str, torch.Tensor], config: dict[str, Any], layout: str, *, seed: int, copies: bool = False
+) -> dict[str, torch.Tensor]:
+    """The tensors of a head like the model's last layer that attends and has experts, of random values."""
+    generator = torch.Generator().manual_seed(seed)
+    stack, layer = _last_layer(tensors, config)
+    own = f"{stack}{config['num_hidden_layers']}." if layout == "appended" else "mtp.layers.0."
+    outside = own if layout == "appended" else "mtp."
+    found = {}
+    for key, value in tensors.items():
+        if key.startswith(f"{stack}{layer}."):
+            drawn = value + 0.1 * value.std().nan_to_num(1.0) * torch.randn(value.shape, generator=generator)
+            found[own + key.removeprefix(f"{stack}{layer}.")] = drawn.to(value.dtype)
+    size = config["hidden_size"]
+    like = next(value for key, value in tensors.items() if key.endswith("norm.weight"))
+    for role, name in ROLES[layout].items():
+        if role == "eh_proj":
+            made = torch.randn(size, 2 * size, generator=generator) * 0.1
+        else:
+            made = like.mean() + 0.1 * torch.randn(size, generator=generator)
+        found[f"{outside}{name}.weight"] = made.to(like.dtype)
+    if copies:
+        prefix = stack.removesuffix("layers.")
+        found[f"{own}embed_tokens.weight"] = tensors[f"{prefix}embed_tokens.weight"].clone()
+        found[f"{own}shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    return found
+
+
+def _last_layer(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> tuple[str, int]:
+    """The prefix of the stack of layers, and the last layer of it that attends and has experts."""
+    layers: dict[tuple[str, int], set[str]] = {}
+    for key in tensors:
+        match = LAYER.match(key)
+        if match is not None:
+            layers.setdefault((match[1], int(match[2])), set()).add(match[3])
+    stack = max({prefix for prefix, _ in layers}, key=lambda prefix: sum(other == prefix for other, _ in layers))
+    chosen = [
+        number
+        for (prefix, number), names in layers.items()
+        if prefix == stack and any("attn" in name for name in names) and any("expert" in name for name in names)
+        if not any("linear_attn" in name or "conv" in name for name in names)
+    ]
+    return stack, max(chosen)

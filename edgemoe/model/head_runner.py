@@ -1,0 +1,291 @@
+"""Runs a checkpoint's own draft head: on the model's hidden states, and on its own for tokens further ahead."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from edgemoe.checkpoint.draft_head import HEAD, DraftHead
+from edgemoe.errors import is_device_or_memory_error, reason
+from edgemoe.model.draft_tree import TreeMask, additive_mask
+from edgemoe.model.head_cache import HeadCache
+from edgemoe.model.kv_cache import cache_argument, new_cache
+from edgemoe.model.packed_attention import PackedAttention, Row
+from edgemoe.model.pass_logits import LogitsRows, split_rows
+from edgemoe.model.sequential_runner import PROBE_TOKENS, PassInput, SequentialRunner
+from edgemoe.quiet import quiet_transformers
+
+BEFORE, AFTER = 0, 1
+"""Kinds of hidden states: before the last norm of the model or of the head, and after it."""
+
+
+class HeadInput(NamedTuple):
+    """Rows to append to one sequence's `HeadCache` in a pass of the head."""
+
+    cache: HeadCache
+    tokens: Sequence[int]
+    """The tokens whose embeddings the rows are made of."""
+    hidden: torch.Tensor
+    """The hidden state that comes before each of them, [tokens, hidden size], on the model's device."""
+    outputs: int
+    """How many of the last rows give logits and hidden states."""
+    tree_mask: TreeMask | None = None
+    """The rows as nodes of a draft tree; None where each follows the one before it."""
+
+    @property
+    def pairs(self) -> int:
+        """See `PassInput.pairs`."""
+        return len(self.tokens) * (self.cache.rows + len(self.tokens))
+
+    @property
+    def positions(self) -> list[int]:
+        """The positions of the tokens in their sequence: row i has token i + 1."""
+        rows = range(self.cache.rows, self.cache.rows + len(self.tokens))
+        return [row + 1 for row in (self.tree_mask.positions if self.tree_mask else rows)]
+
+
+class HeadOutput(NamedTuple):
+    """What the head gives for the last rows of one input."""
+
+    logits: LogitsRows
+    """A row for each output."""
+    hidden: torch.Tensor
+    """[outputs, 2, hidden size]: before and after the head's norm, on the model's device."""
+
+
+class _Skip(nn.Module):
+    """Stands in for the layers that a head does not have."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        # Models ask their layers what they are.
+        vars(self).update(
+            {name: value for name, value in vars(layer).items() if isinstance(value, (str, int, bool, float))}
+        )
+
+    def forward(self, hidden_states: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
+        return hidden_states
+
+
+class _LastNorm(nn.Module):
+    """The head's norm, which keeps what comes in and what goes out."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.kept: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.norm(hidden_states)
+        self.kept = hidden_states, found
+        return found
+
+
+class HiddenStates:
+    """Takes the hidden states of a model's passes, before and after its last norm."""
+
+    def __init__(self, model: Any) -> None:
+        """Registers hooks on the model's stack of layers, and on the norms beside them."""
+        decoder = model.get_decoder()
+        self.kind: int | None = None
+        """The kind that passes give; both where it is None."""
+        self._taken: list[torch.Tensor] | None = None
+        self._before: torch.Tensor | None = None
+        for child in decoder.children():
+            weight = getattr(child, "weight", None)
+            if isinstance(weight, torch.Tensor) and weight.dim() == 1:
+                child.register_forward_hook(self._norm_ran)
+        decoder.register_forward_hook(self._pass_ran)
+
+    @contextmanager
+    def taking(self) -> Iterator[list[torch.Tensor]]:
+        """In the block the list gets [tokens, kinds, hidden size] for every pass of the stack, as passes end."""
+        taken: list[torch.Tensor] = []
+        before, self._taken = self._taken, taken
+        try:
+            yield taken
+        finally:
+            self._taken = before
+
+    def _norm_ran(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self._taken is not None:
+            # The last norm of a pass is the one that counts.
+            self._before = inputs[0]
+
+    def _pass_ran(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self._taken is not None:
+            after = output[0]
+            before = after if self._before is None or self._before.shape != after.shape else self._before
+            kinds = [before[0], after[0]]
+            self._taken.append(torch.stack(kinds if self.kind is None else [kinds[self.kind]], dim=1))
+            self._before = None
+
+
+class HeadRunner:
+    """Passes of a model's draft head, for models where `refusal` is empty. Sequences' states are in their caches."""
+
+    def __init__(self, runner: SequentialRunner, attention: PackedAttention | None) -> None:
+        """Probes the head on a few tokens, without experts. `attention` is that of packed passes, where there are any.
+
+        Raises what the device or the memory raises.
+        """
+        self._runner = runner
+        self._attention = attention
+        self._head: DraftHead = getattr(runner.model, HEAD)
+        self._norm = _LastNorm(self._head.norm or _last_norm(runner.model.get_decoder()))
+        self._model = _with_head(runner.model, self._head, self._norm)
+        self._cache_argument = cache_argument(runner.model)
+        self._first_hidden = bool(getattr(runner.model.config.get_text_config(), "mtp_hidden_states_first", False))
+        self.states = HiddenStates(runner.model)
+        """The hidden states of the model's passes."""
+        self.refusal = self._why_not()
+        """Why the head cannot be run, in a sentence; empty where it can."""
+
+    def start(self, capacity: int) -> HeadCache:
+        """The head's cache of a new sequence, with buffers for `capacity` tokens. The caller owns it."""
+        kv = new_cache(self._runner.model, capacity)
+        kv.layers = [kv.layers[layer] for layer in self._head.like]
+        return HeadCache(kv)
+
+    def run(self, inputs: Sequence[HeadInput]) -> list[HeadOutput]:
+        """Appends each input's rows to its cache; logits and hidden states of its last rows, on the model's device."""
+        runner = self._runner
+        with runner.passing(inputs, kind="head"):
+            if self._attention is None:
+                return [self._alone(item) for item in inputs]
+            rows, wanted, first = [], list[int](), 0
+            for item in inputs:
+                last = first + len(item.tokens)
+                rows.append(Row(item.cache.kv, first, last, item.tree_mask))
+                wanted += range(last - item.outputs, last)
+                first = last
+            with self._attention.running(rows):
+                output = self._forward(inputs, torch.tensor(wanted), use_cache=False)
+            for item in inputs:
+                item.cache.rows += len(item.tokens)
+            return self._outputs(output, wanted, [item.outputs for item in inputs])
+
+    def _alone(self, item: HeadInput) -> HeadOutput:
+        extra: dict[str, Any] = {self._cache_argument: item.cache.kv}
+        if item.tree_mask is not None:
+            extra["attention_mask"] = self._mask(item.cache, item.tree_mask)
+        output = self._forward([item], item.outputs, use_cache=True, **extra)
+        item.cache.rows += len(item.tokens)
+        count = len(item.tokens)
+        return self._outputs(output, range(count - item.outputs, count), [item.outputs])[0]
+
+    def _forward(self, inputs: Sequence[HeadInput], keep: torch.Tensor | int, **named: Any) -> torch.Tensor:
+        """The logits of the rows to keep."""
+        device, head = self._runner.device, self._head
+        ids = torch.tensor([[token for item in inputs for token in item.tokens]]).to(device, non_blocking=True)
+        positions = torch.tensor([[place for item in inputs for place in item.positions]])
+        hidden = torch.cat([item.hidden for item in inputs])[None]
+        embedding = head.embedding or self._runner.model.get_input_embeddings()
+        parts = [head.enorm(embedding(ids)), head.hnorm(hidden)]
+        entered = head.eh_proj(torch.cat(parts[::-1] if self._first_hidden else parts, dim=-1))
+        if self._runner.keeps_last:
+            named["logits_to_keep"] = keep if isinstance(keep, int) else keep.to(device, non_blocking=True)
+        found: torch.Tensor = self._model(
+            inputs_embeds=entered, position_ids=positions.to(device, non_blocking=True), **named
+        ).logits[0]
+        if self._runner.keeps_last:
+            return found
+        return found[-keep:] if isinstance(keep, int) else found[keep.to(device)]
+
+    def _outputs(self, logits: torch.Tensor, wanted: Sequence[int], counts: Sequence[int]) -> list[HeadOutput]:
+        assert self._norm.kept is not None
+        index = torch.tensor(list(wanted)).to(logits.device, non_blocking=True)
+        hidden = torch.stack([each[0, index] for each in self._norm.kept], dim=1)
+        self._norm.kept = None
+        return [
+            HeadOutput(rows, part)
+            for rows, part in zip(split_rows(logits, counts), hidden.split(list(counts)), strict=True)
+        ]
+
+    def _mask(self, cache: HeadCache, tree_mask: TreeMask) -> torch.Tensor:
+        layer = next(each for each in cache.kv.layers if hasattr(each, "get_mask_sizes"))
+        keys, _ = layer.get_mask_sizes(len(tree_mask.ancestors))
+        window = layer.sliding_window if layer.is_sliding else None
+        visible = tree_mask.visible(keys, window).to(self._runner.device, non_blocking=True)
+        return additive_mask(visible, self._runner.model.dtype)[None, None]
+
+    def _why_not(self) -> str:
+        with self._runner.layers.silenced(), quiet_transformers():
+            try:
+                return "" if self._agrees() else "the head gives other logits for several rows than for one"
+            except Exception as error:
+                if is_device_or_memory_error(error):
+                    raise
+                # The family's forward was not written for such a call.
+                return f"the head cannot be run ({reason(error)})"
+
+    def _agrees(self) -> bool:
+        """Whether rows get the same logits at once and one by one, and drafts of a tree those of a chain."""
+        runner = self._runner
+        tokens = [(17 * place + 3) % runner.vocabulary for place in range(PROBE_TOKENS)]
+        with self.states.taking() as taken:
+            runner.run([PassInput(runner.start(PROBE_TOKENS), tokens)])
+        hidden = taken[0][:, AFTER]
+        whole, single = self.start(2 * PROBE_TOKENS), self.start(2 * PROBE_TOKENS)
+        (together,) = self.run([HeadInput(whole, tokens[1:], hidden[:-1], PROBE_TOKENS - 1)])
+        for place in range(PROBE_TOKENS - 1):
+            item = HeadInput(single, tokens[place + 1 : place + 2], hidden[place : place + 1], 1)
+            (alone,) = self.run([item])
+            if not runner.agree(_values(alone.logits)[0], _values(together.logits)[place]):
+                return False
+        for cache in (whole, single):
+            cache.mark_rows()
+        last, base = together.hidden[-1:, AFTER], whole.rows
+        mask = TreeMask(base, [0, 0], torch.eye(2, dtype=torch.bool))
+        if self._attention is None:
+            whole.drop_rows(base)
+            return True
+        (both,) = self.run([HeadInput(whole, [5, 7], last.expand(2, -1), 2, mask)])
+        (other,) = self.run([HeadInput(single, [7], last, 1)])
+        return runner.agree(_values(other.logits)[0], _values(both.logits)[1])
+
+
+def _values(rows: LogitsRows) -> torch.Tensor:
+    return rows if isinstance(rows, torch.Tensor) else rows.whole
+
+
+def _last_norm(decoder: Any) -> nn.Module:
+    """The norm after the last layer: the last one beside the layers."""
+    norms: list[nn.Module] = [
+        child for name, child in decoder.named_children() if "norm" in name and not list(child.children())
+    ]
+    return norms[-1]
+
+
+def _with_head(model: Any, head: DraftHead, norm: _LastNorm) -> Any:
+    """`model` with the layers of `head` in the place of its own: it shares everything else with it.
+
+    The family's own forward then makes masks, positions and logits as for the model.
+    """
+    decoder = model.get_decoder()
+    layers = nn.ModuleList([_Skip(layer) for layer in decoder.layers])
+    for place, block in zip(head.like, head.blocks, strict=True):
+        layers[place] = block
+    last = next(name for name, child in decoder.named_children() if child is _last_norm(decoder))
+    stack = _shallow(decoder, {"layers": layers, last: norm})
+    name = next(name for name, child in model.named_children() if child is decoder)
+    own = {name: stack}
+    if head.output is not None:
+        output = model.get_output_embeddings()
+        own |= {name: head.output for name, child in model.named_children() if child is output}
+    return _shallow(model, own)
+
+
+def _shallow(module: Any, children: dict[str, nn.Module]) -> Any:
+    """A copy of `module` that shares its parts, but for `children`, and has no hooks."""
+    other = copy.copy(module)
+    vars(other)["_modules"] = {**module._modules, **children}
+    for name in ("_forward_hooks", "_forward_pre_hooks"):
+        vars(other)[name] = OrderedDict()
+    return other
