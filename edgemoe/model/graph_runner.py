@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from edgemoe.experts.draft_routing import DraftRouting
 from edgemoe.experts.grouped_layer import GroupedLayer
 from edgemoe.kernels.triton.device_linear import FewTokenLinears
 from edgemoe.kernels.triton.pass_layout import Buffer, PassLayout, PassSequence, buffer_table
+from edgemoe.model.head_runner import HiddenStates
 from edgemoe.model.kv_cache import GrowingLayer, SequenceCache, WindowLayer
 from edgemoe.model.packed_attention import PackedAttention
 from edgemoe.model.pass_graph import Capture, DevicePasses, GraphAttention, PassGraph
@@ -33,11 +35,13 @@ class GraphRunner:
         runner: SequentialRunner,
         attention: PackedAttention,
         passes: DevicePasses,
+        states: HiddenStates | None = None,
     ) -> None:
         """Captures a pass and compares it with `runner`, on a few tokens and without experts.
 
-        Raises what the device or the memory raises.
+        `states` takes the hidden states of passes, for a draft head. Raises what the device or the memory raises.
         """
+        self._states = states
         self._runner = runner
         self._attention = attention
         self._tools, self._capturer, self._context = passes
@@ -75,6 +79,9 @@ class GraphRunner:
             if isinstance(routing, DraftRouting):
                 for shares, wanted in zip(routing.wanted, graph.wanted, strict=True):
                     shares.append(wanted[:tokens])
+            if self._states is not None and graph.hidden is not None:
+                # The next replay writes to the same memory.
+                self._states.add(graph.hidden[:tokens].clone())
             for item in inputs:
                 for layer in item.cache.kv.layers:
                     layer.advance(len(item.tokens))
@@ -125,7 +132,9 @@ class GraphRunner:
         attend = GraphAttention(tools.launch, graph.metadata, self._context, windows)
 
         def forward(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-            logits: torch.Tensor = runner.model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
+            with nullcontext([]) if self._states is None else self._states.taking() as taken:
+                logits: torch.Tensor = runner.model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
+            graph.hidden = taken[-1] if taken else None
             return logits
 
         linears = FewTokenLinears(tools.launch, TOKENS[-1])

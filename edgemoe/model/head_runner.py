@@ -113,6 +113,11 @@ class HiddenStates:
         finally:
             self._taken = before
 
+    def add(self, hidden: torch.Tensor) -> None:
+        """Takes those of a pass that was replayed."""
+        if self._taken is not None:
+            self._taken.append(hidden)
+
     def _norm_ran(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if self._taken is not None:
             # The last norm of a pass is the one that counts.
@@ -130,19 +135,20 @@ class HiddenStates:
 class HeadRunner:
     """Passes of a model's draft head, for models where `refusal` is empty. Sequences' states are in their caches."""
 
-    def __init__(self, runner: SequentialRunner, attention: PackedAttention | None) -> None:
+    def __init__(
+        self, runner: SequentialRunner, attention: PackedAttention | None, states: HiddenStates | None = None
+    ) -> None:
         """Probes the head on a few tokens, without experts. `attention` is that of packed passes, where there are any.
 
-        Raises what the device or the memory raises.
+        `states` are the hidden states of the model's passes, where they are taken already. Raises what the device or
+        the memory raises.
         """
         self._runner = runner
         self._attention = attention
         self._head: DraftHead = getattr(runner.model, HEAD)
-        self._norm = _LastNorm(self._head.norm or _last_norm(runner.model.get_decoder()))
-        self._model = _with_head(runner.model, self._head, self._norm)
         self._cache_argument = cache_argument(runner.model)
         self._first_hidden = bool(getattr(runner.model.config.get_text_config(), "mtp_hidden_states_first", False))
-        self.states = HiddenStates(runner.model)
+        self.states = states or HiddenStates(runner.model)
         """The hidden states of the model's passes."""
         self.refusal = self._why_not()
         """Why the head cannot be run, in a sentence; empty where it can."""
@@ -218,6 +224,8 @@ class HeadRunner:
     def _why_not(self) -> str:
         with self._runner.layers.silenced(), quiet_transformers():
             try:
+                self._norm = _LastNorm(self._head.norm or _last_norm(self._runner.model.get_decoder()))
+                self._model = _with_head(self._runner.model, self._head, self._norm)
                 return "" if self._agrees() else "the head gives other logits for several rows than for one"
             except Exception as error:
                 if is_device_or_memory_error(error):

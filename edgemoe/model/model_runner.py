@@ -11,7 +11,7 @@ import torch
 from edgemoe.checkpoint.draft_head import HEAD
 from edgemoe.errors import is_device_or_memory_error
 from edgemoe.model.draft_tree import DraftTree, TreeMask
-from edgemoe.model.head_runner import HeadRunner
+from edgemoe.model.head_runner import HeadRunner, HiddenStates
 from edgemoe.model.kv_cache import SequenceCache
 from edgemoe.model.packed_attention import configs_of
 from edgemoe.model.packed_runner import PackedRunner
@@ -52,6 +52,7 @@ class ModelRunner:
         self._packed = PackedRunner(sequential)
         self.packs = self._packed.works
         self._rescaling = rescaling_lengths(configs_of(sequential.model))
+        self._states = HiddenStates(sequential.model) if hasattr(sequential.model, HEAD) else None
         self._graphs = self._graph_runner()
         self.graph_refusal = self._why_no_graphs()
         """Why passes of few tokens are not replayed on a device that could; empty where they are, or there is none."""
@@ -111,7 +112,7 @@ class ModelRunner:
         # Imported late: it needs Triton.
         from edgemoe.model.graph_runner import GraphRunner
 
-        return GraphRunner(self.sequential, attention, passes)
+        return GraphRunner(self.sequential, attention, passes, self._states)
 
     def _why_no_graphs(self) -> str:
         if self._graphs is not None:
@@ -131,9 +132,9 @@ class ModelRunner:
         return found
 
     def _head_runner(self) -> HeadRunner | None:
-        if not self.verifies or not hasattr(self.sequential.model, HEAD):
+        if not self.verifies or self._states is None:
             return None
-        head = HeadRunner(self.sequential, self._packed.attention if self.packs else None)
+        head = HeadRunner(self.sequential, self._packed.attention if self.packs else None, self._states)
         self.head_refusal = head.refusal
         return None if head.refusal else head
 

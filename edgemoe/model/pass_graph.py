@@ -142,6 +142,8 @@ class PassGraph:
         self.pieces: list[Piece] = []
         self.logits = torch.empty(0)
         """[tokens, vocabulary], written by the last piece."""
+        self.hidden: torch.Tensor | None = None
+        """[tokens, kinds, hidden size], written by the last piece, where a draft head reads hidden states."""
         self.chosen = torch.empty(0, 0, dtype=torch.int32)
         """Of a pass with every expert resident: the experts of each layer's pairs, int32 [layers, pairs]."""
         self.wanted: list[torch.Tensor] = []
