@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from edgemoe.draft import affinity_file
 from edgemoe.draft.draft_model import DraftModel
-from edgemoe.draft.head_drafter import HeadDrafter
+from edgemoe.draft.head_drafter import USUAL_DEPTH, HeadDrafter
 from edgemoe.draft.pass_drafter import ModelDrafter, PassDrafter, SelfDrafter
 from edgemoe.draft.settings import DraftSettings
 from edgemoe.draft.speculation import Speculation
@@ -30,7 +30,9 @@ def speculation_for(
     passes: PassDrafter | None = None
     if "mtp" in settings.drafters:
         if runner.head is not None:
-            passes = HeadDrafter(runner, runner.head, plan.prefill_chunk)
+            # What is priced ends by itself.
+            depth = settings.depth if settings.priced else min(settings.depth, USUAL_DEPTH)
+            passes = HeadDrafter(runner, runner.head, plan.prefill_chunk, depth)
         else:
             settings = settings.without_head(runner.head_refusal)
     elif "self" in settings.drafters:

@@ -66,11 +66,16 @@ def loaded(model: Path | None, **settings: Any) -> Iterator[Engine]:
 
 
 def alternate(
-    model: Path | None, variants: Mapping[str, Mapping[str, Any]], asked: Sequence[Question], sampling: Sampling
+    model: Path | None,
+    variants: Mapping[str, Mapping[str, Any]],
+    asked: Sequence[Question],
+    sampling: Sampling,
+    *,
+    warming: Sequence[Question] = (),
 ) -> dict[str, Answers]:
     """Every variant answers every question once; who begins changes from one to the next. Warm: two came before.
 
-    A variant may name a `model` of its own.
+    A variant may name a `model` of its own. The questions of `warming` are asked before, and do not count.
     """
     with ExitStack() as stack:
         options = {name: {"model": model, **settings} for name, settings in variants.items()}
@@ -78,6 +83,8 @@ def alternate(
         found = {name: Answers() for name in variants}
         for name, engine in engines.items():
             warm_up(engine, sampling)
+            for question in warming:
+                answer(engine, question, sampling)
             found[name].before = engine.stats
         names = list(engines)
         for turn, question in enumerate(asked):

@@ -13,10 +13,13 @@ PATIENCE = 400
 """Items of a task that are looked at for a new one; some tasks have no more than two dozen."""
 
 
-def mixed(count: int, max_tokens: int, seed: int = 0) -> list[Request]:
-    """`count` different greedy chats over all documented tasks in random order; tasks with few items have few."""
+def mixed(count: int, max_tokens: int, seed: int = 0, *, ignore_eos: bool = False) -> list[Request]:
+    """`count` different greedy chats over all documented tasks in random order; tasks with few items have few.
+
+    With `ignore_eos` every reply has `max_tokens`: the model goes on with the next turns of a conversation.
+    """
     draw = random.Random(seed)
-    settings = Sampling(temperature=0, max_tokens=max_tokens)
+    settings = Sampling(temperature=0, max_tokens=max_tokens, ignore_eos=ignore_eos)
     turns = zip_longest(*(distinct(task, count) for task in TASKS))
     questions = [question for turn in turns for question in turn if question is not None][:count]
     draw.shuffle(questions)

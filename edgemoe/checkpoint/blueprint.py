@@ -19,7 +19,7 @@ from edgemoe.cache import accelerator
 from edgemoe.cache.record import ExpertId
 from edgemoe.cache.safetensors_store import RecordSource
 from edgemoe.checkpoint.checkpoint import WEIGHT_DTYPES, Checkpoint, open_checkpoint
-from edgemoe.checkpoint.draft_head import HEAD, FoundHead, HeadShape, attach_head, find_head
+from edgemoe.checkpoint.draft_head import FoundHead, HeadShape, attach_head, find_head, of_head
 from edgemoe.checkpoint.expert_sources import ExpertSources
 from edgemoe.checkpoint.experts_module import ExpertsModule, require_experts_modules
 from edgemoe.checkpoint.packed.packed_modules import PackedModule, find_packed_modules
@@ -70,7 +70,7 @@ class Blueprint:
     @property
     def pass_modules(self) -> tuple[ExpertsModule, ...]:
         """The experts modules of the model's own passes: all but those of the head, which come last."""
-        return tuple(moe for moe in self.experts_modules if not moe.name.startswith(f"{HEAD}."))
+        return tuple(moe for moe in self.experts_modules if not of_head(moe.name))
 
     @property
     def expert_formats(self) -> tuple[str, ...]:

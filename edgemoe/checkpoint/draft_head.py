@@ -138,6 +138,11 @@ def attach_head(model: Any, shape: HeadShape, dtype: torch.dtype) -> None:
     setattr(model, HEAD, DraftHead(shape, model.get_decoder(), dtype))
 
 
+def of_head(name: str) -> bool:
+    """Whether a tensor or module of a model, by its name, is its head's."""
+    return name.startswith(f"{HEAD}.")
+
+
 def _places(weights: Mapping[str, Weight], count: int, declared: int) -> tuple[str, dict[str, tuple[int, str]]]:
     """The prefix of the model's stack of `count` layers, and the place of each head's tensor: its head and own name."""
     places: dict[str, tuple[int, str]] = {}

@@ -21,7 +21,8 @@ MAX_NBYTES = 16 << 20
 def read(state: StateFolder, experts: Sequence[int]) -> dict[ExpertId, float]:
     """The stored heat by expert; empty without a valid file for this model.
 
-    `experts[layer]` is the number of experts of each layer.
+    `experts[layer]` is the number of experts of each layer. The file may have been written with or without the layers
+    of a draft head, which come last.
     """
     data = state.read(NAME, MAX_NBYTES)
     if data is None:
@@ -30,13 +31,16 @@ def read(state: StateFolder, experts: Sequence[int]) -> dict[ExpertId, float]:
         kept = json.loads(data)
     except (ValueError, RecursionError):
         return {}
-    header = {"format": FORMAT, "version": VERSION, "experts": list(experts)}
+    header = {"format": FORMAT, "version": VERSION}
     if not isinstance(kept, dict) or {key: kept.get(key) for key in header} != header:
         return {}
-    entries = kept.get("heat")
-    if not isinstance(entries, list) or not all(_is_entry(entry, experts) for entry in entries):
+    own, entries = kept.get("experts"), kept.get("heat")
+    if not isinstance(own, list) or not all(type(count) is int for count in own) or not isinstance(entries, list):
         return {}
-    return {ExpertId(layer, number): heat for layer, number, heat in entries}
+    both = min(len(own), len(experts))
+    if own[:both] != list(experts[:both]) or not all(_is_entry(entry, own) for entry in entries):
+        return {}
+    return {ExpertId(layer, number): heat for layer, number, heat in entries if layer < both}
 
 
 def write(state: StateFolder, experts: Sequence[int], heat: Mapping[ExpertId, float]) -> None:

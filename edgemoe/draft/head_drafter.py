@@ -15,9 +15,9 @@ from edgemoe.model.model_runner import ModelRunner
 from edgemoe.model.pass_logits import LogitsRows, on_host
 from edgemoe.request.request import Request
 
-MAX_DEPTH = 3
-"""Tokens that are drafted one after the other. The head is trained for the first; the others are made of its own hidden
-states."""
+USUAL_DEPTH = 3
+"""Most tokens that are drafted one after the other where nothing prices them. The head is trained for the first; the
+others are made of its own hidden states, and are right less often."""
 MIN_TRIAL_ROWS = 16
 """Rows from which the two kinds of hidden states are compared on a text."""
 KINDS = {"after": AFTER, "before": BEFORE}
@@ -34,9 +34,10 @@ class HeadDrafter(PassDrafter):
 
     name = "mtp"
 
-    def __init__(self, runner: ModelRunner, head: HeadRunner, chunk: int) -> None:
-        """`chunk` bounds the rows of a pass that reads hidden states."""
+    def __init__(self, runner: ModelRunner, head: HeadRunner, chunk: int, max_depth: int = USUAL_DEPTH) -> None:
+        """`chunk` bounds the rows of a pass that reads hidden states, `max_depth` the depth of its drafts."""
         super().__init__(runner)
+        self._max_depth = max_depth
         self._head = head
         self._chunk = chunk
         self._kind: int | None = None
@@ -54,10 +55,10 @@ class HeadDrafter(PassDrafter):
         return cache is not None and own is not None and own.rows + own.waiting == cache.tokens > 0
 
     def can_run(self, request: Request, tree: DraftTree, node: int) -> bool:
-        """See the base class: after its parent, down to `MAX_DEPTH`."""
+        """See the base class: after its parent, and not below the greatest depth."""
         if node and tree.parents[node] not in self._hidden.get(request, ()):
             return False
-        return tree.depths[node] < MAX_DEPTH
+        return tree.depths[node] < self._max_depth
 
     def observe(self, tokens: int, seconds: float) -> None:
         """See the base class."""

@@ -121,7 +121,10 @@ class DraftProposer:
         return Proposal(
             trees={each.request: each.tree for each in builders if each.tree.drafted},
             bins={each.request: each.bins for each in builders},
-            drafters={each.request: each.drafters for each in builders},
+            drafters={
+                each.request: {node: name for node, name in each.drafters.items() if node < len(each.tree)}
+                for each in builders
+            },
             nodes=nodes,
             passed=passed,
             cost=step,
@@ -219,11 +222,13 @@ class DraftProposer:
                 builder.propose(Candidate(node, token, path, number, drafter))
 
     def _round_pays(self, growing: Sequence[tuple[TreeBuilder, list[int]]], price: DraftPrice) -> bool:
-        """Whether one more drafting pass is likely to save more time than it takes."""
+        """Whether one more drafting pass is likely to save more time than it takes, with the tokens that it gives."""
         if not price.priced:
             return True
-        likeliest = sum(max(builder.tree.probabilities[node] for node in nodes) for builder, nodes in growing)
-        gain = likeliest * price.worth * self._calibration.rate(SHARE_BINS - 1)
+        gain, rate = 0.0, self._calibration.rate(SHARE_BINS - 1)
+        for builder, nodes in growing:
+            likeliest = max(builder.tree.probabilities[node] for node in nodes)
+            gain += max(0.0, likeliest * price.worth * rate - price.step.next_token(builder.tree.drafted))
         return self._costs.draft_pays(len(growing), gain)
 
     def _add_predictions(self, passes: PassDrafter, growing: Sequence[tuple[TreeBuilder, Sequence[int]]]) -> None:

@@ -101,7 +101,7 @@ class Speculation:
         """Learns from a step that ran `proposal`: acceptance rates, what tokens cost, and what drafting is worth."""
         for request, verified in report.verified.items():
             self._learn_path(proposal.trees[request], proposal.bins[request], verified)
-            self._count(proposal.drafters[request], proposal.trees[request], verified)
+            self._count(proposal.drafters.get(request, {}), verified)
         if report.verified:
             self.totals.verify_seconds += report.seconds
         made = {request: verified.tokens for request, verified in report.verified.items()}
@@ -140,12 +140,14 @@ class Speculation:
         self._passes = self._proposer = None
         self._ngrams.clear()
 
-    def _count(self, drafters: Mapping[int, str], tree: DraftTree, verified: Verified) -> None:
-        """Counts the tree's tokens for the drafters that proposed them."""
-        totals = self.totals
-        for nodes, counts in ((range(1, len(tree)), totals.drafted_by), (verified.path[1:], totals.accepted_by)):
-            for node in nodes:
-                counts[drafters[node]] = counts.get(drafters[node], 0) + 1
+    def _count(self, drafters: Mapping[int, str], verified: Verified) -> None:
+        """Counts a tree's nodes for the drafters that proposed them."""
+        for node, drafter in drafters.items():
+            for counts, counted in (
+                (self.totals.drafted_by, True),
+                (self.totals.accepted_by, node in verified.path),
+            ):
+                counts[drafter] = counts.get(drafter, 0) + counted
 
     def _learn_path(self, tree: DraftTree, bins: Mapping[int, int], verified: Verified) -> None:
         self.totals.cycles += 1

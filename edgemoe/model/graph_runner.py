@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -132,7 +132,7 @@ class GraphRunner:
         attend = GraphAttention(tools.launch, graph.metadata, self._context, windows)
 
         def forward(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-            with nullcontext([]) if self._states is None else self._states.taking() as taken:
+            with self._taking() as taken:
                 logits: torch.Tensor = runner.model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
             graph.hidden = taken[-1] if taken else None
             return logits
@@ -149,6 +149,10 @@ class GraphRunner:
             else:
                 captured.between_layers()
         return graph
+
+    def _taking(self) -> AbstractContextManager[list[torch.Tensor]]:
+        """In the block the list gets the hidden states of passes, where a head reads them."""
+        return nullcontext(list[torch.Tensor]()) if self._states is None else self._states.taking()
 
     def _fill(self, graph: PassGraph, inputs: Sequence[PassInput]) -> None:
         """Makes room for the pass's rows, and brings what it is about to the device."""

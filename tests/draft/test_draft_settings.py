@@ -39,6 +39,27 @@ def test_what_drafts_and_whether_it_must_pay(asked: dict[str, Any], drafters: se
     assert found.priced == priced
 
 
+def test_a_head_drafts_by_default_where_there_is_one() -> None:
+    for asked, drafters in (
+        ({}, {"ngram", "mtp"}),
+        ({"draft_model": "small"}, {"ngram", "model"}),
+        ({"speculate": "auto+self"}, {"ngram", "self"}),
+        ({"speculate": "ngram"}, {"ngram"}),
+        ({"speculate": "mtp"}, {"mtp"}),
+        ({"speculate": "ngram+mtp"}, {"ngram", "mtp"}),
+        ({"speculate": "off"}, set()),
+    ):
+        config = EngineConfig(**asked)  # type: ignore[arg-type]
+        assert draft_settings(config, head=True).drafters == drafters
+        assert config.drafts_with_head == ("mtp" in drafters)
+    refused = EngineConfig(speculate="mtp")
+    with pytest.raises(PlanError, match="since its layer is odd: give auto"):
+        draft_settings(refused, no_head="its layer is odd")
+    bare = draft_settings(EngineConfig(), head=True).without_head("it gives other logits")
+    assert bare.describe().endswith("tokens (not mtp: it gives other logits)")
+    assert draft_settings(refused, head=True).without_head("it is odd").describe() == "off: it is odd"
+
+
 def test_the_bounds_are_taken_over() -> None:
     found = settings(draft_nodes=20, draft_depth=5, draft_shape="chain", draft_rule="fewer")
     assert (found.nodes, found.depth, found.shape, found.rule) == (20, 5, "chain", "fewer")
@@ -57,8 +78,13 @@ def test_the_bounds_are_taken_over() -> None:
         ({"speculate": "off+self"}, r"^speculate='off\+self' is none of auto, "),
         (
             {"speculate": "self+model", "draft_model": "small"},
-            r"^both a draft model and the model itself cannot draft: ",
+            r"^model and self cannot draft together: give one of them as speculate=$",
         ),
+        (
+            {"speculate": "mtp"},
+            r"^speculate='mtp' is not possible, since the checkpoint has no draft head: give auto as ",
+        ),
+        ({"speculate": "mtp+self"}, r"^mtp and self cannot draft together: "),
         ({"speculate": "model"}, r"^speculate='model' needs a second checkpoint: name it as draft_model=$"),
         ({"speculate": "ngram+model"}, r"needs a second checkpoint: name it as draft_model=$"),
         ({"draft_shape": "bush"}, r"^draft_shape='bush' is none of tree, chain: give one of these$"),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from edgemoe.checkpoint.draft_head import of_head
 from edgemoe.checkpoint.packed.packed_tensor import PackedTensor, Weight
 from edgemoe.checkpoint.renaming import Renaming
 from edgemoe.checkpoint.tensor_entry import TensorEntry
@@ -88,7 +89,8 @@ def find_packed_modules(
     """The layers of `model` whose weights, of `weights` outside of the experts, stay packed.
 
     `made` is the format that the large float matrices are quantised to, if any: not the head, as nearly all do who
-    publish quantised checkpoints, and not routers, which have as many rows as a layer has experts.
+    publish quantised checkpoints, and not routers, which have as many rows as a layer has experts. A draft head is
+    small, and drafts badly with few bits: it stays as it is.
     """
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
     head = getattr(model.get_output_embeddings(), "weight", None)  # type: ignore[operator]
@@ -103,7 +105,7 @@ def find_packed_modules(
         if isinstance(weight, PackedTensor) and _keeps(module, weight):
             shares = next((each.removesuffix(".weight") for each, own in tied.items() if own == f"{name}.weight"), None)
             found.append(PackedModule(name, key, weight, weight.format, weight.rows, weight.columns, shares))
-        elif isinstance(weight, TensorEntry) and made is not None and type(module) is nn.Linear:
+        elif isinstance(weight, TensorEntry) and made is not None and type(module) is nn.Linear and not of_head(name):
             rows, columns = module.weight.shape
             small = rows * columns < MIN_MADE_VALUES or rows in expert_counts
             if not small and module.weight is not head and f"{name}.weight" not in tied:
