@@ -95,7 +95,7 @@ class ExpertLayer:
         return [part.view(each.shape) for part, each in zip(parts, hidden, strict=True)]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Silenced:
     """A layer of zeros that passes in lockstep wait at as at the one with its number."""
 

@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttention
 from edgemoe.model.row_layers import GrowingLayer, WindowLayer
 from edgemoe.model.state_layers import StatesBeside, own_layer
 
+
 def cache_argument(model: Any) -> str:
     """What the forward of `model` and its output call the KV cache, which transformers 5.24 has renamed."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

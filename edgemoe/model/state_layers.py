@@ -7,7 +7,6 @@ after each node that was reported to it, and at the mark, which is node -1. `rol
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -165,7 +164,7 @@ class RecurrentLayer(StateLayer, LinearAttentionLayer):
             states[number].copy_(value)
 
 
-class RecurrentGrowingLayer(RecurrentLayer, GrowingLayer):
+class RecurrentGrowingLayer(RecurrentLayer, LinearAttentionAndFullAttentionLayer, GrowingLayer):  # type: ignore[misc, override]
     """States beside the rows of full attention."""
 
     def __init__(self, capacity: int, number_of_states: int = 1) -> None:
@@ -174,7 +173,7 @@ class RecurrentGrowingLayer(RecurrentLayer, GrowingLayer):
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """As transformers' class: rows come by position, states by name."""
-        (GrowingLayer if args else RecurrentLayer).lazy_initialization(self, *args, **kwargs)  # type: ignore[arg-type]
+        (GrowingLayer if args else RecurrentLayer).lazy_initialization(self, *args, **kwargs)
 
     def reset(self) -> None:
         """Drops rows and states."""
@@ -190,7 +189,6 @@ class RecurrentGrowingLayer(RecurrentLayer, GrowingLayer):
         RecurrentLayer.rollback(self, base, rows)
         GrowingLayer.rollback(self, base, rows)
 
-
     def fork(self, tokens: int, capacity: int) -> RecurrentGrowingLayer:
         """As `GrowingLayer.fork`, with a copy of the states; `tokens` are all that there are."""
         other = RecurrentGrowingLayer(capacity, self.number_of_states)
@@ -202,7 +200,9 @@ class RecurrentGrowingLayer(RecurrentLayer, GrowingLayer):
         return other
 
 
-class RecurrentWindowLayer(RecurrentLayer, WindowLayer):
+class RecurrentWindowLayer(  # type: ignore[misc, override]
+    RecurrentLayer, LinearAttentionAndSlidingWindowAttentionLayer, WindowLayer
+):
     """States beside the rows of a sliding window."""
 
     def __init__(self, sliding_window: int, number_of_states: int = 1) -> None:
@@ -211,7 +211,7 @@ class RecurrentWindowLayer(RecurrentLayer, WindowLayer):
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """As transformers' class: rows come by position, states by name."""
-        (WindowLayer if args else RecurrentLayer).lazy_initialization(self, *args, **kwargs)  # type: ignore[arg-type]
+        (WindowLayer if args else RecurrentLayer).lazy_initialization(self, *args, **kwargs)
 
     def reset(self) -> None:
         """Drops rows and states."""
@@ -300,10 +300,14 @@ def put_replaced(values: dict[str, Any], slot: Slot, value: Any) -> None:
         values[name][key] = value
 
 
-@cache
-def mixed(mixin: type, base: type) -> type:
+_MIXED: dict[tuple[type, type], Any] = {}
+
+
+def mixed(mixin: type, base: type) -> Any:
     """`base` with the methods of `mixin`; transformers does not register it for the kind of layer of `base`."""
-    return type(f"{mixin.__name__}{base.__name__}", (mixin, base), {"_layer_type": None})
+    if (mixin, base) not in _MIXED:
+        _MIXED[mixin, base] = type(f"{mixin.__name__}{base.__name__}", (mixin, base), {"_layer_type": None})
+    return _MIXED[mixin, base]
 
 
 def own_layer(layer: Any, capacity: int) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import cache
 from typing import Any, SupportsIndex
 
 import torch
@@ -61,24 +60,26 @@ class _TouchedList(list[Any]):
 
 
 class _LayerView:
-    """Mixed into a layer's class: answers for its token. All else is the layer's own, whose attributes it shares."""
+    """Mixed into a layer's class: answers for its token. All else is the layer's own, whose attributes it shares.
+
+    Attributes of the view alone are slots of the class that it is mixed into: `view_length`, the tokens before this
+    one, and `view_appended`, those that were appended through the view.
+    """
 
     __slots__ = ()
-    view_length: int
-    view_appended: int
 
-    def get_seq_length(self) -> int:
+    def get_seq_length(self: Any) -> int:
         """The tokens before this one, and this one once it is appended."""
-        return self.view_length + self.view_appended
+        return int(self.view_length + self.view_appended)
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self: Any, query_length: int) -> tuple[int, int]:
         """As the layer in a step of its own."""
         length = self.get_seq_length()
-        window = self.sliding_window if self.is_sliding else None  # type: ignore[attr-defined]
+        window = self.sliding_window if self.is_sliding else None
         held = length if window is None else min(window - 1, length)
         return held + query_length, length - held
 
-    def update(self, key_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self: Any, key_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """As the layer's own; of a window, the rows that a step of its own has."""
         keys, values = super().update(key_states, *args, **kwargs)  # type: ignore[misc]
         count, _ = self.get_mask_sizes(key_states.shape[-2])
@@ -88,10 +89,14 @@ class _LayerView:
         return keys, values
 
 
-@cache
-def _view_of(kind: type) -> type:
-    slots = ("view_length", "view_appended")
-    return type(f"{kind.__name__}View", (_LayerView, kind), {"__slots__": slots, "_layer_type": None})
+_VIEWS: dict[type, Any] = {}
+
+
+def _view_of(kind: type) -> Any:
+    if kind not in _VIEWS:
+        slots = ("view_length", "view_appended")
+        _VIEWS[kind] = type(f"{kind.__name__}View", (_LayerView, kind), {"__slots__": slots, "_layer_type": None})
+    return _VIEWS[kind]
 
 
 def _view(layer: Any, length: int) -> Any:
@@ -99,7 +104,7 @@ def _view(layer: Any, length: int) -> Any:
     if not hasattr(layer, "get_seq_length"):
         # It holds states alone, which answer no question about lengths.
         return layer
-    kind: Any = _view_of(type(layer))
+    kind = _view_of(type(layer))
     view = kind.__new__(kind)
     view.__dict__ = layer.__dict__
     view.view_length, view.view_appended = length, 0
