@@ -1,4 +1,4 @@
-"""`rewind-exact`: verifications of families with states, indexers or compressed rows against single steps, by the bit."""
+"""`rewind-exact`: verifications of families with states, indexers or compressed rows against single steps."""
 
 from __future__ import annotations
 
@@ -99,8 +99,7 @@ def compare(family: str, folder: Path, number: int, size: Size) -> dict[str, Any
             for slots in (few, plain.plan.experts)
         ]
         results = [
-            case_result(folders, settings, case, asked, expected, plain)
-            for case in islice(cases, 0, None, size.every)
+            case_result(folders, settings, case, asked, expected, plain) for case in islice(cases, 0, None, size.every)
         ]
     return {
         "verifies": runner.verifies,

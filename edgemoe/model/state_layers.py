@@ -61,18 +61,19 @@ class KeptStates:
             nodes[node] = self._latest[slot] = owner.copied(value)
         return whole
 
-    def go_back(self, owner: Any, node: int) -> None:
-        """Gives `owner` the values after `node`; they stay kept, and may be gone back to again."""
-        for slot, nodes in self._nodes.items():
+    def keep(self, owner: Any, node: int, slots: Sequence[Slot]) -> None:
+        """Keeps the values of `slots` as those after `node`, whether it has changed them or not."""
+        values = owner.slots()
+        for slot in slots:
+            self._nodes[slot][node] = self._latest[slot] = owner.copied(values[slot])
+
+    def go_back(self, owner: Any, node: int, slots: Sequence[Slot] = ()) -> None:
+        """Gives `owner` the values after `node`, of all slots or of `slots`; they stay kept."""
+        for slot in slots or self._nodes:
+            nodes = self._nodes[slot]
             before = max(each for each in nodes if each <= node)
             owner.put(slot, nodes[before])
             self._latest[slot] = nodes[before]
-
-    def drop_after(self, node: int) -> None:
-        """Forgets the nodes behind `node`."""
-        for nodes in self._nodes.values():
-            for each in [each for each in nodes if each > node]:
-                del nodes[each]
 
     @property
     def nbytes(self) -> int:
