@@ -28,6 +28,8 @@ BAR = "states, logits and tokens equal to single steps, bit for bit in float32; 
 PROMPTS = (3, 9, 26)
 """Tokens, with which drafts begin inside and beyond the zoo's windows, and at many places of its compressed rows."""
 DRAFTED = 4
+LINES = 6
+"""Most of a family's differences that are printed."""
 WAYS = (
     Drafting("ngram"),
     Drafting("self"),
@@ -68,7 +70,7 @@ def run(size: Size = FULL) -> Measurement:
                 f"accepted {item['accepted']} of {item['drafted']}",
                 flush=True,
             )
-            for line in item["wrong"]:
+            for line in item["wrong"][:LINES]:
                 print(f"  {line}", flush=True)
     wrong = {family: item["wrong"] for family, item in found.items() if item["wrong"]}
     plain = {family: item["reason"] for family, item in found.items() if not item["verifies"]}
@@ -117,10 +119,9 @@ def verifications(runner: ModelRunner, number: int, cycles: int) -> Iterator[str
     draw = random.Random(number)
     for length in PROMPTS:
         prompt = [draw.randint(3, runner.vocabulary - 1) for _ in range(length)]
-        cache, plain = runner.start(8), runner.start(8)
-        logits = runner.sequential.step(plain, prompt)
-        runner.step(cache, prompt)
-        yield from (f"prompt of {length}: {each}" for each in differences(cache, plain))
+        cache = runner.start(8)
+        logits = runner.step(cache, prompt)
+        plain = cache.fork(cache.tokens, cache.capacity)
         for cycle in range(cycles):
             right = (0, 2, DRAFTED)[cycle % 3]
             tree, path = drafted(runner, plain, int(logits.argmax()), right, draw, trees=cycle % 2 == 0)
@@ -129,7 +130,7 @@ def verifications(runner: ModelRunner, number: int, cycles: int) -> Iterator[str
             rows = runner.run([tree_input(cache, tree, range(len(tree)), ())._replace(verifies=True)])[0]
             cache.rollback(base, path)
             for node in path:
-                logits = runner.sequential.step(plain, [tree.tokens[node]])
+                logits = runner.step(plain, [tree.tokens[node]])
                 if not torch.equal(rows[node], logits):
                     yield f"logits of node {node} after {base} tokens"
             yield from (f"after {base} tokens and {right} accepted: {each}" for each in differences(cache, plain))
@@ -142,7 +143,7 @@ def drafted(
     ahead = plain.fork(plain.tokens, plain.capacity)
     tree, node, path, token = DraftTree(root), 0, [0], root
     for depth in range(DRAFTED):
-        own = int(runner.sequential.step(ahead, [token]).argmax())
+        own = int(runner.step(ahead, [token]).argmax())
         wrong = (own + draw.randint(1, 50)) % runner.vocabulary
         if trees and runner.verifies == "tree":
             tree.add(node, wrong, 0.5)

@@ -9,6 +9,7 @@ mixer's input is computed for all tokens before the first one, and the one that 
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -117,20 +118,15 @@ class _Call:
     ) -> None:
         self._forward = forward
         self._cache_argument = cache_argument
-        self._args = list(args[1:])
-        self._kwargs = {name: value for name, value in kwargs.items() if name != cache_argument}
-        if args:
-            self._name, self.hidden = None, args[0]
-        else:
-            self._name = next(iter(self._kwargs))
-            self.hidden = self._kwargs.pop(self._name)
+        self._kwargs = _named(forward, args, kwargs)
+        self._kwargs.pop(cache_argument, None)
+        self._name = next(iter(self._kwargs))
+        self.hidden = self._kwargs.pop(self._name)
 
     def run(self, kv: Any, hidden: torch.Tensor, first: int) -> Any:
         """The mixer's output for the tokens `hidden`, [1, tokens, width], from `first` on, of the cache `kv`."""
         named = {name: self._part(value, first, hidden.shape[1]) for name, value in self._kwargs.items()}
         named[self._cache_argument] = kv
-        if self._name is None:
-            return self._forward(hidden, **named)
         return self._forward(**{self._name: hidden}, **named)
 
     def _part(self, value: Any, first: int, tokens: int) -> Any:
@@ -214,6 +210,11 @@ def _steps(call: _Call, mixer: Mixer, row: MixerRow, tokens: _SteppedTokens) -> 
         yield output
 
 
+def _named(forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by their names, those given by position first."""
+    return dict(zip(inspect.signature(forward).parameters, args, strict=False)) | kwargs
+
+
 def _joined(outputs: Sequence[Any]) -> Any:
     """The outputs of parts of a row laid end to end; of each of several, where there are several."""
     if isinstance(outputs[0], tuple):
@@ -236,8 +237,8 @@ def find_mixers(model: Any, cache: SequenceCache, step: Callable[[SequenceCache,
     running: list[tuple[nn.Module, str]] = []
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-        name = next((name for name, value in kwargs.items() if value is cache.kv), "")
-        running.append((module, name))
+        named = _named(module.forward, args, kwargs)
+        running.append((module, next((name for name, value in named.items() if value is cache.kv), "")))
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         running.pop()
