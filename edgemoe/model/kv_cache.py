@@ -11,7 +11,12 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from edgemoe.model.row_layers import GrowingLayer, WindowLayer
-from edgemoe.model.state_layers import StatesBeside, own_layer
+from edgemoe.model.state_layers import StatePool, StatesBeside, own_layer
+
+_POOL = "edgemoe_state_pool"
+"""The attribute of a model that holds the memory for kept states of its sequences."""
+_BESIDE = "edgemoe_states"
+"""The attribute of a model's own cache that holds its `StatesBeside`."""
 
 
 def cache_argument(model: Any) -> str:
@@ -27,7 +32,8 @@ def new_cache(model: Any, capacity: int) -> Any:
     if not model._supports_default_dynamic_cache():
         return None
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    cache.layers = [own_layer(layer, capacity) for layer in cache.layers]
+    pool = vars(model).setdefault(_POOL, StatePool())
+    cache.layers = [own_layer(layer, capacity, pool) for layer in cache.layers]
     return cache
 
 
@@ -36,8 +42,6 @@ def has_recurrent_state(cache: Any) -> bool:
     return cache is None or any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
 
 
-_BESIDE = "edgemoe_states"
-"""The attribute of a model's own cache that holds its `StatesBeside`."""
 CAPACITY_STEP = 64
 """Capacities are multiples of this number of tokens and grow by at least an eighth: growing then copies little."""
 

@@ -13,7 +13,14 @@ from edgemoe.kernels import batch_invariant_linear
 from edgemoe.model import fused_attention, fused_layer
 from edgemoe.model.packed_attention import MIN_THREADED_PAIRS, PackedAttention, Row
 from edgemoe.model.pass_logits import LogitsRows, split_rows
-from edgemoe.model.recurrent_mixers import MixerRow, RecurrentMixers, find_mixers, parents_of, recurrent_kinds
+from edgemoe.model.recurrent_mixers import (
+    MixerRow,
+    RecurrentMixers,
+    find_mixers,
+    parents_of,
+    recurrent_kinds,
+    write_states_in_place,
+)
 from edgemoe.model.sequential_runner import PROBE_TOKENS, PassInput, SequentialRunner, whole_logits
 from edgemoe.quiet import quiet_transformers
 
@@ -31,6 +38,8 @@ class PackedRunner:
             fused_attention.install(runner.model, self.attention, runner.kernel_threads)
             fused_layer.install(runner.model)
         self.works = self.attention is not None and self._agrees()
+        if not self.works:
+            write_states_in_place(runner.start(1))
 
     def run(self, inputs: Sequence[PassInput]) -> list[torch.Tensor]:
         """As `SequentialRunner.run`, in one pass. Only where `works`."""

@@ -24,7 +24,7 @@ from edgemoe.kernels.batch_invariant_linear import matrix_of
 from edgemoe.kernels.packed_layers import PackedLinear
 from edgemoe.model.kv_cache import SequenceCache
 from edgemoe.model.sequential_runner import PassInput
-from edgemoe.model.state_layers import MARK, Slot
+from edgemoe.model.state_layers import MARK, RecurrentLayer, Slot
 
 READS = ("get_conv_state", "get_recurrent_state", "update_conv_state", "update_recurrent_state")
 """Methods of transformers' caches that a mixer calls."""
@@ -256,7 +256,28 @@ def find_mixers(model: Any, cache: SequenceCache, step: Callable[[SequenceCache,
     finally:
         for hook in hooks:
             hook.remove()
+    _try_replacing(cache, step)
     return [Mixer(module, layer, tuple(sorted(slots, key=str)), name) for module, (layer, slots, name) in found.items()]
+
+
+def _try_replacing(cache: SequenceCache, step: Callable[[SequenceCache, Sequence[int]], Any]) -> None:
+    """Lets new recurrent states take the places of old ones, in all caches, where no mixer writes into the old ones."""
+    layers = [layer for layer in cache.kv.layers if isinstance(layer, RecurrentLayer)]
+    before = [state for layer in layers for state in layer.recurrent_states.values() if state is not None]
+    copies = [state.clone() for state in before]
+    for layer in layers:
+        layer.pool.replaces = True
+    step(cache, [9])
+    unwritten = all(torch.equal(*pair) for pair in zip(before, copies, strict=True))
+    for layer in layers:
+        layer.pool.replaces = unwritten
+
+
+def write_states_in_place(cache: SequenceCache) -> None:
+    """Lets all caches of the model of `cache` copy new recurrent states into the old ones, as transformers' do."""
+    for layer in getattr(cache.kv, "layers", ()):
+        if isinstance(layer, RecurrentLayer):
+            layer.pool.replaces = False
 
 
 @contextmanager

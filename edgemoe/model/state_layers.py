@@ -35,13 +35,41 @@ Slot = tuple[str, object]
 """One value of a layer: an attribute's name, and a key where the attribute is a dict or a list, else None."""
 
 
+class StatePool:
+    """Memory for copies of states, which goes back to it: tokens are taken back in every step.
+
+    Copies into new memory would cost more than the states' arithmetic, since the system clears it first.
+    """
+
+    def __init__(self) -> None:
+        self.replaces = False
+        """Whether recurrent states are replaced by new tensors, so that the old ones are kept without a copy.
+
+        Only where mixers do not write into them, and read them anew for each token (`recurrent_mixers`).
+        """
+        self._free: dict[object, list[torch.Tensor]] = {}
+
+    def copy(self, value: torch.Tensor) -> torch.Tensor:
+        """A copy of `value` that belongs to the caller."""
+        free = self._free.get((value.shape, value.dtype, value.device))
+        return (free.pop() if free else torch.empty_like(value)).copy_(value)
+
+    def give(self, value: torch.Tensor) -> None:
+        """Takes a tensor that nothing reads any more."""
+        self._free.setdefault((value.shape, value.dtype, value.device), []).append(value)
+
+    def __deepcopy__(self, memo: object) -> StatePool:
+        """Itself: copies of a layer share it."""
+        return self
+
+
 class KeptStates:
     """What an owner of states held after each node, slot by slot: a slot that did not change is kept once."""
 
     def __init__(self, owner: Any) -> None:
         """Keeps what `owner` holds now as that of the mark."""
         self._nodes: dict[Slot, dict[int, Any]] = {
-            slot: {MARK: owner.copied(value)} for slot, value in owner.slots().items()
+            slot: {MARK: owner.copied(slot, value)} for slot, value in owner.slots().items()
         }
         self._latest = {slot: nodes[MARK] for slot, nodes in self._nodes.items()}
 
@@ -58,14 +86,14 @@ class KeptStates:
             if slot in self._latest and owner.same(slot, value, self._latest[slot]):
                 whole = False
                 continue
-            nodes[node] = self._latest[slot] = owner.copied(value)
+            nodes[node] = self._latest[slot] = owner.copied(slot, value)
         return whole
 
     def keep(self, owner: Any, node: int, slots: Sequence[Slot]) -> None:
         """Keeps the values of `slots` as those after `node`, whether it has changed them or not."""
         values = owner.slots()
         for slot in slots:
-            self._nodes[slot][node] = self._latest[slot] = owner.copied(values[slot])
+            self._nodes[slot][node] = self._latest[slot] = owner.copied(slot, values[slot])
 
     def go_back(self, owner: Any, node: int, slots: Sequence[Slot] = ()) -> None:
         """Gives `owner` the values after `node`, of all slots or of `slots`; they stay kept."""
@@ -74,6 +102,16 @@ class KeptStates:
             before = max(each for each in nodes if each <= node)
             owner.put(slot, nodes[before])
             self._latest[slot] = nodes[before]
+
+    def end(self, owner: Any, node: int) -> None:
+        """As `go_back` for the last time: nothing is kept any more."""
+        for slot, nodes in self._nodes.items():
+            value = nodes.pop(max(each for each in nodes if each <= node))
+            owner.take(slot, value)
+            for other in nodes.values():
+                if other is not value:
+                    owner.release(slot, other)
+        self._nodes, self._latest = {}, {}
 
     @property
     def nbytes(self) -> int:
@@ -97,9 +135,16 @@ class StateLayer:
         """Makes a kept `value` that of `slot`."""
         raise NotImplementedError
 
-    def copied(self, value: Any) -> Any:
-        """What is kept of a value, which stays as it is whatever the layer does."""
+    def take(self, slot: Slot, value: Any) -> None:
+        """As `put` of a value that is kept no longer."""
+        self.put(slot, value)
+
+    def copied(self, slot: Slot, value: Any) -> Any:
+        """What is kept of the value of `slot`, which stays as it is whatever the layer does."""
         return value
+
+    def release(self, slot: Slot, kept: Any) -> None:
+        """A value of `slot` that `copied` has given is kept no longer."""
 
     def same(self, slot: Slot, value: Any, kept: Any) -> bool:
         """Whether `value` is the one that was `kept`."""
@@ -122,15 +167,17 @@ class StateLayer:
     def rollback(self, base: int, rows: Sequence[int]) -> None:
         """Goes back to the last node of `rows`, or the mark where there is none, and keeps nothing any more."""
         if self.kept is not None:
-            self.kept.go_back(self, rows[-1] if rows else MARK)
+            self.kept.end(self, rows[-1] if rows else MARK)
         self.kept = None
 
 
 class RecurrentLayer(StateLayer, LinearAttentionLayer):
     """A layer of a recurrent mixer: convolution states and recurrent states, which are replaced in place."""
 
-    def __init__(self, number_of_states: int = 1) -> None:
+    def __init__(self, number_of_states: int = 1, pool: StatePool | None = None) -> None:
+        """`pool` has the memory of kept states."""
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+        self.pool = pool or StatePool()
 
     def slots(self) -> dict[Slot, Any]:
         """See the base class. A state without a token is None."""
@@ -141,18 +188,32 @@ class RecurrentLayer(StateLayer, LinearAttentionLayer):
             found["recurrent_states", number] = self.recurrent_states[number] if begun else None
         return found
 
-    def copied(self, value: Any) -> Any:
+    def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs: Any) -> torch.Tensor:
+        """As transformers' own, which copies into the old state, or with the new one in its place (`StatePool`)."""
+        before, new = self.recurrent_states[state_idx], recurrent_states
+        if not self._replaces(("recurrent_states", state_idx)) or before is None or before.dtype != new.dtype:
+            return LinearAttentionLayer.update_recurrent_state(self, recurrent_states, state_idx, **kwargs)
+        whole = new.is_contiguous() and new.untyped_storage().nbytes() == new.nbytes
+        self.recurrent_states[state_idx] = new if whole else new.clone(memory_format=torch.contiguous_format)
+        return self.recurrent_states[state_idx]
+
+    def copied(self, slot: Slot, value: Any) -> Any:
         """See the base class."""
-        return None if value is None else value.clone()
+        return value if value is None or self._replaces(slot) else self.pool.copy(value)
+
+    def release(self, slot: Slot, kept: Any) -> None:
+        """See the base class."""
+        if kept is not None and not self._replaces(slot):
+            self.pool.give(kept)
 
     def same(self, slot: Slot, value: Any, kept: Any) -> bool:
         """See the base class: some convolutions write into the state without a call of the layer."""
         if value is None or kept is None:
             return value is kept
-        return torch.equal(value, kept)
+        return value is kept or torch.equal(value, kept)
 
     def put(self, slot: Slot, value: Any) -> None:
-        """See the base class. A state stays where it lies in memory."""
+        """See the base class. A state that is written into stays where it lies in memory."""
         name, number = slot
         states: dict[Any, Any] = getattr(self, name)
         if name == "conv_states":
@@ -160,17 +221,32 @@ class RecurrentLayer(StateLayer, LinearAttentionLayer):
         if states[number] is None:
             return
         if value is None:
-            states[number].zero_()
+            states[number] = torch.zeros_like(states[number])
+        elif self._replaces(slot):
+            states[number] = value
         else:
             states[number].copy_(value)
+
+    def take(self, slot: Slot, value: Any) -> None:
+        """See the base class. The kept state takes the place of the other one, without a copy."""
+        name, number = slot
+        states: dict[Any, Any] = getattr(self, name)
+        if value is None or states[number] is None:
+            self.put(slot, value)
+        else:
+            self.release(slot, states[number])
+            states[number] = value
+
+    def _replaces(self, slot: Slot) -> bool:
+        return self.pool.replaces and slot[0] == "recurrent_states"
 
 
 class RecurrentGrowingLayer(RecurrentLayer, LinearAttentionAndFullAttentionLayer, GrowingLayer):  # type: ignore[misc, override]
     """States beside the rows of full attention."""
 
-    def __init__(self, capacity: int, number_of_states: int = 1) -> None:
+    def __init__(self, capacity: int, number_of_states: int = 1, pool: StatePool | None = None) -> None:
         GrowingLayer.__init__(self, capacity)
-        RecurrentLayer.__init__(self, number_of_states)
+        RecurrentLayer.__init__(self, number_of_states, pool)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """As transformers' class: rows come by position, states by name."""
@@ -192,10 +268,11 @@ class RecurrentGrowingLayer(RecurrentLayer, LinearAttentionAndFullAttentionLayer
 
     def fork(self, tokens: int, capacity: int) -> RecurrentGrowingLayer:
         """As `GrowingLayer.fork`, with a copy of the states; `tokens` are all that there are."""
-        other = RecurrentGrowingLayer(capacity, self.number_of_states)
+        other = RecurrentGrowingLayer(capacity, self.number_of_states, self.pool)
         self.fill(other, tokens)
         for name in STATES:
-            setattr(other, name, {key: self.copied(value) for key, value in getattr(self, name).items()})
+            states = getattr(self, name)
+            setattr(other, name, {key: None if each is None else each.clone() for key, each in states.items()})
         for name in FLAGS:
             setattr(other, name, dict(getattr(self, name)))
         return other
@@ -206,9 +283,9 @@ class RecurrentWindowLayer(  # type: ignore[misc, override]
 ):
     """States beside the rows of a sliding window."""
 
-    def __init__(self, sliding_window: int, number_of_states: int = 1) -> None:
+    def __init__(self, sliding_window: int, number_of_states: int = 1, pool: StatePool | None = None) -> None:
         WindowLayer.__init__(self, sliding_window)
-        RecurrentLayer.__init__(self, number_of_states)
+        RecurrentLayer.__init__(self, number_of_states, pool)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """As transformers' class: rows come by position, states by name."""
@@ -311,17 +388,17 @@ def mixed(mixin: type, base: type) -> Any:
     return _MIXED[mixin, base]
 
 
-def own_layer(layer: Any, capacity: int) -> Any:
-    """An empty layer as `layer`, one of transformers', that can be rolled back."""
+def own_layer(layer: Any, capacity: int, pool: StatePool) -> Any:
+    """An empty layer as `layer`, one of transformers', that can be rolled back; `pool` has the memory for states."""
     make: dict[type, Callable[[], Any]] = {
         DynamicLayer: lambda: GrowingLayer(capacity),
         DynamicSlidingWindowLayer: lambda: WindowLayer(layer.sliding_window),
         DynamicIndexedLayer: lambda: IndexedLayer(capacity),
         DummyLayer: EmptyLayer,
-        LinearAttentionLayer: lambda: RecurrentLayer(layer.number_of_states),
-        LinearAttentionAndFullAttentionLayer: lambda: RecurrentGrowingLayer(capacity, layer.number_of_states),
+        LinearAttentionLayer: lambda: RecurrentLayer(layer.number_of_states, pool),
+        LinearAttentionAndFullAttentionLayer: lambda: RecurrentGrowingLayer(capacity, layer.number_of_states, pool),
         LinearAttentionAndSlidingWindowAttentionLayer: lambda: RecurrentWindowLayer(
-            layer.sliding_window, layer.number_of_states
+            layer.sliding_window, layer.number_of_states, pool
         ),
     }
     if type(layer) in make:
