@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
+from edgemoe.model.kept_states import StatePool
 from edgemoe.model.row_layers import GrowingLayer, WindowLayer
-from edgemoe.model.state_layers import StatePool, StatesBeside, own_layer
+from edgemoe.model.state_layers import StatesBeside, own_layer
 
 _POOL = "edgemoe_state_pool"
 """The attribute of a model that holds the memory for kept states of its sequences."""
@@ -42,6 +43,8 @@ def has_recurrent_state(cache: Any) -> bool:
     return cache is None or any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
 
 
+STATES_BESIDE_NODES = 2
+"""States that a marked cache keeps beside those of a draft's nodes: that of the mark, and of the draft's root."""
 CAPACITY_STEP = 64
 """Capacities are multiples of this number of tokens and grow by at least an eighth: growing then copies little."""
 

@@ -22,9 +22,10 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from edgemoe.cache import accelerator
 from edgemoe.kernels.batch_invariant_linear import matrix_of
 from edgemoe.kernels.packed_layers import PackedLinear
+from edgemoe.model.kept_states import MARK, Slot
 from edgemoe.model.kv_cache import SequenceCache
 from edgemoe.model.sequential_runner import PassInput
-from edgemoe.model.state_layers import MARK, RecurrentLayer, Slot
+from edgemoe.model.state_layers import RecurrentLayer
 
 READS = ("get_conv_state", "get_recurrent_state", "update_conv_state", "update_recurrent_state")
 """Methods of transformers' caches that a mixer calls."""
@@ -56,6 +57,13 @@ class Mixer(NamedTuple):
     cache_argument: str
 
 
+class LastLinear(NamedTuple):
+    """The linear layer that gives a mixer's output, and the width of that."""
+
+    module: nn.Module
+    width: int
+
+
 class RecurrentMixers:
     """The recurrent mixers of one model. Used by one thread at a time."""
 
@@ -67,7 +75,7 @@ class RecurrentMixers:
             for child in mixer.module.modules():
                 if _shares(child):
                     child.forward = types.MethodType(self._shared(child.forward), child)
-            mixer.module.forward = types.MethodType(self._by_rows(mixer, mixer.module.forward), mixer.module)  # type: ignore[method-assign]
+            mixer.module.forward = types.MethodType(self._by_rows(mixer, mixer.module.forward), mixer.module)
 
     @contextmanager
     def running(self, rows: Sequence[MixerRow]) -> Iterator[None]:
@@ -86,8 +94,8 @@ class RecurrentMixers:
         return run
 
     def _by_rows(self, mixer: Mixer, forward: Callable[..., Any]) -> Callable[..., Any]:
-        last: list[nn.Module | None] = []
-        """The linear layer whose output is the mixer's, once that is known."""
+        last: list[LastLinear | None] = []
+        """The linear layer whose output is the mixer's, or None where there is none such, once that is known."""
 
         def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if not self._rows:
@@ -139,7 +147,7 @@ class _Call:
 class _SteppedTokens:
     """The tokens that a mixer runs one by one, and what its linear layers compute for all of them at once."""
 
-    def __init__(self, hidden: torch.Tensor, rows: Sequence[MixerRow], last: list[nn.Module | None]) -> None:
+    def __init__(self, hidden: torch.Tensor, rows: Sequence[MixerRow], last: list[LastLinear | None]) -> None:
         parts = [hidden[:, row.first : row.last] for row in rows]
         self.inputs = torch.cat(parts, 1) if parts else hidden[:, :0]
         self.number = 0
@@ -161,10 +169,10 @@ class _SteppedTokens:
             if module not in self._first_products:
                 self._first_products[module] = forward(self.inputs)
             output = self._first_products[module][:, self.number : self.number + 1]
-        elif self._last and self._last[0] is module:
+        elif self._last and self._last[0] is not None and self._last[0].module is module:
             self._deferred.append(input)
             self._forward = forward
-            output = input.new_empty(*input.shape[:-1], module.out_features)
+            output = input.new_empty(*input.shape[:-1], self._last[0].width)
         else:
             output = forward(input)
         self._latest = module, output
@@ -181,7 +189,7 @@ class _SteppedTokens:
             and output.shape == self._latest[1].shape
             and self._latest[0] not in self._first_products
         )
-        self._last.append(self._latest[0] if same and self._latest is not None else None)
+        self._last.append(LastLinear(self._latest[0], output.shape[-1]) if same and self._latest is not None else None)
 
     def finish(self, outputs: Sequence[list[Any]]) -> None:
         """Puts the deferred outputs in the places of what stands for them in `outputs`, by row and token."""
