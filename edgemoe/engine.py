@@ -84,6 +84,7 @@ class Engine:
             config.patience,
             max_draft_nodes=speculation.max_nodes if speculation.active else 0,
             max_drafted=runner.rows_within(plan.workspace_nbytes),
+            max_states=plan.kept_states,
         )
         budget = expert_budget_for(config, runtime.layers, runtime.cache)
         return StepLoop(scheduler, speculation, StepRunner(runner, runtime.cache.counters, budget))

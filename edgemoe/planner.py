@@ -17,6 +17,7 @@ from edgemoe.draft.draft_model import DraftModel
 from edgemoe.draft.settings import DraftSettings, budget_settings, draft_settings
 from edgemoe.errors import PlanError
 from edgemoe.formats.made import MADE
+from edgemoe.model.kv_cache import STATES_BESIDE_NODES
 from edgemoe.plan.cpu_share import cpu_share
 from edgemoe.plan.kv_size import KvSize, measure_kv
 from edgemoe.plan.machine import cores, ram_free
@@ -26,6 +27,8 @@ from edgemoe.sizes import format_bytes, parse_bytes
 
 DRAFTED_FOR = 4
 """Sequences of full length that a draft model has room for; for others, while these run, nothing drafts."""
+KEPT_SHARE = 0.03
+"""Most of the free memory that states of drafted tokens get."""
 HOST_TIERS = ("auto", "ram", "file")
 """The values of the setting `host_tier`."""
 LIBRARY_NBYTES = 128 << 20
@@ -91,6 +94,7 @@ def _without_slots(
         kv_nbytes=kv.nbytes(context),
         draft_weights_nbytes=draft_model.weight_nbytes if draft_model else 0,
         draft_kv_nbytes=DRAFTED_FOR * draft_model.kv.nbytes(context) if draft_model else 0,
+        kept_states_nbytes=_kept_states(kv, drafts, free),
         workspace_nbytes=_workspace(blueprint, config, device, context) + _gaps(kv, context, device),
         reserve_nbytes=_reserve(free, device, config),
         cache_nbytes=0,
@@ -113,6 +117,14 @@ def _without_slots(
 def drafts_of(blueprint: Blueprint, config: EngineConfig) -> DraftSettings:
     """What drafts for `blueprint` under `config`; PlanError names what is wrong with the settings."""
     return draft_settings(config, head=blueprint.head is not None, no_head=blueprint.head_refusal)
+
+
+def _kept_states(kv: KvSize, drafts: DraftSettings, free: int) -> int:
+    """Bytes for the states of drafted tokens, as many as drafts have nodes, within a share of the `free` memory."""
+    if not kv.state_nbytes or not drafts.drafters:
+        return 0
+    wanted = DRAFTED_FOR * (drafts.nodes + STATES_BESIDE_NODES)
+    return min(wanted, int(free * KEPT_SHARE) // kv.state_nbytes) * kv.state_nbytes
 
 
 def _reserve(free: int, device: torch.device, config: EngineConfig) -> int:

@@ -30,7 +30,8 @@ from edgemoe.checkpoint.blueprint import Blueprint, blueprint_for
 from edgemoe.checkpoint.dense_loader import load_dense
 from edgemoe.config import GIB, MIB, EngineConfig
 from edgemoe.experts.expert_ffn import PlainExperts, SortedGroups
-from edgemoe.model.kv_cache import GrowingLayer, SequenceCache, cache_argument
+from edgemoe.model.kv_cache import SequenceCache, cache_argument
+from edgemoe.model.row_layers import GrowingLayer
 from edgemoe.plan.plan import Plan
 from edgemoe.planner import make_plan
 from edgemoe.runtime import Runtime

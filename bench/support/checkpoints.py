@@ -47,6 +47,33 @@ NARROW: dict[str, Any] = {
     "num_experts": 16,
 }
 """What makes the wide checkpoint one of a few megabytes."""
+HYBRID_FAMILY = "qwen3_next"
+HYBRID: dict[str, Any] = {
+    **WIDE,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "num_hidden_layers": 8,
+    "layer_types": 2 * [*3 * ["linear_attention"], "full_attention"],
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "num_experts": 64,
+}
+HYBRID_NARROW: dict[str, Any] = {
+    **NARROW,
+    "shared_expert_intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "layer_types": [*3 * ["linear_attention"], "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}
+"""Qwen3-Next's shape with fewer layers and experts."""
 FACTOR, SMALL_FACTOR = 128, 2
 """How many times as wide the experts of the inflated demo are as the shipped ones."""
 
@@ -61,16 +88,31 @@ def wide(*, small: bool = False, embedding_scale: float = 1.0) -> Path:
     folder = work_folder() / (
         ("narrow" if small else "wide") + (f"-{embedding_scale:g}" if embedding_scale != 1 else "")
     )
+    return _made(folder, WIDE_FAMILY, WIDE | (NARROW if small else {}), embedding_scale)
+
+
+def hybrid(*, small: bool = False) -> Path:
+    """The 4 GB bf16 checkpoint of a hybrid family: 8 layers of 64 experts of 2048 x 512, top-8, 3 of 4 with states.
+
+    The small one has 4 layers of 16 experts of 128 x 64.
+    """
+    folder = work_folder() / ("hybrid-narrow" if small else "hybrid")
+    return _made(folder, HYBRID_FAMILY, HYBRID | (HYBRID_NARROW if small else {}), 1.0)
+
+
+def _made(folder: Path, family: str, settings: dict[str, Any], embedding_scale: float) -> Path:
+    """The checkpoint with random weights in `folder`, which is made once, a shard a layer."""
     if (folder / "model.safetensors.index.json").exists():
         return folder
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder.mkdir(parents=True, exist_ok=True)
-    config = AutoConfig.for_model(WIDE_FAMILY, **WIDE | (NARROW if small else {}))
+    config = AutoConfig.for_model(family, **settings)
     config.dtype = torch.bfloat16
-    config.architectures = ["Qwen3MoeForCausalLM"]
     with torch.device("meta"):
-        shapes = {name: value.shape for name, value in AutoModelForCausalLM.from_config(config).state_dict().items()}
+        model = AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(model).__name__]
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1 << 24, generator=generator).to(torch.bfloat16)
     shards: dict[str, dict[str, torch.Tensor]] = {}

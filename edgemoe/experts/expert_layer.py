@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -94,6 +95,19 @@ class ExpertLayer:
         return [part.view(each.shape) for part, each in zip(parts, hidden, strict=True)]
 
 
+@dataclass
+class _Silenced:
+    """A layer of zeros that passes in lockstep wait at as at the one with its number."""
+
+    number: int
+
+    def compute_together(
+        self, hidden: Sequence[torch.Tensor], index: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Zeros for each pass."""
+        return [torch.zeros_like(each) for each in hidden]
+
+
 Grouped = Callable[[int, ExpertsModule, Experts, "ExpertPredictor | None"], "ExpertLayer | None"]
 """Makes the layer of a number whose experts are computed by kernels on a device; None where there are none for it."""
 
@@ -149,6 +163,8 @@ class ExpertLayers:
         if self.capture is not None:
             return self.capture(layer, hidden, index, weights)
         if self._silent:
+            if self._lockstep is not None and self._lockstep.inside:
+                return self._lockstep.wait_for_others(_Silenced(layer.number), hidden, index, weights)
             return torch.zeros_like(hidden)
         if self._override is not None:
             top_k = index.shape[-1]
@@ -198,6 +214,11 @@ class ExpertLayers:
             for layer in range(len(self.layers)):
                 self._cache.make_readable(layer)
             self._cache.table.flush()
+
+    @property
+    def running_lockstep(self) -> LockstepPasses | None:
+        """What passes run in now, where they run in lockstep."""
+        return self._lockstep
 
     @contextmanager
     def lockstep(self) -> Iterator[LockstepPasses]:

@@ -7,7 +7,7 @@ calls a MoE layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -54,22 +54,56 @@ class _Pass(Generic[Result]):
         self._greenlet.throw()
 
 
+class OutOfStep(Exception):
+    """A pass would have overtaken the one that it has to come after."""
+
+
 class LockstepPasses:
     """Runs passes in lockstep. Used from one thread."""
 
-    def run(self, tasks: Sequence[Callable[[], Result]]) -> list[Result]:
-        """The results of `tasks`, in order. When one raises, the others are abandoned and the error is raised."""
+    def __init__(self) -> None:
+        self.shares_linears = False
+        """Whether large linear layers are waited at as well as MoE layers, for those who ask."""
+
+    def run(
+        self,
+        tasks: Sequence[Callable[[], Result]],
+        after: Sequence[int | None] = (),
+        settle: Callable[[int], None] | None = None,
+    ) -> list[Result]:
+        """The results of `tasks`, in order. When one raises, the others are abandoned and the error is raised.
+
+        `after` has, for each task, the number of one before it that must be ahead of it at all times, or None:
+        `OutOfStep` is raised where it would not be. `settle` is called with a task's number whenever it waits or ends.
+        """
         passes = [_Pass(task) for task in tasks]
+        numbers = {each: number for number, each in enumerate(passes)}
+
+        def resume(each: _Pass[Result], output: torch.Tensor | None) -> None:
+            each.resume(output)
+            number = numbers[each]
+            if settle is not None:
+                settle(number)
+            before = after[number] if after else None
+            if before is not None and not _same_place(passes[before].call, each.call):
+                raise OutOfStep
+
         try:
             for each in passes:
-                each.resume(None)
+                resume(each, None)
             while waiting := [each for each in passes if each.call is not None]:
-                self._serve(waiting)
+                for each, output in self._served(waiting):
+                    resume(each, output)
         except BaseException:
             for each in passes:
                 each.abandon()
             raise
         return [each.result[0] for each in passes]
+
+    @property
+    def inside(self) -> bool:
+        """Whether the caller is a task of `run`."""
+        return getcurrent().parent is not None
 
     def wait_for_others(
         self, layer: Layer, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
@@ -84,14 +118,20 @@ class LockstepPasses:
         return output
 
     @staticmethod
-    def _serve(waiting: Sequence[_Pass[Result]]) -> None:
-        """Computes the lowest layer that passes wait for, for all of those, and resumes them."""
+    def _served(waiting: Sequence[_Pass[Result]]) -> Iterator[tuple[_Pass[Result], torch.Tensor]]:
+        """Computes the lowest layer that passes wait for, for all of those: each pass to resume, and its output."""
         layer = min((each.call.layer for each in waiting if each.call), key=lambda layer: layer.number)
-        here = [(each, each.call) for each in waiting if each.call and each.call.layer is layer]
+        here = [(each, each.call) for each in waiting if each.call and each.call.layer == layer]
         outputs = layer.compute_together(
             [call.hidden for _, call in here],
             [call.chosen for _, call in here],
             [call.weights for _, call in here],
         )
-        for (each, _), output in zip(here, outputs, strict=True):
-            each.resume(output)
+        return zip([each for each, _ in here], outputs, strict=True)
+
+
+def _same_place(call: LayerCall | None, other: LayerCall | None) -> bool:
+    """Whether two passes wait for the same layer, or have both ended."""
+    if call is None or other is None:
+        return call is other
+    return call.layer == other.layer

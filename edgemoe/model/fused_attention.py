@@ -25,7 +25,8 @@ from edgemoe.kernels.cpu.threads import KernelThreads, kernels_have_the_cores, t
 from edgemoe.kernels.rms_norm import NormArithmetic, arithmetic_of
 from edgemoe.kernels.row_linear import BATCH_INVARIANT_TOKENS
 from edgemoe.kernels.rows import scattered, widened
-from edgemoe.model.kv_cache import GrowingLayer, SequenceCache
+from edgemoe.model.kv_cache import SequenceCache
+from edgemoe.model.row_layers import GrowingLayer
 
 if TYPE_CHECKING:
     from edgemoe.experts.routed_block import AfterAttention

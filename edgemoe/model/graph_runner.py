@@ -14,10 +14,11 @@ from edgemoe.experts.grouped_layer import GroupedLayer
 from edgemoe.kernels.triton.device_linear import FewTokenLinears
 from edgemoe.kernels.triton.pass_layout import Buffer, PassLayout, PassSequence, buffer_table
 from edgemoe.model.head_runner import HiddenStates
-from edgemoe.model.kv_cache import GrowingLayer, SequenceCache, WindowLayer
+from edgemoe.model.kv_cache import SequenceCache
 from edgemoe.model.packed_attention import PackedAttention
 from edgemoe.model.pass_graph import Capture, DevicePasses, GraphAttention, PassGraph
 from edgemoe.model.pass_logits import LogitsRows, split_rows
+from edgemoe.model.row_layers import GrowingLayer, WindowLayer
 from edgemoe.model.sequential_runner import PROBE_TOKENS, PassInput, SequentialRunner
 from edgemoe.quiet import quiet_transformers
 

@@ -8,229 +8,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import (
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionCacheLayerMixin,
-)
+from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from edgemoe.model.head_cache import HeadCache
+from edgemoe.model.kept_states import StatePool
+from edgemoe.model.row_layers import GrowingLayer, WindowLayer
+from edgemoe.model.state_layers import StatesBeside, own_layer
 
-SPARE_ROWS = 64
-"""Rows behind those of a window that a buffer has room for."""
-
-
-class GrowingLayer(DynamicLayer):
-    """A full-attention layer that appends to one buffer.
-
-    transformers' own layer concatenates, which copies all keys and values at every step. Here `keys` and `values`
-    are views of the filled part, [batch, heads, tokens, width], valid until the buffer is replaced. The next buffer
-    holds `capacity` tokens, or half as many again as are cached where that is less.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.capacity = capacity
-        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """As the base class, which copies an empty list to the device twice and waits for it."""
-        _begin_empty(self, key_states, value_states)
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends [batch, heads, new tokens, width] and returns views of all keys and values."""
-        past = self.get_seq_length()
-        keys, values = self.extend(key_states, value_states)
-        keys[..., past:, :] = key_states
-        values[..., past:, :] = value_states
-        return keys, values
-
-    def extend(self, like_keys: torch.Tensor, like_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `update` with what is in the new rows left to the caller; the arguments give shapes and dtypes alone."""
-        if not self.is_initialized:
-            self.lazy_initialization(like_keys, like_values)
-        past = self.get_seq_length()
-        total = past + like_keys.shape[-2]
-        keys, values = self._reserve(like_keys, like_values, past, total)
-        self.keys, self.values = keys[..., :total, :], values[..., :total, :]
-        return self.keys, self.values
-
-    def make_room(self, tokens: int) -> bool:
-        """Makes the buffers hold `tokens` more rows. Returns whether they were replaced. Only where there are rows."""
-        assert self.keys is not None
-        assert self.values is not None
-        before, past = self._buffers, self.get_seq_length()
-        return self._reserve(self.keys, self.values, past, past + tokens) is not before
-
-    @property
-    def buffers(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Those of keys and values, [batch, heads, capacity, width] each, filled or not; None before the first row."""
-        return self._buffers
-
-    def advance(self, tokens: int) -> None:
-        """Counts `tokens` rows that were written behind the others, in the buffers."""
-        assert self._buffers is not None
-        total = self.get_seq_length() + tokens
-        keys, values = self._buffers
-        self.keys, self.values = keys[..., :total, :], values[..., :total, :]
-
-    def reset(self) -> None:
-        """Drops everything and frees the buffer."""
-        self._buffers = None
-        super().reset()
-
-    def mark(self) -> None:
-        """Does nothing: a buffer of rows can always be rolled back."""
-
-    def rollback(self, base: int, rows: Sequence[int]) -> None:
-        """Keeps the first `base` rows and, moved up behind them, those at `rows` (ascending, counted from `base`)."""
-        if not self.is_initialized or self.keys is None or self.values is None:
-            return
-        if rows and rows[-1] != len(rows) - 1:
-            index = torch.tensor([base + row for row in rows]).to(self.keys.device, non_blocking=True)
-            for kept in (self.keys, self.values):
-                kept[..., base : base + len(rows), :] = kept.index_select(-2, index)
-        self.keys = self.keys[..., : base + len(rows), :]
-        self.values = self.values[..., : base + len(rows), :]
-
-    def fork(self, tokens: int, capacity: int) -> GrowingLayer:
-        """A layer of its own that holds a copy of the first `tokens` rows, with `capacity`."""
-        other = GrowingLayer(capacity)
-        if self.is_initialized and self.keys is not None and self.values is not None:
-            other.update(self.keys[..., :tokens, :], self.values[..., :tokens, :])
-        return other
-
-    def _reserve(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, past: int, total: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._buffers is not None and self._buffers[0].shape[-2] >= total:
-            return self._buffers
-        capacity = self.capacity if self.capacity >= total else max(total, past + past // 2)
-        old, grown = (self.keys, self.values), []
-        for kept, new in zip(old, (key_states, value_states), strict=True):
-            buffer = new.new_empty(*new.shape[:-2], capacity, new.shape[-1])
-            if past:
-                assert kept is not None
-                buffer[..., :past, :] = kept
-            grown.append(buffer)
-        self._buffers = (grown[0], grown[1])
-        return self._buffers
-
-
-class WindowLayer(DynamicSlidingWindowLayer):
-    """A sliding-window layer that can be rolled back.
-
-    Between passes it holds the last `sliding_window` - 1 rows, as transformers' own layer does. From `mark` to
-    `rollback` it drops no row: a rollback needs the rows before the drafted ones. `make_room` puts the rows into a
-    buffer with spare room, where a device appends; `update` takes them out of it again.
-    """
-
-    def __init__(self, sliding_window: int) -> None:
-        super().__init__(sliding_window=sliding_window)
-        self._drafting = False
-        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._first = 0
-        """The row of the buffers that is the first one held."""
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """See `GrowingLayer`."""
-        _begin_empty(self, key_states, value_states)
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends [batch, heads, new tokens, width] and returns the held rows and the new ones."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None
-        assert self.values is not None
-        self.cumulative_length += key_states.shape[-2]
-        keys = torch.cat([self.keys, key_states], dim=-2)
-        values = torch.cat([self.values, value_states], dim=-2)
-        self.keys, self.values = keys, values
-        self._buffers = None
-        if not self._drafting:
-            self._trim()
-        return keys, values
-
-    def make_room(self, tokens: int) -> bool:
-        """As `GrowingLayer.make_room`."""
-        assert self.keys is not None
-        assert self.values is not None
-        held = self.keys.shape[-2]
-        if self._buffers is not None and self._first + held + tokens <= self._buffers[0].shape[-2]:
-            return False
-        grown = []
-        for kept in (self.keys, self.values):
-            buffer = kept.new_empty(*kept.shape[:-2], held + max(tokens, SPARE_ROWS), kept.shape[-1])
-            buffer[..., :held, :] = kept
-            grown.append(buffer)
-        self._buffers, self._first = (grown[0], grown[1]), 0
-        self._hold(held)
-        return True
-
-    @property
-    def buffers(self) -> tuple[torch.Tensor, torch.Tensor, int] | None:
-        """As those of `GrowingLayer`, and the number of the sequence's tokens before their first row."""
-        if self._buffers is None or self.keys is None:
-            return None
-        return *self._buffers, self.cumulative_length - self.keys.shape[-2] - self._first
-
-    def advance(self, tokens: int) -> None:
-        """As `GrowingLayer.advance`."""
-        assert self.keys is not None
-        self.cumulative_length += tokens
-        self._hold(self.keys.shape[-2] + tokens)
-        if not self._drafting:
-            self._trim()
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """How many keys the next pass of `query_length` tokens attends to, and the position of the first one."""
-        held = self.keys.shape[-2] if self.is_initialized and self.keys is not None else 0
-        return held + query_length, self.cumulative_length - held
-
-    def mark(self) -> None:
-        """Keeps all rows until `rollback`."""
-        self._drafting = True
-
-    def rollback(self, base: int, rows: Sequence[int]) -> None:
-        """As `GrowingLayer.rollback`, for what was appended since `mark`, when there were `base` tokens."""
-        self._drafting = False
-        if not self.is_initialized or self.keys is None or self.values is None:
-            return
-        held = self.keys.shape[-2] - (self.cumulative_length - base)
-        if list(rows) != list(range(len(rows))):
-            index = torch.tensor([held + row for row in rows]).to(self.keys.device, non_blocking=True)
-            for kept in (self.keys, self.values):
-                kept[..., held : held + len(rows), :] = kept.index_select(-2, index)
-        self.keys = self.keys[..., : held + len(rows), :]
-        self.values = self.values[..., : held + len(rows), :]
-        self.cumulative_length = base + len(rows)
-        self._trim()
-
-    def _hold(self, rows: int) -> None:
-        """Holds so many rows of the buffers."""
-        assert self._buffers is not None
-        keys, values = self._buffers
-        self.keys, self.values = (each[..., self._first : self._first + rows, :] for each in (keys, values))
-
-    def _trim(self) -> None:
-        assert self.keys is not None
-        assert self.values is not None
-        before = self.keys.shape[-2]
-        self.keys = self.keys[:, :, -self.sliding_window + 1 :, :]
-        self.values = self.values[:, :, -self.sliding_window + 1 :, :]
-        self._first += before - self.keys.shape[-2]
-
-
-def _begin_empty(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Makes `layer` hold no row of keys and values such as these."""
-    layer.dtype, layer.device = keys.dtype, keys.device
-    layer.keys, layer.values = keys[..., :0, :], values[..., :0, :]
-    layer.is_initialized = True
+_POOL = "edgemoe_state_pool"
+"""The attribute of a model that holds the memory for kept states of its sequences."""
+_BESIDE = "edgemoe_states"
+"""The attribute of a model's own cache that holds its `StatesBeside`."""
 
 
 def cache_argument(model: Any) -> str:
@@ -241,19 +29,14 @@ def cache_argument(model: Any) -> str:
 def new_cache(model: Any, capacity: int) -> Any:
     """An empty cache for one sequence of at most `capacity` tokens, or None where the model makes its own.
 
-    Layers with a recurrent state keep transformers' own classes.
+    Its layers can be rolled back, except for kinds that `own_layer` does not know.
     """
     if not model._supports_default_dynamic_cache():
         return None
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    cache.layers = [_own_layer(layer, capacity) for layer in cache.layers]
+    pool = vars(model).setdefault(_POOL, StatePool())
+    cache.layers = [own_layer(layer, capacity, pool) for layer in cache.layers]
     return cache
-
-
-def _own_layer(layer: Any, capacity: int) -> Any:
-    if type(layer) is DynamicLayer:
-        return GrowingLayer(capacity)
-    return WindowLayer(layer.sliding_window) if type(layer) is DynamicSlidingWindowLayer else layer
 
 
 def has_recurrent_state(cache: Any) -> bool:
@@ -261,6 +44,8 @@ def has_recurrent_state(cache: Any) -> bool:
     return cache is None or any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
 
 
+STATES_BESIDE_NODES = 2
+"""States that a marked cache keeps beside those of a draft's nodes: that of the mark, and of the draft's root."""
 CAPACITY_STEP = 64
 """Capacities are multiples of this number of tokens and grow by at least an eighth: growing then copies little."""
 
@@ -281,6 +66,8 @@ class SequenceCache:
         """Where the layers' buffers lie, as kernels of a device read it; kept by the runner that made it."""
         self.head: HeadCache | None = None
         """What the model's draft head keeps of the sequence, where it has one."""
+        self.marked: int | None = None
+        """Number of tokens at the last `mark`; None without one that can be rolled back to."""
 
     @classmethod
     def empty(cls, model: Any, capacity: int) -> SequenceCache:
@@ -319,16 +106,38 @@ class SequenceCache:
         self.tokens = tokens
 
     @property
-    def can_roll_back(self) -> bool:
-        """Whether `rollback` can drop appended tokens: all layers hold rows."""
+    def holds_rows_alone(self) -> bool:
+        """Whether all layers hold rows of keys and values, of all tokens or of a window, and nothing else."""
         return type(self.kv) is DynamicCache and all(
             type(layer) in (GrowingLayer, WindowLayer) for layer in self.kv.layers
         )
 
+    @property
+    def can_roll_back(self) -> bool:
+        """Whether `rollback` can drop appended tokens; a model that makes its own cache must have run a pass."""
+        return self.kv is not None and all(hasattr(part, "rollback") for part in self.parts())
+
+    def parts(self) -> list[Any]:
+        """What is rolled back: the layers, and the states that a model's own kind of cache keeps beside them."""
+        if self.kv is None:
+            return []
+        layers = self.kv.layers
+        if type(self.kv) is DynamicCache:
+            return list(layers)
+        for number, layer in enumerate(layers):
+            if type(layer) is DynamicLayer:
+                # Rows that the model's own cache has begun; it goes on with the same ones.
+                layers[number] = GrowingLayer.of(layer, self.capacity)
+        if not isinstance(vars(self.kv).get(_BESIDE), StatesBeside):
+            vars(self.kv)[_BESIDE] = StatesBeside(self.kv)
+        return [*layers, vars(self.kv)[_BESIDE]]
+
     def mark(self) -> None:
         """Marks the end: `rollback` can drop what is appended from now on. Only where `can_roll_back`."""
-        for layer in self.kv.layers:
-            layer.mark()
+        self.marked = self.tokens
+        with torch.inference_mode():
+            for part in self.parts():
+                part.mark()
         if self.head is not None:
             self.head.mark()
 
@@ -337,12 +146,18 @@ class SequenceCache:
 
         `rows` are ascending and counted from `base`; afterwards they follow one another.
         """
+        self.marked = None
         with torch.inference_mode():
-            for layer in self.kv.layers:
-                layer.rollback(base, rows)
+            for part in self.parts():
+                part.rollback(base, rows)
             if self.head is not None:
                 self.head.rollback(rows)
         self.tokens = base + len(rows)
+
+    @property
+    def kept_nbytes(self) -> int:
+        """Bytes of the states that are kept for a rollback."""
+        return sum(part.kept.nbytes for part in self.parts() if getattr(part, "kept", None) is not None)
 
     def fork(self, tokens: int, capacity: int) -> SequenceCache:
         """A copy of the first `tokens` tokens with its own buffers. ValueError for fewer than all unless `can_crop`."""

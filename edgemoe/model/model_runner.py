@@ -18,6 +18,7 @@ from edgemoe.model.packed_runner import PackedRunner
 from edgemoe.model.pass_logits import LogitsRows, split_rows
 from edgemoe.model.rope import rescaling_lengths
 from edgemoe.model.sequential_runner import PROBE_TOKENS, PassInput, SequentialRunner, whole_logits
+from edgemoe.model.token_lockstep import TokenLockstep, by_token
 from edgemoe.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ class ModelRunner:
         self._graphs = self._graph_runner()
         self.graph_refusal = self._why_no_graphs()
         """Why passes of few tokens are not replayed on a device that could; empty where they are, or there is none."""
+        self._tokens: TokenLockstep | None = None
+        """Verifies token by token, where a pass over several tokens does not serve."""
         self.verifies, self.refusal = self._probe_verification()
         self.head = self._head_runner()
 
@@ -143,6 +146,8 @@ class ModelRunner:
             return self._graphs.rows(inputs)
         if self.packs:
             return self._packed.rows(inputs)
+        if self._tokens is not None and (len(inputs) > 1 or by_token(inputs[0])):
+            return self._tokens.rows(inputs)
         return self.sequential.rows(inputs) if len(inputs) == 1 else self._in_lockstep(inputs)
 
     def _in_lockstep(self, inputs: Sequence[PassInput]) -> list[LogitsRows]:
@@ -152,14 +157,21 @@ class ModelRunner:
 
     def _probe_verification(self) -> tuple[str, str]:
         """What a pass can verify, and why it is nothing."""
-        if not self.start(1).can_roll_back:
-            return "", "this family's cache has a state that cannot be rolled back"
-        for shape in ("tree", "chain"):
-            if self._verified(shape):
-                return shape, ""
-        return "", "this family does not give several tokens in one pass the logits of one after the other"
+        if self.packs or self.start(1).holds_rows_alone:
+            for shape in ("tree", "chain"):
+                if self._verified(shape):
+                    return shape, ""
+            return "", "this family does not give several tokens in one pass the logits of one after the other"
+        self._tokens = TokenLockstep(self.sequential)
+        if self._verified("chain", to_the_bit=True):
+            return "chain", ""
+        self._tokens.shares_linears = False
+        if self._verified("chain"):
+            return "chain", ""
+        self._tokens = None
+        return "", "this family's cache has a state that cannot be rolled back"
 
-    def _verified(self, shape: str) -> bool:
+    def _verified(self, shape: str, *, to_the_bit: bool = False) -> bool:
         """Whether drafted tokens get the logits that they get one by one, and leave the same cache."""
         sequential = self.sequential
         prompt = [(17 * place + 3) % self.vocabulary for place in range(PROBE_TOKENS)]
@@ -181,7 +193,8 @@ class ModelRunner:
                 # The family's forward was not written for these masks and positions.
                 return False
             pairs = [*zip(expected, found[path], strict=True), (sequential.step(other, [3]), after)]
-        return all(sequential.agree(*pair) for pair in pairs)
+        agree = torch.equal if to_the_bit else sequential.agree
+        return all(agree(*pair) for pair in pairs)
 
 
 def _probe_tree(shape: str, vocabulary: int) -> tuple[DraftTree, int]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -61,8 +62,10 @@ AttendOnDevice = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor, "dict[
 class PackedAttention:
     """The attention of one model's packed passes. Used by one thread at a time."""
 
-    def __init__(self, model: Any, threads: KernelThreads) -> None:
+    def __init__(self, model: Any, threads: KernelThreads, others: AbstractSet[str] = frozenset()) -> None:
         """`attached` is False where the family's attention cannot be packed; `model` is then left as it is.
+
+        `others` are kinds of layers that are no attention, or whose cache tells their kind of attention.
 
         `threads` run kernels; PyTorch gets as many for long rows, in passes in which kernels have the cores otherwise.
         """
@@ -75,7 +78,7 @@ class PackedAttention:
         self._seen: dict[object, SeenKeys] = {}
         self._configs = configs_of(model)
         self._bases = [config._attn_implementation for config in self._configs]
-        self.attached = self._attach(model)
+        self.attached = self._attach(model, others)
 
     @property
     def batch_invariant(self) -> bool:
@@ -117,11 +120,13 @@ class PackedAttention:
         attached = vars(module).get(_ATTRIBUTE)
         return attached is not None and not attached.additive
 
-    def _attach(self, model: Any) -> bool:
+    def _attach(self, model: Any, others: AbstractSet[str]) -> bool:
         kinds = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or KINDS)
         # Positions scaled by the length of the longest sequence would make companions depend on one another.
         scaled = any(scales_with_length(config) for config in self._configs)
-        if scaled or not kinds <= KINDS or not getattr(model, "_supports_attention_backend", False):
+        # Families with states do not say what they support: passes show it.
+        supported = bool(others) or getattr(model, "_supports_attention_backend", False)
+        if scaled or not kinds <= KINDS | others or not supported:
             return False
         for module in model.modules():
             if isinstance(getattr(module, "layer_idx", None), int) and (base := _base_attention(module)) is not None:

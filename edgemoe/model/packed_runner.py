@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -12,6 +13,14 @@ from edgemoe.kernels import batch_invariant_linear
 from edgemoe.model import fused_attention, fused_layer
 from edgemoe.model.packed_attention import MIN_THREADED_PAIRS, PackedAttention, Row
 from edgemoe.model.pass_logits import LogitsRows, split_rows
+from edgemoe.model.recurrent_mixers import (
+    MixerRow,
+    RecurrentMixers,
+    find_mixers,
+    parents_of,
+    recurrent_kinds,
+    write_states_in_place,
+)
 from edgemoe.model.sequential_runner import PROBE_TOKENS, PassInput, SequentialRunner, whole_logits
 from edgemoe.quiet import quiet_transformers
 
@@ -22,15 +31,15 @@ class PackedRunner:
     def __init__(self, runner: SequentialRunner) -> None:
         """Attaches to the model's attention and probes packed passes, on a few tokens and without experts."""
         self._runner = runner
-        # A KV cache that cannot be rolled back has layers of other kinds than `attend` appends to.
-        packed = PackedAttention(runner.model, runner.kernel_threads) if runner.start(1).can_roll_back else None
-        self.attention = packed if packed is not None and packed.attached else None
+        self.attention, self._mixers = _attached(runner)
         """The attention of packed passes; None where the family has none such."""
         if self.attention is not None:
             batch_invariant_linear.install_batch_invariance(runner.model, partial(_batch_invariant, self.attention))
             fused_attention.install(runner.model, self.attention, runner.kernel_threads)
             fused_layer.install(runner.model)
         self.works = self.attention is not None and self._agrees()
+        if not self.works:
+            write_states_in_place(runner.start(1))
 
     def run(self, inputs: Sequence[PassInput]) -> list[torch.Tensor]:
         """As `SequentialRunner.run`, in one pass. Only where `works`."""
@@ -56,7 +65,7 @@ class PackedRunner:
             device = runner.device
             index = torch.tensor(wanted).to(device, non_blocking=True)
             extra = {"logits_to_keep": index} if runner.keeps_last else {}
-            with self.attention.running(rows):
+            with self.attention.running(rows), self._mixing(inputs, rows):
                 logits = runner.model(
                     # From pageable memory, so that the host may go on at once.
                     input_ids=torch.tensor([ids]).to(device, non_blocking=True),
@@ -67,6 +76,18 @@ class PackedRunner:
             for item in inputs:
                 item.cache.appended(len(item.tokens))
             return split_rows(logits if runner.keeps_last else logits[index], [item.outputs for item in inputs])
+
+    def _mixing(self, inputs: Sequence[PassInput], rows: Sequence[Row]) -> AbstractContextManager[None]:
+        """The context in which recurrent mixers work on `rows`, those of `inputs`."""
+        if self._mixers is None:
+            return nullcontext()
+        parts = []
+        for item, row in zip(inputs, rows, strict=True):
+            marked = item.cache.marked
+            nodes = None if marked is None else item.cache.tokens - marked
+            parents = parents_of(item) if item.verifies or marked is not None else []
+            parts.append(MixerRow(row.kv, row.first, row.last, nodes, tuple(parents)))
+        return self._mixers.running(parts)
 
     def _agrees(self) -> bool:
         """Whether two sequences get the same logits packed and alone, for their prompts and the tokens after them."""
@@ -92,6 +113,23 @@ class PackedRunner:
                 # A cache continues either way; one that holds latents is not what a packed pass appends to.
                 alone, packed = packed, alone
         return True
+
+
+def _attached(runner: SequentialRunner) -> tuple[PackedAttention | None, RecurrentMixers | None]:
+    """The attention and the recurrent mixers of packed passes; None where there is none such, of both or the latter."""
+    model, threads, cache = runner.model, runner.kernel_threads, runner.start(PROBE_TOKENS)
+    mixers = None
+    if cache.holds_rows_alone:
+        attention = PackedAttention(model, threads)
+    elif cache.can_roll_back and (others := recurrent_kinds(model, cache.kv)):
+        attention = PackedAttention(model, threads, others)
+        if attention.attached:
+            with runner.layers.silenced(), quiet_transformers():
+                mixers = RecurrentMixers(find_mixers(model, cache, runner.step))
+    else:
+        # A KV cache with layers of other kinds than `attend` appends to.
+        return None, None
+    return (attention, mixers) if attention.attached else (None, None)
 
 
 def _batch_invariant(attention: PackedAttention) -> bool:

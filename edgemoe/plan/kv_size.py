@@ -12,7 +12,8 @@ import torch
 
 from edgemoe.checkpoint.blueprint import Blueprint, build_skeleton
 from edgemoe.errors import is_device_or_memory_error
-from edgemoe.model.kv_cache import cache_argument, new_cache
+from edgemoe.model.kept_states import StateLayer
+from edgemoe.model.kv_cache import SequenceCache, cache_argument, new_cache
 from edgemoe.quiet import quiet_transformers
 
 PROBES = (4, 132)
@@ -27,6 +28,8 @@ class KvSize:
     """Bytes that do not depend on the tokens."""
     layers: tuple[tuple[int, int | None], ...]
     """Of each layer: bytes per token, and the window in tokens, or None."""
+    state_nbytes: int = 0
+    """Bytes of `fixed` that each token replaces, so that they are kept for every token that may be taken back."""
 
     def nbytes(self, tokens: int) -> int:
         """Bytes after `tokens` tokens."""
@@ -56,7 +59,7 @@ def measure_kv(blueprint: Blueprint) -> KvSize:
         if is_device_or_memory_error(error):
             raise
         return kv_from_config(blueprint.config, blueprint.dtype.itemsize)
-    layers, beside, own = short
+    (layers, beside, own, _), states = short, long[3]
     if blueprint.head is not None:
         text = blueprint.config.get_text_config()
         # Keys and values of the head's layers, and the hidden states that wait for it: before and after a norm at most.
@@ -66,21 +69,25 @@ def measure_kv(blueprint: Blueprint) -> KvSize:
     grown = -(-max(0, long[1] - beside) // (PROBES[1] - PROBES[0]))
     if grown:
         layers.append((grown, None))
-    return KvSize(max(0, beside - PROBES[0] * grown), tuple(layers))
+    return KvSize(max(0, beside - PROBES[0] * grown), tuple(layers), states)
 
 
 LayerSize = tuple[int, int | None]
 """Bytes of a layer's keys and values per token, and its window."""
 
 
-def _probe(skeleton: Any, tokens: int) -> tuple[list[LayerSize], int, dict[int, LayerSize]]:
-    """The sizes of all layers that have keys, the bytes of all other states after `tokens`, and the sizes by number."""
+def _probe(skeleton: Any, tokens: int) -> tuple[list[LayerSize], int, dict[int, LayerSize], int]:
+    """The sizes of all layers that have keys, the bytes of all other states after `tokens`, and the sizes by number.
+
+    The last are the bytes of those states that every token replaces.
+    """
     name, ids = cache_argument(skeleton), torch.zeros(1, tokens, dtype=torch.long)
     output = skeleton(input_ids=ids, use_cache=True, **{name: new_cache(skeleton, tokens)})
     cache = getattr(output, name)
     # Some families keep states outside of the layers.
     own = {name: value for name, value in vars(cache).items() if name != "layers"}
     beside, layers = sum(tensor.nbytes for tensor in _tensors(own)), dict[int, LayerSize]()
+    states = sum(tensor.nbytes for part in SequenceCache(cache, tokens).parts() for tensor in _states(part))
     for number, layer in enumerate(cache.layers):
         nbytes = sum(tensor.nbytes for tensor in _tensors(vars(layer)))
         if getattr(layer, "keys", None) is not None:
@@ -89,7 +96,13 @@ def _probe(skeleton: Any, tokens: int) -> tuple[list[LayerSize], int, dict[int, 
             layers[number] = rows // layer.keys.shape[-2], window
             nbytes = max(0, nbytes - rows)
         beside += nbytes
-    return list(layers.values()), beside, layers
+    return list(layers.values()), beside, layers, states
+
+
+def _states(part: Any) -> list[torch.Tensor]:
+    """The tensors of a part of a cache that a token replaces."""
+    values = part.slots().values() if isinstance(part, StateLayer) else ()
+    return [value for value in values if isinstance(value, torch.Tensor)]
 
 
 def kv_from_config(config: Any, itemsize: int) -> KvSize:

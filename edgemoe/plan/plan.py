@@ -55,6 +55,8 @@ class Plan:
     """Weights of the draft model; 0 without one."""
     draft_kv_nbytes: int
     """Memory for the draft model's keys and values."""
+    kept_states_nbytes: int
+    """Memory for the states that recurrent layers keep for drafted tokens; 0 without such layers or drafts."""
     workspace_nbytes: int
     """Memory for the activations of a prefill chunk, and while loading for a second copy of the largest weight."""
     reserve_nbytes: int
@@ -95,8 +97,13 @@ class Plan:
     @property
     def total_nbytes(self) -> int:
         """Bytes of everything on the device."""
-        draft = self.draft_weights_nbytes + self.draft_kv_nbytes
+        draft = self.draft_weights_nbytes + self.draft_kv_nbytes + self.kept_states_nbytes
         return self.dense_nbytes + self.kv_nbytes + draft + self.workspace_nbytes + self.cache_nbytes
+
+    @property
+    def kept_states(self) -> int | None:
+        """How many states of a sequence may be kept at once, for drafts; None where families keep none."""
+        return self.kept_states_nbytes // self.kv.state_nbytes if self.kv.state_nbytes else None
 
     @property
     def nbytes_per_token(self) -> int:
@@ -132,6 +139,13 @@ class Plan:
         nbytes = self.draft_weights_nbytes + self.draft_kv_nbytes
         return [("draft model", format_bytes(nbytes), f"{memory}, its keys and values included")]
 
+    def _kept(self, memory: str) -> list[tuple[str, str, str]]:
+        if not self.kept_states_nbytes:
+            return []
+        one = format_bytes(self.kv.state_nbytes)
+        why = f"{memory}, {self.kept_states} of {one}, to take drafted tokens back"
+        return [("kept states", format_bytes(self.kept_states_nbytes), why)]
+
     def lines(self) -> list[tuple[str, str, str]]:
         """Rows for people: name, amount, and where or why."""
         memory = "RAM" if self.device == "cpu" else "VRAM"
@@ -148,6 +162,7 @@ class Plan:
             ("non-expert weights", size(self.dense_nbytes), memory),
             ("KV cache", size(self.kv_nbytes), f"{memory}, {self._sequences()}"),
             *self._draft_model(memory),
+            *self._kept(memory),
             ("workspace", size(self.workspace_nbytes), f"{memory}, prefill chunks of {self.prefill_chunk} tokens"),
             ("expert cache", size(self.cache_nbytes), f"{memory}, {slots}"),
             ("total", size(self.total_nbytes), f"{memory}, {size(self.reserve_nbytes)} more are left untouched"),

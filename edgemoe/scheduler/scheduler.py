@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from edgemoe.draft.proposal import Verified
 from edgemoe.model.draft_tree import DraftTree
-from edgemoe.model.kv_cache import SequenceCache
+from edgemoe.model.kv_cache import STATES_BESIDE_NODES, SequenceCache
 from edgemoe.model.model_runner import ModelRunner
 from edgemoe.model.pass_logits import LogitsRows
 from edgemoe.request.request import Request
@@ -68,8 +68,12 @@ class Scheduler:
         *,
         max_draft_nodes: int = 0,
         max_drafted: int | None = None,
+        max_states: int | None = None,
     ) -> None:
-        """`max_draft_nodes` bounds the draft of one request; 0 where nothing drafts."""
+        """`max_draft_nodes` bounds the draft of one request; 0 where nothing drafts.
+
+        `max_states` is how many states of a sequence a step may keep for drafted tokens; None where it keeps none.
+        """
         self.totals = SchedulerTotals()
         self.size = size
         self.kv = kv
@@ -77,6 +81,7 @@ class Scheduler:
         self._step_tokens = step_tokens
         self._max_draft_nodes = max_draft_nodes
         self._max_drafted = step_tokens if max_drafted is None else max_drafted
+        self._max_states = max_states
         self._waiting = WaitingQueue(patience)
         self._running: list[Request] = []
         self._prefixes = PrefixCache(kv, MAX_CACHED_PREFIXES)
@@ -279,6 +284,8 @@ class Scheduler:
             return {}
         left = max(self._step_tokens - sum(count for _, count in parts), self._step_tokens // 4)
         most = min(left, self._max_drafted) // len(decoding)
+        if self._max_states is not None:
+            most = max(0, min(most, self._max_states // len(decoding) - STATES_BESIDE_NODES))
         return {each: min(most, self._draft_capacity(each)) for each in decoding if each.generated}
 
     def _draft_capacity(self, request: Request) -> int:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
-from edgemoe.model.kv_cache import GrowingLayer, cache_argument, has_recurrent_state, new_cache
+from edgemoe.model.kv_cache import cache_argument, has_recurrent_state, new_cache
+from edgemoe.model.row_layers import GrowingLayer
 from edgemoe.plan.kv_size import measure_kv
 from edgemoe.quiet import quiet_transformers
 from tests.support.checkpoints import Zoo, running

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
-from edgemoe.model.kv_cache import GrowingLayer, SequenceCache, WindowLayer
+from edgemoe.model.kv_cache import SequenceCache
+from edgemoe.model.row_layers import GrowingLayer, WindowLayer
 
 WINDOWS = [None, 2, 3, 6, 17, 100]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from edgemoe import Engine, Sampling, engine
-from edgemoe.model.kv_cache import GrowingLayer
+from edgemoe.model.row_layers import GrowingLayer
 from tests.support.checkpoints import Zoo
 
 LENGTHS = [(3, 200), (20, 90), (7, 40)]
