@@ -11,9 +11,9 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from edgemoe.model.head_cache import HeadCache
-from edgemoe.model.kept_states import StatePool
+from edgemoe.model.rewind.kept_states import StatePool
+from edgemoe.model.rewind.state_layers import StatesBeside, own_layer
 from edgemoe.model.row_layers import GrowingLayer, WindowLayer
-from edgemoe.model.state_layers import StatesBeside, own_layer
 
 _POOL = "edgemoe_state_pool"
 """The attribute of a model that holds the memory for kept states of its sequences."""

@@ -16,9 +16,9 @@ from edgemoe.model.kv_cache import SequenceCache
 from edgemoe.model.packed_attention import configs_of
 from edgemoe.model.packed_runner import PackedRunner
 from edgemoe.model.pass_logits import LogitsRows, split_rows
+from edgemoe.model.rewind.token_lockstep import TokenLockstep, by_token
 from edgemoe.model.rope import rescaling_lengths
 from edgemoe.model.sequential_runner import PROBE_TOKENS, PassInput, SequentialRunner, whole_logits
-from edgemoe.model.token_lockstep import TokenLockstep, by_token
 from edgemoe.quiet import quiet_transformers
 
 if TYPE_CHECKING:

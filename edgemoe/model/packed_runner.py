@@ -13,7 +13,7 @@ from edgemoe.kernels import batch_invariant_linear
 from edgemoe.model import fused_attention, fused_layer
 from edgemoe.model.packed_attention import MIN_THREADED_PAIRS, PackedAttention, Row
 from edgemoe.model.pass_logits import LogitsRows, split_rows
-from edgemoe.model.recurrent_mixers import (
+from edgemoe.model.rewind.recurrent_mixers import (
     MixerRow,
     RecurrentMixers,
     find_mixers,

@@ -12,8 +12,8 @@ import torch
 
 from edgemoe.checkpoint.blueprint import Blueprint, build_skeleton
 from edgemoe.errors import is_device_or_memory_error
-from edgemoe.model.kept_states import StateLayer
 from edgemoe.model.kv_cache import SequenceCache, cache_argument, new_cache
+from edgemoe.model.rewind.kept_states import StateLayer
 from edgemoe.quiet import quiet_transformers
 
 PROBES = (4, 132)

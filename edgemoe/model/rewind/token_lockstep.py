@@ -19,8 +19,8 @@ from torch import nn
 from edgemoe.experts.lockstep import OutOfStep
 from edgemoe.kernels.batch_invariant_linear import matrix_of
 from edgemoe.model.pass_logits import LogitsRows, split_rows
+from edgemoe.model.rewind.token_view import TokenView
 from edgemoe.model.sequential_runner import PassInput, SequentialRunner
-from edgemoe.model.token_view import TokenView
 
 
 class TokenLockstep:

@@ -17,7 +17,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from edgemoe.model.kept_states import Slot, StateLayer, StatePool
+from edgemoe.model.rewind.kept_states import Slot, StateLayer, StatePool
 from edgemoe.model.row_layers import GrowingLayer, IndexedLayer, WindowLayer
 
 STATES = ("conv_states", "recurrent_states")

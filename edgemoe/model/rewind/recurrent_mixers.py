@@ -22,10 +22,10 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from edgemoe.cache import accelerator
 from edgemoe.kernels.batch_invariant_linear import matrix_of
 from edgemoe.kernels.packed_layers import PackedLinear
-from edgemoe.model.kept_states import MARK, Slot
 from edgemoe.model.kv_cache import SequenceCache
+from edgemoe.model.rewind.kept_states import MARK, Slot
+from edgemoe.model.rewind.state_layers import RecurrentLayer
 from edgemoe.model.sequential_runner import PassInput
-from edgemoe.model.state_layers import RecurrentLayer
 
 READS = ("get_conv_state", "get_recurrent_state", "update_conv_state", "update_recurrent_state")
 """Methods of transformers' caches that a mixer calls."""

@@ -1,0 +1,1 @@
+"""Taking drafted tokens back in families whose layers keep a state: states a token, mixers token by token."""
