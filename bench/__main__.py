@@ -25,6 +25,8 @@ MEASUREMENTS = {
         "batch-exact": "32 mixed requests together against one by one, every tested family",
         "spec-exact": "greedy replies with every way of drafting against plain decoding, every tested family",
         "spec-sampled": "the distribution of the first tokens with drafts against the exact one",
+        "mtp-exact": "replies with a checkpoint's own draft head against plain decoding, and its drafts",
+        "rewind-exact": "states and tokens after drafts were taken back against single steps, bit for bit",
         "inflated-demo": "the widened shipped model says what the shipped one says",
     },
     "field": {
@@ -69,6 +71,9 @@ MEASUREMENTS = {
         "spec-floor": "a cycle's time against its floor, over caches and links",
         "spec-batch1": "prefetching and drafts at batch 1, over caches and links, against demanded loads alone",
         "spec-batch32": "batches of 32 and 128 with drafts against loading on demand without a cache",
+        "specmoe": "batches of 32 to 256 with long replies against loading on demand",
+        "mtp-gain": "the shipped model's draft head against no drafts, and the default without it, at batch 1",
+        "rewind-cost": "a verification of a hybrid family against single steps, and the memory of its states",
         "never-slower": "the default speculation against none: every task, cache, link and temperature",
         "adapts": "the default speculation on a mixed workload against the best fixed setting",
         "switches": "cycles until the setting changes when a stream turns from copying to arithmetic",

@@ -34,7 +34,7 @@ def speculation_for(
             depth = settings.depth if settings.priced else min(settings.depth, USUAL_DEPTH)
             passes = HeadDrafter(runner, runner.head, plan.prefill_chunk, depth)
         else:
-            settings = settings.without_head(runner.head_refusal)
+            settings = settings.without_head(runner.head_refusal or runner.refusal)
     elif "self" in settings.drafters:
         passes = _self_drafter(settings, runner, runtime)
     elif draft_model is not None:

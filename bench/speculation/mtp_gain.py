@@ -83,7 +83,7 @@ def measure(cell: Cell, form: str, size: Size) -> dict[str, Any]:
     )
     none, head = found["none"], found["head"]
     assert all(answers.token_ids == none.token_ids for answers in found.values()), "replies differ"
-    at = {
+    at: dict[str, Any] = {
         "cell": f"{cell.name}, {form}",
         "ms_per_token": {name: 1e3 * answers.total / answers.tokens for name, answers in found.items()},
         "over_none": _ratios(none, head),

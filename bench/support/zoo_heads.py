@@ -19,7 +19,6 @@ ROLES = {
     "apart": {"enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_norm_hidden", "eh_proj": "fc", "norm": "norm"},
 }
 """How the layouts of published checkpoints call the parts of a head: DeepSeek's and GLM's, and Qwen's."""
-SIZES: dict[str, dict[str, int]] = {"zaya": {}}
 
 
 def make_with_head(
@@ -54,7 +53,8 @@ def head_tensors(
     found = {}
     for key, value in tensors.items():
         if key.startswith(f"{stack}{layer}."):
-            drawn = value + 0.1 * value.std().nan_to_num(1.0) * torch.randn(value.shape, generator=generator)
+            spread = value.std() if value.numel() > 1 else value.abs().mean()
+            drawn = value + 0.1 * spread * torch.randn(value.shape, generator=generator)
             found[own + key.removeprefix(f"{stack}{layer}.")] = drawn.to(value.dtype)
     size = config["hidden_size"]
     like = next(value for key, value in tensors.items() if key.endswith("norm.weight"))
@@ -79,10 +79,15 @@ def _last_layer(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> tup
         if match is not None:
             layers.setdefault((match[1], int(match[2])), set()).add(match[3])
     stack = max({prefix for prefix, _ in layers}, key=lambda prefix: sum(other == prefix for other, _ in layers))
+    words = ("expert", "moe")
     chosen = [
         number
         for (prefix, number), names in layers.items()
-        if prefix == stack and any("attn" in name for name in names) and any("expert" in name for name in names)
+        if prefix == stack
+        and any("attn" in name for name in names)
+        and any(word in name for name in names for word in words)
         if not any("linear_attn" in name or "conv" in name for name in names)
     ]
+    if not chosen:
+        raise ValueError("no layer attends and has experts, as the layer of a head does")
     return stack, max(chosen)

@@ -240,7 +240,8 @@ def _norm_of(layer: nn.Module, size: int) -> nn.Module:
     module: nn.Module
     for name, module in layer.named_modules():
         weight = getattr(module, "weight", None)
-        if "norm" in name and isinstance(weight, torch.Tensor) and tuple(weight.shape) == (size,):
+        plain = getattr(module, "bias", None) is None
+        if plain and "norm" in name and isinstance(weight, torch.Tensor) and tuple(weight.shape) == (size,):
             return module
     raise LookupError("its layers have no norm of a kind that a head has")
 

@@ -62,15 +62,17 @@ class HeadOutput(NamedTuple):
 class _Skip(nn.Module):
     """Stands in for the layers that a head does not have."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, outputs: int | None) -> None:
+        """As `layer`, which returns so many values in a tuple, or one by itself where it is None."""
         super().__init__()
+        self._outputs = outputs
         # Models ask their layers what they are.
         vars(self).update(
             {name: value for name, value in vars(layer).items() if isinstance(value, (str, int, bool, float))}
         )
 
-    def forward(self, hidden_states: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
-        return hidden_states
+    def forward(self, hidden_states: torch.Tensor, *others: Any, **named: Any) -> Any:
+        return hidden_states if self._outputs is None else (hidden_states, *[None] * (self._outputs - 1))
 
 
 class _LastNorm(nn.Module):
@@ -224,22 +226,36 @@ class HeadRunner:
     def _why_not(self) -> str:
         with self._runner.layers.silenced(), quiet_transformers():
             try:
+                tokens = [(17 * place + 3) % self._runner.vocabulary for place in range(PROBE_TOKENS)]
+                hidden, outputs = self._of_model(tokens)
                 self._norm = _LastNorm(self._head.norm or _last_norm(self._runner.model.get_decoder()))
-                self._model = _with_head(self._runner.model, self._head, self._norm)
-                return "" if self._agrees() else "the head gives other logits for several rows than for one"
+                self._model = _with_head(self._runner.model, self._head, self._norm, outputs)
+                return (
+                    "" if self._agrees(tokens, hidden) else "the head gives other logits for several rows than for one"
+                )
             except Exception as error:
                 if is_device_or_memory_error(error):
                     raise
                 # The family's forward was not written for such a call.
                 return f"the head cannot be run ({reason(error)})"
 
-    def _agrees(self) -> bool:
+    def _of_model(self, tokens: Sequence[int]) -> tuple[torch.Tensor, int | None]:
+        """The model's last hidden states of `tokens`, and how many values its layers return, if a tuple."""
+        runner, outputs = self._runner, list[int | None]()
+        layer = runner.model.get_decoder().layers[self._head.like[0]]
+        hook = layer.register_forward_hook(
+            lambda module, inputs, output: outputs.append(len(output) if isinstance(output, tuple) else None)
+        )
+        try:
+            with self.states.taking() as taken:
+                runner.run([PassInput(runner.start(len(tokens)), tokens)])
+        finally:
+            hook.remove()
+        return taken[0][:, AFTER], outputs[0]
+
+    def _agrees(self, tokens: Sequence[int], hidden: torch.Tensor) -> bool:
         """Whether rows get the same logits at once and one by one, and drafts of a tree those of a chain."""
         runner = self._runner
-        tokens = [(17 * place + 3) % runner.vocabulary for place in range(PROBE_TOKENS)]
-        with self.states.taking() as taken:
-            runner.run([PassInput(runner.start(PROBE_TOKENS), tokens)])
-        hidden = taken[0][:, AFTER]
         whole, single = self.start(2 * PROBE_TOKENS), self.start(2 * PROBE_TOKENS)
         (together,) = self.run([HeadInput(whole, tokens[1:], hidden[:-1], PROBE_TOKENS - 1)])
         for place in range(PROBE_TOKENS - 1):
@@ -271,19 +287,21 @@ def _last_norm(decoder: Any) -> nn.Module:
     return norms[-1]
 
 
-def _with_head(model: Any, head: DraftHead, norm: _LastNorm) -> Any:
+def _with_head(model: Any, head: DraftHead, norm: _LastNorm, outputs: int | None) -> Any:
     """`model` with the layers of `head` in the place of its own: it shares everything else with it.
 
-    The family's own forward then makes masks, positions and logits as for the model.
+    The family's own forward then makes masks, positions and logits as for the model. `outputs` is what `_Skip` takes.
+    Raises LookupError where the stack of layers is no direct part of the model.
     """
     decoder = model.get_decoder()
-    layers = nn.ModuleList([_Skip(layer) for layer in decoder.layers])
+    layers = nn.ModuleList([_Skip(layer, outputs) for layer in decoder.layers])
     for place, block in zip(head.like, head.blocks, strict=True):
         layers[place] = block
     last = next(name for name, child in decoder.named_children() if child is _last_norm(decoder))
     stack = _shallow(decoder, {"layers": layers, last: norm})
-    name = next(name for name, child in model.named_children() if child is decoder)
-    own = {name: stack}
+    own: dict[str, nn.Module] = {name: stack for name, child in model.named_children() if child is decoder}
+    if not own:
+        raise LookupError("the model has its layers in a part of a part")
     if head.output is not None:
         output = model.get_output_embeddings()
         own |= {name: head.output for name, child in model.named_children() if child is output}
