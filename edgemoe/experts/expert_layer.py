@@ -131,11 +131,12 @@ class ExpertLayers:
         self._silent = False
         self._override: RoutingOverride | None = None
         self._lockstep: LockstepPasses | None = None
+        self._rows: torch.Tensor | None = None
 
     @property
     def as_usual(self) -> bool:
-        """Whether passes route and compute as the model says, each by itself."""
-        return not self._silent and self._override is None and self._lockstep is None
+        """Whether passes route and compute as the model says, each by itself and every token."""
+        return not self._silent and self._override is None and self._lockstep is None and self._rows is None
 
     @property
     def routes_itself(self) -> bool:
@@ -176,7 +177,28 @@ class ExpertLayers:
             index, weights = (new.view(old.shape) for new, old in zip(found, (index, weights), strict=True))
         if self._lockstep is not None:
             return self._lockstep.wait_for_others(layer, hidden, index, weights)
+        if self._rows is not None:
+            return self._some(layer, hidden, index, weights, self._rows)
         return layer.compute(hidden, index, weights)
+
+    @staticmethod
+    def _some(
+        layer: ExpertLayer, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, rows: torch.Tensor
+    ) -> torch.Tensor:
+        flat, top_k = hidden.reshape(-1, hidden.shape[-1]), index.shape[-1]
+        chosen = index.reshape(-1, top_k)[rows], weights.reshape(-1, top_k)[rows]
+        outputs = torch.zeros_like(flat)
+        outputs[rows] = layer.compute(flat[rows], *chosen)
+        return outputs.view(hidden.shape)
+
+    @contextmanager
+    def computing(self, rows: torch.Tensor) -> Iterator[None]:
+        """In the block experts are computed for the tokens `rows`, int64, alone; for the others the output is zero."""
+        before, self._rows = self._rows, rows
+        try:
+            yield
+        finally:
+            self._rows = before
 
     @contextmanager
     def silenced(self) -> Iterator[None]:

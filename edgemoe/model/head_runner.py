@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -173,19 +173,29 @@ class HeadRunner:
                 rows.append(Row(item.cache.kv, first, last, item.tree_mask))
                 wanted += range(last - item.outputs, last)
                 first = last
-            with self._attention.running(rows):
+            with self._attention.running(rows), self._computing(wanted, first):
                 output = self._forward(inputs, torch.tensor(wanted), use_cache=False)
             for item in inputs:
                 item.cache.rows += len(item.tokens)
             return self._outputs(output, wanted, [item.outputs for item in inputs])
 
+    def _computing(self, wanted: Sequence[int], rows: int) -> AbstractContextManager[None]:
+        """In the block the experts of a head's only layer are computed for the `wanted` ones of the rows alone.
+
+        Of the others nothing is needed but keys and values, which come before the experts.
+        """
+        if len(wanted) == rows or len(self._head.blocks) > 1:
+            return nullcontext()
+        return self._runner.layers.computing(torch.tensor(list(wanted)).to(self._runner.device))
+
     def _alone(self, item: HeadInput) -> HeadOutput:
         extra: dict[str, Any] = {self._cache_argument: item.cache.kv}
         if item.tree_mask is not None:
             extra["attention_mask"] = self._mask(item.cache, item.tree_mask)
-        output = self._forward([item], item.outputs, use_cache=True, **extra)
-        item.cache.rows += len(item.tokens)
         count = len(item.tokens)
+        with self._computing(range(count - item.outputs, count), count):
+            output = self._forward([item], item.outputs, use_cache=True, **extra)
+        item.cache.rows += count
         return self._outputs(output, range(count - item.outputs, count), [item.outputs])[0]
 
     def _forward(self, inputs: Sequence[HeadInput], keep: torch.Tensor | int, **named: Any) -> torch.Tensor:
