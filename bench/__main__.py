@@ -24,6 +24,7 @@ MEASUREMENTS = {
         "gguf-peer": "GGUF files made by llama.cpp against llama.cpp's own logits of them",
         "batch-exact": "32 mixed requests together against one by one, every tested family",
         "spec-exact": "greedy replies with every way of drafting against plain decoding, every tested family",
+        "rewind-exact": "verifications of families with states or indexers against single steps, bit for bit",
         "spec-sampled": "the distribution of the first tokens with drafts against the exact one",
         "inflated-demo": "the widened shipped model says what the shipped one says",
     },
@@ -75,6 +76,7 @@ MEASUREMENTS = {
         "budget": "speed and loss of an expert budget against exact speculation",
         "budget-curve": "the same from a tight budget to one that holds everything, drawn",
         "speedup-model": "predicted speed-ups against cycles that were not fitted, over batches, depths and caches",
+        "rewind-cost": "a verification of a hybrid family, all experts resident, against single steps",
         "inverted-u": "speed-up over batch, all experts resident, for sparse and dense routing",
     },
     "no_card": {
