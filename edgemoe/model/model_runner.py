@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from edgemoe.cache import accelerator
 from edgemoe.errors import is_device_or_memory_error
 from edgemoe.model.draft_tree import DraftTree, TreeMask
 from edgemoe.model.kv_cache import SequenceCache
@@ -134,8 +135,9 @@ class ModelRunner:
                     return shape, ""
             return "", "this family does not give several tokens in one pass the logits of one after the other"
         self.tokens_side_by_side = TokenLockstep(self.sequential)
-        if self._verified("chain", to_the_bit=True):
+        if not accelerator.is_accelerator(self.sequential.device) and self._verified("chain", to_the_bit=True):
             return "chain", ""
+        # What a device multiplies has other bits among several tokens.
         self.tokens_side_by_side.shares_linears = False
         if self._verified("chain"):
             return "chain", ""

@@ -50,7 +50,7 @@ def test_a_rollback_gives_the_state_after_the_last_token_that_is_kept(replaces: 
         layer.mark()
         for node in range(4):
             append(layer, 10 + node)
-            layer.settle(node)
+            layer.settle(node, run=bool(node % 2))
         for node in range(kept + 1):
             append(other, 10 + node)
         layer.rollback(1, range(kept + 1))
@@ -85,7 +85,7 @@ def test_a_state_that_began_after_the_mark_is_none_again() -> None:
     layer = RecurrentLayer()
     layer.mark()
     append(layer, 5)
-    layer.settle(0)
+    layer.settle(0, run=True)
     layer.rollback(0, [])
     assert not layer.has_previous_state[0]
     append(layer, 6)
@@ -101,7 +101,7 @@ def test_memory_of_kept_states_is_used_again() -> None:
         layer.mark()
         for node in range(3):
             append(layer, 10 * turn + 11 + node)
-            layer.settle(node)
+            layer.settle(node, run=False)
         assert layer.kept is not None
         assert layer.kept.nbytes == 4 * 2 * state(0).nbytes
         held |= {id(each) for nodes in layer.kept._nodes.values() for each in nodes.values()}
@@ -120,7 +120,7 @@ def test_rows_and_states_go_back_together(window: int | None) -> None:
     for node, token in enumerate([6, 7, 8]):
         layer.update(rows([token]), rows([-token]))
         append(layer, token)
-        layer.settle(node)
+        layer.settle(node, run=False)
     layer.rollback(5, [0])
     assert layer.get_seq_length() == 6
     assert torch.equal(layer.keys, rows([1, 2, 3, 4, 5, 6] if window is None else [5, 6]))
