@@ -270,9 +270,9 @@ def find_mixers(model: Any, cache: SequenceCache, step: Callable[[SequenceCache,
 def _try_replacing(cache: SequenceCache, step: Callable[[SequenceCache, Sequence[int]], Any]) -> None:
     """Lets new recurrent states take the places of old ones, in all caches, where no mixer writes into the old ones."""
     layers = [layer for layer in cache.kv.layers if isinstance(layer, RecurrentLayer)]
-    if any(accelerator.is_accelerator(layer.device) for layer in layers if layer.device is not None):
-        return
     before = [state for layer in layers for state in layer.recurrent_states.values() if state is not None]
+    if any(accelerator.is_accelerator(state.device) for state in before):
+        return
     copies = [state.clone() for state in before]
     for layer in layers:
         layer.pool.replaces = True
