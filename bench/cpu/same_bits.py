@@ -157,7 +157,8 @@ def _passes(runner: ModelRunner, expected: _SingleSteps, size: Size) -> Iterator
     """Whether each pass agrees."""
     single, logits = expected.sequence, expected.logits
     for length in size.chains:
-        own = PassInput(runner.start(CONTEXT), single.tokens[:length], every=True)
+        # As drafts are verified: a prompt enters recurrent states in another way than single steps.
+        own = PassInput(runner.start(CONTEXT), single.tokens[:length], every=True, verifies=True)
         yield f"chain of {length}", torch.equal(runner.run([own])[0], torch.stack(logits[:length]))
     if runner.verifies == "tree":
         yield f"tree of depth {size.tree}", _tree_agrees(runner, single.tokens, logits, size.tree)
@@ -207,7 +208,7 @@ class _SingleSteps:
 def _tree_agrees(runner: ModelRunner, tokens: list[int], logits: list[torch.Tensor], depth: int) -> bool:
     """The tree's path through the right tokens, after the first ones in a pass of their own."""
     cache = runner.start(CONTEXT)
-    runner.run([PassInput(cache, tokens[:BEGUN])])
+    runner.run([PassInput(cache, tokens[:BEGUN], verifies=True)])
     cache.mark()
     tree, path = DraftTree(tokens[BEGUN]), [0]
     for token in tokens[BEGUN + 1 : BEGUN + depth]:

@@ -38,7 +38,7 @@ WAYS = (
     Drafting("ngram+self"),
     Drafting("self", "chain", "fewer"),
 )
-"""How engines draft; each is asked with few slots, and with one for every expert."""
+"""How engines draft; families take turns with few slots, and one for every expert."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Size(BaseSize):
 
     families: tuple[str, ...] = TESTED
     cycles: int = 9
-    tokens: int = 96
+    tokens: int = 64
     every: int = 1
 
 
@@ -96,9 +96,14 @@ def compare(family: str, folder: Path, number: int, size: Size) -> dict[str, Any
         expected = [plain.generate(*request) for request in asked]
         few, verified = (plain.plan.top_k + 2) * plain.plan.layers, len(PROMPTS) * size.cycles
         cases = [
-            Case(way, slots, 4, tuple((number + place + step) % len(asked) for step in (0, 3, 5)), {})
+            Case(
+                way,
+                (few, plain.plan.experts)[(number + place) % 2],
+                4,
+                tuple((number + place + step) % len(asked) for step in (0, 3, 5)),
+                {},
+            )
             for place, way in enumerate(WAYS)
-            for slots in (few, plain.plan.experts)
         ]
         results = [
             case_result(folders, settings, case, asked, expected, plain) for case in islice(cases, 0, None, size.every)

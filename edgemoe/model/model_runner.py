@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from edgemoe.cache import accelerator
 from edgemoe.checkpoint.draft_head import HEAD
 from edgemoe.errors import is_device_or_memory_error
 from edgemoe.model.draft_tree import DraftTree, TreeMask
@@ -57,7 +58,7 @@ class ModelRunner:
         self._graphs = self._graph_runner()
         self.graph_refusal = self._why_no_graphs()
         """Why passes of few tokens are not replayed on a device that could; empty where they are, or there is none."""
-        self._tokens: TokenLockstep | None = None
+        self.tokens_side_by_side: TokenLockstep | None = None
         """Verifies token by token, where a pass over several tokens does not serve."""
         self.verifies, self.refusal = self._probe_verification()
         self.head = self._head_runner()
@@ -146,8 +147,8 @@ class ModelRunner:
             return self._graphs.rows(inputs)
         if self.packs:
             return self._packed.rows(inputs)
-        if self._tokens is not None and (len(inputs) > 1 or by_token(inputs[0])):
-            return self._tokens.rows(inputs)
+        if self.tokens_side_by_side is not None and (len(inputs) > 1 or by_token(inputs[0])):
+            return self.tokens_side_by_side.rows(inputs)
         return self.sequential.rows(inputs) if len(inputs) == 1 else self._in_lockstep(inputs)
 
     def _in_lockstep(self, inputs: Sequence[PassInput]) -> list[LogitsRows]:
@@ -162,13 +163,14 @@ class ModelRunner:
                 if self._verified(shape):
                     return shape, ""
             return "", "this family does not give several tokens in one pass the logits of one after the other"
-        self._tokens = TokenLockstep(self.sequential)
-        if self._verified("chain", to_the_bit=True):
+        self.tokens_side_by_side = TokenLockstep(self.sequential)
+        if not accelerator.is_accelerator(self.sequential.device) and self._verified("chain", to_the_bit=True):
             return "chain", ""
-        self._tokens.shares_linears = False
+        # What a device multiplies has other bits among several tokens.
+        self.tokens_side_by_side.shares_linears = False
         if self._verified("chain"):
             return "chain", ""
-        self._tokens = None
+        self.tokens_side_by_side = None
         return "", "this family's cache has a state that cannot be rolled back"
 
     def _verified(self, shape: str, *, to_the_bit: bool = False) -> bool:

@@ -27,16 +27,18 @@ PACKED = [
     "mimo_v2_flash",
     "cohere2_moe",
     "gemma4",
+    "qwen3_next",
+    "nemotron_h",
+    "zaya",
 ]
-"""Among them windows of 6 tokens, attention sinks, values narrower than keys, shared experts and wrapped models."""
+"""Among them windows of 6 tokens, attention sinks, values narrower than keys, shared experts, and states."""
 SIDE_BY_SIDE = [
     "deepseek_v3",
     "deepseek_v32",
     "deepseek_v4",
-    "qwen3_next",
-    "nemotron_h",
+    "kimi_linear",
     "minimax",
-    "zaya",
+    "qwen4_exp_text",
     "inkling2_text",
 ]
 """Latents, recurrent states, indexers, compressed rows, and attention that is not transformers' own."""
@@ -87,11 +89,13 @@ def test_a_step_side_by_side_equals_one_after_the_other(family: str, zoo: Zoo) -
 
 def test_what_cannot_be_run_in_chunks_is_stepped_jointly_in_whole_prompts(zoo: Zoo) -> None:
     with running(zoo("jamba")) as own, quiet_transformers():
-        assert not packs(own.runner())
+        assert packs(own.runner())
         assert_steps_equal_the_reference(own, WHOLE_ROUNDS, 1e-4)
 
 
-@pytest.mark.parametrize(("family", "packed"), [("mixtral", True), ("gpt_oss", True), ("nemotron_h", False)])
+@pytest.mark.parametrize(
+    ("family", "packed"), [("mixtral", True), ("gpt_oss", True), ("nemotron_h", True), ("kimi_linear", False)]
+)
 def test_in_bfloat16_joint_steps_differ_by_rounding_only(family: str, packed: bool, zoo: Zoo) -> None:
     with running(zoo(family), dtype="bfloat16") as own, quiet_transformers():
         assert packs(own.runner()) is packed

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 
+from edgemoe.experts.lockstep import LockstepPasses
+from edgemoe.kernels.batch_invariant_linear import install_gemv
+from edgemoe.kernels.cpu.threads import KernelThreads
 from edgemoe.model.draft_tree import DraftTree
 from edgemoe.model.kv_cache import SequenceCache
 from edgemoe.model.model_runner import ModelRunner, tree_input
@@ -20,8 +24,10 @@ PACKED = ["qwen3_moe", "mixtral", "gpt_oss", "gemma4", "exaone_moe", "cohere2_mo
 """Half of them with windows of 6 tokens in some layers; sinks, and values narrower than keys."""
 UNPACKED = ["deepseek_v2", "deepseek_v3", "glm4_moe_lite", "axk1"]
 """Latents."""
-REFUSED = ["jamba", "qwen3_next", "nemotron_h", "lfm2_moe", "zaya", "minimax", "deepseek_v32", "deepseek_v4"]
-"""Recurrent states, convolutions, indexers and compressed rows."""
+WITH_STATES = ["jamba", "qwen3_next", "nemotron_h", "lfm2_moe", "zaya", "granitemoehybrid"]
+"""Recurrent states and convolutions, whose families share a pass."""
+BY_TOKEN = ["deepseek_v32", "deepseek_v4", "minimax", "minimax_m3_vl_text", "inkling_text", "kimi_linear", "qwen4_exp"]
+"""Indexers, compressed rows, a cache of the model's own, and states beside latents or attention of their own."""
 
 
 def random_tree(draw: random.Random, nodes: int, root: int) -> DraftTree:
@@ -172,11 +178,95 @@ def test_a_cycle_that_accepts_nothing_leaves_no_trace(zoo: Zoo) -> None:
                 assert layer.get_mask_sizes(4) == expected.get_mask_sizes(4)
 
 
-@pytest.mark.parametrize("family", REFUSED)
-def test_what_cannot_be_taken_back_is_never_drafted_upon(family: str, zoo: Zoo) -> None:
+@pytest.mark.parametrize("family", [*WITH_STATES, *BY_TOKEN])
+def test_what_is_verified_of_states_has_the_bits_of_single_steps(family: str, zoo: Zoo) -> None:
+    """Also what was drafted in several passes and dropped before leaves no trace."""
+    draw = random.Random(family)
+    with running(zoo(family)) as own, quiet_transformers():
+        install_gemv(own.model, KernelThreads(1))
+        joint = ModelRunner(own.runner())
+        assert joint.verifies == ("tree" if family in WITH_STATES else "chain")
+        assert joint.packs == (family in WITH_STATES)
+        for length in (3, 20):
+            cache = joint.start(8)
+            joint.step(cache, random_ids(length, seed=length))
+            plain = cache.fork(length, 8)
+            tree = random_tree(draw, 6, root=5) if family in WITH_STATES else chain([5, 20, 21, 22, 23, 24])
+            for keeps in (False, True):
+                cache.mark()
+                for first, last in ((0, 2), (2, 6)) if not keeps else ((0, 6),):
+                    work = tree_input(cache, tree, range(first, last), range(first))
+                    logits = joint.run([work])[0]
+                path = tree.path(draw.randrange(1, 6)) if keeps else []
+                cache.rollback(length, path)
+            for node in path:
+                assert torch.equal(joint.step(plain, [tree.tokens[node]]), logits[node])
+            for token in (9, 10, 11):
+                assert torch.equal(joint.step(plain, [token]), joint.step(cache, [token]))
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "deepseek_v4", "minimax"])
+def test_several_verifications_beside_prompts_and_plain_steps(family: str, zoo: Zoo) -> None:
     with running(zoo(family)) as own, quiet_transformers():
         joint = ModelRunner(own.runner())
-        assert joint.verifies == ""
+        caches = [joint.start(8) for _ in range(3)]
+        for number, cache in enumerate(caches):
+            joint.step(cache, random_ids(4 + 7 * number, seed=number))
+        plain = [cache.fork(cache.tokens, 8) for cache in caches]
+        drafts = [chain([5, 20, 21]), chain([9, 30])]
+        for cache in caches[:2]:
+            cache.mark()
+        works = [tree_input(cache, each, range(len(each)), ()) for cache, each in zip(caches[:2], drafts, strict=True)]
+        for others in ([PassInput(caches[2], [7])], [PassInput(caches[2], [8]), PassInput(joint.start(8), [3, 4, 5])]):
+            found = joint.run([*works, *others])
+            for cache, other, each, logits in zip(caches, plain, drafts, found, strict=False):
+                alone = other.fork(other.tokens, 8)
+                expected = torch.stack([joint.step(alone, [token]) for token in each.tokens])
+                assert_close(logits, expected)
+                cache.rollback(other.tokens)
+                cache.mark()
+            assert_close(found[2], joint.step(plain[2], others[0].tokens))
+
+
+def chain(tokens: Sequence[int]) -> DraftTree:
+    tree = DraftTree(tokens[0])
+    for node, token in enumerate(tokens[1:]):
+        tree.add(node, token, 0.5)
+    return tree
+
+
+def test_tokens_that_would_overtake_one_another_share_no_linear_layer(
+    zoo: Zoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chain is then run again, with experts shared alone."""
+    with running(zoo("deepseek_v32")) as own, quiet_transformers():
+        install_gemv(own.model, KernelThreads(1))
+        joint = ModelRunner(own.runner())
+        assert joint.tokens_side_by_side is not None
+        assert joint.tokens_side_by_side.shares_linears
+        cache = joint.start(8)
+        joint.step(cache, random_ids(6))
+        plain, calls = cache.fork(6, 8), iter(range(1000))
+        wait = LockstepPasses.wait_for_others
+
+        def skips(self: LockstepPasses, layer: Any, *tensors: torch.Tensor) -> torch.Tensor:
+            if layer.number < 0 and next(calls) == 5:
+                return layer.compute_together(*([each] for each in tensors))[0]  # type: ignore[no-any-return]
+            return wait(self, layer, *tensors)
+
+        monkeypatch.setattr(LockstepPasses, "wait_for_others", skips)
+        cache.mark()
+        logits = joint.run([tree_input(cache, chain([5, 6, 7]), range(3), ())])[0]
+        assert not joint.tokens_side_by_side.shares_linears
+        cache.rollback(6, range(3))
+        for token, found in zip([5, 6, 7], logits, strict=True):
+            assert torch.equal(joint.step(plain, [token]), found)
+
+
+@pytest.mark.parametrize("family", [*WITH_STATES[:2], *BY_TOKEN[:2]])
+def test_states_are_tried_without_loading_an_expert(family: str, zoo: Zoo) -> None:
+    with running(zoo(family)) as own, quiet_transformers():
+        ModelRunner(own.runner())
         assert_untouched(own)
 
 
@@ -201,7 +291,9 @@ def test_a_family_that_takes_no_masks_of_ours_verifies_chains(zoo: Zoo, monkeypa
         assert ModelRunner(own.runner()).verifies == "chain"
 
 
-@pytest.mark.parametrize(("family", "shape"), [("deepseek_v3", "chain"), ("gpt_oss", "")])
+@pytest.mark.parametrize(
+    ("family", "shape"), [("deepseek_v3", "chain"), ("gpt_oss", ""), ("deepseek_v32", ""), ("zaya", "")]
+)
 def test_masks_that_a_family_gets_wrong_are_noticed(
     family: str, shape: str, zoo: Zoo, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -315,3 +315,17 @@ def test_the_batch_is_what_the_engine_decodes_together(zoo: Zoo) -> None:
         assert (engine.plan.batch, engine.stats.batch, engine.stats.batch_reason) == (3, 3, "as asked for")
     with Engine.load(zoo("mixtral"), expert_cache=5, threads=1) as engine:
         assert (engine.plan.batch, engine.stats.batch, engine.stats.batch_reason) == (256, 4, "not measured yet")
+
+
+def test_states_of_drafted_tokens_are_in_the_plan(zoo: Zoo, ram: Ram, blueprint: Blueprint) -> None:
+    hybrid = read_blueprint(open_checkpoint(zoo("qwen3_next")))
+    plan = make_plan(hybrid, changed(draft_nodes=10))
+    assert plan.kept_states == 4 * (10 + 2)
+    assert plan.kept_states_nbytes == plan.kept_states * plan.kv.state_nbytes > 0
+    off = make_plan(hybrid, changed(speculate="off"))
+    assert (off.kept_states_nbytes, off.total_nbytes) == (0, plan.total_nbytes - plan.kept_states_nbytes)
+    assert next(why for what, _, why in plan.lines() if what == "kept states").startswith("RAM, 48 of 18.0 KiB")
+    ram.set(24 * MIB)
+    assert make_plan(hybrid, changed(draft_nodes=64)).kept_states == int(24 * MIB * 0.03) // plan.kv.state_nbytes
+    rows = make_plan(blueprint, CONFIG)
+    assert (rows.kept_states, rows.kept_states_nbytes) == (None, 0)

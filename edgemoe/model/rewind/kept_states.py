@@ -76,7 +76,10 @@ class KeptStates:
         """Keeps the values of `slots` as those after `node`, whether it has changed them or not."""
         values = owner.slots()
         for slot in slots:
-            self._nodes[slot][node] = self._latest[slot] = owner.copied(slot, values[slot])
+            nodes = self._nodes.setdefault(slot, {MARK: None})
+            if node in nodes:
+                owner.release(slot, nodes[node])
+            nodes[node] = self._latest[slot] = owner.copied(slot, values[slot])
 
     def go_back(self, owner: Any, node: int, slots: Sequence[Slot] = ()) -> None:
         """Gives `owner` the values after `node`, of all slots or of `slots`; they stay kept."""
@@ -137,9 +140,15 @@ class StateLayer:
         """Keeps what the layer holds now, until `rollback`."""
         self.kept = KeptStates(self)
 
-    def settle(self, node: int) -> bool:
-        """Keeps what `node` has changed, before another node changes it; whether it has changed all. After `mark`."""
+    def settle(self, node: int, *, run: bool) -> bool:
+        """Keeps what `node` has changed, before another node changes it; whether it has changed all. After `mark`.
+
+        `run` says that it has changed all that it will: nothing is compared, which a device would be waited for.
+        """
         assert self.kept is not None
+        if run:
+            self.kept.keep(self, node, list(self.slots()))
+            return True
         return self.kept.settle(self, node)
 
     def go_back(self, node: int) -> None:

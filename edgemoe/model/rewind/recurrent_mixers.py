@@ -100,7 +100,7 @@ class RecurrentMixers:
         def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if not self._rows:
                 return forward(*args, **kwargs)
-            call = _Call(forward, mixer.cache_argument, args, kwargs)
+            call = _Call(forward, mixer, args, kwargs)
             tokens = _SteppedTokens(call.hidden, [row for row in self._rows if row.one_by_one], last)
             outputs: list[list[Any]] = []
             for row in self._rows:
@@ -121,13 +121,11 @@ class RecurrentMixers:
 class _Call:
     """A call of a mixer for a packed row, to be made for parts of it."""
 
-    def __init__(
-        self, forward: Callable[..., Any], cache_argument: str, args: Sequence[Any], kwargs: dict[str, Any]
-    ) -> None:
+    def __init__(self, forward: Callable[..., Any], mixer: Mixer, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         self._forward = forward
-        self._cache_argument = cache_argument
-        self._kwargs = _named(forward, args, kwargs)
-        self._kwargs.pop(cache_argument, None)
+        self._cache_argument = mixer.cache_argument
+        self._kwargs = _named(mixer.module, args, kwargs)
+        self._kwargs.pop(mixer.cache_argument, None)
         self._name = next(iter(self._kwargs))
         self.hidden = self._kwargs.pop(self._name)
 
@@ -218,9 +216,10 @@ def _steps(call: _Call, mixer: Mixer, row: MixerRow, tokens: _SteppedTokens) -> 
         yield output
 
 
-def _named(forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by their names, those given by position first."""
-    return dict(zip(inspect.signature(forward).parameters, args, strict=False)) | kwargs
+def _named(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call of `module` by their names, those given by position first."""
+    _, *names = inspect.signature(type(module).forward).parameters
+    return dict(zip(names, args, strict=False)) | kwargs
 
 
 def _joined(outputs: Sequence[Any]) -> Any:
@@ -245,7 +244,7 @@ def find_mixers(model: Any, cache: SequenceCache, step: Callable[[SequenceCache,
     running: list[tuple[nn.Module, str]] = []
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-        named = _named(module.forward, args, kwargs)
+        named = _named(module, args, kwargs)
         running.append((module, next((name for name, value in named.items() if value is cache.kv), "")))
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
@@ -272,6 +271,8 @@ def _try_replacing(cache: SequenceCache, step: Callable[[SequenceCache, Sequence
     """Lets new recurrent states take the places of old ones, in all caches, where no mixer writes into the old ones."""
     layers = [layer for layer in cache.kv.layers if isinstance(layer, RecurrentLayer)]
     before = [state for layer in layers for state in layer.recurrent_states.values() if state is not None]
+    if any(accelerator.is_accelerator(state.device) for state in before):
+        return
     copies = [state.clone() for state in before]
     for layer in layers:
         layer.pool.replaces = True

@@ -88,7 +88,7 @@ class TokenLockstep:
         firsts = [item._replace(tokens=item.tokens[:1]) if by_token(item) else item for item in inputs]
         with runner.passing(firsts, kind="lockstep"), runner.layers.lockstep() as lockstep:
             lockstep.shares_linears = shares_linears
-            found = iter(lockstep.run(tasks, after, lambda number: _settle(views[number])))
+            found = iter(lockstep.run(tasks, after, lambda number: _settle(views[number], whole=not shares_linears)))
             logits = []
             for item in inputs:
                 if by_token(item):
@@ -104,9 +104,9 @@ def by_token(item: PassInput) -> bool:
     return item.verifies or item.cache.marked is not None
 
 
-def _settle(view: TokenView | None) -> None:
+def _settle(view: TokenView | None, *, whole: bool) -> None:
     if view is not None:
-        view.settle()
+        view.settle(whole=whole)
 
 
 class _SharedLinear:

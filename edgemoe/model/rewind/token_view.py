@@ -28,18 +28,21 @@ class TokenView:
         """What a runner appends the token to; not for any other use."""
         self._node = None if sequence.marked is None else length - sequence.marked
 
-    def settle(self) -> None:
-        """Keeps the states that the token has replaced, before the next token replaces them. Only after a mark."""
+    def settle(self, *, whole: bool) -> None:
+        """Keeps the states that the token has replaced, before the next token replaces them. Only after a mark.
+
+        `whole` says that the token has run every layer that it has reached: passes wait in no mixer.
+        """
         if self._node is None:
             return
         touched, latest = self._layers.touched, self._layers.latest
         for number in sorted(touched):
             settle = getattr(self._parts[number], "settle", None)
             # What a token has left for another layer, it does not come back to.
-            if settle is None or settle(self._node) or number != latest:
+            if settle is None or settle(self._node, run=whole) or number != latest:
                 touched.discard(number)
         for part in self._beside:
-            part.settle(self._node)
+            part.settle(self._node, run=False)
 
 
 class _TouchedList(list[Any]):
