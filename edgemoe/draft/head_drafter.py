@@ -33,6 +33,7 @@ class HeadDrafter(PassDrafter):
     """
 
     name = "mtp"
+    takes_over = True
 
     def __init__(self, runner: ModelRunner, head: HeadRunner, chunk: int, max_depth: int = USUAL_DEPTH) -> None:
         """`chunk` bounds the rows of a pass that reads hidden states, `max_depth` the depth of its drafts."""

@@ -76,6 +76,8 @@ class PassDrafter(ABC):
 
     name: str
     """What settings and reports call it."""
+    takes_over = False
+    """Whether n-grams leave what is not likely to it in trees, as they do in chains: it is right more often."""
     predicts_experts = False
     """Whether the drafter routes as the target does, so that `wanted` predicts its experts."""
 

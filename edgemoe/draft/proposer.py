@@ -142,7 +142,8 @@ class DraftProposer:
 
     def _add_ngrams(self, builder: TreeBuilder, price: DraftPrice) -> None:
         # A chain has one node at each depth: an unlikely one is left to the drafter that comes next.
-        shared = builder.chain and builder.passes and self._passes is not None
+        passes = self._passes if builder.passes else None
+        shared = passes is not None and (builder.chain or passes.takes_over)
         frontier = self._ngrams.frontier(
             builder.request,
             builder.tree,
