@@ -79,6 +79,7 @@ def _without_slots(
         threads=config.threads or cores(),
         context=context,
         layers=len(blueprint.experts_modules),
+        head_layers=len(blueprint.experts_modules) - len(blueprint.pass_modules),
         experts=sum(moe.experts for moe in blueprint.experts_modules),
         top_k=_top_k(blueprint.config.get_text_config()),
         formats=blueprint.expert_formats,

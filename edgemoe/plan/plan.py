@@ -87,6 +87,8 @@ class Plan:
     """What the checkpoint says about generation and edgemoe does not do, as "name=value"."""
     dtype_note: str = ""
     """Why the dtype is not the one of the checkpoint although none was asked for; empty where it is."""
+    head_layers: int = 0
+    """How many of the MoE layers are a draft head's."""
     cpu_share: float = 0.0
     """Share of the missing experts, from 0 to 1, that the CPU computes beside a device, in passes of few tokens."""
     cpu_share_note: str = ""
@@ -153,7 +155,8 @@ class Plan:
         slots = f"{self.slots} slots of {self._slot_sizes()}, {self.slots / self.experts:.0%} of the experts"
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
         dtype = f"{self.dtype}: {self.dtype_note}" if self.dtype_note else self.dtype
-        experts = f"{self.layers} MoE layers, {self.experts} experts, top-{self.top_k}"
+        layers = f"{self.layers - self.head_layers} MoE layers{' and a draft head' if self.head_layers else ''}"
+        experts = f"{layers}, {self.experts} experts, top-{self.top_k}"
         if not set(self.formats) <= FLOATS:
             experts += f", in {' and '.join(self.formats)}"
         rows = [

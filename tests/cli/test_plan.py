@@ -32,7 +32,7 @@ def test_the_plan_as_json(factory: FakeFactory, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("line", "what", "then", "why"),
     [
-        ("", "ngram", ", ", "while it pays, trees of at most 16 tokens"),
+        ("", "mtp and ngram", ", ", "while it pays, trees of at most 16 tokens"),
         ("--speculate off", "off", ": ", "asked for"),
         (
             "--speculate ngram+self --draft-shape chain --draft-nodes 4",
