@@ -18,6 +18,7 @@ from edgemoe import Completion, Engine, PlanError, Sampling
 from edgemoe.draft.head_drafter import KINDS, MIN_TRIAL_ROWS, USUAL_DEPTH, HeadDrafter
 from edgemoe.draft.pass_drafter import TRIES
 from edgemoe.model.head_runner import AFTER, BEFORE, HeadInput, HeadOutput, HeadRunner
+from edgemoe.model.model_runner import ModelRunner
 from edgemoe.quiet import quiet_transformers
 from tests.support.checkpoints import Zoo, random_ids
 from tests.support.crowd import assert_same_reply
@@ -319,8 +320,10 @@ def test_where_it_is_not_asked_for_it_is_not_loaded(speculate: str, right: Right
         assert not hasattr(runner_of(engine).sequential.model, "draft_head")
 
 
-def test_a_family_that_takes_nothing_back_says_so(tmp_path: Path) -> None:
-    """It has a head, and drafts could not be verified."""
+def test_a_family_that_takes_nothing_back_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has a head, and drafts could not be verified. No tested family is such a one."""
+    lost = "this family's cache has a state that cannot be rolled back"
+    monkeypatch.setattr(ModelRunner, "_probe_verification", lambda runner: ("", lost))
     with quiet_transformers():
         folder = make_with_head("qwen3_next", tmp_path / "model")
     with load(folder) as engine:
