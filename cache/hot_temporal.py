@@ -25,6 +25,8 @@ TRUST_PASSES = 512
 """Window of the trust in heat, in passes through single layers."""
 SURVIVAL_PASSES = 32
 """Window in passes of the survival of slots."""
+MAX_USES, MIN_PASSES = 8.0, 16
+"""Cap on the uses a pass of a layer between passes, and the passes after which they are counted."""
 MAX_TRIES = 8
 """Candidates that are tried one at a time before all experts are sorted."""
 
@@ -56,6 +58,8 @@ class HotTemporal(EvictionPolicy):
         Passes run the first `pass_layers` of them, all where it is None; others are requested between passes.
         """
         self._pass_layers = len(experts) if pass_layers is None else pass_layers
+        # Uses a pass of a layer, as a factor of its heat: those between passes may be requested several times.
+        self._uses = np.ones((len(experts), 1), np.float32)
         layers, widest = len(experts), max(experts)
         self._experts = tuple(experts)
         self._recent = np.zeros((layers, widest), np.float32)
@@ -124,9 +128,9 @@ class HotTemporal(EvictionPolicy):
         layers, experts = self._state.shape
         current = layer if self._layer is None else self._layer
         step, offset = self._discount ** (1 / layers), self._offset()
-        state = self._state.copy()
+        state, hot = self._state.copy(), self._hot()
         for _ in range(MAX_TRIES):
-            index = _coldest(self._heat, state, current, step, offset)
+            index = _coldest(hot, state, current, step, offset)
             if index < 0:
                 return None
             expert = ExpertId(*divmod(index, experts))
@@ -134,7 +138,7 @@ class HotTemporal(EvictionPolicy):
                 return expert
             state[expert] = ABSENT
         factors = step ** ((np.arange(layers) - current - 1) % layers)
-        heat = (np.where(state == PREFETCHED, 1, self._heat) + offset) * factors[:, None]
+        heat = (np.where(state == PREFETCHED, 1, hot) + offset) * factors[:, None]
         order = np.argsort(np.where(state == ABSENT, np.inf, heat), axis=None, kind="stable")
         others = (ExpertId(*divmod(index, experts)) for index in order[: np.count_nonzero(state)].tolist())
         return next((expert for expert in others if evictable(expert)), None)
@@ -151,6 +155,16 @@ class HotTemporal(EvictionPolicy):
         for expert, rate in heat.items():
             self._heat[expert] = self._average[expert] = min(1.0, max(0.0, rate))
             self._passes[expert.layer] = WARM_PASSES
+
+    def _hot(self) -> np.ndarray:
+        """The heat of all experts, by uses a pass."""
+        if self._pass_layers == len(self._experts):
+            return self._heat
+        for layer in range(self._pass_layers, len(self._experts)):
+            # Of few passes the ratio says nothing.
+            self._uses[layer] = max(1.0, min(MAX_USES, self._passes[layer] / max(self._passes[0], MIN_PASSES)))
+        found: np.ndarray = self._heat * self._uses
+        return found
 
     def _begin_pass(self) -> None:
         if self._held:

@@ -57,9 +57,9 @@ class Size(BaseSize):
     caches: tuple[str, ...] = ("10%", "25%")
     tokens: int = 256
     windows: Mapping[int, Window] = field(
-        default_factory=lambda: {32: Window(24, 248), 128: Window(24, 120), 256: Window(24, 88)}
+        default_factory=lambda: {32: Window(16, 112), 128: Window(16, 80), 256: Window(8, 56)}
     )
-    """By batch; the larger ones are measured for a part of their replies, which takes minutes as it is."""
+    """By batch; a part of the replies, which takes minutes as it is."""
 
 
 FULL, SMALL = (
