@@ -164,6 +164,8 @@ class GgufMaker:
         stacks: dict[str, list[torch.Tensor]] = {}
         files = sorted(self.folder.glob("*.safetensors"))
         for name, value in (item for file in files for item in load_file(file).items()):
+            if name.startswith("mtp."):
+                continue
             match = re.match(r"^model\.layers\.(\d+)\.(.+)$", name)
             if match is None:
                 top = {"model.embed_tokens.weight": "token_embd.weight", "lm_head.weight": "output.weight"}

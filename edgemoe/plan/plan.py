@@ -131,6 +131,10 @@ class Plan:
         whole = max(1, self.kv_nbytes // max(1, one))
         return f"up to {self.batch} sequences, {whole} of them with {self.context} tokens"
 
+    def _layers(self) -> str:
+        head = " and a draft head" if self.head_layers else ""
+        return f"{self.layers - self.head_layers} MoE layers{head}"
+
     def _slot_sizes(self) -> str:
         smallest, largest = (format_bytes(self.slot_classes[index].nbytes) for index in (0, -1))
         return smallest if smallest == largest else f"{smallest} to {largest}"
@@ -155,8 +159,7 @@ class Plan:
         slots = f"{self.slots} slots of {self._slot_sizes()}, {self.slots / self.experts:.0%} of the experts"
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
         dtype = f"{self.dtype}: {self.dtype_note}" if self.dtype_note else self.dtype
-        layers = f"{self.layers - self.head_layers} MoE layers{' and a draft head' if self.head_layers else ''}"
-        experts = f"{layers}, {self.experts} experts, top-{self.top_k}"
+        experts = f"{self._layers()}, {self.experts} experts, top-{self.top_k}"
         if not set(self.formats) <= FLOATS:
             experts += f", in {' and '.join(self.formats)}"
         rows = [

@@ -58,7 +58,7 @@ def test_a_step_reads_nothing_but_the_choices(family: str) -> None:
         assert passes.together(2).choices <= 2 * layers
         steps: list[Callable[[], Counts]] = [passes.decode]
         if passes.verifies:
-            steps += [passes.verify, passes.draft]
+            steps += [passes.verify, passes.draft] if passes.has_kernels else [passes.verify]
         for step in steps:
             found = step()
             assert found.choices <= layers

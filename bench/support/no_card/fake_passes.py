@@ -11,6 +11,7 @@ import torch
 from bench.support.no_card.fake_card import DEVICE, Counts, FakeCapturer, FakeCard, OnFakeCard
 from edgemoe.checkpoint.experts_module import ExpertsModule, find_experts_modules, release_weights
 from edgemoe.experts.draft_routing import DraftRouting
+from edgemoe.experts.grouped_layer import GroupedLayer
 from edgemoe.model.draft_tree import DraftTree
 from edgemoe.model.model_runner import ModelRunner, tree_input
 from edgemoe.model.sequential_runner import PassInput, SequentialRunner
@@ -62,6 +63,11 @@ class FakePasses:
     def captured(self) -> int:
         """Operations and kernels in graphs so far."""
         return self._card.captured
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether kernels of the card compute all experts: others are read by the host, which finds no values."""
+        return all(isinstance(layer, GroupedLayer) for layer in self._own.layers.layers)
 
     def prompt(self, tokens: int) -> Counts:
         """A pass of so many tokens."""
