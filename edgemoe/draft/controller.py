@@ -20,6 +20,8 @@ MAX_TRIALS = 4
 """Most settings in one test."""
 SHORTEST_REST, LONGEST_REST = 16, 256
 """Fewest and most steps of a rest, in which nothing is drafted. A rest doubles each time, and a test follows it."""
+LONGEST_BREAK = 16
+"""Most new sequences in a row that do without drafting passes. As a rest, a break doubles each time."""
 IDLE = 24
 """Steps in a row without a node worth drafting, after which `describe` says so."""
 
@@ -110,6 +112,12 @@ class UtilityController:
         setting = self._setting
         tally = self._tallies.get(setting) if setting else None
         return tally.utility if tally else 1.0
+
+    @property
+    def utility_of_passes(self) -> float | None:
+        """The utility of all cycles in which drafting passes were allowed; None before there was one."""
+        tallies = [tally for setting, tally in self._tallies.items() if setting.passes and tally.cycles]
+        return min((tally.utility for tally in tallies), default=None)
 
     def describe(self) -> str:
         """What is drafted now, in a few words."""
@@ -220,6 +228,8 @@ class Controllers:
         self._own: dict[Request, UtilityController] = {}
         self._latest: UtilityController | None = None
         self._changes = 0
+        self._break, self._without_passes = 0, 0
+        """New sequences that will do without drafting passes: how many after the last loss, and how many still."""
 
     @property
     def changes(self) -> int:
@@ -245,7 +255,10 @@ class Controllers:
         if not self._controlled:
             return self._most
         if request not in self._own:
-            self._own[request] = UtilityController(self._start, self._most, self._rest)
+            passes = self._most.passes and not self._without_passes
+            self._without_passes -= not passes and self._most.passes
+            start = self._start._replace(passes=passes)
+            self._own[request] = UtilityController(start, self._most._replace(passes=passes), self._rest)
         self._latest = self._own[request]
         return self._latest.setting
 
@@ -275,3 +288,13 @@ class Controllers:
         if controller is not None:
             self._start, self._rest = controller.best, controller.rest
             self._changes += controller.changes
+            self._judge_passes(controller.utility_of_passes)
+
+    def _judge_passes(self, utility: float | None) -> None:
+        """Lets the next sequences do without drafting passes where they did not pay in one that is over.
+
+        Short replies end before a test does, and each would pay for passes again.
+        """
+        if utility is not None:
+            self._break = min(max(1, 2 * self._break), LONGEST_BREAK) if utility < 1 else 0
+            self._without_passes = self._break

@@ -191,3 +191,21 @@ def test_a_batch_forgets_the_sequences_that_are_over(own: Running) -> None:
     for number in range(3):
         crowd.reply(random_ids(8, seed=number), max_tokens=20)
     assert crowd.speculation._controllers._own == {}
+
+
+def test_after_a_loss_the_next_sequences_do_without_passes(requests: list[Request]) -> None:
+    """Their replies are shorter than a test: each would pay for passes again."""
+    found = Controllers(draft_settings(EngineConfig(), head=True), 4)
+    allowed = []
+    for turn in range(24):
+        request = requests[0]
+        setting = found.setting(request)
+        assert setting is not None
+        allowed.append(setting.passes)
+        for _ in range(3):
+            # A cycle with passes takes four plain steps for two tokens, but for the last sequences.
+            found.stepped({request: 3}, {request: 2}, 4.0 if setting.passes and turn < 18 else 1.0)
+        found.forget(request)
+    tried = [turn for turn, passes in enumerate(allowed) if passes]
+    assert tried[:5] == [0, 2, 5, 10, 19], "breaks of 1, 2, 4 and 8 sequences"
+    assert tried[5:] == [20, 21, 22, 23], "once they pay they go on"
