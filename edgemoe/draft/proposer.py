@@ -229,7 +229,7 @@ class DraftProposer:
         gain, rate = 0.0, self._calibration.rate(SHARE_BINS - 1)
         for builder, nodes in growing:
             likeliest = max(builder.tree.probabilities[node] for node in nodes)
-            gain += max(0.0, likeliest * price.worth * rate - price.step.next_token(builder.tree.drafted))
+            gain += max(0.0, likeliest * price.worth * rate - MARGIN * price.step.next_token(builder.tree.drafted))
         return self._costs.draft_pays(len(growing), gain)
 
     def _add_predictions(self, passes: PassDrafter, growing: Sequence[tuple[TreeBuilder, Sequence[int]]]) -> None:
