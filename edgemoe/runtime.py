@@ -107,7 +107,7 @@ class Runtime:
             threads,
             self.predictor,
             grouped=self._grouped(),
-            head_layers=len(blueprint.experts_modules) - len(blueprint.pass_modules),
+            head_layers=plan.head_layers,
         )
         # Layers refer to the slots' memory.
         self._stack.callback(self.layers.layers.clear)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
 import random
-import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,13 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
 
-from bench.exactness.spec_exact import difference
+from bench.exactness.spec_exact import differing
 from bench.measurement import BaseSize, Measurement
 from bench.support.engine_parts import runner_of
 from bench.support.zoo import TESTED
-from bench.support.zoo_heads import make_with_head
+from bench.support.zoo_heads import imitating, make_with_head
 from edgemoe import Completion, Engine, PlanError, Sampling
 from edgemoe.model.head_cache import HeadCache
 from edgemoe.model.head_runner import AFTER, HeadInput
@@ -41,8 +38,6 @@ ORACLES = ("deepseek_v3", "glm4_moe")
 PROMPTS = ((1, 1), (23, 23), (60, 7), (40, 40))
 """Tokens of each prompt, and after how many it repeats itself; every second reply is sampled."""
 TOGETHER = 3
-EFFECT = 0.3
-WIDENED = 10.0
 SETTINGS: dict[str, Any] = {"device": "cpu", "threads": 1, "state_folder": "none"}
 
 
@@ -159,36 +154,6 @@ def refusal(folder: Path) -> str:
         return str(error)
 
 
-def imitating(folder: Path, *, effect: float = EFFECT) -> Path:
-    """Changes a checkpoint of `make_with_head` so that its head is often right, and returns `folder`.
-
-    What layers add is scaled by `effect`: with 0 the next token follows from the last one alone, and the head, which
-    passes the embedding on, says exactly the same. Values of the last norm and the output are those of the model.
-    """
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
-    text = json.loads((folder / "config.json").read_text())
-    text = text.get("text_config", text)
-    layer = re.compile(rf"\.layers\.{text['num_hidden_layers']}\.|^mtp\.")
-    last = re.compile(r"^(model\.)?(language_model\.)?norm\.weight$")
-    norm = next((value for key, value in tensors.items() if last.search(key)), None)
-    size = text["hidden_size"]
-    for key, value in tensors.items():
-        head = layer.search(key) is not None
-        if re.search(r"\.(o_proj|down_proj|w2)(\.|_bias|$)", key):
-            tensors[key] = value * effect
-        elif head and re.search(r"\.(eh_proj|fc)\.weight$", key):
-            tensors[key] = torch.cat([torch.eye(size), torch.zeros(size, size)], dim=1).to(value.dtype)
-        elif head and re.search(r"\.(enorm|pre_fc_norm_embedding)\.weight$", key):
-            tensors[key] = torch.ones_like(value)
-        elif norm is not None and re.search(r"\.shared_head\.norm\.weight$|^mtp\.norm\.weight$", key):
-            tensors[key] = norm.clone()
-        elif key == "lm_head.weight":
-            tensors[key] = value * WIDENED
-    save_file(tensors, path, metadata={"format": "pt"})
-    return folder
-
-
 # --- replies -------------------------------------------------------------------------------------------
 
 
@@ -223,15 +188,10 @@ def case_result(
     plain: Engine,
 ) -> Found:
     """Loads an engine for `case` and compares its replies; `plain` tells how near a tie a difference is."""
-    differing = []
     with Engine.load(folder, speculate=case.drafter, expert_cache=case.slots, batch=TOGETHER, **settings) as engine:
-        for place, reply in engine.generate_batch(asked):
-            if isinstance(reply, Exception):
-                raise reply
-            if reply.token_ids != expected[place].token_ids:
-                differing.append(f"{case.describe()}, prompt {place}: {difference(plain, expected[place], reply)}")
+        wrong = differing(engine, asked, expected, range(len(asked)), plain, case.describe())
         stats = engine.stats
-    return Found(case, differing, stats.drafted_by.get("mtp", 0), stats.accepted_by.get("mtp", 0))
+    return Found(case, wrong, stats.drafted_by.get("mtp", 0), stats.accepted_by.get("mtp", 0))
 
 
 # --- drafts --------------------------------------------------------------------------------------------

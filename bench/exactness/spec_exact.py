@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -220,16 +220,29 @@ def case_result(
         **case.bounds,
         **settings,
     ) as engine:
-        wrong = []
-        for place, reply in engine.generate_batch(asked[number] for number in case.prompts):
-            number = case.prompts[place]
-            if isinstance(reply, Exception):
-                raise reply
-            if (reply.token_ids, reply.finish_reason) != (expected[number].token_ids, expected[number].finish_reason):
-                how = f"{drafting.describe()}, {case.slots} slots, batch {case.batch}, prompt {number}"
-                wrong.append(f"{how}: {difference(plain, expected[number], reply)}")
+        how = f"{drafting.describe()}, {case.slots} slots, batch {case.batch}"
+        wrong = differing(engine, asked, expected, case.prompts, plain, how)
         stats = engine.stats
     return Found(stats.drafted, stats.accepted, stats.speculation, wrong)
+
+
+def differing(
+    engine: Engine,
+    asked: Sequence[tuple[list[int], Sampling]],
+    expected: Sequence[Completion],
+    numbers: Sequence[int],
+    plain: Engine,
+    how: str,
+) -> list[str]:
+    """What is known of the requests `numbers` that `engine`, described by `how`, does not answer as expected."""
+    wrong = []
+    for place, reply in engine.generate_batch(asked[number] for number in numbers):
+        number = numbers[place]
+        if isinstance(reply, Exception):
+            raise reply
+        if (reply.token_ids, reply.finish_reason) != (expected[number].token_ids, expected[number].finish_reason):
+            wrong.append(f"{how}, prompt {number}: {difference(plain, expected[number], reply)}")
+    return wrong
 
 
 def difference(plain: Engine, expected: Completion, reply: Completion) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from statistics import geometric_mean
 from typing import Any
 
 from bench.measurement import BaseSize, Measurement
@@ -52,7 +52,7 @@ def run(size: Size = FULL) -> Measurement:
     cells = [measure(cell, form, size) for form in size.formats for cell in size.cells]
     over_none = [ratio for cell in cells for ratio in cell["over_none"].values()]
     over_before = [ratio for cell in cells for ratio in cell["over_before"].values()]
-    means = {name: _mean(ratios) for name, ratios in (("none", over_none), ("before", over_before))}
+    means = {name: geometric_mean(ratios) for name, ratios in (("none", over_none), ("before", over_before))}
     value = {
         "mean_over_no_drafts": round(means["none"], 3),
         "mean_over_default_without_head": round(means["before"], 3),
@@ -94,8 +94,9 @@ def measure(cell: Cell, form: str, size: Size) -> dict[str, Any]:
     }
     worst = min(at["over_none"], key=lambda task: at["over_none"][task])
     print(
-        f"{at['cell']:40} {_mean(at['over_none'].values()):.2f}x no drafts "
-        f"(worst {at['over_none'][worst]:.2f}x, {worst}), {_mean(at['over_before'].values()):.2f}x without a head, "
+        f"{at['cell']:40} {geometric_mean(at['over_none'].values()):.2f}x no drafts "
+        f"(worst {at['over_none'][worst]:.2f}x, {worst}), "
+        f"{geometric_mean(at['over_before'].values()):.2f}x without a head, "
         f"{at['tokens_per_cycle']:.2f} tokens a cycle",
         flush=True,
     )
@@ -105,8 +106,3 @@ def measure(cell: Cell, form: str, size: Size) -> dict[str, Any]:
 def _ratios(base: Answers, other: Answers) -> dict[str, float]:
     """How many times as fast `other` decoded the answers of each task."""
     return {task: seconds / other.seconds[task] for task, seconds in base.seconds.items()}
-
-
-def _mean(ratios: Any) -> float:
-    values = list(ratios)
-    return math.exp(sum(map(math.log, values)) / len(values))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from statistics import geometric_mean
 from typing import Any
 
 from bench.measurement import BaseSize, Measurement
@@ -56,7 +56,7 @@ def run(size: Size = FULL) -> Measurement:
     copying = _ratio(resident, "default", COPYING)
     cells = [measure(cell, computing, size) for cell in size.cells]
     near = [at["best"] for at in cells if 0.5 <= at["link_over_computing"] <= 2]
-    mean = math.exp(sum(map(math.log, near)) / len(near)) if near else 0.0
+    mean = geometric_mean(near) if near else 0.0
     worst = min(at["default"] for at in [*cells, {"default": _ratio(resident, "default")}])
     value = {"geometric_mean": round(mean, 3), "worst_default": round(worst, 3), "copying": round(copying, 3)}
     detail = {"cells": cells, "near": len(near), "computing_ms": 1e3 * computing}

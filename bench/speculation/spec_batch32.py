@@ -10,12 +10,12 @@ from typing import Any
 from bench.measurement import BaseSize, Measurement
 from bench.support.alternating import loaded, warm_up
 from bench.support.checkpoints import FACTOR, SMALL_FACTOR, inflated
-from bench.support.workload import Request, mixed
+from bench.support.link_cells import ON_DEMAND
+from bench.support.workload import Request, drafting_rates, mixed
 
 NAME = "spec-batch32"
 BAR = "tokens/s >= 2.5x at batch 32 and >= 4.3x at batch 128, or the floor analysis"
 LINK_GBPS = 1.0
-COUNTED = ("tokens_generated", "bytes_loaded", "cycles", "drafted", "accepted", "draft_seconds")
 REQUESTS = {32: 96, 128: 256}
 """Of each batch size: places are filled again as replies end, until there are no more requests."""
 BARS = {32: 2.5, 128: 4.3}
@@ -51,9 +51,7 @@ def run(size: Size = FULL) -> Measurement:
 
 def _rows(batch: int, size: Size) -> list[dict[str, Any]]:
     requests = mixed(size.requests[batch], size.tokens)
-    # As many slots as a layer's pass needs to keep the link busy, and nothing is kept from one layer to the next.
-    demand = {"expert_cache": 8, "speculate": "off", "prefetch": "off"}
-    rows = [point("on demand", batch, requests, size.factor, **demand)]
+    rows = [point("on demand", batch, requests, size.factor, **ON_DEMAND)]
     _show(rows[0], rows[0])
     for cache in size.caches:
         for name, drafts in DRAFTS.items():
@@ -68,7 +66,7 @@ def _show(at: dict[str, Any], demand: dict[str, Any]) -> None:
     print(
         f"batch {at['batch']:3} {at['cache']:>4} {at['name']:10} {at['tokens_per_second']:6.1f} tokens/s "
         f"({at['ratio']:.2f}x), {at['mb_per_token']:5.1f} MB a token ({at['volume'] - 1:+.0%}), "
-        f"{at['tokens_per_draft']:.2f} tokens a draft, link {at['link_share']:.0%} busy",
+        f"{at['tokens_per_cycle']:.2f} tokens a cycle, link {at['link_share']:.0%} busy",
         flush=True,
     )
 
@@ -83,17 +81,5 @@ def point(
         before, started = engine.stats, time.perf_counter()
         assert len(list(engine.generate_batch(requests))) == len(requests)
         seconds, after = time.perf_counter() - started, engine.stats
-    grew = {name: getattr(after, name) - getattr(before, name) for name in COUNTED}
-    generated, moved = grew["tokens_generated"], grew["bytes_loaded"]
-    return {
-        "name": name,
-        "batch": batch,
-        "cache": str(expert_cache),
-        "tokens_per_second": generated / seconds,
-        "mb_per_token": moved / 1e6 / generated,
-        "tokens_per_draft": 1 + grew["accepted"] / max(1, grew["cycles"]),
-        "acceptance": grew["accepted"] / max(1, grew["drafted"]),
-        "link_share": moved / 1e9 / seconds / LINK_GBPS,
-        "draft_share": grew["draft_seconds"] / seconds,
-        "seconds": seconds,
-    }
+    row = {"name": name, "batch": batch, "cache": str(expert_cache)}
+    return row | drafting_rates(before, after, seconds, LINK_GBPS)

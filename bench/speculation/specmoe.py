@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from bench.measurement import BaseSize, Measurement
 from bench.support.alternating import loaded, warm_up
 from bench.support.checkpoints import SMALL_FACTOR, inflated
-from bench.support.workload import Request, mixed
+from bench.support.link_cells import ON_DEMAND
+from bench.support.workload import Request, drafting_rates, mixed
 from edgemoe import Engine
 from edgemoe.config import MIB
 from edgemoe.results import Stats
@@ -27,9 +28,6 @@ FACTOR = 32
 LINK_GBPS = 0.25
 WORKSPACE = 512 * MIB
 """For activations: with a hundred sequences and more, a verification has more tokens than a usual part of a prompt."""
-COUNTED = ("tokens_generated", "bytes_loaded", "cycles", "drafted", "accepted", "draft_seconds", "link_wait_seconds")
-DEMAND: dict[str, Any] = {"expert_cache": 8, "speculate": "off", "prefetch": "off"}
-"""As many slots as a layer's pass needs to keep the link busy, and nothing is kept from one layer to the next."""
 DRAFTS: dict[str, dict[str, Any]] = {
     "no drafts": {"speculate": "off"},
     "default": {},
@@ -89,7 +87,7 @@ def run(size: Size = FULL) -> Measurement:
 
 def _rows(batch: int, size: Size) -> list[dict[str, Any]]:
     requests = mixed(batch, size.tokens, ignore_eos=True)
-    demand = point("on demand", batch, requests, size, DEMAND)
+    demand = point("on demand", batch, requests, size, ON_DEMAND)
     rows = [demand | {"ratio": 1.0, "volume": 1.0, "over_plain": 0.0}]
     for cache in size.caches:
         plain = None
@@ -115,20 +113,8 @@ def point(name: str, batch: int, requests: list[Request], size: Size, settings: 
     with loaded(inflated(size.factor), **options) as engine:
         warm_up(engine, requests[0][1])
         before, after, seconds = _measured(engine, requests, size.windows[batch])
-    grew = {key: getattr(after, key) - getattr(before, key) for key in COUNTED}
-    generated = max(1, grew["tokens_generated"])
-    return {
-        "name": name,
-        "batch": batch,
-        "cache": str(settings["expert_cache"]),
-        "tokens_per_second": generated / seconds,
-        "mb_per_token": grew["bytes_loaded"] / 1e6 / generated,
-        "tokens_per_cycle": 1 + grew["accepted"] / max(1, grew["cycles"]),
-        "acceptance": grew["accepted"] / max(1, grew["drafted"]),
-        "link_share": grew["bytes_loaded"] / 1e9 / seconds / LINK_GBPS,
-        "draft_share": grew["draft_seconds"] / seconds,
-        "seconds": seconds,
-    }
+    row = {"name": name, "batch": batch, "cache": str(settings["expert_cache"])}
+    return row | drafting_rates(before, after, seconds, LINK_GBPS)
 
 
 def _measured(engine: Engine, requests: list[Request], window: Window) -> tuple[Stats, Stats, float]:

@@ -9,6 +9,9 @@ from bench.support.alternating import Answers
 PLAIN: dict[str, Any] = {"speculate": "off", "prefetch": "off"}
 """Decoding with demanded loads only."""
 
+ON_DEMAND: dict[str, Any] = {"expert_cache": 8} | PLAIN
+"""As many slots as a layer's pass needs to keep the link busy, and nothing is kept from one layer to the next."""
+
 
 class Cell(NamedTuple):
     """A share of the experts in the cache, and a link: GB/s (1e9 bytes), or None for the disk itself."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 from itertools import islice, zip_longest
+from typing import Any
 
 from edgemoe import Sampling
 from edgemoe.demo.tasks import HELD_OUT_SEED, TASKS, Task
+from edgemoe.results import Stats
 
 Request = tuple[list[dict[str, str]], Sampling]
 PATIENCE = 400
@@ -30,3 +32,20 @@ def distinct(task: Task, count: int, *, held_out: bool = True) -> list[str]:
     """`count` different questions of `task`, or all there are where they are fewer."""
     items = islice(task.items(HELD_OUT_SEED, held_out=held_out), PATIENCE + 4 * count)
     return list(islice(dict.fromkeys(item.user for item in items), count))
+
+
+def drafting_rates(before: Stats, after: Stats, seconds: float, gbps: float) -> dict[str, Any]:
+    """What an engine did between two of its totals, `seconds` apart, behind a link of `gbps`."""
+    counted = ("tokens_generated", "bytes_loaded", "cycles", "drafted", "accepted", "draft_seconds")
+    generated, moved, cycles, drafted, accepted, drafting = (
+        getattr(after, name) - getattr(before, name) for name in counted
+    )
+    return {
+        "tokens_per_second": generated / seconds,
+        "mb_per_token": moved / 1e6 / max(1, generated),
+        "tokens_per_cycle": 1 + accepted / max(1, cycles),
+        "acceptance": accepted / max(1, drafted),
+        "link_share": moved / 1e9 / seconds / gbps,
+        "draft_share": drafting / seconds,
+        "seconds": seconds,
+    }

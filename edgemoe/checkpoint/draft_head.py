@@ -80,13 +80,18 @@ def find_head(checkpoint: Checkpoint, config: Any, *, wanted: bool) -> FoundHead
     if not isinstance(count, int):
         return FoundHead(checkpoint)
     weights = checkpoint.weights
-    main, places = _places(weights, count, max(int(getattr(config, name, None) or 0) for name in DECLARED))
+    stacks = _stacks(weights)
+    main = _main_stack(stacks, count)
+    if main is None:
+        return FoundHead(checkpoint)
+    declared = max(int(getattr(config, name, None) or 0) for name in DECLARED)
+    places = _places(weights, main, stacks[main], count, declared)
     if not places:
         return FoundHead(checkpoint)
     bare = _without(checkpoint, places)
     if not wanted:
         return FoundHead(bare)
-    found = _assembled(weights, places, _layers(weights, main, count))
+    found = _assembled(weights, places, [stacks[main][layer] for layer in range(count)])
     if isinstance(found, str):
         return FoundHead(bare, refusal=found)
     names, layers = found
@@ -143,28 +148,33 @@ def of_head(name: str) -> bool:
     return name.startswith(f"{HEAD}.")
 
 
-def _places(weights: Mapping[str, Weight], count: int, declared: int) -> tuple[str, dict[str, tuple[int, str]]]:
-    """The prefix of the model's stack of `count` layers, and the place of each head's tensor: its head and own name."""
-    places: dict[str, tuple[int, str]] = {}
-    main = ""
-    for stack, layers in _stacks(weights).items():
-        # Towers of other kinds have other numbers of layers.
-        if set(range(count)) <= set(layers) and "mtp" not in stack:
-            main = stack
-            ordinary = {name for layer in range(count) for name in layers[layer]}
-            for layer, names in layers.items():
-                if layer >= count and (layer < count + declared or not names.keys() <= ordinary):
-                    prefix = f"{stack}{layer}."
-                    places |= {
-                        key: (layer - count, key.removeprefix(prefix)) for key in weights if key.startswith(prefix)
-                    }
-    if main and not places:
-        matches = ((key, APART.match(key)) for key in weights)
-        apart = {key: (int(match[2] or 0), _own_name(match)) for key, match in matches if match is not None}
-        # Other tensors may be called so, too.
-        if any(_role(name) == "eh_proj" for _, name in apart.values()):
-            places = apart
-    return main, places
+def _main_stack(stacks: Mapping[str, Mapping[int, Names]], count: int) -> str | None:
+    """The prefix of the model's stack of `count` layers. Towers of other kinds have other numbers of layers."""
+    found = [stack for stack, layers in stacks.items() if set(range(count)) <= set(layers) and "mtp" not in stack]
+    return found[-1] if found else None
+
+
+def _places(
+    weights: Iterable[str], main: str, layers: Mapping[int, Names], count: int, declared: int
+) -> dict[str, tuple[int, str]]:
+    """The place of each tensor of heads: the number of its head and its own name there.
+
+    `layers` are those of the model's stack, whose prefix is `main`, with what comes after the first `count`.
+    """
+    ordinary = {name for layer in range(count) for name in layers[layer]}
+    heads = {
+        layer
+        for layer, names in layers.items()
+        if layer >= count and (layer < count + declared or not names.keys() <= ordinary)
+    }
+    if heads:
+        matches = ((key, LAYER.match(key)) for key in weights)
+        own = ((key, match) for key, match in matches if match is not None and match[1] == main)
+        return {key: (int(match[2]) - count, match[3]) for key, match in own if int(match[2]) in heads}
+    matches = ((key, APART.match(key)) for key in weights)
+    apart = {key: (int(match[2] or 0), _own_name(match)) for key, match in matches if match is not None}
+    # Other tensors may be called so, too.
+    return apart if any(_role(name) == "eh_proj" for _, name in apart.values()) else {}
 
 
 def _own_name(match: re.Match[str]) -> str:
@@ -224,11 +234,6 @@ def _stacks(weights: Mapping[str, Weight]) -> dict[str, dict[int, Names]]:
             names = found.setdefault(match[1], {}).setdefault(int(match[2]), {})
             names[_collapsed(match[3])] = tuple(weight.shape)
     return found
-
-
-def _layers(weights: Mapping[str, Weight], stack: str, count: int) -> list[Names]:
-    found = _stacks(weights)[stack]
-    return [found[layer] for layer in range(count)]
 
 
 def _collapsed(name: str) -> str:

@@ -3,7 +3,7 @@
 OUT holds a copy of the shipped checkpoint, and gets the head's tensors, named `mtp.*` as in Qwen3-Next. The model stays
 as it is: the head learns to predict the model's own next tokens, from the model's last hidden state and the token
 chosen there. Its output takes the place of the hidden state for the next draft, with the same weights, so one layer
-drafts several tokens. The text is that of `edgemoe.demo.train`. Two idle CPU cores take about 15 minutes.
+drafts several tokens. The text is that of `edgemoe.demo.train`.
 """
 
 from __future__ import annotations

@@ -255,12 +255,18 @@ class Controllers:
         if not self._controlled:
             return self._most
         if request not in self._own:
-            passes = self._most.passes and not self._without_passes
-            self._without_passes -= not passes and self._most.passes
-            start = self._start._replace(passes=passes)
-            self._own[request] = UtilityController(start, self._most._replace(passes=passes), self._rest)
+            self._own[request] = self._new()
         self._latest = self._own[request]
         return self._latest.setting
+
+    def _new(self) -> UtilityController:
+        """The controller of a new sequence, in a break one without passes."""
+        passes = self._most.passes
+        if self._without_passes:
+            self._without_passes -= 1
+            passes = False
+        start, most = (each._replace(passes=passes) for each in (self._start, self._most))
+        return UtilityController(start, most, self._rest)
 
     def stepped(self, drafted: Mapping[Request, int], made: Mapping[Request, int], plain_steps: float | None) -> None:
         """A step took the time of so many `plain_steps`; None where that is not known.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -22,6 +23,22 @@ MIN_TRIAL_ROWS = 16
 """Rows from which the two kinds of hidden states are compared on a text."""
 KINDS = {"after": AFTER, "before": BEFORE}
 """The hidden states that the head reads: after the norm, as in most families, or before it."""
+
+
+@dataclass
+class _Draft:
+    """What belongs to one sequence's draft in a cycle."""
+
+    rows: int
+    """Rows of the head's cache before the first drafted one."""
+    hidden: dict[int, torch.Tensor] = field(default_factory=dict)
+    """The head's hidden states after the nodes that were run, [2, hidden size] each."""
+    drafted: list[int] = field(default_factory=list)
+    """The nodes that have rows of their own, in the order of these: all that were run but the root."""
+
+    def keep(self, nodes: Iterable[int], output: HeadOutput) -> None:
+        """Keeps the hidden states of `nodes`."""
+        self.hidden.update(zip(nodes, output.hidden, strict=True))
 
 
 class HeadDrafter(PassDrafter):
@@ -45,9 +62,7 @@ class HeadDrafter(PassDrafter):
         self._chained = RuleChoice(tuple(KINDS))
         self._rule = "after"
         self._deep = False
-        self._hidden: dict[Request, dict[int, torch.Tensor]] = {}
-        self._drafted: dict[Request, list[int]] = {}
-        self._rows: dict[Request, int] = {}
+        self._drafts: dict[Request, _Draft] = {}
 
     def takes(self, request: Request) -> bool:
         """See the base class: whether the head has had all of the sequence's hidden states."""
@@ -57,7 +72,7 @@ class HeadDrafter(PassDrafter):
 
     def can_run(self, request: Request, tree: DraftTree, node: int) -> bool:
         """See the base class: after its parent, and not below the greatest depth."""
-        if node and tree.parents[node] not in self._hidden.get(request, ()):
+        if node and (request not in self._drafts or tree.parents[node] not in self._drafts[request].hidden):
             return False
         return tree.depths[node] < self._max_depth
 
@@ -68,7 +83,7 @@ class HeadDrafter(PassDrafter):
 
     def begin(self, requests: Sequence[Request]) -> None:
         """See the base class. Nothing is read before the first run."""
-        self._hidden, self._drafted, self._rows, self._deep = {}, {}, {}, False
+        self._drafts, self._deep = {}, False
         self._rule = self._chained.next()
 
     def run(self, branches: Sequence[Branch]) -> list[LogitsRows]:
@@ -78,18 +93,19 @@ class HeadDrafter(PassDrafter):
         others = [branch for branch in branches if branch.nodes[0]]
         outputs = self._head.run([self._input(branch) for branch in others]) if others else []
         for branch, output in zip(others, outputs, strict=True):
-            self._keep(branch.request, branch.nodes, output)
-            self._drafted[branch.request] += branch.nodes
+            draft = self._drafts[branch.request]
+            draft.keep(branch.nodes, output)
+            draft.drafted += branch.nodes
             found[branch.request] = _read(output)
             self._deep = True
         return [found[branch.request] for branch in branches]
 
     def end(self) -> None:
         """See the base class."""
-        rows, self._rows, self._hidden, self._drafted = self._rows, {}, {}, {}
+        drafts, self._drafts = self._drafts, {}
         with torch.inference_mode():
-            for request, count in rows.items():
-                self._head_cache(request).drop_rows(count)
+            for request, draft in drafts.items():
+                self._head_cache(request).drop_rows(draft.rows)
 
     def _read(self, requests: Sequence[Request]) -> dict[Request, LogitsRows]:
         """Reads the hidden states that wait, down to that before each request's last token; the logits after it."""
@@ -110,8 +126,8 @@ class HeadDrafter(PassDrafter):
             cache = self._head_cache(request)
             cache.drop_first(len(item.tokens))
             cache.mark_rows()
-            self._rows[request], self._hidden[request], self._drafted[request] = cache.rows, {}, []
-            self._keep(request, [0], output)
+            draft = self._drafts[request] = _Draft(cache.rows)
+            draft.keep([0], output)
             found[request] = _read(output)
         return found
 
@@ -124,18 +140,15 @@ class HeadDrafter(PassDrafter):
     def _input(self, branch: Branch) -> HeadInput:
         """The rows of drafted nodes, which the head's own hidden states come before."""
         request, tree = branch.request, branch.tree
-        kind, hidden = KINDS[self._rule], self._hidden[request]
-        order = [*self._drafted[request], *branch.nodes]
-        before = torch.stack([hidden[tree.parents[node]][kind] for node in branch.nodes])
+        kind, draft = KINDS[self._rule], self._drafts[request]
+        order = [*draft.drafted, *branch.nodes]
+        before = torch.stack([draft.hidden[tree.parents[node]][kind] for node in branch.nodes])
         tokens = [tree.tokens[node] for node in branch.nodes]
         mask = None
         if not (len(branch.nodes) == 1 and _is_path(tree, order)):
             depths = [tree.depths[node] - 1 for node in order]
-            mask = TreeMask(self._rows[request], depths, tree.ancestry()[list(branch.nodes)][:, order])
+            mask = TreeMask(draft.rows, depths, tree.ancestry()[list(branch.nodes)][:, order])
         return HeadInput(self._head_cache(request), tokens, before, len(tokens), mask)
-
-    def _keep(self, request: Request, nodes: Iterable[int], output: HeadOutput) -> None:
-        self._hidden[request].update(zip(nodes, output.hidden, strict=True))
 
     def _try_kinds(self, requests: Sequence[Request]) -> None:
         """Chooses the kind of the model's hidden states, if a request has enough of them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,9 +35,9 @@ class SpeculationTotals:
     drafted: int = 0
     accepted: int = 0
     """Drafted tokens that are in a reply."""
-    drafted_by: dict[str, int] = field(default_factory=dict)
+    drafted_by: Counter[str] = field(default_factory=Counter)
     """`drafted` by the drafter that proposed the token."""
-    accepted_by: dict[str, int] = field(default_factory=dict)
+    accepted_by: Counter[str] = field(default_factory=Counter)
     """`accepted` likewise."""
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
@@ -143,11 +144,8 @@ class Speculation:
     def _count(self, drafters: Mapping[int, str], verified: Verified) -> None:
         """Counts a tree's nodes for the drafters that proposed them."""
         for node, drafter in drafters.items():
-            for counts, counted in (
-                (self.totals.drafted_by, True),
-                (self.totals.accepted_by, node in verified.path),
-            ):
-                counts[drafter] = counts.get(drafter, 0) + counted
+            self.totals.drafted_by[drafter] += 1
+            self.totals.accepted_by[drafter] += node in verified.path
 
     def _learn_path(self, tree: DraftTree, bins: Mapping[int, int], verified: Verified) -> None:
         self.totals.cycles += 1

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgemoe.checkpoint.draft_head import HEAD
+from edgemoe.checkpoint.draft_head import HEAD, of_head
 from edgemoe.errors import is_device_or_memory_error
 from edgemoe.kernels.batch_invariant_linear import matrix_of
 from edgemoe.kernels.cpu.arrays import Groups, Job, address
@@ -304,7 +304,7 @@ def install(model: nn.Module, packed: PackedAttention, threads: KernelThreads) -
     for name, module in model.named_modules():
         layer = getattr(module, "layer_idx", None)
         # A head's layers count for themselves.
-        like = head.like[layer] if head is not None and layer is not None and name.startswith(f"{HEAD}.") else layer
+        like = head.like[layer] if head is not None and layer is not None and of_head(name) else layer
         grows = isinstance(like, int) and like < len(layers) and type(layers[like]) is GrowingLayer
         parts = _Parts.of(module) if grows and packed.is_plain(module) else None
         if parts is None or not isinstance(layer, int):

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from edgemoe.model.row_layers import reserve_rows
+
 
 class HeadCache:
     """The head's part of a `SequenceCache`, which has one row for each token of the sequence but the last one.
@@ -42,13 +44,18 @@ class HeadCache:
 
     def peek(self, count: int, kind: int) -> torch.Tensor:
         """The first `count` hidden states, [count, hidden size], of one kind where there are several."""
+        found = [each[:, min(kind, each.shape[1] - 1)] for each in self._first(count)]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _first(self, count: int) -> list[torch.Tensor]:
+        """The tensors of the first `count` hidden states."""
         found, left = [], count
         for each in self._hidden:
-            found.append(each[:left, min(kind, each.shape[1] - 1)])
+            found.append(each[:left])
             left -= len(found[-1])
             if not left:
                 break
-        return found[0] if len(found) == 1 else torch.cat(found)
+        return found
 
     def drop_first(self, count: int) -> None:
         """Drops the first `count` hidden states, which the head has read."""
@@ -86,9 +93,7 @@ class HeadCache:
 
     def reserve(self, capacity: int) -> None:
         """Raises the number of rows that the next buffers will hold."""
-        for layer in self.kv.layers:
-            if hasattr(layer, "capacity"):
-                layer.capacity = max(layer.capacity, capacity)
+        reserve_rows(self.kv, capacity)
 
     def crop(self, tokens: int) -> None:
         """Keeps what belongs to the first `tokens` tokens, at least one; only where rows can be cropped.
@@ -97,11 +102,7 @@ class HeadCache:
         place: the row is then made of the embedding of the token that follows.
         """
         if self.rows < tokens:
-            kept, left = [], tokens - self.rows
-            for each in self._hidden:
-                kept.append(each[:left])
-                left -= len(kept[-1])
-            self._hidden = [each for each in kept if len(each)]
+            self._hidden = self._first(tokens - self.rows)
             return
         for layer in self.kv.layers:
             layer.crop(tokens - 1 - self.rows)

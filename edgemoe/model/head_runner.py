@@ -13,7 +13,7 @@ from torch import nn
 
 from edgemoe.checkpoint.draft_head import HEAD, DraftHead
 from edgemoe.errors import is_device_or_memory_error, reason
-from edgemoe.model.draft_tree import TreeMask, additive_mask
+from edgemoe.model.draft_tree import TreeMask
 from edgemoe.model.head_cache import HeadCache
 from edgemoe.model.kv_cache import cache_argument, new_cache
 from edgemoe.model.packed_attention import PackedAttention, Row
@@ -173,32 +173,41 @@ class HeadRunner:
                 rows.append(Row(item.cache.kv, first, last, item.tree_mask))
                 wanted += range(last - item.outputs, last)
                 first = last
-            with self._attention.running(rows), self._computing(wanted, first):
-                output = self._forward(inputs, torch.tensor(wanted), use_cache=False)
-            for item in inputs:
-                item.cache.rows += len(item.tokens)
-            return self._outputs(output, wanted, [item.outputs for item in inputs])
+            with self._attention.running(rows):
+                return self._outputs(inputs, wanted, use_cache=False)
 
-    def _computing(self, wanted: Sequence[int], rows: int) -> AbstractContextManager[None]:
+    def _alone(self, item: HeadInput) -> HeadOutput:
+        extra: dict[str, Any] = {self._cache_argument: item.cache.kv}
+        if item.tree_mask is not None:
+            layer = next(each for each in item.cache.kv.layers if hasattr(each, "get_mask_sizes"))
+            extra["attention_mask"] = self._runner.layer_mask(layer, item.tree_mask)
+        count = len(item.tokens)
+        return self._outputs([item], range(count - item.outputs, count), use_cache=True, **extra)[0]
+
+    def _outputs(self, inputs: Sequence[HeadInput], wanted: Sequence[int], **named: Any) -> list[HeadOutput]:
+        """Runs the rows of `inputs`, laid end to end; what the `wanted` ones of them give."""
+        index = torch.tensor(list(wanted)).to(self._runner.device, non_blocking=True)
+        with self._computing(index, sum(len(item.tokens) for item in inputs)):
+            logits = self._forward(inputs, index, **named)
+        for item in inputs:
+            item.cache.rows += len(item.tokens)
+        assert self._norm.kept is not None
+        hidden = torch.stack([each[0, index] for each in self._norm.kept], dim=1)
+        self._norm.kept = None
+        counts = [item.outputs for item in inputs]
+        parts = zip(split_rows(logits, counts), hidden.split(counts), strict=True)
+        return [HeadOutput(*part) for part in parts]
+
+    def _computing(self, wanted: torch.Tensor, rows: int) -> AbstractContextManager[None]:
         """In the block the experts of a head's only layer are computed for the `wanted` ones of the rows alone.
 
         Of the others nothing is needed but keys and values, which come before the experts.
         """
         if len(wanted) == rows or len(self._head.blocks) > 1:
             return nullcontext()
-        return self._runner.layers.computing(torch.tensor(list(wanted)).to(self._runner.device))
+        return self._runner.layers.computing(wanted)
 
-    def _alone(self, item: HeadInput) -> HeadOutput:
-        extra: dict[str, Any] = {self._cache_argument: item.cache.kv}
-        if item.tree_mask is not None:
-            extra["attention_mask"] = self._mask(item.cache, item.tree_mask)
-        count = len(item.tokens)
-        with self._computing(range(count - item.outputs, count), count):
-            output = self._forward([item], item.outputs, use_cache=True, **extra)
-        item.cache.rows += count
-        return self._outputs(output, range(count - item.outputs, count), [item.outputs])[0]
-
-    def _forward(self, inputs: Sequence[HeadInput], keep: torch.Tensor | int, **named: Any) -> torch.Tensor:
+    def _forward(self, inputs: Sequence[HeadInput], keep: torch.Tensor, **named: Any) -> torch.Tensor:
         """The logits of the rows to keep."""
         device, head = self._runner.device, self._head
         ids = torch.tensor([[token for item in inputs for token in item.tokens]]).to(device, non_blocking=True)
@@ -208,30 +217,11 @@ class HeadRunner:
         parts = [head.enorm(embedding(ids)), head.hnorm(hidden)]
         entered = head.eh_proj(torch.cat(parts[::-1] if self._first_hidden else parts, dim=-1))
         if self._runner.keeps_last:
-            named["logits_to_keep"] = keep if isinstance(keep, int) else keep.to(device, non_blocking=True)
+            named["logits_to_keep"] = keep
         found: torch.Tensor = self._model(
             inputs_embeds=entered, position_ids=positions.to(device, non_blocking=True), **named
         ).logits[0]
-        if self._runner.keeps_last:
-            return found
-        return found[-keep:] if isinstance(keep, int) else found[keep.to(device)]
-
-    def _outputs(self, logits: torch.Tensor, wanted: Sequence[int], counts: Sequence[int]) -> list[HeadOutput]:
-        assert self._norm.kept is not None
-        index = torch.tensor(list(wanted)).to(logits.device, non_blocking=True)
-        hidden = torch.stack([each[0, index] for each in self._norm.kept], dim=1)
-        self._norm.kept = None
-        return [
-            HeadOutput(rows, part)
-            for rows, part in zip(split_rows(logits, counts), hidden.split(list(counts)), strict=True)
-        ]
-
-    def _mask(self, cache: HeadCache, tree_mask: TreeMask) -> torch.Tensor:
-        layer = next(each for each in cache.kv.layers if hasattr(each, "get_mask_sizes"))
-        keys, _ = layer.get_mask_sizes(len(tree_mask.ancestors))
-        window = layer.sliding_window if layer.is_sliding else None
-        visible = tree_mask.visible(keys, window).to(self._runner.device, non_blocking=True)
-        return additive_mask(visible, self._runner.model.dtype)[None, None]
+        return found if self._runner.keeps_last else found[keep]
 
     def _why_not(self) -> str:
         with self._runner.layers.silenced(), quiet_transformers():

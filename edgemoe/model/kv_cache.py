@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttention
 from edgemoe.model.head_cache import HeadCache
 from edgemoe.model.rewind.kept_states import StatePool
 from edgemoe.model.rewind.state_layers import StatesBeside, own_layer
-from edgemoe.model.row_layers import GrowingLayer, WindowLayer
+from edgemoe.model.row_layers import GrowingLayer, WindowLayer, reserve_rows
 
 _POOL = "edgemoe_state_pool"
 """The attribute of a model that holds the memory for kept states of its sequences."""
@@ -82,9 +82,7 @@ class SequenceCache:
     def reserve(self, capacity: int) -> None:
         """Raises the capacity to `capacity` tokens; a buffer is replaced when it is full, and not before."""
         self.capacity = max(self.capacity, capacity)
-        for layer in getattr(self.kv, "layers", ()):
-            if isinstance(layer, GrowingLayer):
-                layer.capacity = self.capacity
+        reserve_rows(self.kv, self.capacity)
         if self.head is not None:
             self.head.reserve(self.capacity)
 

@@ -270,3 +270,10 @@ def begin_empty(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
     layer.dtype, layer.device = keys.dtype, keys.device
     layer.keys, layer.values = keys[..., :0, :], values[..., :0, :]
     layer.is_initialized = True
+
+
+def reserve_rows(kv: Any, capacity: int) -> None:
+    """Lets the next buffers of the growing layers of a cache hold `capacity` rows at least."""
+    for layer in getattr(kv, "layers", ()):
+        if isinstance(layer, GrowingLayer):
+            layer.capacity = max(layer.capacity, capacity)

@@ -177,11 +177,15 @@ class SequentialRunner:
         for kind, layer in zip(kinds, layers, strict=False):
             if kind in masks:
                 continue
-            keys, _ = layer.get_mask_sizes(len(tree_mask.ancestors))
-            window = layer.sliding_window if layer.is_sliding else None
-            visible = tree_mask.visible(keys, window).to(self.device, non_blocking=True)
-            masks[kind] = additive_mask(visible, self.model.dtype)[None, None]
+            masks[kind] = self.layer_mask(layer, tree_mask)
         return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def layer_mask(self, layer: Any, tree_mask: TreeMask) -> torch.Tensor:
+        """The 4-D mask of a pass for one layer of a KV cache, [1, 1, tokens, keys], added to the scores."""
+        keys, _ = layer.get_mask_sizes(len(tree_mask.ancestors))
+        window = layer.sliding_window if layer.is_sliding else None
+        visible = tree_mask.visible(keys, window).to(self.device, non_blocking=True)
+        return additive_mask(visible, self.model.dtype)[None, None]
 
     @contextmanager
     def passing(self, inputs: Sequence[Counted], *, kind: object) -> Iterator[None]:

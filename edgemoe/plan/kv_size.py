@@ -59,7 +59,8 @@ def measure_kv(blueprint: Blueprint) -> KvSize:
         if is_device_or_memory_error(error):
             raise
         return kv_from_config(blueprint.config, blueprint.dtype.itemsize)
-    (layers, beside, own, _), states = short, long[3]
+    (own, beside, _), states = short, long[2]
+    layers = list(own.values())
     if blueprint.head is not None:
         text = blueprint.config.get_text_config()
         # Keys and values of the head's layers, and the hidden states that wait for it: before and after a norm at most.
@@ -76,8 +77,8 @@ LayerSize = tuple[int, int | None]
 """Bytes of a layer's keys and values per token, and its window."""
 
 
-def _probe(skeleton: Any, tokens: int) -> tuple[list[LayerSize], int, dict[int, LayerSize], int]:
-    """The sizes of all layers that have keys, the bytes of all other states after `tokens`, and the sizes by number.
+def _probe(skeleton: Any, tokens: int) -> tuple[dict[int, LayerSize], int, int]:
+    """The sizes of the layers that have keys, by number, and the bytes of all other states after `tokens`.
 
     The last are the bytes of those states that every token replaces.
     """
@@ -96,7 +97,7 @@ def _probe(skeleton: Any, tokens: int) -> tuple[list[LayerSize], int, dict[int, 
             layers[number] = rows // layer.keys.shape[-2], window
             nbytes = max(0, nbytes - rows)
         beside += nbytes
-    return list(layers.values()), beside, layers, states
+    return layers, beside, states
 
 
 def _states(part: Any) -> list[torch.Tensor]:

@@ -11,9 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bench.exactness.mtp_exact import imitating
 from bench.support.engine_parts import runner_of, speculation_of
-from bench.support.zoo_heads import make_with_head
+from bench.support.zoo_heads import imitating, make_with_head
 from edgemoe import Completion, Engine, PlanError, Sampling
 from edgemoe.draft.head_drafter import KINDS, MIN_TRIAL_ROWS, USUAL_DEPTH, HeadDrafter
 from edgemoe.draft.pass_drafter import TRIES

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from bench.exactness.mtp_exact import imitating
 from bench.support.engine_parts import runner_of
-from bench.support.zoo_heads import make_with_head
+from bench.support.zoo_heads import imitating, make_with_head
 from edgemoe import Completion, Engine, Sampling
 from edgemoe.checkpoint.blueprint import open_blueprint
 from edgemoe.plan.kv_size import measure_kv

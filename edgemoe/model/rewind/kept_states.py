@@ -6,6 +6,7 @@ what it held after each node that was reported to it, and at the mark, which is 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -107,19 +108,19 @@ class KeptStates:
         return sum(tensor.nbytes for tensor in tensors.values())
 
 
-class StateLayer:
+class StateLayer(ABC):
     """What layers with states have in common. A subclass says what its `slots` are."""
 
     kept: KeptStates | None = None
     """From `mark` to `rollback`."""
 
+    @abstractmethod
     def slots(self) -> dict[Slot, Any]:
         """The values that a token replaces."""
-        raise NotImplementedError
 
+    @abstractmethod
     def put(self, slot: Slot, value: Any) -> None:
         """Makes a kept `value` that of `slot`."""
-        raise NotImplementedError
 
     def take(self, slot: Slot, value: Any) -> None:
         """As `put` of a value that is kept no longer."""
@@ -129,7 +130,7 @@ class StateLayer:
         """What is kept of the value of `slot`, which stays as it is whatever the layer does."""
         return value
 
-    def release(self, slot: Slot, kept: Any) -> None:
+    def release(self, slot: Slot, kept: Any) -> None:  # noqa: B027
         """A value of `slot` that `copied` has given is kept no longer."""
 
     def same(self, slot: Slot, value: Any, kept: Any) -> bool:

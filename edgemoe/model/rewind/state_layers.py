@@ -98,30 +98,39 @@ class RecurrentLayer(StateLayer, LinearAttentionLayer):
         return self.pool.replaces and slot[0] == "recurrent_states"
 
 
-class RecurrentGrowingLayer(RecurrentLayer, LinearAttentionAndFullAttentionLayer, GrowingLayer):  # type: ignore[misc, override]
-    """States beside the rows of full attention."""
+class _BesideRows(RecurrentLayer):
+    """States beside the rows of attention, which the class `rows` has."""
 
-    def __init__(self, capacity: int, number_of_states: int = 1, pool: StatePool | None = None) -> None:
-        GrowingLayer.__init__(self, capacity)
-        RecurrentLayer.__init__(self, number_of_states, pool)
+    rows: Any
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """As transformers' class: rows come by position, states by name."""
-        (GrowingLayer if args else RecurrentLayer).lazy_initialization(self, *args, **kwargs)
+        """As transformers' classes: rows come by position, states by name."""
+        (self.rows if args else RecurrentLayer).lazy_initialization(self, *args, **kwargs)
 
     def reset(self) -> None:
         """Drops rows and states."""
         RecurrentLayer.reset(self)
-        GrowingLayer.reset(self)
+        self.rows.reset(self)
 
     def mark(self) -> None:
         """See `StateLayer`."""
         RecurrentLayer.mark(self)
+        self.rows.mark(self)
 
     def rollback(self, base: int, rows: Sequence[int]) -> None:
         """See `StateLayer`."""
         RecurrentLayer.rollback(self, base, rows)
-        GrowingLayer.rollback(self, base, rows)
+        self.rows.rollback(self, base, rows)
+
+
+class RecurrentGrowingLayer(_BesideRows, LinearAttentionAndFullAttentionLayer, GrowingLayer):  # type: ignore[misc, override]
+    """States beside the rows of full attention."""
+
+    rows = GrowingLayer
+
+    def __init__(self, capacity: int, number_of_states: int = 1, pool: StatePool | None = None) -> None:
+        GrowingLayer.__init__(self, capacity)
+        RecurrentLayer.__init__(self, number_of_states, pool)
 
     def fork(self, tokens: int, capacity: int) -> RecurrentGrowingLayer:
         """As `GrowingLayer.fork`, with a copy of the states; `tokens` are all that there are."""
@@ -136,32 +145,15 @@ class RecurrentGrowingLayer(RecurrentLayer, LinearAttentionAndFullAttentionLayer
 
 
 class RecurrentWindowLayer(  # type: ignore[misc, override]
-    RecurrentLayer, LinearAttentionAndSlidingWindowAttentionLayer, WindowLayer
+    _BesideRows, LinearAttentionAndSlidingWindowAttentionLayer, WindowLayer
 ):
     """States beside the rows of a sliding window."""
+
+    rows = WindowLayer
 
     def __init__(self, sliding_window: int, number_of_states: int = 1, pool: StatePool | None = None) -> None:
         WindowLayer.__init__(self, sliding_window)
         RecurrentLayer.__init__(self, number_of_states, pool)
-
-    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """As transformers' class: rows come by position, states by name."""
-        (WindowLayer if args else RecurrentLayer).lazy_initialization(self, *args, **kwargs)
-
-    def reset(self) -> None:
-        """Drops rows and states."""
-        RecurrentLayer.reset(self)
-        WindowLayer.reset(self)
-
-    def mark(self) -> None:
-        """See `StateLayer`."""
-        RecurrentLayer.mark(self)
-        WindowLayer.mark(self)
-
-    def rollback(self, base: int, rows: Sequence[int]) -> None:
-        """See `StateLayer`."""
-        RecurrentLayer.rollback(self, base, rows)
-        WindowLayer.rollback(self, base, rows)
 
 
 class EmptyLayer(DummyLayer):
