@@ -24,10 +24,11 @@ FLOORS = (
     ("plan",),
     ("draft",),
     ("scheduler",),
-    ("planner", "runtime", "drafters", "engine", "__init__"),
+    ("planner", "runtime", "drafters", "stream", "engine", "async_engine", "model_host", "__init__"),
     ("measure",),
     ("cluster",),
-    ("cli",),
+    ("server",),
+    ("cli", "__main__"),
 )
 """From the bottom up: a package or module imports what is on its own floor and below, lazily or for types too."""
 MAX_MODULES = 20
