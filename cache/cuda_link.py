@@ -211,11 +211,10 @@ class CudaLink(Link):
         with self._lock:
             return any(queue.pop(transfer, None) is not None for queue in self._queues.values())
 
-    def wait_any(self, transfers: Sequence[Transfer]) -> list[Transfer]:
+    def wait_any(self, transfers: Sequence[Transfer], seconds: float | None = None) -> list[Transfer]:
         """See the base class. Blocks the host only while none of the copies is queued on the device."""
         with self._lock:
-            while not any(transfer.done for transfer in transfers):
-                self._issued.wait()
+            self._issued.wait_for(lambda: any(transfer.done for transfer in transfers), seconds)
             issued = [transfer for transfer in transfers if transfer.done]
             self._count()
         failed = [transfer for transfer in issued if transfer.error is not None]

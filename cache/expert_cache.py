@@ -17,6 +17,8 @@ from edgemoe.cache.resident import LoadReason, Loan, Residency, Resident
 from edgemoe.cache.slots import SlotPool, SlotRegion, SlotTable
 from edgemoe.cache.store import ExpertStore
 
+POLL_SECONDS = 0.02
+"""How often `ExpertCache.poll` is called while a request waits for the link."""
 TRANSIT_SLOTS = 3
 """Slots through which the experts beyond a layer's share stream: one in use, one being loaded, one ready."""
 _Call = Callable[[], None]
@@ -57,6 +59,8 @@ class ExpertCache:
         self._kept: set[ExpertId] = set()
         self._slots: dict[int, tuple[np.ndarray, list[Resident]]] = {}
         """What `slots_of` gives, and the experts there, by layer."""
+        self.poll: Callable[[], None] = lambda: None
+        """Called while a request waits for the link; what it raises ends the request, and nothing stays pinned."""
         self.recording: list[list[ExpertId]] | None = None
         """A trace: unless it is None, `borrow` appends each request to it."""
 
@@ -74,8 +78,7 @@ class ExpertCache:
         requested = self._request(layer, experts, elsewhere)
         held = [self._held.get(expert) for expert in requested]
         if requested and all(each is not None and each.transfer is None for each in held):
-            yield from self._borrow_hits(requested, [each for each in held if each is not None], meanwhile)
-            return
+            return (yield from self._borrow_hits(requested, [each for each in held if each is not None], meanwhile))
         # Checked once per expert: a prefetch that arrives in between must be either a hit or a miss.
         resident = {expert: self.is_resident(expert) for expert in requested}
         hits = [expert for expert in requested if resident[expert]]
@@ -304,7 +307,8 @@ class ExpertCache:
 
     def _wait_any(self, transfers: Sequence[Transfer]) -> list[Transfer]:
         started = time.perf_counter()
-        arrived = self._link.wait_any(transfers)
+        while not (arrived := self._link.wait_any(transfers, POLL_SECONDS)):
+            self.poll()
         self.counters.link_wait_seconds += time.perf_counter() - started
         return arrived
 
@@ -330,11 +334,9 @@ class ExpertCache:
             return free
 
         def evictable(expert: ExpertId) -> bool:
-            if self._regions[expert.layer] is not region:
-                return False
             held = self._held[expert]
-            unused = held.load_reason is LoadReason.PREFETCH
-            return held.pins == 0 and not held.moving and expert not in keep and not (keep and unused)
+            kept = expert in keep or (keep and held.load_reason is LoadReason.PREFETCH)
+            return self._regions[expert.layer] is region and held.pins == 0 and not held.moving and not kept
 
         kept = self._kept
         victim = self._policy.victim(layer, lambda expert: expert not in kept and evictable(expert))
@@ -360,13 +362,14 @@ class ExpertCache:
 
     def _wait_for_prefetch(self, layer: int) -> int | None:
         """Waits until a load in flight ends, and takes its slot. For a layer whose slots are all being loaded."""
-        own = [each for expert, each in self._held.items() if self._regions[expert.layer] is self._regions[layer]]
-        moving = [each.transfer for each in own if each.transfer is not None]
+        region = self._regions[layer]
+        held = [each for expert, each in self._held.items() if self._regions[expert.layer] is region]
+        moving = [each.transfer for each in held if each.transfer is not None]
         assert moving, "no slot is free although nothing is pinned"
         for transfer in self._wait_any(moving):
             if transfer.error is None:
-                # What comes into the slot next must wait for the device to see this record's end.
                 self._residency.arrived(transfer.expert)
+                # What comes into the slot next waits for the device to see this record's end.
                 self._link.released([transfer.slot])
         return self._take_slot(layer, ())
 

@@ -12,6 +12,9 @@ import torch
 
 from edgemoe.cache.record import ExpertId
 
+CLOSE_SECONDS = 5.0
+"""How long the end of a read is waited for: a disk that has gone may never give one."""
+
 
 class Priority(IntEnum):
     """The order of service: demand loads before prefetches."""
@@ -62,10 +65,10 @@ class Link(ABC):
         """Cancels a transfer unless it has started to move. Returns whether it did; the slot is then free."""
 
     @abstractmethod
-    def wait_any(self, transfers: Sequence[Transfer]) -> list[Transfer]:
+    def wait_any(self, transfers: Sequence[Transfer], seconds: float | None = None) -> list[Transfer]:
         """Blocks until at least one of `transfers` is done, and returns those that are, in the given order.
 
-        The caller's device stream may read the slots of the returned transfers, and of no others. Prefetched records
+        Returns none of them where none is done after `seconds`; None waits for ever. The caller's device stream may read the slots of the returned transfers, and of no others. Prefetched records
         need this call as well. Failed transfers are returned with their `error` set.
         """
 
@@ -78,7 +81,11 @@ class Link(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Drops queued transfers, waits for those that have started, and ends the threads. Idempotent."""
+        """Drops queued transfers, waits for those that have started, and ends the threads. Idempotent.
+
+        A read that has not returned after `CLOSE_SECONDS` is left alone with its thread, a daemon: the memory that it
+        writes to stays its own, and is freed when it returns.
+        """
 
 
 class Throttle:

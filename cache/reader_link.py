@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from edgemoe.cache.link import Link, Priority, Throttle, Transfer
+from edgemoe.cache.link import CLOSE_SECONDS, Link, Priority, Throttle, Transfer
 from edgemoe.cache.record import ExpertId
 from edgemoe.cache.store import ExpertStore, Piece
 
@@ -79,14 +79,16 @@ class ReaderLink(Link):
             self._ended()
             return True
 
-    def wait_any(self, transfers: Sequence[Transfer]) -> list[Transfer]:
+    def wait_any(self, transfers: Sequence[Transfer], seconds: float | None = None) -> list[Transfer]:
         """See the base class."""
+        end = None if seconds is None else time.monotonic() + seconds
         with self._lock:
             while True:
                 arrived = [transfer for transfer in transfers if transfer.done]
-                if arrived:
+                left = None if end is None else end - time.monotonic()
+                if arrived or (left is not None and left <= 0):
                     return arrived
-                self._arrival.wait()
+                self._arrival.wait(left)
 
     def released(self, slots: Sequence[int]) -> None:
         """See the base class. Nothing to do: on a CPU, work has ended when its call returns."""
@@ -97,8 +99,9 @@ class ReaderLink(Link):
             self._closed = True
             self._queue.clear()
             self._work.notify_all()
+        end = time.monotonic() + CLOSE_SECONDS
         for thread in self._threads:
-            thread.join()
+            thread.join(max(0.0, end - time.monotonic()))
 
     def _serve(self) -> None:
         while True:

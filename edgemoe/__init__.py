@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from edgemoe.checkpoint.chat_template import ChatPrompt
     from edgemoe.engine import Engine
     from edgemoe.plan.plan import Plan
-    from edgemoe.results import Chunk, Completion, Stats, Timings
+    from edgemoe.results import Chunk, Completion, Progress, Stats, Timings, TokenLogprob
+    from edgemoe.stream import Stream
 
 __all__ = [
     "ChatPrompt",
@@ -27,10 +28,13 @@ __all__ = [
     "Engine",
     "Plan",
     "PlanError",
+    "Progress",
     "RequestError",
     "Sampling",
     "Stats",
+    "Stream",
     "Timings",
+    "TokenLogprob",
     "__version__",
 ]
 
@@ -40,8 +44,11 @@ _LAZY = {
     "Plan": "plan.plan",
     "Chunk": "results",
     "Completion": "results",
+    "Progress": "results",
     "Stats": "results",
+    "Stream": "stream",
     "Timings": "results",
+    "TokenLogprob": "results",
 }
 
 

@@ -4,37 +4,32 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import warnings
+import weakref
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import count
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
-from edgemoe.cache.accelerator import is_accelerator
 from edgemoe.checkpoint.blueprint import Blueprint, blueprint_for
-from edgemoe.checkpoint.chat_template import ChatPrompt, ChatTemplate, Messages
-from edgemoe.checkpoint.generation_defaults import generation_source, load_generation_defaults
-from edgemoe.checkpoint.tokenizer import Prompt, as_chat, check_prompt, check_token_ids, load_tokenizer, prompt_tokens
+from edgemoe.checkpoint.chat_template import ChatPrompt, Messages
+from edgemoe.checkpoint.tokenizer import Prompt, as_chat, check_prompt, check_token_ids, prompt_tokens
 from edgemoe.config import EngineConfig
-from edgemoe.draft.draft_model import DraftModel
-from edgemoe.draft.expert_budget import expert_budget_for
-from edgemoe.drafters import speculation_for
 from edgemoe.errors import EdgeMoEError, RequestError, reading, unreadable
 from edgemoe.experts.budget_routing import BudgetTotals
-from edgemoe.model.model_runner import ModelRunner
+from edgemoe.loaded import Loaded, draft_model_for
 from edgemoe.plan.plan import Plan
-from edgemoe.planner import drafts_of, make_plan
-from edgemoe.request.reply_text import ReplyTexts
-from edgemoe.request.request import Cancels, Request
-from edgemoe.request.sampler import check_defaults
-from edgemoe.results import Chunk, Completion, Progress, Stats, chat_completion
+from edgemoe.planner import make_plan
+from edgemoe.request.request import Request
+from edgemoe.results import ChatChunks, Chunk, Completion, Progress, Stats, chat_completion
 from edgemoe.runtime import Runtime
 from edgemoe.sampling import ResolvedSampling, Sampling, resolve
-from edgemoe.scheduler.batch_size import BatchSize
-from edgemoe.scheduler.kv_budget import KvBudget
-from edgemoe.scheduler.scheduler import Scheduler
 from edgemoe.scheduler.step_loop import StepLoop
-from edgemoe.scheduler.step_runner import StepRunner
+from edgemoe.stream import Stream
+from edgemoe.worker import Worker
 
+Result = TypeVar("Result")
 READ_AHEAD_BATCHES = 16
 """How many batches of requests to read ahead, so that requests with a common prefix can run together."""
 MAX_READ_AHEAD = 1024
@@ -44,50 +39,33 @@ MAX_READ_AHEAD = 1024
 class Engine:
     """One loaded model. All open streams, of one thread or of many, run as one batch and share its experts.
 
-    A thread that waits for a token runs the next step for all requests; the engine has no thread of its own for it.
-    Use it as a context manager, or call `close`. `cancel` may be called from any thread.
+    A thread of the engine runs the steps, while somebody waits for what they give; callers only wait, so that they can
+    be interrupted at any time. Use it as a context manager, or call `close`; an engine that nobody has any more closes
+    itself with a ResourceWarning. All methods may be called from any thread, and `cancel` and `close` from handlers of
+    signals.
     """
 
-    def __init__(self, blueprint: Blueprint, config: EngineConfig, on_progress: Callable[[Progress], None]) -> None:
-        self._drafts = drafts_of(blueprint, config)
-        draft_model = _draft_model(blueprint, config)
-        self.plan: Plan = make_plan(blueprint, config, draft_model)
+    def __init__(
+        self,
+        blueprint: Blueprint | Callable[[], Blueprint],
+        config: EngineConfig,
+        on_progress: Callable[[Progress], None],
+        stop: threading.Event | None = None,
+    ) -> None:
+        """Loads the model of `blueprint`, or of what it returns; see `load`."""
+        open_blueprint = blueprint if callable(blueprint) else lambda: blueprint
         self._config = config
-        self._checkpoint = blueprint.checkpoint
-        self._tokenizer = load_tokenizer(blueprint.checkpoint)
-        self._template = ChatTemplate(self._tokenizer, blueprint.checkpoint.name)
-        self._replies = ReplyTexts(self._tokenizer, self._template)
-        self._defaults = load_generation_defaults(blueprint)
-        self._vocabulary = blueprint.config.get_text_config().vocab_size
-        check_defaults(self._defaults, generation_source(blueprint), self._vocabulary)
-        self._runtime: Runtime | None = Runtime(blueprint, self.plan, config, on_progress)
+        self._worker = Worker(partial(_load, open_blueprint, config, on_progress))
         try:
-            self._loop = self._new_loop(self._runtime, draft_model)
+            loaded = self._worker.wait_loaded(stop)
         except BaseException:
-            self._runtime.close()
+            self._worker.abandon()
             raise
-        self._device = threading.Lock()
-        self._process = os.getpid()
-        self._cancels = Cancels()
-        self._requests = 0
-
-    def _new_loop(self, runtime: Runtime, draft_model: DraftModel | None) -> StepLoop:
-        """The scheduler, the drafter and the runner of this engine's steps."""
-        plan, config = self.plan, self._config
-        runner = ModelRunner(runtime.runner())
-        speculation = speculation_for(self._drafts, runner, runtime, plan, draft_model)
-        scheduler = Scheduler(
-            runner,
-            KvBudget(plan.kv, plan.kv_nbytes, at_once=is_accelerator(plan.device)),
-            plan.prefill_chunk,
-            BatchSize(plan.batch, automatic=str(config.batch).strip().lower() == "auto"),
-            config.patience,
-            max_draft_nodes=speculation.max_nodes if speculation.active else 0,
-            max_drafted=runner.rows_within(plan.workspace_nbytes),
-            max_states=plan.kept_states,
-        )
-        budget = expert_budget_for(config, runtime.layers, runtime.cache)
-        return StepLoop(scheduler, speculation, StepRunner(runner, runtime.cache.counters, budget))
+        self.plan: Plan = loaded.plan
+        self._texts = loaded.texts
+        self._text_lock = threading.RLock()
+        self._numbers = count()
+        self._finalizer = weakref.finalize(self, _close_forgotten, self._worker, self.plan.model)
 
     @classmethod
     def load(
@@ -96,16 +74,17 @@ class Engine:
         config: EngineConfig | None = None,
         *,
         on_progress: Callable[[Progress], None] | None = None,
+        stop: threading.Event | None = None,
         **settings: Any,
     ) -> Engine:
         """Loads `model`, a checkpoint's folder, GGUF file or Hugging Face id; None is the shipped model.
 
-        `settings` are fields of `EngineConfig`, in place of those of `config`. `on_progress` may be called from other
-        threads. Raises CheckpointError or PlanError before any weight is read, TypeError for an unknown setting.
+        `settings` are fields of `EngineConfig`, in place of those of `config`. `on_progress` is called from other
+        threads. Once `stop` is set, raises EdgeMoEError at once; what was read is given back soon after. Raises
+        CheckpointError or PlanError before any weight is read, TypeError for an unknown setting.
         """
         chosen = (config or EngineConfig()).changed(**settings)
-        blueprint = blueprint_for(model, chosen)
-        return cls(blueprint, chosen, on_progress or _ignore)
+        return cls(partial(blueprint_for, model, chosen), chosen, on_progress or _ignore, stop)
 
     @staticmethod
     def plan_for(
@@ -114,28 +93,29 @@ class Engine:
         """The plan that `load` would use now, without loading anything. Raises as `load` does."""
         chosen = (config or EngineConfig()).changed(**settings)
         blueprint = blueprint_for(model, chosen)
-        return make_plan(blueprint, chosen, _draft_model(blueprint, chosen))
+        return make_plan(blueprint, chosen, draft_model_for(blueprint, chosen))
 
     @property
     def has_tokenizer(self) -> bool:
         """Whether prompts may be text; without a tokenizer they are token ids and replies have no text."""
-        return self._tokenizer is not None
+        return self._texts.tokenizer is not None
 
     @property
     def has_chat_template(self) -> bool:
         """Whether the checkpoint has a template for conversations."""
-        return bool(self._template.source)
+        return bool(self._texts.template.source)
 
     @property
     def stats(self) -> Stats:
         """Totals since loading, requests in flight included. Readable from any thread, until `close`."""
-        runtime, loop = self._loaded(), self._loop
+        loaded = self._worker.check()
+        runtime, loop = loaded.runtime, loaded.loop
         totals, size, budget = loop.scheduler.totals, loop.scheduler.size, loop.runner.budget
         return Stats(
             slots=self.plan.slots,
             experts=self.plan.experts,
             **vars(runtime.cache.counters),
-            requests=self._requests,
+            requests=totals.requests,
             tokens_prompt=totals.tokens_prompt,
             tokens_generated=totals.tokens_generated,
             seconds=totals.seconds,
@@ -153,38 +133,43 @@ class Engine:
 
     def chat_prompt(self, messages: Messages, template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
         """The token ids of a conversation up to the assistant's turn; RequestError without a chat template."""
-        return self._template.render(ChatPrompt(messages, template_kwargs or {}))
+        return self.tokenize(ChatPrompt(messages, template_kwargs or {}))
 
-    def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Generator[Chunk, None, None]:
+    def tokenize(self, prompt: Prompt) -> list[int]:
+        """The token ids of a prompt as a request has them. RequestError for one that is empty or has unknown ids."""
+        chat = as_chat(prompt)
+        with self._text_lock:
+            if chat is not None:
+                prompt = self._texts.template.render(chat)
+            tokens = prompt_tokens(
+                self._texts.tokenizer, cast("str | Sequence[int]", prompt), self._texts.checkpoint.name
+            )
+        check_prompt(tokens, self._texts.vocabulary)
+        return tokens
+
+    def count_tokens(self, prompt: Prompt) -> int:
+        """The number of tokens of a prompt; see `tokenize`."""
+        return len(self.tokenize(prompt))
+
+    def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Stream:
         """The reply to `prompt` (text, token ids, a chat's messages or a `ChatPrompt`) as it is generated.
 
         There is a chunk for every token. A reply to messages has its reasoning apart where the model marks it.
 
-        The last chunk has `finish_reason`. Closing the generator ends the request. Several streams may be open,
-        in one thread or in many: each step serves all. Raises RequestError, at the first step, for a prompt
-        that is empty, has unknown token ids or does not fit the context.
+        The last chunk has `finish_reason`. Closing the stream ends the request. Several streams may be open,
+        in one thread or in many: each step serves all. Raises RequestError for a prompt that is empty, has unknown
+        token ids or does not fit the context.
         """
-        with self._held():
-            request = self._submit(prompt, sampling or Sampling())
-        yield from self._stream(request)
-
-    def _stream(self, request: Request) -> Generator[Chunk, None, None]:
-        try:
-            while True:
-                for chunk in self._next_chunks(request):
-                    yield chunk
-                    if chunk.finish_reason is not None:
-                        return
-        finally:
-            self._abandon([request])
+        return Stream(self, self._submit(prompt, sampling or Sampling()))
 
     def generate(self, prompt: Prompt, sampling: Sampling | None = None) -> Completion:
         """The whole reply to `prompt`; see `stream`."""
-        with self._held():
-            request = self._submit(prompt, sampling or Sampling())
-        return Completion.from_chunks(
-            list(self._stream(request)), request.tokens[: request.prompt_length], self.plan.lossy
-        )
+        request = self._submit(prompt, sampling or Sampling())
+        try:
+            self._wait(lambda: request.finished)
+            return self._completion(request)
+        finally:
+            self._cancel([request])
 
     def generate_batch(
         self, requests: Iterable[tuple[Prompt, Sampling]]
@@ -206,17 +191,16 @@ class Engine:
                         more = False
                         break
                     try:
-                        with self._held():
-                            in_flight[self._submit(*asked)] = number
+                        in_flight[self._submit(*asked)] = number
                     except RequestError as error:
                         yield number, error
                 if not in_flight:
                     continue
-                self._step(unless=lambda: any(request.finished for request in in_flight))
+                self._wait(lambda: any(request.finished for request in in_flight))
                 for request in [each for each in in_flight if each.finished]:
                     yield in_flight.pop(request), self._completion(request)
         finally:
-            self._abandon(in_flight)
+            self._cancel(in_flight)
 
     def chat(
         self, messages: Messages, sampling: Sampling | None = None, template_kwargs: Mapping[str, Any] | None = None
@@ -226,32 +210,32 @@ class Engine:
         `template_kwargs` are variables of the chat template, such as `enable_thinking` or `reasoning_effort`.
         """
         prompt = ChatPrompt(messages, template_kwargs or {})
-        return chat_completion(self.generate(prompt, sampling), self._checkpoint.name)
+        return chat_completion(self.generate(prompt, sampling), self._texts.checkpoint.name)
+
+    def chat_stream(
+        self, messages: Messages, sampling: Sampling | None = None, template_kwargs: Mapping[str, Any] | None = None
+    ) -> Generator[dict[str, Any], None, None]:
+        """As `chat`, in the shape of OpenAI's chat.completion.chunk objects; the last one has `usage`.
+
+        Raises RequestError as `stream` does. Closing the generator ends the request.
+        """
+        stream = self.stream(ChatPrompt(messages, template_kwargs or {}), sampling)
+        return _chat_chunks(stream, ChatChunks(self._texts.checkpoint.name))
 
     def cancel(self, *, running: bool = True) -> None:
-        """Ends all requests in flight after their current token, with `finish_reason` "cancelled". Thread-safe.
+        """Ends all requests in flight at the next layer, with `finish_reason` "cancelled". Returns at once.
 
         With `running` False only requests that have not begun end.
         """
-        self._cancels.waiting += 1
-        if running:
-            self._cancels.all += 1
+        self._post(lambda loop: loop.cancel(lambda request: running or not request.begun))
 
     def close(self) -> None:
-        """Waits for the step in flight, ends the threads and frees the memory. Idempotent.
+        """Leaves the pass in flight at its next layer, ends the threads and frees the memory. Idempotent.
 
-        A stream that is still open ends with EdgeMoEError at its next step.
+        A stream that is still open ends with EdgeMoEError at its next chunk.
         """
-        if os.getpid() != self._process:
-            # The threads and the memory are the other process's.
-            self._runtime = None
-            return
-        self.cancel()
-        with self._device:
-            runtime, self._runtime = self._runtime, None
-            if runtime is not None:
-                self._loop.close()
-                runtime.close()
+        self._finalizer.detach()
+        self._worker.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -261,103 +245,144 @@ class Engine:
     ) -> None:
         self.close()
 
-    def _loaded(self) -> Runtime:
-        if self._runtime is None:
-            raise EdgeMoEError("the engine is closed: load it again with Engine.load")
-        return self._runtime
+    @property
+    def _loop(self) -> StepLoop:
+        return self._worker.check().loop
 
-    @contextmanager
-    def _exclusive(self) -> Iterator[StepLoop]:
-        """The loop, with the device held: for one step, or for passes that are no request's (`measure`).
+    @property
+    def _runtime(self) -> Runtime | None:
+        loaded = self._worker.loaded
+        return None if loaded is None else loaded.runtime
 
-        Raises EdgeMoEError after `close`, and CheckpointError in place of an OSError of the block.
+    def _between_steps(self, function: Callable[[StepLoop], Result]) -> Result:
+        """What `function` returns, which has the device to itself: for passes that are no request's (`measure`).
+
+        Raises EdgeMoEError after `close`, and CheckpointError in place of an OSError.
         """
-        with self._held():
-            self._loaded()
-            with reading(self._checkpoint.name):
-                yield self._loop
-
-    @contextmanager
-    def _held(self) -> Iterator[None]:
-        """Holds the device. Raises EdgeMoEError in a process forked from the one that loaded the engine.
-
-        A fork has none of its threads, and may have a lock that nobody gives back.
-        """
-        if os.getpid() != self._process:
-            raise EdgeMoEError("the engine was loaded by another process: load it in this one, after the fork")
-        with self._device:
-            yield
+        with reading(self._texts.checkpoint.name):
+            return self._worker.call(lambda loaded: function(loaded.loop))
 
     def _submit(self, prompt: Prompt, sampling: Sampling) -> Request:
-        """Puts a new request in the waiting queue. The device is held."""
-        self._loaded()
+        """Puts a new request in the waiting queue."""
+        self._worker.check()
         chat = as_chat(prompt)
-        tokens = self._tokens(self._template.render(chat) if chat else cast("str | Sequence[int]", prompt))
+        tokens = self.tokenize(prompt)
         settings = self._settings(sampling, len(tokens))
-        text = self._replies.new(tokens, settings, chat)
-        request = Request(self._requests, tokens, settings, text, self._cancels, self._vocabulary)
-        self._requests += 1
-        self._loop.add(request)
+        with self._text_lock:
+            text = self._texts.replies.new(tokens, settings, chat)
+        request = Request(next(self._numbers), tokens, settings, text, self._texts.vocabulary)
+        self._post(lambda loop: loop.add(request))
         return request
 
+    def _post(self, function: Callable[[StepLoop], None]) -> None:
+        """Has `function` called between two layers or steps."""
+        worker = self._worker
+
+        def run() -> None:
+            if worker.loaded is not None:
+                function(worker.loaded.loop)
+
+        worker.post(run)
+
+    def _cancel(self, requests: Collection[Request]) -> None:
+        """Ends those of `requests` that have not ended."""
+        live = {request for request in requests if not request.finished}
+        if live:
+            self._post(lambda loop: loop.cancel(live.__contains__))
+
     def _max_in_flight(self) -> int:
-        with self._held():
-            self._loaded()
-            limit = self._loop.scheduler.size.limit
-            return max(2 * limit, min(READ_AHEAD_BATCHES * limit, MAX_READ_AHEAD))
+        limit = self._loop.scheduler.size.limit
+        return max(2 * limit, min(READ_AHEAD_BATCHES * limit, MAX_READ_AHEAD))
 
-    def _step(self, unless: Callable[[], bool]) -> None:
-        """Runs one step, except where another thread's step has already given what the caller waits for."""
-        with self._exclusive() as loop:
-            if not unless():
-                loop.step()
+    def _wait(self, satisfied: Callable[[], bool]) -> None:
+        """Has steps run until `satisfied`. Raises EdgeMoEError where the engine was closed before."""
+        self._worker.check()
+        self._worker.run_until(satisfied)
+        if not satisfied():
+            self._worker.check()
 
-    def _next_chunks(self, request: Request) -> list[Chunk]:
-        """The chunks of `request` that are ready, after a step where there are none."""
-        self._step(unless=lambda: bool(request.chunks) or request.finished)
-        if request.error is not None:
-            raise self._failure(request.error) from request.error
-        chunks = list(request.chunks)
-        request.chunks.clear()
-        return chunks
+    def _next_chunk(self, request: Request) -> Chunk:
+        """The next chunk of `request`, after the steps that it takes."""
+        self._worker.check()
+        if not request.chunks:
+            self._wait(lambda: bool(request.chunks) or request.finished)
+        if request.chunks:
+            return request.chunks.popleft()
+        raise self._failure(request)
 
-    def _failure(self, error: BaseException) -> EdgeMoEError:
-        """The error of a request whose step failed, in whichever thread that step ran."""
+    def _prompt_done(self, request: Request) -> int:
+        """Tokens of the prompt of `request` that are computed; see `Stream.prompt_done`."""
+        loaded, cache = self._worker.loaded, request.cache
+        if cache is None or loaded is None or request.generated:
+            return request.prompt_length if request.generated else 0
+        layers, step = loaded.runtime.layers, loaded.loop.current
+        computing = next((part.tokens for part in step.parts if part.request is request), 0) if step else 0
+        return cache.tokens + computing * layers.reached // max(1, layers.in_passes)
+
+    def _failure(self, request: Request) -> EdgeMoEError:
+        """The error of a request whose step failed."""
+        error = request.error
         if isinstance(error, OSError):
-            return unreadable(self._checkpoint.name, error)
-        return EdgeMoEError(f"a step that this request was part of failed ({error!r}): ask again")
-
-    def _abandon(self, requests: Iterable[Request]) -> None:
-        """Marks requests whose reply nobody takes any more; they end at the next step."""
-        for request in requests:
-            request.abandoned = True
+            told: EdgeMoEError = unreadable(self._texts.checkpoint.name, error)
+        else:
+            told = EdgeMoEError(f"a step that this request was part of failed ({error!r}): ask again")
+        told.__cause__ = error
+        return told
 
     def _completion(self, request: Request) -> Completion:
         if request.error is not None:
-            raise self._failure(request.error) from request.error
+            raise self._failure(request)
         return Completion.from_chunks(list(request.chunks), request.tokens[: request.prompt_length], self.plan.lossy)
 
-    def _tokens(self, prompt: str | Sequence[int]) -> list[int]:
-        tokens = prompt_tokens(self._tokenizer, prompt, self._checkpoint.name)
-        check_prompt(tokens, self._vocabulary)
-        return tokens
-
     def _settings(self, sampling: Sampling, length: int) -> ResolvedSampling:
-        check_token_ids(sampling.logit_bias or (), self._vocabulary, "logit_bias has the")
+        check_token_ids(sampling.logit_bias or (), self._texts.vocabulary, "logit_bias has the")
         left = self.plan.context - length
         if left < 1:
             raise RequestError(
                 f"the prompt has {length} tokens and the context {self.plan.context}, reply included: "
                 "shorten the prompt, or raise context="
             )
-        return resolve(sampling, self._defaults, self._config.default_max_tokens, left, length)
+        return resolve(sampling, self._texts.defaults, self._config.default_max_tokens, left, length)
 
 
-def _draft_model(blueprint: Blueprint, config: EngineConfig) -> DraftModel | None:
-    """The checkpoint that drafts for `blueprint`, where the settings ask for one."""
-    if "model" not in drafts_of(blueprint, config).drafters or config.draft_model is None:
-        return None
-    return DraftModel(config.draft_model, blueprint, offline=config.offline)
+def _load(
+    open_blueprint: Callable[[], Blueprint],
+    config: EngineConfig,
+    on_progress: Callable[[Progress], None],
+    poll: Callable[[], None],
+) -> Loaded:
+    """Loads a model, and calls `poll` on the way."""
+
+    def progressed(progress: Progress) -> None:
+        poll()
+        on_progress(progress)
+
+    blueprint = open_blueprint()
+    poll()
+    loaded = Loaded(blueprint, config, progressed)
+    try:
+        poll()
+    except BaseException:
+        loaded.close()
+        raise
+    return loaded
+
+
+def _chat_chunks(stream: Stream, chunks: ChatChunks) -> Iterator[dict[str, Any]]:
+    with stream:
+        for chunk in stream:
+            yield from chunks.of(chunk)
+
+
+def _close_forgotten(worker: Worker, model: str) -> None:
+    """What an engine that nobody has any more leaves to be done; at the end of the process as well."""
+    if worker.closing:
+        return
+    if threading.main_thread().is_alive():
+        warnings.warn(
+            f"an engine with {model} was not closed: call close, or use it in a with block", ResourceWarning, 2
+        )
+    worker.abandon()
 
 
 def _ignore(progress: Progress) -> None:

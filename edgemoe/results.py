@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -241,7 +241,6 @@ class Stats:
 
 def chat_completion(completion: Completion, model: str) -> dict[str, Any]:
     """A finished reply as an OpenAI `chat.completion` object."""
-    prompt, generated = completion.timings.prompt_tokens, completion.timings.generated_tokens
     return {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "object": "chat.completion",
@@ -255,8 +254,42 @@ def chat_completion(completion: Completion, model: str) -> dict[str, Any]:
                 "logprobs": chat_logprobs(completion.logprobs),
             }
         ],
-        "usage": {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated},
+        "usage": usage(completion.timings),
     } | named_lossy(completion)
+
+
+class ChatChunks:
+    """Makes the chunks of one reply OpenAI `chat.completion.chunk` objects."""
+
+    def __init__(self, model: str) -> None:
+        self._head = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "object": "chat.completion.chunk",
+            "created": int(time.time()),
+            "model": model,
+        }
+        self._begun = False
+
+    def of(self, chunk: Chunk) -> Iterator[dict[str, Any]]:
+        """The object of `chunk`: the first one has the role, the last one `finish_reason` and `usage`."""
+        delta: dict[str, str] = {} if self._begun else {"role": "assistant"}
+        delta |= {"content": chunk.text} if chunk.text or not self._begun else {}
+        delta |= {"reasoning_content": chunk.reasoning} if chunk.reasoning else {}
+        self._begun = True
+        choice = {
+            "index": 0,
+            "delta": delta,
+            "finish_reason": chunk.finish_reason,
+            "logprobs": chat_logprobs(chunk.logprobs),
+        }
+        last = {} if chunk.finish_reason is None else {"usage": usage(chunk.timings)}
+        yield self._head | {"choices": [choice]} | last
+
+
+def usage(timings: Timings) -> dict[str, int]:
+    """Tokens of one request as OpenAI's `usage`."""
+    prompt, generated = timings.prompt_tokens, timings.generated_tokens
+    return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
 
 
 def named_lossy(completion: Completion) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def _reasoning_goes_back_to_the_template(folder: Path) -> str:
     asked = [*ASK, {"role": "assistant", "content": "a", "reasoning_content": "because"}, *ASK]
     with Engine.load(folder, state_folder="none", device="cpu") as engine:
         ids = engine.chat_prompt(asked)
-        text = engine._tokenizer.decode(ids)
+        text = engine._texts.tokenizer.decode(ids)
     return holds(text, "<think>", "</think>")
 
 
@@ -108,7 +108,7 @@ def _effort_reaches_the_template(folder: Path) -> str:
     _thinking(folder, ["assistant\n", "ok", "<|im_end|>", "low", "high"], "{{ reasoning_effort }}" + CHATML)
     with Engine.load(folder, state_folder="none", device="cpu") as engine:
         ids = [engine.chat_prompt(list(ASK), {"reasoning_effort": effort})[0] for effort in ("low", "high")]
-        return same([engine._tokenizer.decode([each]) for each in ids], ["low", "high"])
+        return same([engine._texts.tokenizer.decode([each]) for each in ids], ["low", "high"])
 
 
 CASES = [

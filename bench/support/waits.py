@@ -47,9 +47,9 @@ class WaitRecorder:
         store.pieces = pieces  # type: ignore[method-assign]
 
     def _record_waits(self, link: Link) -> None:
-        def wait_any(transfers: Sequence[Transfer]) -> list[Transfer]:
+        def wait_any(transfers: Sequence[Transfer], seconds: float | None = None) -> list[Transfer]:
             start = time.perf_counter()
-            arrived = untimed(transfers)
+            arrived = untimed(transfers, seconds)
             self.waits.append((start, time.perf_counter()))
             return arrived
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -53,8 +53,11 @@ class ExpertLayer:
         if self._predictor is not None:
             self._predictor.enter_layer(self.number, wanted, groups.hidden)
             predict_next = partial(self._predictor.predict_next, self.number, groups.hidden, groups.top_k)
-        for loan in self._cache.borrow(self.number, wanted, meanwhile=predict_next):
-            self.experts.compute(groups, loan.experts, loan.slots)
+        # Closed here: where the computation raises, nothing stays pinned for as long as somebody looks at the error.
+        with closing(self._cache.borrow(self.number, wanted, meanwhile=predict_next)) as loans:
+            for loan in loans:
+                self.experts.compute(groups, loan.experts, loan.slots)
+                self._cache.poll()
         return self.experts.combined(groups).view(hidden.shape)
 
     def slots_for_one(self) -> np.ndarray | None:
@@ -126,6 +129,10 @@ class ExpertLayers:
         self.in_passes = 0
         """How many of them the model's own passes run: all but those of a draft head."""
         self.capture: Take | None = None
+        self.reached = 0
+        """The layer that the pass which runs now, or ran last, has come to."""
+        self.poll: Callable[[], None] = lambda: None
+        """Called before each layer of a pass; what it raises ends the pass."""
         self._current = current
         self._cache = cache
         self._silent = False
@@ -163,6 +170,8 @@ class ExpertLayers:
         """The output of `layer` in the current mode; arguments and result as in `ExpertLayer.compute`."""
         if self.capture is not None:
             return self.capture(layer, hidden, index, weights)
+        self.reached = layer.number
+        self.poll()
         if self._silent:
             if self._lockstep is not None and self._lockstep.inside:
                 return self._lockstep.wait_for_others(_Silenced(layer.number), hidden, index, weights)

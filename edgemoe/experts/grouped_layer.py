@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -245,11 +245,12 @@ class GroupedLayer(ExpertLayer):
             elsewhere = host.part_of([each for each in wanted if not self._cache.holds(ExpertId(self.number, each))])
             tasks.append(partial(_compute_elsewhere, own, host, found[-1], rows, elsewhere))
         # The loads are on the link by then: it moves some experts while the CPU computes others.
-        for loan in self._cache.borrow(self.number, wanted, partial(_run, tasks), elsewhere):
-            if not readable.issuperset(loan.experts):
-                self.tools.table.flush()
-                own.resolve(first=False)
-                own.compute()
+        with closing(self._cache.borrow(self.number, wanted, partial(_run, tasks), elsewhere)) as loans:
+            for loan in loans:
+                if not readable.issuperset(loan.experts):
+                    self.tools.table.flush()
+                    own.resolve(first=False)
+                    own.compute()
 
     def count_later(self, layers: Sequence[int], chosen: torch.Tensor) -> None:
         """Counts a request of each of `layers` once its choice, a row of int32 [layers, pairs], has come to the host.

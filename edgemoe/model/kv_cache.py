@@ -152,6 +152,23 @@ class SequenceCache:
                 self.head.rollback(rows)
         self.tokens = base + len(rows)
 
+    def restore(self) -> bool:
+        """Drops what a pass has appended that was left midway. Returns whether it could; else the cache is invalid.
+
+        Layers of rows have the same end as before; windows and states may have lost what they had.
+        """
+        own = [] if self.head is None else self.head.kv.layers
+        if self.kv is None or not self.can_always_crop() or not all(type(layer) is GrowingLayer for layer in own):
+            return False
+        self.marked, self.buffer_table = None, None
+        with torch.inference_mode():
+            for layer in self.kv.layers:
+                layer.rollback(self.tokens, ())
+            if self.head is not None:
+                self.head.rollback(())
+                self.head.drop_rows(min(self.head.rows, self.tokens))
+        return True
+
     @property
     def kept_nbytes(self) -> int:
         """Bytes of the states that are kept for a rollback."""

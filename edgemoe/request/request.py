@@ -17,19 +17,6 @@ from edgemoe.results import Chunk, Timings, TokenLogprob
 from edgemoe.sampling import ResolvedSampling
 
 
-class Cancels:
-    """Counts calls of `Engine.cancel`, which any thread may make.
-
-    A request compares the counts with those at its submission, so a call ends no request that is submitted later.
-    """
-
-    def __init__(self) -> None:
-        self.all = 0
-        """Calls that end every request."""
-        self.waiting = 0
-        """Calls that end at least the requests that have not begun."""
-
-
 class Request:
     """The state of one request, from its submission to its last chunk."""
 
@@ -39,7 +26,6 @@ class Request:
         prompt: Sequence[int],
         settings: ResolvedSampling,
         text: ReplyText,
-        cancels: Cancels,
         vocabulary: int,
     ) -> None:
         """`number` identifies the request; `text` is that of its reply.
@@ -63,12 +49,8 @@ class Request:
         """Tokens that were in its KV cache when it began, computed for other requests."""
         self.lossy = False
         """Whether its KV cache has tokens that were computed under an expert budget."""
-        self.abandoned = False
-        """Whether its consumer has gone."""
         self._settings = settings
         self._text = text
-        self._cancels = cancels
-        self._cancelled_before = cancels.all, cancels.waiting
         self._sampler = Sampler(settings, len(prompt), vocabulary)
         self.ends = settings.eos | text.ends
         """The token ids that end the reply."""
@@ -100,14 +82,6 @@ class Request:
     def generated(self) -> int:
         """The number of tokens of the reply so far."""
         return len(self.tokens) - self.prompt_length
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether it must end: its consumer has gone, or a call of cancel since its submission applies to it."""
-        everything, waiting = self._cancelled_before
-        if self.abandoned or self._cancels.all > everything:
-            return True
-        return not self.begun and self._cancels.waiting > waiting
 
     def begin(self, cache: SequenceCache) -> None:
         """Starts it, or resumes it after a preemption. `cache` is its own, and may hold the first of its tokens."""
@@ -162,13 +136,16 @@ class Request:
         return self._sampler.candidates(text, logits, count, ahead=tree.depths[node])
 
     def cancel(self) -> None:
-        """Ends it with the reply so far."""
+        """Ends it with the reply so far, unless it has ended. What a pass gives it afterwards is not for it."""
+        if self.finished:
+            return
         self._reason = "cancelled"
         self._add(self._text.finish(), (), None)
 
     def fail(self, error: BaseException) -> None:
-        """Ends it with `error`."""
-        self.error = error
+        """Ends it with `error`, unless it has ended."""
+        if not self.finished:
+            self.error = error
 
     def _draw(self, logits: LogitsRow) -> int:
         return self._sampler.draw(self.tokens, logits)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from edgemoe.draft.proposal import Verified
@@ -36,6 +36,7 @@ MAX_CACHED_PREFIXES = 8
 class SchedulerTotals:
     """What an engine's requests have been given since it was loaded."""
 
+    requests: int = 0
     steps: int = 0
     preemptions: int = 0
     tokens_prompt: int = 0
@@ -101,10 +102,22 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Puts a request in the waiting queue."""
         self._waiting.add(request)
+        self.totals.requests += 1
+
+    def cancel(self, ends: Callable[[Request], bool]) -> None:
+        """Ends the requests for which `ends`, with the reply so far. May be called while a step runs.
+
+        Those of the batch leave it at the next `release`: a pass may still write to their KV caches.
+        """
+        waiting = {request for request in self._waiting if ends(request)}
+        self._waiting.remove_if(waiting)
+        for request in [*waiting, *(each for each in self._running if ends(each))]:
+            request.cancel()
+        self._departed += waiting
 
     def schedule(self) -> ScheduledStep:
-        """The next step: ends cancelled requests, admits waiting ones, and reserves KV cache for what will run."""
-        self._end_cancelled()
+        """The next step: admits waiting requests, and reserves KV cache for what will run."""
+        self.release()
         self._admit()
         parts = self._with_capacity(select(self._running, self._step_tokens, self._runner.can_chunk, self._pauses))
         return ScheduledStep(parts, self._draft_limits(parts))
@@ -119,7 +132,11 @@ class Scheduler:
         for (request, _), rows in zip(step.parts, outputs.logits, strict=True):
             if request.cache is not None and request.cache.tokens == self._pauses.get(request):
                 self._keep_copy(request, request.cache)
-            if request in drafts:
+            if request.finished:
+                # Cancelled while the pass ran.
+                if request in drafts and request.cache is not None:
+                    request.cache.rollback(outputs.bases[request])
+            elif request in drafts:
                 verified[request] = _verify(request, drafts[request], rows, outputs.bases[request])
                 request.lossy |= outputs.lossy
                 generated += verified[request].tokens
@@ -133,6 +150,25 @@ class Scheduler:
         """Ends every request of `step` with `error`."""
         for request, _ in step.parts:
             request.fail(error)
+
+    def fail_all(self, error: BaseException) -> None:
+        """Ends every request with `error`."""
+        waiting = set(self._waiting)
+        self._waiting.remove_if(waiting)
+        self._departed += waiting
+        for request in [*waiting, *self._running]:
+            request.fail(error)
+
+    def abort(self, step: ScheduledStep) -> None:
+        """Ends every request of `step`, whose pass was left between two layers, with the reply so far.
+
+        KV caches that can be taken back to the step before stay, for prompts that begin alike.
+        """
+        for request, _ in step.parts:
+            request.cancel()
+            if request.cache is not None and not request.cache.restore():
+                self._leave(request)
+                self.kv.release(request.release_cache())
 
     def release(self) -> None:
         """Takes finished requests out of the batch and keeps their KV caches for those that come next."""
@@ -157,14 +193,6 @@ class Scheduler:
         del self._runner
 
     # --- who runs ----------------------------------------------------------------------------------
-
-    def _end_cancelled(self) -> None:
-        waiting = {request for request in self._waiting if request.cancelled}
-        self._waiting.remove_if(waiting)
-        for request in [*waiting, *(each for each in self._running if each.cancelled)]:
-            request.cancel()
-        self._departed += waiting
-        self.release()
 
     def _admit(self) -> None:
         """Starts waiting requests in turn, while the batch and the KV budget have room for them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from edgemoe.draft.proposal import StepReport
 from edgemoe.draft.speculation import Speculation
@@ -12,6 +13,13 @@ from edgemoe.scheduler.step import Committed, ScheduledStep, StepOutputs
 from edgemoe.scheduler.step_runner import StepRunner
 
 
+class PassAborted(BaseException):
+    """Nobody waits for what the pass computes. Raised between two of its layers.
+
+    No Exception: what asks whether a model's code fails must not take it for an answer.
+    """
+
+
 class StepLoop:
     """Drives the requests of one engine. Used by one thread at a time."""
 
@@ -19,6 +27,8 @@ class StepLoop:
         self.scheduler = scheduler
         self.speculation = speculation
         self.runner = runner
+        self.current: ScheduledStep | None = None
+        """The step that runs now."""
 
     def add(self, request: Request) -> None:
         """Puts a request in the waiting queue."""
@@ -27,16 +37,20 @@ class StepLoop:
     def step(self) -> None:
         """Runs one step, where there is one.
 
-        When it fails, every request of the step gets the error and the others go on. Raised is only what ends the
-        thread, such as a KeyboardInterrupt.
+        When it fails, every request of the step gets the error and the others go on. A PassAborted ends the requests
+        with the replies so far. Raised is only what ends the thread.
         """
         step = self.scheduler.schedule()
         self._forget_departed()
         if not step.parts:
             return
         started = time.perf_counter()
+        self.current = step
         try:
             tokens = self._run(step)
+        except PassAborted:
+            self.scheduler.abort(step)
+            self.speculation.abandon()
         except BaseException as error:
             self.scheduler.fail(step, error)
             self.speculation.abandon()
@@ -48,8 +62,29 @@ class StepLoop:
             totals.seconds += seconds
             self.scheduler.size.observe(len(step.parts), tokens, seconds)
         finally:
-            self.scheduler.release()
-            self._forget_departed()
+            self.current = None
+            self.settle()
+
+    def cancel(self, ends: Callable[[Request], bool]) -> None:
+        """Ends the requests for which `ends`, with the replies so far. May be called while a step runs."""
+        self.scheduler.cancel(ends)
+        if self.current is None:
+            self.settle()
+
+    def fail(self, error: BaseException) -> None:
+        """Ends every request with `error`."""
+        self.scheduler.fail_all(error)
+        self.settle()
+
+    @property
+    def nobody_waits(self) -> bool:
+        """Whether every request of the step that runs now has ended."""
+        return self.current is not None and all(request.finished for request, _ in self.current.parts)
+
+    def settle(self) -> None:
+        """Lets go of requests that have ended; no step may run."""
+        self.scheduler.release()
+        self._forget_departed()
 
     def close(self) -> None:
         """Frees the KV caches and lets go of the models."""

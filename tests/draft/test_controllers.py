@@ -11,7 +11,7 @@ from edgemoe.draft.controller import SHORTER, SHORTEST_REST, TEST, Controllers, 
 from edgemoe.draft.proposer import DraftPrice, DraftProposer
 from edgemoe.draft.settings import draft_settings
 from edgemoe.draft.step_cost import REMEASURE_AFTER, RETRY_AFTER, StepCost
-from edgemoe.request.request import Cancels, Request
+from edgemoe.request.request import Request
 from tests.support.checkpoints import Running, Zoo, random_ids, running
 from tests.support.crowd import Crowd, new_request
 
@@ -24,7 +24,7 @@ def own(zoo: Zoo) -> Iterator[Running]:
 
 def some_requests(count: int) -> list[Request]:
     """Requests that no model answers: controllers only tell them apart."""
-    return [new_request(number, [5, 6, number], Cancels()) for number in range(count)]
+    return [new_request(number, [5, 6, number]) for number in range(count)]
 
 
 @pytest.fixture

@@ -319,7 +319,7 @@ def test_the_first_request_need_not_wait_for_the_cache_to_fill(talker: Path) -> 
     with Engine.load(talker, expert_cache=28, threads=1, link_gbps=0.001) as slow:
         slow.generate([250], Sampling(max_tokens=1))
         assert slow._runtime is not None
-        assert slow._runtime.link.bytes_moved < 20 * slow.plan.slot_nbytes
+        assert slow._runtime.link.bytes_moved < 24 * slow.plan.slot_nbytes
 
 
 def test_a_file_that_is_cut_short_later_is_an_error_and_no_end(zoo: Zoo, tmp_path: Path) -> None:

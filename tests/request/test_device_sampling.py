@@ -10,7 +10,6 @@ import torch
 from edgemoe.draft.pass_drafter import Branch
 from edgemoe.model.draft_tree import DraftTree
 from edgemoe.model.pass_logits import BEST, DeviceRow
-from edgemoe.request.request import Cancels
 from tests.support.crowd import new_request
 from tests.support.logits import CountedLogits, spoiled_topk
 from tests.support.samplers import sampler
@@ -117,7 +116,7 @@ def test_a_request_gets_the_same_tokens_and_logprobs() -> None:
     rows = torch.stack([logits_of(seed)[:264] for seed in range(3)])
     for logprobs in (None, 2):
         settings: dict[str, Any] = {"temperature": 0.0, "logprobs": logprobs, "max_tokens": 9}
-        plain, found = (new_request(0, [5, 6, 7], Cancels(), **settings) for _ in range(2))
+        plain, found = (new_request(0, [5, 6, 7], **settings) for _ in range(2))
         logits = CountedLogits(rows)
         first, others = logits.split([1, 2])
         plain.advance(rows[0])

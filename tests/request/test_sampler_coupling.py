@@ -17,7 +17,6 @@ from transformers import (
 )
 
 from edgemoe.model.draft_tree import DraftTree
-from edgemoe.request.request import Cancels
 from tests.support.checkpoints import random_ids
 from tests.support.crowd import new_request
 from tests.support.samplers import sampler
@@ -137,7 +136,7 @@ PENALISED = {"repetition_penalty": 3.0}
 def test_candidates_from_the_models_own_logits_are_the_samples(settings: dict[str, Any]) -> None:
     """A drafter with the model's logits is always right. Without a penalty this model would repeat one token."""
     logits = some_logits(1, 264)
-    asked = new_request(0, random_ids(9), Cancels(), max_tokens=6, **settings)
+    asked = new_request(0, random_ids(9), max_tokens=6, **settings)
     asked.advance(logits)
     tree, node = DraftTree(asked.tokens[-1]), 0
     for _ in range(4):
@@ -150,7 +149,7 @@ def test_candidates_from_the_models_own_logits_are_the_samples(settings: dict[st
     assert path == [0, 1, 2, 3, 4]
     assert asked.generated == 6
     assert asked.chunks[-1].timings.accepted == asked.chunks[-1].timings.drafted == 4
-    alone = new_request(0, random_ids(9), Cancels(), max_tokens=6, **settings)
+    alone = new_request(0, random_ids(9), max_tokens=6, **settings)
     while not alone.finished:
         alone.advance(logits)
     assert asked.tokens == alone.tokens
@@ -166,7 +165,7 @@ def test_a_tree_does_not_change_the_samples() -> None:
         """A model of the last token alone, with few probable tokens, so that random drafts are accepted sometimes."""
         return 2 * some_logits(text[-1], 264) + torch.where(torch.arange(264) < 6, 8.0, 0.0)
 
-    plain, drafted = (new_request(0, [5, 6], Cancels(), **settings) for _ in range(2))
+    plain, drafted = (new_request(0, [5, 6], **settings) for _ in range(2))
     while not plain.finished:
         plain.advance(after(plain.tokens))
     while not drafted.finished:

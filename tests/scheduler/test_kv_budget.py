@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from edgemoe import Engine, Sampling, engine
+from edgemoe import Engine, Sampling, loaded
 from edgemoe.model.row_layers import GrowingLayer
 from tests.support.checkpoints import Zoo
 
@@ -40,7 +40,7 @@ def buffers(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_on_a_device_a_cache_is_taken_at_its_planned_length_and_never_grows(
     zoo: Zoo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "is_accelerator", lambda device: True)
+    monkeypatch.setattr(loaded, "is_accelerator", lambda device: True)
     layers = 4
     made = buffers(zoo, monkeypatch)
     assert len(made) == layers * len(LENGTHS)

@@ -25,11 +25,11 @@ def test_cancelled_ones_end_with_what_they_have_whether_they_run_or_wait(own: Ru
     requests = [crowd.ask(prompt, max_tokens=20) for prompt in prompts]
     for _ in range(3):
         crowd.step()
-    crowd.cancels.waiting += 1
+    crowd.loop.cancel(lambda request: not request.begun)
     later = crowd.ask(random_ids(5, seed=9), max_tokens=20)
     crowd.step()
     assert [request.finished for request in requests] == [False, False, True, True]
-    crowd.cancels.all += 1
+    crowd.loop.cancel(lambda request: True)
     crowd.step()
     assert all(request.finished for request in [*requests, later])
     replies = [completion(request) for request in [*requests, later]]
@@ -45,7 +45,7 @@ def test_a_preempted_one_has_begun_and_is_not_cancelled_with_those_that_wait(own
     requests = [crowd.ask(random_ids(20, seed), max_tokens=60) for seed in range(2)]
     while not crowd.scheduler.totals.preemptions:
         crowd.step()
-    crowd.cancels.waiting += 1
+    crowd.loop.cancel(lambda request: not request.begun)
     crowd.finish()
     assert [completion(request).finish_reason for request in requests] == ["length", "length"]
 
@@ -56,7 +56,7 @@ def test_nobody_computes_for_those_that_nobody_waits_for(own: Running) -> None:
         crowd.ask([10 + number] * 3, max_tokens=count) for number, count in enumerate((500, 5, 500))
     )
     crowd.step()
-    running_one.abandoned = waiting_one.abandoned = True
+    crowd.cancel(running_one, waiting_one)
     crowd.finish()
     assert completion(stays).finish_reason == "length"
     assert len(crowd.steps) <= 6

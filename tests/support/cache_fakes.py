@@ -155,7 +155,7 @@ class FakeLink(Link):
         del self.in_flight[transfer.expert]
         return True
 
-    def wait_any(self, transfers: Sequence[Transfer]) -> list[Transfer]:
+    def wait_any(self, transfers: Sequence[Transfer], seconds: float | None = None) -> list[Transfer]:
         assert transfers, "waiting for no transfer would never end"
         if not any(transfer.done for transfer in transfers):
             self.events.append(("wait", tuple(transfer.expert for transfer in transfers)))

@@ -24,7 +24,7 @@ from edgemoe.prefetch.link_gauge import LinkGauge
 from edgemoe.prefetch.prefetcher import Prefetcher
 from edgemoe.request.reply_parts import OnePart
 from edgemoe.request.reply_text import ReplyText
-from edgemoe.request.request import Cancels, Request
+from edgemoe.request.request import Request
 from edgemoe.request.token_texts import TokenTexts
 from edgemoe.results import Completion
 from edgemoe.sampling import Sampling, resolve
@@ -51,11 +51,11 @@ VOCABULARY = 256
 """Of the tiny models."""
 
 
-def new_request(number: int, prompt: Sequence[int], cancels: Cancels, **settings: Any) -> Request:
+def new_request(number: int, prompt: Sequence[int], **settings: Any) -> Request:
     """A request for 8 tokens, unless `settings` say otherwise."""
     asked = Sampling(**{"ignore_eos": True, "max_tokens": 8, **settings})
     text = ReplyText(TEXTS, OnePart(TEXTS, prompt), asked.stop)
-    return Request(number, prompt, resolve(asked, GenerationConfig(), 1024, 10_000), text, cancels, VOCABULARY)
+    return Request(number, prompt, resolve(asked, GenerationConfig(), 1024, 10_000), text, VOCABULARY)
 
 
 def completion(done: Request) -> Completion:
@@ -68,7 +68,7 @@ def completion(done: Request) -> Completion:
 def alone(own: Running, prompt: Sequence[int], **settings: Any) -> Completion:
     """The reply without a batch: one sequence, its prompt in one pass, then token by token."""
     runner = own.runner(prefill_chunk=10_000)
-    single = new_request(0, prompt, Cancels(), **settings)
+    single = new_request(0, prompt, **settings)
     cache = runner.start(len(prompt))
     single.begin(cache)
     while not single.finished:
@@ -153,7 +153,6 @@ class Crowd:
             max_draft_nodes=self.speculation.max_nodes if self.speculation.active else 0,
         )
         self.loop = StepLoop(self.scheduler, self.speculation, StepRunner(self.joint, own.cache.counters))
-        self.cancels = Cancels()
         self.requests: list[Request] = []
         self.steps: list[list[int]] = []
         """Tokens of each sequence, for each pass."""
@@ -171,10 +170,14 @@ class Crowd:
 
     def ask(self, prompt: Sequence[int], **settings: Any) -> Request:
         """Puts a request in the line."""
-        asked = new_request(len(self.requests), prompt, self.cancels, **settings)
+        asked = new_request(len(self.requests), prompt, **settings)
         self.requests.append(asked)
         self.loop.add(asked)
         return asked
+
+    def cancel(self, *requests: Request) -> None:
+        """Ends `requests`."""
+        self.loop.cancel(requests.__contains__)
 
     def step(self) -> None:
         """One step, after which everything that is promised must hold."""

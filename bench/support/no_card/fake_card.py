@@ -246,7 +246,7 @@ class FakeLink(Link):
         """See the base class."""
         return False
 
-    def wait_any(self, transfers: Sequence[Transfer]) -> list[Transfer]:
+    def wait_any(self, transfers: Sequence[Transfer], seconds: float | None = None) -> list[Transfer]:
         """See the base class."""
         return list(transfers)
 

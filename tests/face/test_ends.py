@@ -1,0 +1,275 @@
+"""How requests, streams and engines end early: cancelled, interrupted, closed, forgotten."""
+
+from __future__ import annotations
+
+import _thread
+import gc
+import signal
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgemoe import EdgeMoEError, Engine, Sampling, Stream
+from edgemoe.results import Progress
+
+SETTINGS = Sampling(max_tokens=8, ignore_eos=True, temperature=0)
+LONG = Sampling(max_tokens=400, ignore_eos=True, temperature=0)
+PROMPT = "a long prompt, which takes a while, " * 10
+SLOW_GBPS = 0.02
+"""A record of the talker takes 4 ms, a layer of a long prompt some 30, and the whole prompt a tenth of a second."""
+
+
+@pytest.fixture
+def engine(talker: Path) -> Iterator[Engine]:
+    with Engine.load(talker, expert_cache=8, threads=1, batch=4, state_folder="none", link_gbps=SLOW_GBPS) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def expected(talker: Path) -> dict[str, tuple[int, ...]]:
+    with Engine.load(talker, threads=1, batch=1, state_folder="none") as single:
+        return {prompt: single.generate(prompt, SETTINGS).token_ids for prompt in ("abc", "xyz", PROMPT)}
+
+
+def check_clean(engine: Engine) -> None:
+    """Nothing is pinned, no slot is lost, and nobody runs or waits."""
+    found = engine._between_steps(lambda loop: (loop.scheduler.running, loop.scheduler.waiting))
+    assert found == (0, 0)
+    runtime = engine._runtime
+    assert runtime is not None
+    cache = runtime.cache
+    engine._between_steps(lambda loop: cache.check_integrity())
+    assert all(held.pins == 0 for held in cache._held.values())
+
+
+@contextmanager
+def later(seconds: float, act: Callable[[], object]) -> Iterator[None]:
+    timer = threading.Timer(seconds, act)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.join()
+
+
+def rest(stream: Stream) -> list[str | None]:
+    return [chunk.finish_reason for chunk in stream]
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.01, 0.03, 0.05])
+def test_a_prompt_is_cancelled_between_two_layers(
+    delay: float, engine: Engine, expected: dict[str, tuple[int, ...]]
+) -> None:
+    stream = engine.stream(PROMPT, SETTINGS)
+    with later(delay, stream.cancel):
+        assert rest(stream) == ["cancelled"]
+    assert stream.finished
+    check_clean(engine)
+    assert engine.generate(PROMPT, SETTINGS).token_ids == expected[PROMPT]
+
+
+def test_a_stream_is_closed_by_another_thread_while_it_is_waited_for(
+    engine: Engine, expected: dict[str, tuple[int, ...]]
+) -> None:
+    stream = engine.stream(PROMPT, LONG)
+    with later(0.03, stream.close):
+        assert rest(stream) == []
+    check_clean(engine)
+    assert engine.generate("abc", SETTINGS).token_ids == expected["abc"]
+
+
+def test_one_of_several_is_cancelled_and_the_others_go_on(engine: Engine, expected: dict[str, tuple[int, ...]]) -> None:
+    goes, ends = engine.stream("abc", SETTINGS), engine.stream(PROMPT, SETTINGS)
+    with later(0.02, ends.cancel):
+        tokens = [token for chunk in goes for token in chunk.token_ids]
+    assert tuple(tokens) == expected["abc"]
+    assert rest(ends)[-1] == "cancelled"
+    check_clean(engine)
+
+
+def test_who_waits_is_told_at_once_though_the_step_goes_on_for_others(engine: Engine) -> None:
+    """The end of one does not wait for the prompt of another."""
+    ends, other = engine.stream("abc", LONG), engine.stream(PROMPT, LONG)
+    told: list[str | None] = []
+    thread = threading.Thread(target=lambda: told.extend(rest(ends)))
+    thread.start()
+    time.sleep(0.02)
+    ends.cancel()
+    thread.join(5)
+    assert told[-1:] == ["cancelled"]
+    other.close()
+    check_clean(engine)
+
+
+def test_the_tokens_of_a_prompt_that_was_cut_are_kept(talker: Path) -> None:
+    with Engine.load(talker, expert_cache=8, threads=1, state_folder="none", prefill_chunk=32) as engine:
+        stream = engine.stream(PROMPT, SETTINGS)
+        runner = engine._loop.runner.model
+        run, passes = runner.run_sampled, list[int]()
+
+        def cut(inputs: Sequence[Any]) -> Any:
+            passes.append(len(inputs[0].tokens))
+            if len(passes) == 3:
+                stream.cancel()
+            return run(inputs)
+
+        runner.run_sampled = cut  # type: ignore[method-assign]
+        assert rest(stream) == ["cancelled"]
+        runner.run_sampled = run  # type: ignore[method-assign]
+        assert engine.generate(PROMPT, SETTINGS).timings.shared_tokens == 64
+
+
+def test_how_far_a_prompt_has_come_is_told_meanwhile(engine: Engine) -> None:
+    stream = engine.stream(PROMPT, SETTINGS)
+    assert stream.prompt_tokens == engine.count_tokens(PROMPT)
+    assert stream.prompt_done == 0
+    seen = []
+    thread = threading.Thread(target=lambda: next(stream))
+    thread.start()
+    while thread.is_alive():
+        seen.append(stream.prompt_done)
+        time.sleep(0.001)
+    assert sorted(seen) == seen
+    assert len(set(seen)) > 2
+    assert stream.prompt_done == stream.prompt_tokens
+    stream.close()
+
+
+@pytest.mark.parametrize("delay", [0.01, 0.04, 0.1])
+def test_an_interrupt_ends_the_call_and_tears_nothing(
+    delay: float, engine: Engine, expected: dict[str, tuple[int, ...]]
+) -> None:
+    with later(delay, _thread.interrupt_main), pytest.raises(KeyboardInterrupt):
+        engine.generate(PROMPT, LONG)
+        time.sleep(1)
+    check_clean(engine)
+    assert engine.generate("abc", SETTINGS).token_ids == expected["abc"]
+
+
+def test_an_interrupt_is_for_one_stream_and_not_for_those_of_other_threads(
+    engine: Engine, expected: dict[str, tuple[int, ...]]
+) -> None:
+    found: list[tuple[int, ...]] = []
+    thread = threading.Thread(target=lambda: found.append(engine.generate("xyz", SETTINGS).token_ids))
+    stream = engine.stream(PROMPT, LONG)
+    thread.start()
+    with later(0.05, _thread.interrupt_main), pytest.raises(KeyboardInterrupt):
+        list(stream)
+        time.sleep(1)
+    thread.join(10)
+    assert found == [expected["xyz"]]
+    assert list(stream) == []
+    check_clean(engine)
+
+
+def test_an_engine_is_closed_by_a_handler_of_a_signal_while_it_computes(talker: Path) -> None:
+    engine = Engine.load(talker, expert_cache=8, threads=1, state_folder="none", link_gbps=SLOW_GBPS)
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: engine.close())
+    try:
+        with later(0.03, lambda: signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)):
+            ends = rest(engine.stream(PROMPT, LONG))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert ends == ["cancelled"]
+    with pytest.raises(EdgeMoEError, match="the engine is closed"):
+        engine.generate("abc")
+
+
+def test_an_engine_that_nobody_has_is_freed_with_a_warning(talker: Path) -> None:
+    others = set(threading.enumerate())
+    engine = Engine.load(talker, expert_cache=8, threads=2, state_folder="none")
+    engine.generate("abc", SETTINGS)
+    runtime = engine._runtime
+    assert runtime is not None
+    weights = weakref.ref(runtime.model.get_input_embeddings().weight)
+    slots = weakref.ref(runtime.cache.pool)
+    del runtime
+    with pytest.warns(ResourceWarning, match="was not closed: call close"):
+        del engine
+        gc.collect()
+    end = time.monotonic() + 10
+    while time.monotonic() < end and any(
+        each.name.startswith("edgemoe") for each in set(threading.enumerate()) - others
+    ):
+        time.sleep(0.01)
+    gc.collect()
+    assert weights() is None
+    assert slots() is None
+    assert not [each.name for each in set(threading.enumerate()) - others if each.name.startswith("edgemoe")]
+
+
+def test_a_closed_engine_warns_of_nothing(talker: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine = Engine.load(talker, expert_cache=8, threads=1, state_folder="none")
+        engine.close()
+        del engine
+        gc.collect()
+
+
+def test_a_stream_that_nobody_has_ends_its_request(engine: Engine) -> None:
+    stream = engine.stream("abc", LONG)
+    next(stream)
+    del stream
+    check_clean(engine)
+
+
+def test_loading_stops_when_it_is_told_to(talker: Path) -> None:
+    others = set(threading.enumerate())
+    stop = threading.Event()
+    begun = threading.Event()
+
+    def on_progress(progress: Progress) -> None:
+        begun.set()
+        time.sleep(0.01)
+
+    def set_stop() -> None:
+        begun.wait(20)
+        stop.set()
+
+    thread = threading.Thread(target=set_stop)
+    thread.start()
+    with pytest.raises(EdgeMoEError, match="stop was set"):
+        Engine.load(talker, expert_cache=8, threads=1, state_folder="none", on_progress=on_progress, stop=stop)
+    thread.join()
+    end = time.monotonic() + 10
+    while time.monotonic() < end and set(threading.enumerate()) - others:
+        time.sleep(0.01)
+    assert not set(threading.enumerate()) - others
+
+
+def test_a_read_that_never_returns_holds_up_neither_cancel_nor_close(
+    talker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgemoe.cache.reader_link.CLOSE_SECONDS", 0.2)
+    returns = threading.Event()
+    engine = Engine.load(talker, expert_cache=8, threads=1, state_folder="none")
+    try:
+        engine.generate("abc", SETTINGS)
+        runtime = engine._runtime
+        assert runtime is not None
+        pieces = runtime.cache.store.pieces
+
+        def dead(expert: Any, memory: Any) -> Any:
+            return [(nbytes, lambda: returns.wait(30)) for nbytes, _ in pieces(expert, memory)]
+
+        monkeypatch.setattr(runtime.cache.store, "pieces", dead)
+        stream = engine.stream(PROMPT, LONG)
+        started = time.monotonic()
+        with later(0.1, stream.cancel):
+            assert rest(stream) == ["cancelled"]
+        waits = engine.stream(PROMPT, LONG)
+        with later(0.1, engine.close):
+            assert rest(waits) in (["cancelled"], [])
+        engine.close()
+        assert time.monotonic() - started < 3
+    finally:
+        returns.set()
+        engine.close()
