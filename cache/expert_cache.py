@@ -52,13 +52,11 @@ class ExpertCache:
         self._held = self._residency.held
         self.layers_of = self._residency.layers_of
         """The layers that share each region of the pool."""
-        self._device_waited = 0.0
-        """The link's `device_wait_seconds` that are counted."""
+        self._device_waited = 0.0  # The link's `device_wait_seconds` that are counted.
         # A request for more experts than a layer's share of its slots keeps these many; the others stream through.
         self._max_kept = [max(0, each.count // len(self.layers_of[each]) - TRANSIT_SLOTS) for each in self._regions]
         self._kept: set[ExpertId] = set()
-        self._slots: dict[int, tuple[np.ndarray, list[Resident]]] = {}
-        """What `slots_of` gives, and the experts there, by layer."""
+        self._slots: dict[int, tuple[np.ndarray, list[Resident]]] = {}  # What `slots_of` gives, by layer.
         self.poll: Callable[[], None] = lambda: None
         """Called while a request waits for the link; what it raises ends the request, and nothing stays pinned."""
         self.recording: list[list[ExpertId]] | None = None

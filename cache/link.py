@@ -68,8 +68,9 @@ class Link(ABC):
     def wait_any(self, transfers: Sequence[Transfer], seconds: float | None = None) -> list[Transfer]:
         """Blocks until at least one of `transfers` is done, and returns those that are, in the given order.
 
-        Returns none of them where none is done after `seconds`; None waits for ever. The caller's device stream may read the slots of the returned transfers, and of no others. Prefetched records
-        need this call as well. Failed transfers are returned with their `error` set.
+        Returns none of them where none is done after `seconds`; None waits for ever. The caller's device stream may
+        read the slots of the returned transfers, and of no others. Prefetched records need this call as well. Failed
+        transfers are returned with their `error` set.
         """
 
     @abstractmethod

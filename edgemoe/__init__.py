@@ -13,6 +13,7 @@ from edgemoe.sampling import Sampling
 from edgemoe.version import __version__
 
 if TYPE_CHECKING:
+    from edgemoe.async_engine import AsyncEngine
     from edgemoe.checkpoint.chat_template import ChatPrompt
     from edgemoe.engine import Engine
     from edgemoe.plan.plan import Plan
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from edgemoe.stream import Stream
 
 __all__ = [
+    "AsyncEngine",
     "ChatPrompt",
     "CheckpointError",
     "Chunk",
@@ -39,6 +41,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "AsyncEngine": "async_engine",
     "ChatPrompt": "checkpoint.chat_template",
     "Engine": "engine",
     "Plan": "plan.plan",

@@ -6,7 +6,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count
 from types import TracebackType
@@ -16,13 +16,13 @@ from edgemoe.checkpoint.blueprint import Blueprint, blueprint_for
 from edgemoe.checkpoint.chat_template import ChatPrompt, Messages
 from edgemoe.checkpoint.tokenizer import Prompt, as_chat, check_prompt, check_token_ids, prompt_tokens
 from edgemoe.config import EngineConfig
-from edgemoe.errors import EdgeMoEError, RequestError, reading, unreadable
+from edgemoe.errors import RequestError, reading
 from edgemoe.experts.budget_routing import BudgetTotals
 from edgemoe.loaded import Loaded, draft_model_for
 from edgemoe.plan.plan import Plan
 from edgemoe.planner import make_plan
 from edgemoe.request.request import Request
-from edgemoe.results import ChatChunks, Chunk, Completion, Progress, Stats, chat_completion
+from edgemoe.results import ChatChunks, Completion, Progress, Stats, chat_completion
 from edgemoe.runtime import Runtime
 from edgemoe.sampling import ResolvedSampling, Sampling, resolve
 from edgemoe.scheduler.step_loop import StepLoop
@@ -96,6 +96,11 @@ class Engine:
         return make_plan(blueprint, chosen, draft_model_for(blueprint, chosen))
 
     @property
+    def model_name(self) -> str:
+        """The name of the checkpoint, as replies in OpenAI's shape have it."""
+        return self._texts.checkpoint.name
+
+    @property
     def has_tokenizer(self) -> bool:
         """Whether prompts may be text; without a tokenizer they are token ids and replies have no text."""
         return self._texts.tokenizer is not None
@@ -141,9 +146,7 @@ class Engine:
         with self._text_lock:
             if chat is not None:
                 prompt = self._texts.template.render(chat)
-            tokens = prompt_tokens(
-                self._texts.tokenizer, cast("str | Sequence[int]", prompt), self._texts.checkpoint.name
-            )
+            tokens = prompt_tokens(self._texts.tokenizer, cast("str | Sequence[int]", prompt), self.model_name)
         check_prompt(tokens, self._texts.vocabulary)
         return tokens
 
@@ -160,16 +163,20 @@ class Engine:
         in one thread or in many: each step serves all. Raises RequestError for a prompt that is empty, has unknown
         token ids or does not fit the context.
         """
-        return Stream(self, self._submit(prompt, sampling or Sampling()))
+        self._worker.check()
+        chat = as_chat(prompt)
+        tokens = self.tokenize(prompt)
+        settings = self._settings(sampling or Sampling(), len(tokens))
+        with self._text_lock:
+            text = self._texts.replies.new(tokens, settings, chat)
+        request = Request(next(self._numbers), tokens, settings, text, self._texts.vocabulary)
+        stream = Stream(self._worker, request, self.model_name, self)
+        self._worker.post(lambda loop: loop.add(request))
+        return stream
 
     def generate(self, prompt: Prompt, sampling: Sampling | None = None) -> Completion:
         """The whole reply to `prompt`; see `stream`."""
-        request = self._submit(prompt, sampling or Sampling())
-        try:
-            self._wait(lambda: request.finished)
-            return self._completion(request)
-        finally:
-            self._cancel([request])
+        return self.stream(prompt, sampling).completion(self.plan.lossy)
 
     def generate_batch(
         self, requests: Iterable[tuple[Prompt, Sampling]]
@@ -180,7 +187,7 @@ class Engine:
         are taken, a few batches ahead. Closing the generator ends what is in flight.
         """
         numbered = enumerate(requests)
-        in_flight: dict[Request, int] = {}
+        in_flight: dict[Stream, int] = {}
         more = True
         try:
             while more or in_flight:
@@ -191,16 +198,17 @@ class Engine:
                         more = False
                         break
                     try:
-                        in_flight[self._submit(*asked)] = number
+                        in_flight[self.stream(*asked)] = number
                     except RequestError as error:
                         yield number, error
                 if not in_flight:
                     continue
-                self._wait(lambda: any(request.finished for request in in_flight))
-                for request in [each for each in in_flight if each.finished]:
-                    yield in_flight.pop(request), self._completion(request)
+                self._worker.wait(lambda: any(stream.ended for stream in in_flight))
+                for stream in [each for each in in_flight if each.ended]:
+                    yield in_flight.pop(stream), stream.completion(self.plan.lossy)
         finally:
-            self._cancel(in_flight)
+            for stream in in_flight:
+                stream.close()
 
     def chat(
         self, messages: Messages, sampling: Sampling | None = None, template_kwargs: Mapping[str, Any] | None = None
@@ -210,7 +218,7 @@ class Engine:
         `template_kwargs` are variables of the chat template, such as `enable_thinking` or `reasoning_effort`.
         """
         prompt = ChatPrompt(messages, template_kwargs or {})
-        return chat_completion(self.generate(prompt, sampling), self._texts.checkpoint.name)
+        return chat_completion(self.generate(prompt, sampling), self.model_name)
 
     def chat_stream(
         self, messages: Messages, sampling: Sampling | None = None, template_kwargs: Mapping[str, Any] | None = None
@@ -220,14 +228,14 @@ class Engine:
         Raises RequestError as `stream` does. Closing the generator ends the request.
         """
         stream = self.stream(ChatPrompt(messages, template_kwargs or {}), sampling)
-        return _chat_chunks(stream, ChatChunks(self._texts.checkpoint.name))
+        return _chat_chunks(stream, ChatChunks(self.model_name))
 
     def cancel(self, *, running: bool = True) -> None:
         """Ends all requests in flight at the next layer, with `finish_reason` "cancelled". Returns at once.
 
         With `running` False only requests that have not begun end.
         """
-        self._post(lambda loop: loop.cancel(lambda request: running or not request.begun))
+        self._worker.post(lambda loop: loop.cancel(lambda request: running or not request.begun))
 
     def close(self) -> None:
         """Leaves the pass in flight at its next layer, ends the threads and frees the memory. Idempotent.
@@ -259,80 +267,12 @@ class Engine:
 
         Raises EdgeMoEError after `close`, and CheckpointError in place of an OSError.
         """
-        with reading(self._texts.checkpoint.name):
+        with reading(self.model_name):
             return self._worker.call(lambda loaded: function(loaded.loop))
-
-    def _submit(self, prompt: Prompt, sampling: Sampling) -> Request:
-        """Puts a new request in the waiting queue."""
-        self._worker.check()
-        chat = as_chat(prompt)
-        tokens = self.tokenize(prompt)
-        settings = self._settings(sampling, len(tokens))
-        with self._text_lock:
-            text = self._texts.replies.new(tokens, settings, chat)
-        request = Request(next(self._numbers), tokens, settings, text, self._texts.vocabulary)
-        self._post(lambda loop: loop.add(request))
-        return request
-
-    def _post(self, function: Callable[[StepLoop], None]) -> None:
-        """Has `function` called between two layers or steps."""
-        worker = self._worker
-
-        def run() -> None:
-            if worker.loaded is not None:
-                function(worker.loaded.loop)
-
-        worker.post(run)
-
-    def _cancel(self, requests: Collection[Request]) -> None:
-        """Ends those of `requests` that have not ended."""
-        live = {request for request in requests if not request.finished}
-        if live:
-            self._post(lambda loop: loop.cancel(live.__contains__))
 
     def _max_in_flight(self) -> int:
         limit = self._loop.scheduler.size.limit
         return max(2 * limit, min(READ_AHEAD_BATCHES * limit, MAX_READ_AHEAD))
-
-    def _wait(self, satisfied: Callable[[], bool]) -> None:
-        """Has steps run until `satisfied`. Raises EdgeMoEError where the engine was closed before."""
-        self._worker.check()
-        self._worker.run_until(satisfied)
-        if not satisfied():
-            self._worker.check()
-
-    def _next_chunk(self, request: Request) -> Chunk:
-        """The next chunk of `request`, after the steps that it takes."""
-        self._worker.check()
-        if not request.chunks:
-            self._wait(lambda: bool(request.chunks) or request.finished)
-        if request.chunks:
-            return request.chunks.popleft()
-        raise self._failure(request)
-
-    def _prompt_done(self, request: Request) -> int:
-        """Tokens of the prompt of `request` that are computed; see `Stream.prompt_done`."""
-        loaded, cache = self._worker.loaded, request.cache
-        if cache is None or loaded is None or request.generated:
-            return request.prompt_length if request.generated else 0
-        layers, step = loaded.runtime.layers, loaded.loop.current
-        computing = next((part.tokens for part in step.parts if part.request is request), 0) if step else 0
-        return cache.tokens + computing * layers.reached // max(1, layers.in_passes)
-
-    def _failure(self, request: Request) -> EdgeMoEError:
-        """The error of a request whose step failed."""
-        error = request.error
-        if isinstance(error, OSError):
-            told: EdgeMoEError = unreadable(self._texts.checkpoint.name, error)
-        else:
-            told = EdgeMoEError(f"a step that this request was part of failed ({error!r}): ask again")
-        told.__cause__ = error
-        return told
-
-    def _completion(self, request: Request) -> Completion:
-        if request.error is not None:
-            raise self._failure(request)
-        return Completion.from_chunks(list(request.chunks), request.tokens[: request.prompt_length], self.plan.lossy)
 
     def _settings(self, sampling: Sampling, length: int) -> ResolvedSampling:
         check_token_ids(sampling.logit_bias or (), self._texts.vocabulary, "logit_bias has the")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING
 
-from edgemoe.results import Chunk
-
-if TYPE_CHECKING:
-    from edgemoe.engine import Engine
-    from edgemoe.request.request import Request
+from edgemoe.errors import EdgeMoEError, unreadable
+from edgemoe.request.request import Request
+from edgemoe.results import Chunk, Completion
+from edgemoe.worker import Worker
 
 
 class Stream(Iterator[Chunk]):
@@ -22,9 +20,13 @@ class Stream(Iterator[Chunk]):
 
     _over = True
 
-    def __init__(self, engine: Engine, request: Request) -> None:
-        self._engine = engine
+    def __init__(self, worker: Worker, request: Request, model: str, engine: object) -> None:
+        """`request` is the worker's. `model` is its name, for messages; `engine` lives as long as the stream."""
+        self._worker = worker
         self._request = request
+        self._model = model
+        self._engine = engine
+        self._prompt_done = 0
         self._over = False
 
     @property
@@ -33,17 +35,33 @@ class Stream(Iterator[Chunk]):
         return self._request.prompt_length
 
     @property
+    def prompt_token_ids(self) -> tuple[int, ...]:
+        """The prompt."""
+        return tuple(self._request.tokens[: self._request.prompt_length])
+
+    @property
     def prompt_done(self) -> int:
         """Tokens of the prompt that are computed, or were taken from another request's KV cache.
 
         While a pass computes some, those are counted in proportion to the layers that it has passed.
         """
-        return self._engine._prompt_done(self._request)
+        self._prompt_done = max(self._prompt_done, self._worker.prompt_done(self._request))
+        return self._prompt_done
 
     @property
     def finished(self) -> bool:
         """Whether no chunk follows."""
         return self._over
+
+    @property
+    def ended(self) -> bool:
+        """Whether the request has ended; chunks of it may be left."""
+        return self._request.finished
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a chunk, or an end, that does not have to be waited for."""
+        return bool(self._request.chunks) or self._request.finished
 
     def __iter__(self) -> Stream:
         return self
@@ -56,7 +74,7 @@ class Stream(Iterator[Chunk]):
         if self._over:
             raise StopIteration
         try:
-            chunk = self._engine._next_chunk(self._request)
+            chunk = self._next_chunk()
         except BaseException:
             self.close()
             raise
@@ -66,15 +84,40 @@ class Stream(Iterator[Chunk]):
         self._over = chunk.finish_reason is not None
         return chunk
 
+    def completion(self, lossy: str = "") -> Completion:
+        """The whole reply, once it has ended. No chunk may have been taken. Raises as `__next__` does.
+
+        `lossy` names the settings that make it differ from the model's own.
+        """
+        try:
+            self._worker.wait(lambda: self._request.finished)
+            if self._request.error is not None:
+                raise self._failure()
+            return Completion.from_chunks(list(self._request.chunks), self.prompt_token_ids, lossy)
+        finally:
+            self.close()
+
+    def when_ready(self, tell: Callable[[], None]) -> None:
+        """Has `tell` called once `next` would return or raise without waiting; has steps run meanwhile.
+
+        It is called in the engine's thread, or at once in the caller's; it must not wait or raise.
+        """
+        if self.ready:
+            tell()
+        else:
+            self._worker.tell_when(lambda: self.ready, tell)
+
     def cancel(self) -> None:
         """Ends the request. Returns at once; a last chunk follows, with `finish_reason` "cancelled"."""
-        self._engine._cancel([self._request])
+        request = self._request
+        if not request.finished:
+            self._worker.post(lambda loop: loop.cancel(lambda each: each is request))
 
     def close(self) -> None:
         """Ends the request and the stream, also for a thread that waits in it. Returns at once. Idempotent."""
         if not self._over:
             self._over = True
-            self._engine._cancel([self._request])
+            self.cancel()
 
     def __enter__(self) -> Stream:
         return self
@@ -86,3 +129,21 @@ class Stream(Iterator[Chunk]):
 
     def __del__(self) -> None:
         self.close()
+
+    def _next_chunk(self) -> Chunk:
+        self._worker.check()
+        if not self._request.chunks:
+            self._worker.wait(lambda: self.ready)
+        if self._request.chunks:
+            return self._request.chunks.popleft()
+        raise self._failure()
+
+    def _failure(self) -> EdgeMoEError:
+        """The error of a request whose step failed."""
+        error = self._request.error
+        if isinstance(error, OSError):
+            told: EdgeMoEError = unreadable(self._model, error)
+        else:
+            told = EdgeMoEError(f"a step that this request was part of failed ({error!r}): ask again")
+        told.__cause__ = error
+        return told

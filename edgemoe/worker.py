@@ -8,10 +8,11 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from edgemoe.errors import EdgeMoEError
 from edgemoe.loaded import Loaded
+from edgemoe.request.request import Request
 from edgemoe.scheduler.step_loop import PassAborted, StepLoop
 
 Result = TypeVar("Result")
@@ -50,7 +51,10 @@ class _Demand(NamedTuple):
     """A caller that waits, and what for."""
 
     satisfied: Callable[[], bool]
-    done: SimpleQueue[None]
+    tell: Callable[[], None]
+
+
+_Message = Callable[[StepLoop], None] | _Demand | _Call[Any]
 
 
 def closed() -> EdgeMoEError:
@@ -78,9 +82,9 @@ class Worker:
         self._load: Callable[[Callable[[], None]], Loaded] | None = load
         self._error: BaseException | None = None
         self._process = os.getpid()
-        self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._calls: deque[_Call[object]] = deque()
-        self._running_call: _Call[object] | None = None
+        self._inbox: SimpleQueue[_Message] = SimpleQueue()
+        self._calls: deque[_Call[Any]] = deque()
+        self._running_call: _Call[Any] | None = None
         self._demands: list[_Demand] = []
         self._ready: SimpleQueue[None] = SimpleQueue()
         self._ended: SimpleQueue[None] = SimpleQueue()
@@ -129,8 +133,11 @@ class Worker:
             raise closed()
         return loaded
 
-    def post(self, function: Callable[[], None]) -> None:
-        """Has the thread call `function` between two layers or two steps. Does not wait. It must not raise."""
+    def post(self, function: Callable[[StepLoop], None]) -> None:
+        """Has the thread call `function` between two layers or two steps. Does not wait. It must not raise.
+
+        After `close` nothing is called.
+        """
         self._inbox.put(function)
 
     def call(self, function: Callable[[Loaded], Result]) -> Result:
@@ -140,7 +147,7 @@ class Worker:
         """
         self.check()
         call = _Call(function)
-        self.post(lambda: self._calls.append(call))  # type: ignore[arg-type]
+        self._inbox.put(call)
         if not self._has_ended:
             try:
                 call.done.get()
@@ -150,20 +157,42 @@ class Worker:
                 raise
         return call.result()
 
-    def run_until(self, satisfied: Callable[[], bool]) -> None:
-        """Waits until `satisfied`, and has steps run meanwhile; returns at once after `close`.
+    def wait(self, satisfied: Callable[[], bool]) -> None:
+        """Waits until `satisfied`, and has steps run meanwhile. Raises EdgeMoEError where `close` comes before.
 
         The thread calls `satisfied` after each step, and after what was posted.
         """
-        demand = _Demand(satisfied, SimpleQueue())
-        self.post(lambda: self._demands.append(demand))
-        if self._has_ended:
-            return
+        self.check()
+        done: SimpleQueue[None] = SimpleQueue()
+        demand = self.tell_when(satisfied, lambda: done.put(None))
         try:
-            demand.done.get()
+            done.get()
         except BaseException:
-            self.post(lambda: self._withdraw(demand))
+            self.post(lambda loop: self._withdraw(demand))
             raise
+        if not satisfied():
+            raise closed()
+
+    def tell_when(self, satisfied: Callable[[], bool], tell: Callable[[], None]) -> _Demand:
+        """Has `tell` called once `satisfied`, or after `close`, and has steps run meanwhile.
+
+        The thread calls both; neither may raise or wait.
+        """
+        demand = _Demand(satisfied, tell)
+        self._inbox.put(demand)
+        if self._has_ended:
+            # Nobody may have read the queue after this.
+            tell()
+        return demand
+
+    def prompt_done(self, request: Request) -> int:
+        """Tokens of the prompt of `request` that are computed; of those in a pass, in proportion to its layers."""
+        loaded, cache = self.loaded, request.cache
+        if cache is None or loaded is None or request.generated:
+            return request.prompt_length if request.generated else 0
+        layers, step = loaded.runtime.layers, loaded.loop.current
+        computing = next((part.tokens for part in step.parts if part.request is request), 0) if step else 0
+        return cache.tokens + computing * layers.reached // max(1, layers.in_passes)
 
     def close(self) -> None:
         """Ends the thread, which gives everything back, and waits for it. Idempotent.
@@ -207,7 +236,7 @@ class Worker:
         try:
             loaded.runtime.layers.poll = loaded.runtime.cache.poll = self._poll
             self._ready.put(None)
-            self._serve(loaded.loop)
+            self._serve(loaded)
         finally:
             self.loaded = None
             loaded.close()
@@ -215,9 +244,9 @@ class Worker:
     def _end(self) -> None:
         """Tells everybody who waits, now or later."""
         self._has_ended = True
-        self._drain(wait=False)
+        self._drain(None, wait=False)
         for demand in self._demands:
-            demand.done.put(None)
+            demand.tell()
         for call in self._calls:
             call.done.put(None)
         self._demands.clear()
@@ -229,55 +258,60 @@ class Worker:
         if self.closing:
             raise PassAborted
 
-    def _serve(self, loop: StepLoop) -> None:
+    def _serve(self, loaded: Loaded) -> None:
+        loop = loaded.loop
         while not self.closing:
-            self._drain(wait=not self._demands and not self._calls)
+            self._drain(loop, wait=not self._demands and not self._calls)
             while self._calls and not self.closing:
-                self._run_call(self._calls.popleft())
+                self._running_call = self._calls.popleft()
+                self._running_call.run(loaded)
+                self._running_call = None
             if not self.closing and self._unsatisfied():
-                self._step(loop)
+                self._step(loaded)
         loop.cancel(lambda request: True)
         self._unsatisfied()
 
-    def _step(self, loop: StepLoop) -> None:
+    def _step(self, loaded: Loaded) -> None:
+        loaded.runtime.layers.reached = 0
         try:
-            loop.step()
+            loaded.loop.step()
         except BaseException as error:
             # Not of one step's requests alone: nobody is left waiting for what does not come.
-            loop.fail(error)
+            loaded.loop.fail(error)
         self._unsatisfied()
-
-    def _run_call(self, call: _Call[object]) -> None:
-        self._running_call = call
-        loaded = self.loaded
-        assert loaded is not None
-        call.run(loaded)
-        self._running_call = None
 
     def _poll(self) -> None:
         """Between two layers: does what callers have posted, and leaves the pass where nobody waits for it."""
         if self._inbox.empty() and not self.closing:
             return
-        self._drain(wait=False)
-        self._unsatisfied()
         call, loaded = self._running_call, self.loaded
-        if self.closing or (call is not None and call.withdrawn):
-            raise PassAborted
-        if call is None and loaded is not None and loaded.loop.nobody_waits:
+        assert loaded is not None
+        self._drain(loaded.loop, wait=False)
+        self._unsatisfied()
+        if self.closing or (loaded.loop.nobody_waits if call is None else call.withdrawn):
             raise PassAborted
 
-    def _drain(self, *, wait: bool) -> None:
+    def _drain(self, loop: StepLoop | None, *, wait: bool) -> None:
+        """Takes what was posted; without a loop, those who wait alone."""
         with suppress(Empty):
-            self._inbox.get(block=wait)()
+            self._take(self._inbox.get(block=wait), loop)
             while True:
-                self._inbox.get_nowait()()
+                self._take(self._inbox.get_nowait(), loop)
+
+    def _take(self, message: _Message, loop: StepLoop | None) -> None:
+        if isinstance(message, _Demand):
+            self._demands.append(message)
+        elif isinstance(message, _Call):
+            self._calls.append(message)
+        elif loop is not None:
+            message(loop)
 
     def _unsatisfied(self) -> bool:
         """Wakes the callers that have what they wait for; whether others are left."""
         left = []
         for demand in self._demands:
             if demand.satisfied():
-                demand.done.put(None)
+                demand.tell()
             else:
                 left.append(demand)
         self._demands = left
@@ -287,5 +321,5 @@ class Worker:
         self._demands = [each for each in self._demands if each is not demand]
 
 
-def _nothing() -> None:
+def _nothing(loop: StepLoop) -> None:
     """What wakes the thread."""

@@ -301,8 +301,10 @@ def test_mixed_requests_in_a_crowd_with_drafts(zoo: Zoo) -> None:
     with running(zoo("gpt_oss"), slots=12) as own, quiet_transformers():
         crowd = Crowd(own, limit=4, speculate="ngram+self", draft_shape="tree", draft_nodes=7)
         for number, (prompt, settings) in enumerate(requests):
-            crowd.ask(prompt, **settings).abandoned = number == 3
+            asked = crowd.ask(prompt, **settings)
             crowd.step()
+            if number == 3:
+                crowd.cancel(asked)
         crowd.finish()
         for number, (request, (prompt, settings)) in enumerate(zip(crowd.requests, requests, strict=True)):
             if number != 3:

@@ -10,13 +10,12 @@ import pytest
 from edgemoe.draft.controller import Setting
 from edgemoe.draft.tree_builder import TreeBuilder
 from edgemoe.model.draft_tree import Candidate
-from edgemoe.request.request import Cancels
 from tests.support.crowd import new_request
 
 
 def builder(max_nodes: int = 8, max_depth: int = 4, *, chain: bool = False) -> TreeBuilder:
     setting = Setting(max_depth, 1 if chain else 4, passes=True)
-    return TreeBuilder(new_request(0, [5, 6, 7], Cancels()), max_nodes, setting)
+    return TreeBuilder(new_request(0, [5, 6, 7]), max_nodes, setting)
 
 
 def test_it_begins_with_the_last_token_which_no_pass_has_run() -> None:

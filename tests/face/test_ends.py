@@ -146,9 +146,12 @@ def test_how_far_a_prompt_has_come_is_told_meanwhile(engine: Engine) -> None:
 def test_an_interrupt_ends_the_call_and_tears_nothing(
     delay: float, engine: Engine, expected: dict[str, tuple[int, ...]]
 ) -> None:
-    with later(delay, _thread.interrupt_main), pytest.raises(KeyboardInterrupt):
+    def ask() -> None:
         engine.generate(PROMPT, LONG)
         time.sleep(1)
+
+    with later(delay, _thread.interrupt_main), pytest.raises(KeyboardInterrupt):
+        ask()
     check_clean(engine)
     assert engine.generate("abc", SETTINGS).token_ids == expected["abc"]
 
@@ -162,7 +165,6 @@ def test_an_interrupt_is_for_one_stream_and_not_for_those_of_other_threads(
     thread.start()
     with later(0.05, _thread.interrupt_main), pytest.raises(KeyboardInterrupt):
         list(stream)
-        time.sleep(1)
     thread.join(10)
     assert found == [expected["xyz"]]
     assert list(stream) == []
@@ -191,18 +193,22 @@ def test_an_engine_that_nobody_has_is_freed_with_a_warning(talker: Path) -> None
     weights = weakref.ref(runtime.model.get_input_embeddings().weight)
     slots = weakref.ref(runtime.cache.pool)
     del runtime
-    with pytest.warns(ResourceWarning, match="was not closed: call close"):
+
+    def own() -> list[str]:
+        return [each.name for each in set(threading.enumerate()) - others if each.name.startswith("edgemoe")]
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
         del engine
         gc.collect()
+    assert any("was not closed: call close" in str(each.message) for each in told)
     end = time.monotonic() + 10
-    while time.monotonic() < end and any(
-        each.name.startswith("edgemoe") for each in set(threading.enumerate()) - others
-    ):
+    while time.monotonic() < end and own():
         time.sleep(0.01)
     gc.collect()
     assert weights() is None
     assert slots() is None
-    assert not [each.name for each in set(threading.enumerate()) - others if each.name.startswith("edgemoe")]
+    assert not own()
 
 
 def test_a_closed_engine_warns_of_nothing(talker: Path) -> None:
@@ -273,3 +279,6 @@ def test_a_read_that_never_returns_holds_up_neither_cancel_nor_close(
     finally:
         returns.set()
         engine.close()
+        for thread in threading.enumerate():
+            if thread.name.startswith("edgemoe-read"):
+                thread.join(10)

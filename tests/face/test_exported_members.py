@@ -9,6 +9,7 @@ import pytest
 import edgemoe
 
 EXPORTED = [
+    "AsyncEngine",
     "ChatPrompt",
     "CheckpointError",
     "Chunk",
@@ -17,17 +18,20 @@ EXPORTED = [
     "Engine",
     "Plan",
     "PlanError",
+    "Progress",
     "RequestError",
     "Sampling",
     "Stats",
+    "Stream",
     "Timings",
+    "TokenLogprob",
     "__version__",
 ]
 
 
 def test_the_public_names_are_these_and_no_more() -> None:
     assert edgemoe.__all__ == EXPORTED
-    assert len(edgemoe.__all__) <= 13
+    assert len(edgemoe.__all__) <= 24
 
 
 @pytest.mark.parametrize("name", EXPORTED)

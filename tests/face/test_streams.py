@@ -155,12 +155,12 @@ def test_cancelling_what_has_not_begun_lets_the_running_ones_finish(
 ) -> None:
     running = {prompt: engine.stream(prompt, SETTINGS) for prompt in PROMPTS[:4]}
     begun = {prompt: next(stream).token_ids for prompt, stream in running.items()}
-    waiting = engine._submit("~", SETTINGS)
+    waiting = engine.stream("~", SETTINGS)
     engine.cancel(running=False)
     rest = {prompt: [token for chunk in stream for token in chunk.token_ids] for prompt, stream in running.items()}
     for prompt in running:
         assert (*begun[prompt], *rest[prompt]) == expected[prompt]
-    assert [chunk.finish_reason for chunk in waiting.chunks] == ["cancelled"]
+    assert [chunk.finish_reason for chunk in waiting] == ["cancelled"]
     assert engine.generate("~", SETTINGS).token_ids == expected["~"]
 
 
