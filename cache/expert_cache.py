@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -14,6 +14,7 @@ from edgemoe.cache.link import Link, Priority, Transfer
 from edgemoe.cache.policy import EvictionPolicy
 from edgemoe.cache.record import ExpertId
 from edgemoe.cache.resident import LoadReason, Loan, Residency, Resident
+from edgemoe.cache.slot_allocator import SlotAllocator
 from edgemoe.cache.slots import SlotPool, SlotRegion, SlotTable
 from edgemoe.cache.store import ExpertStore
 
@@ -52,11 +53,12 @@ class ExpertCache:
         self._held = self._residency.held
         self.layers_of = self._residency.layers_of
         """The layers that share each region of the pool."""
-        self._device_waited = 0.0  # The link's `device_wait_seconds` that are counted.
-        # A request for more experts than a layer's share of its slots keeps these many; the others stream through.
-        self._max_kept = [max(0, each.count // len(self.layers_of[each]) - TRANSIT_SLOTS) for each in self._regions]
-        self._kept: set[ExpertId] = set()
-        self._slots: dict[int, tuple[np.ndarray, list[Resident]]] = {}  # What `slots_of` gives, by layer.
+        self._device_waited = 0.0
+        """The link's `device_wait_seconds` that are counted."""
+        self._max_kept = self._shares()
+        self._slots: dict[int, tuple[np.ndarray, list[Resident]]] = {}
+        """What `slots_of` gives, and the experts there, by layer."""
+        self._allocator = SlotAllocator(store, link, policy, self._residency, self.counters, self._slots.clear)
         self.poll: Callable[[], None] = lambda: None
         """Called while a request waits for the link; what it raises ends the request, and nothing stays pinned."""
         self.recording: list[list[ExpertId]] | None = None
@@ -84,7 +86,7 @@ class ExpertCache:
         self.counters.misses += len(misses)
         self.counters.hit([self._held[expert] for expert in hits], self.store.layouts[layer].nbytes)
         in_flight, pinned = list[Transfer](), list[ExpertId]()
-        self._kept = set(requested[max(0, len(requested) - self._max_kept[layer]) :])
+        self._allocator.spared = set(requested[max(0, len(requested) - self._max_kept[layer]) :])
         try:
             for expert in hits:
                 self._pin(expert, pinned)
@@ -104,7 +106,7 @@ class ExpertCache:
                 self._unpin(arrived, pinned)
         finally:
             self._unpin(list(pinned), pinned)
-            self._kept = set()
+            self._allocator.spared = ()
             for expert in requested:
                 if expert in self._held:
                     self._policy.used(expert)
@@ -186,7 +188,7 @@ class ExpertCache:
         for expert in experts:
             if expert in self._held:
                 continue
-            slot = self._take_slot(expert.layer, keep)
+            slot = self._allocator.take(expert.layer, keep)
             if slot is None:
                 break
             self._load(expert, slot, LoadReason.PREFETCH)
@@ -210,7 +212,7 @@ class ExpertCache:
             held = self._held.get(expert)
             transfer = held.transfer if held is not None and held.load_reason else None
             if transfer is not None and not transfer.done and self._link.cancel(transfer):
-                self._drop(expert)
+                self._allocator.drop(expert)
                 cancelled.append(expert)
         return cancelled
 
@@ -219,6 +221,21 @@ class ExpertCache:
         """The number of prefetches and fills in flight without a request."""
         self._prefetches = [each for each in self._prefetches if self._is_prefetching(each)]
         return len(self._prefetches)
+
+    def resize(self, counts: Mapping[SlotRegion, int]) -> None:
+        """Has so many slots of each region used, at least 1 and at most those that its memory has; between requests.
+
+        Experts that lose their slots do so in the policy's order. On a CPU the memory of unused slots is the system's
+        again; used ones take memory when they are filled.
+        """
+        for region, count in counts.items():
+            for slot in self._allocator.limit(region, count, self._wait_for_prefetch):
+                self.pool.release(region, slot)
+        self._max_kept = self._shares()
+
+    def _shares(self) -> list[int]:
+        """For each layer, how many experts of a request its share of the slots keeps; others stream through."""
+        return [max(0, each.count // len(self.layers_of[each]) - TRANSIT_SLOTS) for each in self._regions]
 
     @property
     def complete(self) -> bool:
@@ -274,8 +291,8 @@ class ExpertCache:
             expert = misses[0]
             if expert in self._held:
                 # An earlier load of it failed.
-                self._drop(expert)
-            slot = self._take_slot(expert.layer, ())
+                self._allocator.drop(expert)
+            slot = self._allocator.take(expert.layer)
             if slot is None and not (in_flight or pinned):
                 slot = self._wait_for_prefetch(expert.layer)
             if slot is None:
@@ -321,43 +338,6 @@ class ExpertCache:
             self._prefetches.append(transfer)
         return transfer
 
-    def _take_slot(self, layer: int, keep: Collection[ExpertId]) -> int | None:
-        """A free slot for an expert of `layer`, after an eviction if necessary; None when no expert may be evicted.
-
-        `keep` are the experts that a prefetch must not evict; it is empty for a demand load.
-        """
-        region = self._regions[layer]
-        free = self._residency.free_slot(layer)
-        if free is not None:
-            return free
-
-        def evictable(expert: ExpertId) -> bool:
-            held = self._held[expert]
-            kept = expert in keep or (keep and held.load_reason is LoadReason.PREFETCH)
-            return self._regions[expert.layer] is region and held.pins == 0 and not held.moving and not kept
-
-        kept = self._kept
-        victim = self._policy.victim(layer, lambda expert: expert not in kept and evictable(expert))
-        victim = victim or self._policy.victim(layer, evictable)
-        if victim is None:
-            return None if keep else self._cancel_latest_prefetch(region)
-        held = self._held[victim]
-        # A failed load moved no bytes.
-        if held.transfer is None or held.transfer.error is None:
-            self.counters.bytes_prefetched_wasted += self.counters.resolve(held, self.store.record_nbytes(victim))
-        self._drop(victim)
-        return self._residency.free_slot(layer)
-
-    def _cancel_latest_prefetch(self, region: SlotRegion) -> int | None:
-        """Cancels the latest prefetch into `region` that has not started to move, and takes its slot; or None."""
-        for expert, held in reversed(self._held.items()):
-            if self._regions[expert.layer] is not region or not held.load_reason or held.pins:
-                continue
-            if held.transfer is not None and self._link.cancel(held.transfer):
-                self._drop(expert)
-                return self._residency.free_slot(expert.layer)
-        return None
-
     def _wait_for_prefetch(self, layer: int) -> int | None:
         """Waits until a load in flight ends, and takes its slot. For a layer whose slots are all being loaded."""
         region = self._regions[layer]
@@ -369,17 +349,12 @@ class ExpertCache:
                 self._residency.arrived(transfer.expert)
                 # What comes into the slot next waits for the device to see this record's end.
                 self._link.released([transfer.slot])
-        return self._take_slot(layer, ())
+        return self._allocator.take(layer)
 
     def _is_prefetching(self, transfer: Transfer) -> bool:
         held = self._held.get(transfer.expert)
         unasked = not transfer.done and transfer.priority is Priority.PREFETCH
         return unasked and held is not None and held.transfer is transfer
-
-    def _drop(self, expert: ExpertId) -> None:
-        self._residency.drop(expert)
-        self._slots.clear()
-        self._policy.removed(expert)
 
     def _pin(self, expert: ExpertId, pinned: list[ExpertId]) -> None:
         self._held[expert].pins += 1

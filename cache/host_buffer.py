@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import sys
 
 import torch
 
@@ -32,6 +33,8 @@ class HostBuffer:
         self._map = None
 
 
+MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
+"""Of mmap(2); Python names it from 3.13 on."""
 HUGE_PAGE = 2 << 20
 """Bytes of a huge page on x86 and ARM, with pages of 4 KiB."""
 
@@ -59,6 +62,19 @@ def private_map(nbytes: int) -> mmap.mmap:
     if not hasattr(mmap, "MAP_PRIVATE"):
         return mmap.mmap(-1, nbytes)
     made = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        made.madvise(mmap.MADV_HUGEPAGE)
+    return made
+
+
+def reserved_map(nbytes: int) -> mmap.mmap:
+    """As `private_map`, for addresses of which only some will be used: the system sets no memory aside for them.
+
+    Raises OSError where it does not allow that many.
+    """
+    if not hasattr(mmap, "MAP_PRIVATE") or not hasattr(mmap, "MADV_DONTNEED"):
+        raise OSError("this system cannot reserve addresses")
+    made = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         made.madvise(mmap.MADV_HUGEPAGE)
     return made

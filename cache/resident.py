@@ -73,13 +73,29 @@ class Residency:
         for layer, region in enumerate(regions):
             self.layers_of[region].append(layer)
         self._regions = regions
-        self._free = {region: list(reversed(region.numbers)) for region in all_regions}
+        self._free = {region: list(reversed(region.numbers[: region.count])) for region in all_regions}
+        self._withheld = {region: list(reversed(region.numbers[region.count :])) for region in all_regions}
+        """The slots that are not used."""
         self._table = table
 
     def free_slot(self, layer: int) -> int | None:
         """Takes a free slot for an expert of `layer`; None where there is none."""
         free = self._free[self._regions[layer]]
         return free.pop() if free else None
+
+    def region(self, layer: int) -> SlotRegion:
+        """The slots that hold the records of `layer`."""
+        return self._regions[layer]
+
+    def withhold(self, region: SlotRegion, slot: int) -> None:
+        """`slot`, which was taken, is used no more. Lowers the region's count."""
+        self._withheld[region].append(slot)
+        region.count -= 1
+
+    def admit(self, region: SlotRegion) -> None:
+        """A slot that is not used is free. Raises the region's count; IndexError where all are used."""
+        self._free[region].append(self._withheld[region].pop())
+        region.count += 1
 
     def add(self, expert: ExpertId, resident: Resident) -> None:
         """`expert` gets the slot of `resident`, which was free; its record is on the way."""
@@ -115,5 +131,7 @@ class Residency:
         """Raises AssertionError unless each slot is either free or held by one expert of its layers. For tests."""
         for region, layers in self.layers_of.items():
             slots = [held.slot for expert, held in self.held.items() if expert.layer in layers] + self._free[region]
+            assert len(slots) == region.count, f"{len(slots)} slots are used, not {region.count}"
+            slots += self._withheld[region]
             assert sorted(slots) == list(region.numbers), f"slots lost or duplicated: {sorted(slots)}"
         assert all(held.pins >= 0 for held in self.held.values()), "an expert was unpinned twice"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import TracebackType
 
 import torch
 
-from edgemoe.cache.host_buffer import private_map
+from edgemoe.cache.host_buffer import private_map, reserved_map
 from edgemoe.cache.record import ALIGNMENT, ExpertId, RecordLayout, round_up
 from edgemoe.cache.slot_classes import SlotClass
 
@@ -16,13 +17,15 @@ from edgemoe.cache.slot_classes import SlotClass
 class SlotRegion:
     """The slots of one size. Slots are numbered from 0 here, and from `first` among all slots of the pool."""
 
-    def __init__(self, memory: torch.Tensor, first: int) -> None:
-        """`memory` is uint8 [slots, slot bytes], part of the pool's allocation."""
+    def __init__(self, memory: torch.Tensor, first: int, count: int) -> None:
+        """`memory` is uint8 [slots, slot bytes], part of the pool's allocation; `count` of the slots are used."""
         self.memory = memory
-        """The slots, uint8 [count, slot_nbytes], contiguous; valid until the pool is closed."""
-        self.count, self.slot_nbytes = memory.shape
+        """The slots, uint8 [slots, slot_nbytes], contiguous; valid until the pool is closed."""
+        self.count = count
+        """How many of the slots are used."""
+        slots, self.slot_nbytes = memory.shape
         self.first = first
-        self.numbers = range(first, first + self.count)
+        self.numbers = range(first, first + slots)
         """The numbers of the slots among all slots of the pool."""
         self._views: dict[int, tuple[RecordLayout, dict[str, torch.Tensor]]] = {}
         """The latest views of each slot: layers have layouts of their own, which are mostly equal."""
@@ -44,26 +47,35 @@ class SlotPool:
     """Slots in one allocation, with a contiguous region for each of `classes`.
 
     On a CPU the allocation is an anonymous memory map. Physical memory is committed when a slot is first filled, and
-    freed by `close`.
+    freed by `release` and `close`.
     """
 
-    def __init__(self, classes: Sequence[SlotClass], device: torch.device) -> None:
+    def __init__(
+        self, classes: Sequence[SlotClass], device: torch.device, room: Sequence[SlotClass] | None = None
+    ) -> None:
+        """`room` has the slots of each size that may be used later; only a CPU has room, which takes no memory.
+
+        Where the system does not give the addresses, there is none.
+        """
         sizes = [round_up(each.nbytes, ALIGNMENT) for each in classes]
-        total = sum(each.count * size for each, size in zip(classes, sizes, strict=True))
-        self.count = sum(each.count for each in classes)
         self.device = device
         self._map: mmap.mmap | None = None
+        slots = [each.count for each in classes]
         if device.type == "cpu":
-            self._map = private_map(max(1, total))
-            self.memory = torch.frombuffer(self._map, dtype=torch.uint8)[:total]
+            if room is not None and len(room) == len(classes):
+                most = [max(one.count, other.count) for one, other in zip(classes, room, strict=True)]
+                with suppress(OSError):
+                    self._map, slots = reserved_map(_total(most, sizes)), most
+            self._map = self._map or private_map(_total(slots, sizes))
+            self.memory = torch.frombuffer(self._map, dtype=torch.uint8)
         else:
-            self.memory = torch.empty(total, dtype=torch.uint8, device=device)
+            self.memory = torch.empty(_total(slots, sizes), dtype=torch.uint8, device=device)
         """The whole allocation, uint8 [bytes]; valid until `close`."""
         regions, first, at = [], 0, 0
-        for each, size in zip(classes, sizes, strict=True):
-            nbytes = each.count * size
-            regions.append(SlotRegion(self.memory[at : at + nbytes].view(each.count, size), first))
-            first, at = first + each.count, at + nbytes
+        for each, count, size in zip(classes, slots, sizes, strict=True):
+            memory = self.memory[at : at + count * size].view(count, size)
+            regions.append(SlotRegion(memory, first, each.count))
+            first, at = first + count, at + count * size
         self.regions = tuple(sorted(regions, key=lambda region: region.slot_nbytes))
         """Smallest slots first."""
 
@@ -73,6 +85,30 @@ class SlotPool:
         if found is None:
             raise ValueError(f"no slot holds a record of {nbytes} bytes")
         return found
+
+    @property
+    def count(self) -> int:
+        """The number of slots that are used."""
+        return sum(region.count for region in self.regions)
+
+    @property
+    def used_memory(self) -> torch.Tensor:
+        """The used slots of the largest size, uint8 [slots, slot bytes]."""
+        largest = self.regions[-1]
+        return largest.memory[: largest.count]
+
+    def release(self, region: SlotRegion, slot: int) -> None:
+        """Gives the memory of a slot back to the system, which has zeros there from now on; on a CPU only.
+
+        Pages that it shares with other slots stay.
+        """
+        if self._map is None or not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        at = region.memory[slot - region.first].data_ptr() - self.memory.data_ptr()
+        first = round_up(at, mmap.PAGESIZE)
+        nbytes = (at + region.slot_nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
+        if nbytes > 0:
+            self._map.madvise(mmap.MADV_DONTNEED, first, nbytes)
 
     def close(self) -> None:
         """Frees the memory. Idempotent. Tensors of the pool must not be used afterwards."""
@@ -88,6 +124,10 @@ class SlotPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _total(slots: Sequence[int], sizes: Sequence[int]) -> int:
+    return max(1, sum(count * size for count, size in zip(slots, sizes, strict=True)))
 
 
 Change = tuple[int, int]

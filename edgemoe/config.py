@@ -54,6 +54,15 @@ class EngineConfig:
         metavar="SIZE",
     )
     """"auto" (all the memory that is left), bytes ("6GiB"), a share of the experts ("40%"), or slots (an int)."""
+    keep_free: str | int = _setting(
+        "auto",
+        "memory that stays free for other programs on a machine without a CUDA device: while less is free the expert "
+        "cache shrinks, and later grows again; auto, off or bytes (2GiB)",
+        "machine",
+        metavar="SIZE",
+    )
+    """RAM that is to stay free for other programs where experts are cached in RAM: the cache shrinks while less is
+    free, and later grows again. "auto" (half of the plan's reserve, where the cache is "auto"), "off", or bytes."""
     experts: str = _setting(
         "native",
         "lossy: the format to keep experts of float weights in: int8, nf4, fp4, int4; native is as published",

@@ -61,11 +61,10 @@ class Engine:
         except BaseException:
             self._worker.abandon()
             raise
-        self.plan: Plan = loaded.plan
         self._texts = loaded.texts
         self._text_lock = threading.RLock()
         self._numbers = count()
-        self._finalizer = weakref.finalize(self, _close_forgotten, self._worker, self.plan.model)
+        self._finalizer = weakref.finalize(self, _close_forgotten, self._worker, loaded.plan.model)
 
     @classmethod
     def load(
@@ -94,6 +93,11 @@ class Engine:
         chosen = (config or EngineConfig()).changed(**settings)
         blueprint = blueprint_for(model, chosen)
         return make_plan(blueprint, chosen, draft_model_for(blueprint, chosen))
+
+    @property
+    def plan(self) -> Plan:
+        """The memory plan, with the expert cache as it is now. Readable after `close` too."""
+        return self._worker.plan
 
     @property
     def model_name(self) -> str:
@@ -236,6 +240,14 @@ class Engine:
         With `running` False only requests that have not begun end.
         """
         self._worker.post(lambda loop: loop.cancel(lambda request: running or not request.begun))
+
+    def resize(self, expert_cache: str | int) -> Plan:
+        """Gives the expert cache another size between two steps, as `expert_cache=` of `load`; returns the new plan.
+
+        Replies go on and stay the same. A smaller cache gives its memory back at once, a larger one takes it as it is
+        filled. Raises PlanError for a size that does not fit, and on a CUDA device, where the cache keeps its size.
+        """
+        return self._worker.call(lambda loaded: loaded.resize(expert_cache))
 
     def close(self) -> None:
         """Leaves the pass in flight at its next layer, ends the threads and frees the memory. Idempotent.

@@ -17,9 +17,11 @@ from edgemoe.draft.draft_model import DraftModel
 from edgemoe.draft.expert_budget import expert_budget_for
 from edgemoe.draft.settings import DraftSettings
 from edgemoe.drafters import speculation_for
+from edgemoe.errors import PlanError
 from edgemoe.model.model_runner import ModelRunner
+from edgemoe.plan.memory_keeper import MemoryKeeper
 from edgemoe.plan.plan import Plan
-from edgemoe.planner import drafts_of, make_plan
+from edgemoe.planner import drafts_of, make_plan, resized, slots_for_all, with_slots
 from edgemoe.request.reply_text import ReplyTexts
 from edgemoe.request.sampler import check_defaults
 from edgemoe.results import Progress
@@ -29,6 +31,7 @@ from edgemoe.scheduler.kv_budget import KvBudget
 from edgemoe.scheduler.scheduler import Scheduler
 from edgemoe.scheduler.step_loop import StepLoop
 from edgemoe.scheduler.step_runner import StepRunner
+from edgemoe.sizes import parse_bytes
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,9 @@ class Loaded:
         drafts = drafts_of(blueprint, config)
         draft_model = draft_model_for(blueprint, config)
         self.plan: Plan = make_plan(blueprint, config, draft_model)
+        """What is in memory now."""
+        self._every = slots_for_all(blueprint)
+        self._keeper = _memory_keeper(self.plan, config)
         self.texts = Texts.of(blueprint)
         self.runtime = Runtime(blueprint, self.plan, config, on_progress)
         try:
@@ -95,6 +101,41 @@ class Loaded:
         budget = expert_budget_for(config, runtime.layers, runtime.cache)
         return StepLoop(scheduler, speculation, StepRunner(runner, runtime.cache.counters, budget))
 
+    @property
+    def tends_memory(self) -> bool:
+        """Whether `tend` does anything."""
+        return self._keeper is not None
+
+    def tend(self) -> None:
+        """Shrinks or grows the expert cache as other programs take and give memory. To be called between steps."""
+        if self._keeper is None:
+            return
+        slots = self._keeper.wanted(self.plan.slots)
+        if slots != self.plan.slots:
+            every = self._every if len(self._every) == len(self.plan.slot_classes) else self.plan.slot_classes
+            self._resize(with_slots(self.plan, every, slots))
+
+    def resize(self, expert_cache: str | int) -> Plan:
+        """Makes the expert cache `expert_cache`, and returns the new plan. To be called between steps.
+
+        Raises PlanError for a size that does not fit, and where experts are cached on an accelerator.
+        """
+        if is_accelerator(self.plan.device):
+            raise PlanError(
+                f"the expert cache on {self.plan.device} keeps its size: load the model again, with another expert_cache="
+            )
+        pool = self.runtime.cache.pool
+        filled = sum(region.count * region.slot_nbytes for region in pool.regions)
+        plan = resized(self.plan, self._every, expert_cache, filled)
+        self._resize(plan)
+        # What was asked for by name is kept.
+        self._keeper = self._keeper and self._keeper.with_planned(plan.slots)
+        return plan
+
+    def _resize(self, plan: Plan) -> None:
+        self.runtime.resize(plan.slot_classes)
+        self.plan = plan
+
     def close(self) -> None:
         """Ends the threads and gives files and memory back. Idempotent."""
         try:
@@ -108,3 +149,20 @@ def draft_model_for(blueprint: Blueprint, config: EngineConfig) -> DraftModel | 
     if "model" not in drafts_of(blueprint, config).drafters or config.draft_model is None:
         return None
     return DraftModel(config.draft_model, blueprint, offline=config.offline)
+
+
+def _memory_keeper(plan: Plan, config: EngineConfig) -> MemoryKeeper | None:
+    """What keeps memory free for others; None where nothing does. PlanError for a size that is none."""
+    text = str(config.keep_free).strip().lower()
+    if text == "auto":
+        keep_free = plan.reserve_nbytes // 2 if str(config.expert_cache).strip().lower() == "auto" else 0
+    elif text == "off":
+        keep_free = 0
+    else:
+        try:
+            keep_free = parse_bytes(text)
+        except ValueError:
+            raise PlanError(f'keep_free={config.keep_free!r} is none of bytes ("2GiB"), "auto" and "off"') from None
+    if not keep_free or is_accelerator(plan.device):
+        return None
+    return MemoryKeeper(keep_free, plan.slots, len(plan.slot_classes), plan.slot_nbytes)

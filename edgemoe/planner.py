@@ -50,8 +50,8 @@ def make_plan(blueprint: Blueprint, config: EngineConfig, draft_model: DraftMode
     plan = _without_slots(blueprint, config, draft_model, device)
     if config.context is None:
         plan = _shrink_context(plan)
-    every = _slots_for_all(blueprint)
-    plan = _with_slots(plan, every, _slots(plan, every, config.expert_cache))
+    every = slots_for_all(blueprint)
+    plan = with_slots(plan, every, _slots(plan, every, config.expert_cache))
     plan = _gaps_of_more(_room_for_sequences(plan, every, config), device)
     if accelerator.is_accelerator(device):
         plan = _host_tier(plan, _records_nbytes(blueprint), config)
@@ -85,7 +85,7 @@ def _without_slots(
         formats=blueprint.expert_formats,
         dense_format=blueprint.made_dense or "",
         record_nbytes=round(_records_nbytes(blueprint) / sum(moe.experts for moe in blueprint.experts_modules)),
-        slot_nbytes=_slots_for_all(blueprint)[-1].nbytes,
+        slot_nbytes=slots_for_all(blueprint)[-1].nbytes,
         slots=0,
         slot_classes=(),
         device_free=free,
@@ -148,7 +148,7 @@ def _other_formats(blueprint: Blueprint) -> tuple[tuple[str, int], ...]:
     return tuple((name, sum(moe.experts * moe.made_layout(name).nbytes for moe in modules)) for name in MADE)
 
 
-def _slots_for_all(blueprint: Blueprint) -> tuple[SlotClass, ...]:
+def slots_for_all(blueprint: Blueprint) -> tuple[SlotClass, ...]:
     """A slot for every expert, the smallest slots first."""
     modules = blueprint.experts_modules
     return slot_classes([moe.layout.nbytes for moe in modules], [moe.experts for moe in modules])
@@ -286,14 +286,34 @@ def _room_for_sequences(plan: Plan, every: tuple[SlotClass, ...], config: Engine
     if str(config.expert_cache).strip().lower() != "auto":
         return replace(plan, kv_nbytes=plan.kv_nbytes + min(more, left // 2))
     room = left + plan.cache_nbytes
-    plan = _with_slots(plan, every, max(1, fitting_slots(every, room - more)))
+    plan = with_slots(plan, every, max(1, fitting_slots(every, room - more)))
     return replace(plan, kv_nbytes=plan.kv_nbytes + min(more, room - plan.cache_nbytes))
 
 
-def _with_slots(plan: Plan, every: tuple[SlotClass, ...], slots: int) -> Plan:
+def with_slots(plan: Plan, every: tuple[SlotClass, ...], slots: int) -> Plan:
     """The plan with `slots` of the slots for `every` expert."""
     classes = limit_slots(every, slots)
     return replace(plan, slots=slots, slot_classes=classes, cache_nbytes=total_nbytes(classes))
+
+
+def resized(plan: Plan, every: tuple[SlotClass, ...], asked: str | int, filled: int) -> Plan:
+    """The plan of a loaded model whose cache becomes `asked`, of the slots for `every` expert.
+
+    `filled` are the bytes of slots that have records now; what else is free now may be taken. Raises PlanError for a
+    size that does not fit, and for fewer slots than there are sizes of slots.
+    """
+    if len(every) != len(plan.slot_classes):
+        # The slots that there were at the start are all that have addresses.
+        every = plan.slot_classes
+    bare = replace(plan, cache_nbytes=0)
+    bare = replace(bare, device_free=ram_free() + filled + bare.total_nbytes)
+    slots = _slots(bare, every, asked)
+    if slots < len(every):
+        raise PlanError(
+            f"an expert cache of {slots} slots has none for some sizes of experts: give expert_cache={len(every)} or "
+            "more"
+        )
+    return with_slots(plan, every, slots)
 
 
 def _slots(plan: Plan, every: tuple[SlotClass, ...], asked: str | int) -> int:

@@ -16,6 +16,7 @@ from edgemoe.cache.host_store import HostStore
 from edgemoe.cache.hot_temporal import HotTemporal
 from edgemoe.cache.reader_link import ReaderLink
 from edgemoe.cache.safetensors_store import SafetensorsStore
+from edgemoe.cache.slot_classes import SlotClass
 from edgemoe.cache.slots import SlotTable
 from edgemoe.cache.store import ExpertStore
 from edgemoe.checkpoint import heat_file
@@ -41,6 +42,7 @@ from edgemoe.kernels.row_linear import BATCH_INVARIANT_TOKENS
 from edgemoe.kernels.triton import availability
 from edgemoe.model.sequential_runner import SequentialRunner
 from edgemoe.plan.plan import Plan
+from edgemoe.planner import slots_for_all
 from edgemoe.prefetch.fill import fill_order
 from edgemoe.prefetch.link_gauge import LinkGauge
 from edgemoe.prefetch.prefetcher import Prefetcher
@@ -89,11 +91,11 @@ class Runtime:
         files = SafetensorsStore(blueprint.checkpoint.files, layouts, blueprint.records, direct=plan.direct_reads)
         self._stack.callback(files.close)
         throttle = Throttle(config.link_gbps * 1e9) if config.link_gbps else None
-        pool = self._stack.enter_context(SlotPool(plan.slot_classes, device))
+        pool = self._stack.enter_context(SlotPool(plan.slot_classes, device, slots_for_all(blueprint)))
         link = self._link(files, plan, config, throttle, on_progress)
         self._stack.callback(link.close)
         self.link = link
-        policy = HotTemporal(files.experts, len(blueprint.pass_modules))
+        policy = self._policy = HotTemporal(files.experts, len(blueprint.pass_modules))
         self._tools = self._device_tools(files.experts, device)
         table = None if self._tools is None else self._tools.table
         self.cache = ExpertCache(files, link, pool, policy, table)
@@ -177,6 +179,15 @@ class Runtime:
             for expert in fill_order(experts, region.count, heat, layers)
         ]
         self.cache.fill(sorted(order, key=lambda expert: expert.layer))
+
+    def resize(self, classes: Sequence[SlotClass]) -> None:
+        """Has the cache use as many slots of each size as `classes` say; between passes, on a CPU.
+
+        Slots that come to use are filled by the hottest experts.
+        """
+        counts = {region: each.count for region, each in zip(self.cache.pool.regions, classes, strict=True)}
+        self.cache.resize(counts)
+        self._fill(self.cache.store.experts, self._policy.heat())
 
     def _predictor(
         self, blueprint: Blueprint, experts: Sequence[int], plan: Plan, config: EngineConfig

@@ -12,6 +12,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from edgemoe.errors import EdgeMoEError
 from edgemoe.loaded import Loaded
+from edgemoe.plan.memory_keeper import CHECK_SECONDS
+from edgemoe.plan.plan import Plan
 from edgemoe.request.request import Request
 from edgemoe.scheduler.step_loop import PassAborted, StepLoop
 
@@ -86,6 +88,7 @@ class Worker:
         self._calls: deque[_Call[Any]] = deque()
         self._running_call: _Call[Any] | None = None
         self._demands: list[_Demand] = []
+        self._last_plan: Plan | None = None
         self._ready: SimpleQueue[None] = SimpleQueue()
         self._ended: SimpleQueue[None] = SimpleQueue()
         self._has_ended = False
@@ -120,6 +123,15 @@ class Worker:
         finally:
             # Its traceback refers to this frame.
             del error
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of what it runs, or ran last."""
+        loaded, last = self.loaded, self._last_plan
+        if loaded is not None:
+            return loaded.plan
+        assert last is not None
+        return last
 
     def check(self) -> Loaded:
         """What it runs. Raises EdgeMoEError after `close`, and in a process forked from the one that loaded it.
@@ -238,7 +250,7 @@ class Worker:
             self._ready.put(None)
             self._serve(loaded)
         finally:
-            self.loaded = None
+            self._last_plan, self.loaded = loaded.plan, None
             loaded.close()
 
     def _end(self) -> None:
@@ -259,9 +271,10 @@ class Worker:
             raise PassAborted
 
     def _serve(self, loaded: Loaded) -> None:
-        loop = loaded.loop
+        loop, seconds = loaded.loop, CHECK_SECONDS if loaded.tends_memory else None
         while not self.closing:
-            self._drain(loop, wait=not self._demands and not self._calls)
+            self._drain(loop, wait=not self._demands and not self._calls, seconds=seconds)
+            loaded.tend()
             while self._calls and not self.closing:
                 self._running_call = self._calls.popleft()
                 self._running_call.run(loaded)
@@ -291,10 +304,10 @@ class Worker:
         if self.closing or (loaded.loop.nobody_waits if call is None else call.withdrawn):
             raise PassAborted
 
-    def _drain(self, loop: StepLoop | None, *, wait: bool) -> None:
-        """Takes what was posted; without a loop, those who wait alone."""
+    def _drain(self, loop: StepLoop | None, *, wait: bool, seconds: float | None = None) -> None:
+        """Takes what was posted; without a loop, those who wait alone. `wait` waits for something, or for `seconds`."""
         with suppress(Empty):
-            self._take(self._inbox.get(block=wait), loop)
+            self._take(self._inbox.get(block=wait, timeout=seconds), loop)
             while True:
                 self._take(self._inbox.get_nowait(), loop)
 

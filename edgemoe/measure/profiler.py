@@ -229,7 +229,7 @@ def _ceilings(blueprint: Blueprint, at: ProfilingRun) -> MachineSpeed:
     )
     with torch.inference_mode(), torch_threads(at.plan.threads):
         return MachineSpeed(
-            memory=machine.memory_speed(at.runtime.cache.pool.memory),
+            memory=machine.memory_speed(at.runtime.cache.pool.used_memory),
             arithmetic=machine.product_speed(math.prod(rows), columns, blueprint.dtype, device),
             link=_link_speed(at),
         )
