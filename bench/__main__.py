@@ -82,6 +82,9 @@ MEASUREMENTS = {
         "rewind-cost": "a verification of a hybrid family, all experts resident, against single steps",
         "inverted-u": "speed-up over batch, all experts resident, for sparse and dense routing",
     },
+    "guest": {
+        "give-back": "another process takes memory in steps, and gives it back: the cache and the replies meanwhile",
+    },
     "no_card": {
         "device-census": "what a step queues on a card and what the host waits for, counted without one",
         "device-kernels": "every format's kernels for cards against the plain form, in Triton's interpreter",

@@ -122,7 +122,7 @@ class Loaded:
         """
         if is_accelerator(self.plan.device):
             raise PlanError(
-                f"the expert cache on {self.plan.device} keeps its size: load the model again, with another expert_cache="
+                f"the cache on {self.plan.device} keeps its size: load the model again, with another expert_cache="
             )
         pool = self.runtime.cache.pool
         filled = sum(region.count * region.slot_nbytes for region in pool.regions)
@@ -160,7 +160,7 @@ def _memory_keeper(plan: Plan, config: EngineConfig) -> MemoryKeeper | None:
         keep_free = 0
     else:
         try:
-            keep_free = parse_bytes(text)
+            keep_free = int(text) if text.isdecimal() else parse_bytes(text)
         except ValueError:
             raise PlanError(f'keep_free={config.keep_free!r} is none of bytes ("2GiB"), "auto" and "off"') from None
     if not keep_free or is_accelerator(plan.device):

@@ -16,8 +16,9 @@ GROW_SECONDS = 10.0
 class MemoryKeeper:
     """Decides how many slots are used. It shrinks the cache at once and lets it grow slowly.
 
-    While less than `keep_free` bytes are free, so many slots are given back that a quarter more is. Once twice as much
-    is free, the cache takes half of what is beyond, up to the planned slots.
+    While less than `keep_free` bytes are free, so many slots are given back that a little more is: a quarter of it, or
+    an eighth of the cache where that is less. Once three times that little more is free, slots are used again, half of
+    those that would fit at a time, up to the planned ones.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class MemoryKeeper:
         self._slot_nbytes = slot_nbytes
         self._free = free
         self._clock = clock
+        self._margin = min(keep_free // 4, planned * slot_nbytes // 8)
         self._next = 0.0
         self._short_until = 0.0
 
@@ -52,9 +54,9 @@ class MemoryKeeper:
         free = self._free()
         if free < self._keep_free:
             self._short_until = now + GROW_SECONDS
-            short = self._keep_free + self._keep_free // 4 - free
+            short = self._keep_free + self._margin - free
             return min(slots, max(self._least, slots - -(-short // self._slot_nbytes)))
         if slots >= self._planned or now < self._short_until:
             return slots
-        more = (free - 2 * self._keep_free) // 2 // self._slot_nbytes
-        return min(self._planned, slots + max(0, more))
+        spare = (free - self._keep_free - 2 * self._margin) // self._slot_nbytes
+        return min(self._planned, slots + max(0, (spare + 1) // 2))
