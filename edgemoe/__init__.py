@@ -8,13 +8,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from edgemoe.errors import CheckpointError, EdgeMoEError, PlanError, RequestError
+from edgemoe.errors import CheckpointError, EdgeMoEError, LogitsError, PlanError, RequestError
 from edgemoe.sampling import Sampling
 from edgemoe.version import __version__
 
 if TYPE_CHECKING:
     from edgemoe.async_engine import AsyncEngine
     from edgemoe.checkpoint.chat_template import ChatPrompt
+    from edgemoe.config import EngineConfig
     from edgemoe.engine import Engine
     from edgemoe.plan.plan import Plan
     from edgemoe.results import Chunk, Completion, Progress, Stats, Timings, TokenLogprob
@@ -28,6 +29,8 @@ __all__ = [
     "Completion",
     "EdgeMoEError",
     "Engine",
+    "EngineConfig",
+    "LogitsError",
     "Plan",
     "PlanError",
     "Progress",
@@ -44,6 +47,7 @@ _LAZY = {
     "AsyncEngine": "async_engine",
     "ChatPrompt": "checkpoint.chat_template",
     "Engine": "engine",
+    "EngineConfig": "config",
     "Plan": "plan.plan",
     "Chunk": "results",
     "Completion": "results",
