@@ -14,9 +14,8 @@ from edgemoe.cli.run.ledger import Ledger
 from edgemoe.cli.run.records import RECORD_START
 from edgemoe.sizes import format_bytes
 
-
 MAX_RECORD = 1 << 30
-"""Bytes of a line of results that is read: 128 replies of 8,192 tokens with all log-probabilities have about as many."""
+"""Bytes of a line of results that is read: 128 replies of 8,192 tokens with log-probabilities have about as many."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,8 @@ def read_finished(path: str, ledger: Ledger) -> Finished:
             for number, raw in enumerate(iter(partial(file.readline, MAX_RECORD), b""), 1):
                 if len(raw) == MAX_RECORD:
                     raise FileTrouble(
-                        f"{path} cannot be resumed: its line {number} has more than {format_bytes(MAX_RECORD)}, which no "
-                        "result has; give another file with -o"
+                        f"{path} cannot be resumed: its line {number} has {format_bytes(MAX_RECORD)} or more, "
+                        "which no result has; give another file with -o"
                     )
                 if torn:
                     raise FileTrouble(f"{path} cannot be resumed: its line {number - 1} is not JSON; mend or remove it")
