@@ -17,7 +17,7 @@ from edgemoe.checkpoint.chat_template import ChatPrompt, Messages
 from edgemoe.checkpoint.prompts.prompt_limits import check_room
 from edgemoe.checkpoint.prompts.token_ids import check_token_ids
 from edgemoe.checkpoint.tokenizer import Prompt, as_chat, check_prompt, prompt_tokens
-from edgemoe.config import EngineConfig, chosen_config
+from edgemoe.config import EngineConfig, checked_setting, chosen_config
 from edgemoe.errors import LogitsError, RequestError, reading
 from edgemoe.experts.budget_routing import BudgetTotals
 from edgemoe.loaded import Loaded, draft_model_for
@@ -256,7 +256,8 @@ class Engine:
         Replies go on and stay the same. A smaller cache gives its memory back at once, a larger one takes it as it is
         filled. Raises PlanError for a size that does not fit, and on a CUDA device, where the cache keeps its size.
         """
-        return self._worker.call(lambda loaded: loaded.resize(expert_cache))
+        size = checked_setting("expert_cache", "str | int", expert_cache)
+        return self._worker.call(lambda loaded: loaded.resize(size))
 
     def close(self) -> None:
         """Leaves the pass in flight at its next layer, ends the threads and frees the memory. Idempotent.
