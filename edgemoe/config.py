@@ -275,7 +275,9 @@ LIMITS = {
     "reader_threads": (1, 256),
     "patience": (0, MAX_COUNT),
     "reserve": (0, MAX_COUNT),
-} | dict.fromkeys(("context", "expert_cache", "batch", "draft_nodes", "draft_depth", "budget"), (-MAX_COUNT, MAX_COUNT))
+} | dict.fromkeys(
+    ("context", "expert_cache", "keep_free", "batch", "draft_nodes", "draft_depth", "budget"), (-MAX_COUNT, MAX_COUNT)
+)
 """Ranges of whole numbers that are not from 1. Those of the last ones are checked beside a checkpoint."""
 WORDS = {"prefetch": ("auto", "off"), "file_reads": ("auto", "direct", "cached")}
 """Words that are checked here; those of other settings are checked where they are read."""
