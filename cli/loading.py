@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from edgemoe.cli.arguments import model_settings
-from edgemoe.cli.render import columns
+from edgemoe.cli.render import columns, harmless_line
 from edgemoe.cli.surface import BatchEngineView, EngineFactory, EngineView
 from edgemoe.cli.wording import in_options
 
@@ -23,7 +23,7 @@ Loaded = TypeVar("Loaded", bound=BatchEngineView)
 
 def say(sentence: str) -> None:
     """One line on standard error."""
-    sys.stderr.write(f"edgemoe: {sentence}\n")
+    sys.stderr.write(f"edgemoe: {harmless_line(sentence)}\n")
     sys.stderr.flush()
 
 

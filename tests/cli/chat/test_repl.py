@@ -12,7 +12,7 @@ import pytest
 
 from edgemoe.cli.chat.conversation import Conversation
 from edgemoe.cli.chat.repl import Repl
-from edgemoe.cli.chat.slash import Session
+from edgemoe.cli.chat.session import Session
 from edgemoe.errors import CheckpointError, RequestError
 from edgemoe.sampling import Sampling
 from tests.support.fake_engine import FakeEngine
