@@ -8,7 +8,7 @@ import sys
 
 from edgemoe.cli.arguments import model_settings
 from edgemoe.cli.exits import Exit
-from edgemoe.cli.loading import factory, say_simulation, say_which_model
+from edgemoe.cli.loading import check_model_path, factory, say_simulation, say_which_model
 from edgemoe.cli.output import put
 from edgemoe.cli.render import columns, print_table
 from edgemoe.cli.surface import EngineFactory
@@ -18,6 +18,8 @@ _HEADINGS = ("what", "how much", "where and why")
 
 def plan(arguments: argparse.Namespace, engine: EngineFactory | None = None) -> int:
     """Print the plan on standard output. Raises PlanError when nothing fits."""
+    if engine is None:
+        check_model_path(arguments.model)
     say_which_model(arguments)
     made = factory(engine).plan_for(**model_settings(arguments))
     say_simulation(made)

@@ -43,6 +43,9 @@ def line_editing() -> Iterator[None]:
     readline.set_completer_delims(" ")
     libedit = "libedit" in (readline.__doc__ or "")
     readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
+    if not libedit and os.environ.get("TERM") != "dumb":
+        # Python turns this off; a paste then arrives as one line, with line ends in it.
+        readline.parse_and_bind("set enable-bracketed-paste on")
     try:
         yield
     finally:

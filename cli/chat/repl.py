@@ -13,7 +13,7 @@ from edgemoe.cli.chat.message_input import Message, MessageInput
 from edgemoe.cli.chat.reply_view import ReplyView
 from edgemoe.cli.chat.session import Session
 from edgemoe.cli.chat.slash import Next, execute
-from edgemoe.cli.render import Counts, harmless, harmless_line, measured
+from edgemoe.cli.render import Counts, counted, harmless, harmless_line, measured
 from edgemoe.cli.wording import in_options
 from edgemoe.errors import EdgeMoEError
 
@@ -126,6 +126,8 @@ class Repl:
         if self._verbose:
             for line in measured(answer.timings, session.engine.stats, before):
                 self._note(line)
+            tokens = answer.timings.prompt_tokens + answer.timings.generated_tokens
+            self._note(f"context: {tokens} of {counted(session.context, 'token')}")
         return answer
 
     def _fail(self, error: Exception) -> None:
