@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from edgemoe.cli.arguments import model_settings
+from edgemoe.cli.exits import UsageError
 from edgemoe.cli.interruption import leaving_at_once
 from edgemoe.cli.options.parser import cut
 from edgemoe.cli.render import columns, harmless_line
@@ -49,6 +50,8 @@ def check_model_path(model: str | None) -> None:
     """Raises CheckpointError for a path where nothing is: at once, and not after PyTorch is imported."""
     if model is None or (model.count("/") == 1 and model[0] not in "./~" and not model.endswith(".gguf")):
         return  # nothing, or the id of a repository
+    if not model.strip():
+        raise UsageError("argument -m/--model: the name is empty; give a checkpoint's folder or a Hugging Face id")
     # What follows a colon may be a quantisation.
     if not any(_exists(path) for path in (model, model.rpartition(":")[0]) if path):
         raise CheckpointError(

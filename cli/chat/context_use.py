@@ -19,6 +19,10 @@ _ROOM_SHARE = 4
 """When messages are left out, so that a reply has 1 / _ROOM_SHARE of the context."""
 
 
+_UNCOUNTED = 1 << 62
+"""In the place of a count of tokens that is far beyond the context."""
+
+
 class ContextFull(RequestError):
     """The conversation does not fit the context."""
 
@@ -34,7 +38,7 @@ def used(session: Session, more: str | None = None) -> int | None:
 
 def shown(session: Session) -> str:
     """The use of the context, such as `120 of 512 tokens`."""
-    return f"{used(session) or 0} of {counted(session.context, 'token')}"
+    return f"{_count(session, used(session) or 0)} of {counted(session.context, 'token')}"
 
 
 def make_room(session: Session) -> str:
@@ -64,7 +68,7 @@ def make_room(session: Session) -> str:
 
 
 def _full(session: Session, tokens: int | None) -> str:
-    taken = f"context full: this message would make it {tokens} of {session.context} tokens"
+    taken = f"context full: this message would make it {_count(session, tokens)} of {session.context} tokens"
     alone = session.conversation.turns <= 1
     if alone or session.shifts:
         return f"{taken}, the reply not counted: send a shorter one, or start with a larger --ctx-size"
@@ -109,18 +113,24 @@ def check_attachment(session: Session, name: str, text: str) -> None:
     system = session.conversation.messages_without(session.conversation.turns)
     alone = _tokens(session, [*system, {"role": "user", "content": attached}])
     if alone is not None and alone >= session.context:
-        raise FileTrouble(f"{name} does not fit: it makes {alone} of {session.context} tokens; {larger}")
+        raise FileTrouble(
+            f"{name} does not fit: it makes {_count(session, alone)} of {session.context} tokens; {larger}"
+        )
     tokens = used(session, attached)
     if not session.shifts and tokens is not None and tokens >= session.context:
         raise FileTrouble(
-            f"{name} does not fit: with it the conversation has {tokens} of {session.context} tokens; make room with "
-            f"/undo or /clear, or start with a larger --ctx-size or with --context-shift"
+            f"{name} does not fit: with it the conversation has {_count(session, tokens)} of {session.context} "
+            "tokens; make room with /undo or /clear, or start with a larger --ctx-size or with --context-shift"
         )
+
+
+def _count(session: Session, tokens: int | None) -> str:
+    return f"more than {session.context}" if tokens is None or tokens == _UNCOUNTED else str(tokens)
 
 
 def _tokens(session: Session, messages: list[dict[str, str]]) -> int | None:
     if sum(len(message["content"]) for message in messages) > session.context * _MAX_TOKEN_BYTES:
-        return session.context + 1
+        return _UNCOUNTED
     try:
         return len(session.engine.chat_prompt(messages, session.template_kwargs))
     except RequestError:

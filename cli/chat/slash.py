@@ -9,12 +9,12 @@ from dataclasses import fields, replace
 from enum import Enum
 from typing import Any, NamedTuple
 
-from edgemoe.cli.arguments import decimal, whole
 from edgemoe.cli.chat.context_use import check_attachment, shown
 from edgemoe.cli.chat.session import Session
 from edgemoe.cli.chat.text_file import read_text
 from edgemoe.cli.options.parser import cut
 from edgemoe.cli.options.suggestions import did_you_mean
+from edgemoe.cli.options.values import decimal, whole
 from edgemoe.cli.render import columns, counted, speeds, totals
 from edgemoe.errors import EdgeMoEError
 from edgemoe.sampling import Sampling

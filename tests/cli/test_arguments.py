@@ -363,7 +363,7 @@ def test_an_unknown_variable_is_told_of_and_changes_nothing() -> None:
 
 NUMBERS = ["--ctx-size", "--threads", "--max-tokens", "--top-k", "--seed", "--draft-nodes", "--draft-depth",
            "--batch", "--expert-cache", "--temp", "--top-p", "--min-p", "--repeat-penalty", "--presence-penalty",
-           "--link-gbps"]  # fmt: skip
+           "--link-gbps", "--cpu-share", "--budget"]  # fmt: skip
 
 
 @pytest.mark.parametrize("option", NUMBERS)
