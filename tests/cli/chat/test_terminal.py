@@ -12,6 +12,17 @@ from tests.support.chat_terminal import ChatTerminal
 
 PASTED = "first line\n/second line\n  third line"
 PASTE_BEGINS, PASTE_ENDS = "\x1b[200~", "\x1b[201~"
+PROGRESS = """
+import time
+from edgemoe.cli.chat.prompt_progress import PromptProgress
+class Stream:
+    prompt_tokens, prompt_done = 1900, 475
+progress = PromptProgress(Stream())
+time.sleep(float({seconds}))
+progress.stop()
+progress.stop()
+print("reply")
+"""
 
 
 def test_a_chat_on_a_terminal(tmp_path: Path) -> None:
@@ -151,3 +162,18 @@ def test_the_bar_of_loading_stays_on_one_line(columns: int) -> None:
     assert "\x1b[2A" not in shown
     lines = shown.replace("\r", "\n").split("\n")
     assert max(len(line.replace("\x1b[2K", "").replace("\x1b[?25l", "")) for line in lines) <= columns
+
+
+@pytest.mark.parametrize("columns", [40, 60])
+def test_a_slow_prompt_has_a_bar_until_the_reply_begins(columns: int) -> None:
+    code = PROGRESS.format(seconds=2.5)
+    chat = ChatTerminal(command=(sys.executable, "-c", code), term="xterm", columns=columns, NO_COLOR="1")
+    chat.wait_for("475/1900 tokens")
+    assert chat.wait_for("reply").endswith("\x1b[2Kreply")
+    assert chat.close() == 0
+
+
+def test_a_quick_prompt_has_no_bar() -> None:
+    chat = ChatTerminal(command=(sys.executable, "-c", PROGRESS.format(seconds=0.1)), term="xterm")
+    assert chat.wait_for("reply") == "reply"
+    assert chat.close() == 0
