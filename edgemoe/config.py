@@ -130,9 +130,9 @@ class EngineConfig:
         metavar="MODEL",
     )
     """A second, smaller checkpoint with the same tokenizer, for the drafter "model"."""
-    draft_nodes: int = _setting(16, "most drafted tokens that are verified at once (16)", "draft")
+    draft_nodes: int = _setting(16, "most drafted tokens that are verified at once", "draft")
     """Most drafted tokens of a sequence that one pass verifies."""
-    draft_depth: int = _setting(8, "most drafted tokens that follow one another (8)", "draft")
+    draft_depth: int = _setting(8, "most drafted tokens that follow one another", "draft")
     """Most drafted tokens that follow one another."""
     draft_shape: str = _setting(
         "tree", "tree, or chain for drafts without branches", "draft", choices=("tree", "chain"), metavar="SHAPE"

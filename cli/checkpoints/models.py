@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgemoe.cli.exits import Exit
 from edgemoe.cli.loading import say
 from edgemoe.cli.output import put
-from edgemoe.cli.render import columns
+from edgemoe.cli.render import columns, print_table
 from edgemoe.cli.surface import EngineFactory
 from edgemoe.cli.wording import in_options
 from edgemoe.errors import EdgeMoEError
@@ -72,7 +71,7 @@ def models(arguments: argparse.Namespace, engine: EngineFactory | None = None) -
     if arguments.json:
         put(json.dumps({"models": [row.to_dict() for row in rows]}, indent=2) + "\n")
     elif rows and sys.stdout.isatty():
-        _print_table(rows)
+        print_table(_HEADINGS, [row.cells() for row in rows], right=3)
     elif rows:
         put(columns([_HEADINGS, *(row.cells() for row in rows)]) + "\n")
     return Exit.OK
@@ -91,14 +90,3 @@ def _row(entry: CatalogEntry) -> Row:
     except EdgeMoEError as error:
         return Row(entry, None, in_options(str(error).removeprefix(f"{entry.model} ")))
     return Row(entry, plan.slots / plan.experts, "")
-
-
-def _print_table(rows: Sequence[Row]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*_HEADINGS)
-    table.columns[3].justify = "right"
-    for row in rows:
-        table.add_row(*row.cells())
-    Console(markup=False).print(table)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
 from edgemoe.cli.loading import say
-from edgemoe.cli.render import Counts, counted, drafts, duration, steps
+from edgemoe.cli.render import Counts, counted, drafts, duration, harmless_line, steps
 from edgemoe.cli.run.outbox import Outcome
 from edgemoe.cli.surface import BatchEngineView
 from edgemoe.results import hit_rate
@@ -152,4 +152,4 @@ class _Live:
 
 
 def _line(outcome: Outcome) -> str:
-    return f"{outcome.custom_id}: {outcome.said}"
+    return harmless_line(f"{outcome.custom_id}: {outcome.said}")

@@ -8,7 +8,6 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from edgemoe.cli.answers import CANCELLED
 from edgemoe.cli.exits import FileTrouble
 from edgemoe.cli.interruption import Interruption
 from edgemoe.cli.loading import say
@@ -17,7 +16,7 @@ from edgemoe.cli.run.jobs import Job, Jobs
 from edgemoe.cli.run.outbox import Outbox, Outcome
 from edgemoe.cli.run.records import failure, line_of, success
 from edgemoe.cli.run.requests import BadLine, RequestLine
-from edgemoe.cli.surface import BatchEngineView
+from edgemoe.cli.surface import CANCELLED, BatchEngineView
 from edgemoe.errors import RequestError
 
 if TYPE_CHECKING:
