@@ -6,6 +6,7 @@ Importing this package is cheap: what needs PyTorch is imported when it is first
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from edgemoe.errors import CheckpointError, EdgeMoEError, PlanError, RequestError
@@ -39,6 +40,11 @@ __all__ = [
     "TokenLogprob",
     "__version__",
 ]
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+if not os.path.isdir(os.path.join(_HERE, "cache")):
+    # Python was started in a checkout, and has found this folder there: `cache`, `prefetch` and `cli` lie beside it.
+    __path__.append(os.path.dirname(_HERE))
 
 _LAZY = {
     "AsyncEngine": "async_engine",
