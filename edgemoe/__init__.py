@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from edgemoe.async_engine import AsyncEngine
     from edgemoe.checkpoint.chat_template import ChatPrompt
     from edgemoe.engine import Engine
+    from edgemoe.found_model import FoundModel, find_models
     from edgemoe.plan.plan import Plan
     from edgemoe.results import Chunk, Completion, Progress, Stats, Timings, TokenLogprob
     from edgemoe.stream import Stream
@@ -29,6 +30,7 @@ __all__ = [
     "Completion",
     "EdgeMoEError",
     "Engine",
+    "FoundModel",
     "Plan",
     "PlanError",
     "Progress",
@@ -39,6 +41,7 @@ __all__ = [
     "Timings",
     "TokenLogprob",
     "__version__",
+    "find_models",
 ]
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
@@ -50,6 +53,8 @@ _LAZY = {
     "AsyncEngine": "async_engine",
     "ChatPrompt": "checkpoint.chat_template",
     "Engine": "engine",
+    "FoundModel": "found_model",
+    "find_models": "found_model",
     "Plan": "plan.plan",
     "Chunk": "results",
     "Completion": "results",

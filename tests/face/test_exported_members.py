@@ -16,6 +16,7 @@ EXPORTED = [
     "Completion",
     "EdgeMoEError",
     "Engine",
+    "FoundModel",
     "Plan",
     "PlanError",
     "Progress",
@@ -26,6 +27,7 @@ EXPORTED = [
     "Timings",
     "TokenLogprob",
     "__version__",
+    "find_models",
 ]
 
 
