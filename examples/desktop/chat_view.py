@@ -77,6 +77,10 @@ class ChatView(QWidget):
         self._show(ready=True)
         self.field.setFocus()
 
+    def show_reading(self, done: int, tokens: int) -> None:
+        """So many of the conversation's tokens are computed, of those before the reply."""
+        self.used.setText(f"Reading: {done} of {tokens} tokens")
+
     def add(self, chunk: Chunk) -> None:
         """A piece of the reply."""
         self._pending.append(chunk)

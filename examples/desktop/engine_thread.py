@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import threading
-from contextlib import closing
 from typing import Any
 
 from PySide6.QtCore import Signal
 
 import edgemoe
-from edgemoe import EdgeMoEError, Sampling, Stats
+from edgemoe import EdgeMoEError, Progress, Sampling, Stats, Stream
 from examples.desktop.job_thread import JobThread
 
 Messages = list[dict[str, Any]]
@@ -32,6 +31,7 @@ class EngineThread(JobThread):
     def __init__(self) -> None:
         super().__init__()
         self._engine: edgemoe.Engine | None = None
+        self._stream: Stream | None = None
         self._stop = threading.Event()
 
     # --- called by the window ---------------------------------------------------------------------
@@ -49,8 +49,9 @@ class EngineThread(JobThread):
     def stop(self) -> None:
         """Stops what was begun last: loading, or a reply, which then ends with the reason "cancelled"."""
         self._stop.set()
-        if self._engine is not None:
-            self._engine.cancel()
+        stream = self._stream
+        if stream is not None:
+            stream.cancel()
 
     def unload(self) -> None:
         """Gives the memory back."""
@@ -63,6 +64,13 @@ class EngineThread(JobThread):
             return None if engine is None else engine.stats
         except EdgeMoEError:
             return None  # closed meanwhile
+
+    def prompt_progress(self) -> tuple[int, int] | None:
+        """Tokens of the prompt that are computed, and all; None where no prompt is."""
+        stream = self._stream
+        if stream is None or stream.prompt_done >= stream.prompt_tokens:
+            return None
+        return stream.prompt_done, stream.prompt_tokens
 
     def end(self) -> None:
         self.stop()
@@ -84,7 +92,7 @@ class EngineThread(JobThread):
             raise
         self.loaded.emit(self._engine.plan)
 
-    def _tell(self, progress: edgemoe.results.Progress) -> None:
+    def _tell(self, progress: Progress) -> None:
         self.loading.emit(progress.stage, progress.done, progress.total)
 
     def _ask(self, messages: Messages, sampling: Sampling, stop: threading.Event) -> None:
@@ -92,13 +100,16 @@ class EngineThread(JobThread):
         assert engine is not None, "the window asks only while a model is loaded"
         try:
             prompt = messages if engine.has_chat_template else messages[-1]["content"]
-            with closing(engine.stream(prompt, sampling)) as stream:
+            with engine.stream(prompt, sampling) as stream:
+                self._stream = stream
+                if stop.is_set():
+                    stream.cancel()
                 for chunk in stream:
-                    if stop.is_set():
-                        engine.cancel()
                     self.replied.emit(chunk)
         except EdgeMoEError as error:
             self.refused.emit(str(error))
+        finally:
+            self._stream = None
 
     def _unload(self) -> None:
         engine, self._engine = self._engine, None

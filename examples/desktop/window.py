@@ -113,3 +113,6 @@ class Window(QMainWindow):
         stats = self.engine.stats()
         if stats is not None:
             self.figures.add(stats, time.monotonic())
+        prompt = self.engine.prompt_progress()
+        if prompt is not None:
+            self.chat.show_reading(*prompt)
