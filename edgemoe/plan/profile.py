@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
@@ -16,7 +14,7 @@ import torch
 from edgemoe.cache import accelerator
 from edgemoe.checkpoint.state_folder import StateFolder
 from edgemoe.errors import PlanError
-from edgemoe.plan.machine import cores, gpu_nbytes
+from edgemoe.plan.machine import cores, gpu_nbytes, processor_name
 from edgemoe.plan.performance_model import Locality, MachineSpeed, ModelShape, PerformanceModel, Routing, Times
 
 if TYPE_CHECKING:
@@ -98,7 +96,7 @@ class ProfileConditions:
         misses = plan.slots < plan.experts
         device = accelerator.device_name(plan.device) if accelerator.is_accelerator(plan.device) else plan.device
         return cls(
-            processor=_processor(),
+            processor=processor_name(),
             cores=cores(),
             ram_gib=round(psutil.virtual_memory().total / (1 << 30)),
             device=device,
@@ -137,17 +135,6 @@ def _text(conditions: ProfileConditions, name: str) -> str:
     if name == "host_tier":
         return "in their files" if value == "file" else f"in {value} RAM"
     return str(value)
-
-
-def _processor() -> str:
-    """The processor's model, as the system reports it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 NAME = "profile.json"
