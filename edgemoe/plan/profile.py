@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ProfilePoint:
-    """The mean of a few passes over `tokens` tokens of each of `batch` sequences. Seconds are per pass."""
+    """The middle of a few passes over `tokens` tokens of each of `batch` sequences. Seconds are per pass."""
 
     batch: int
     tokens: int
@@ -40,6 +40,8 @@ class ProfilePoint:
     """Time of drafting for all sequences before the pass; 0 for a plain step."""
     reject_seconds: float
     """Time of sampling and rollback for all sequences after the pass."""
+    spread: float = 0.0
+    """How much the passes differed: the middle half of their times is this share of the median wide."""
 
     @property
     def total(self) -> int:
@@ -139,8 +141,8 @@ def _text(conditions: ProfileConditions, name: str) -> str:
 
 NAME = "profile.json"
 FORMAT = "edgemoe profile"
-VERSION = 4
-"""Version 3 did not record the size of the device's memory and its speeds. Files of other versions are ignored."""
+VERSION = 5
+"""Version 4 did not record how much times differed. Files of other versions are ignored."""
 MAX_NBYTES = 1 << 20
 """Upper bound of a file's size; a larger one is ignored."""
 _PARTS = {"shape": ModelShape, "speed": MachineSpeed, "routing": Routing, "locality": Locality, "times": Times}
