@@ -64,6 +64,7 @@ def cores() -> int:
 def cpu_quota(root: Path = CGROUP_ROOT, membership: Path = Path("/proc/self/cgroup")) -> float | None:
     """Cores whose time this process's control groups give it, such as 1.5; None where nothing limits it."""
     found: list[float] = []
+    names: tuple[str, ...]
     for controllers, path in _groups(membership):
         if "cpu" in controllers.split(","):
             base, names = root / "cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us")

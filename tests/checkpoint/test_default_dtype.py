@@ -23,7 +23,7 @@ def tensors(model: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_skeleton_is_the_one_that_transformers_builds(family: str) -> None:
     told = config(family)
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(told)]
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(told)]
     with quiet_transformers():
         with torch.device("meta"):
             expected = model_class._from_config(copy.deepcopy(told), dtype=torch.bfloat16)

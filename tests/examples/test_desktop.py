@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -78,7 +79,7 @@ def opened(application: QApplication) -> Iterator[Opened]:
     yield open_window
     for window in windows:
         window.close()
-        until(lambda each=window: ended(each))
+        until(partial(ended, window))
         QApplication.processEvents()
         assert not window.isVisible()
         assert window.close(), "a window whose threads have ended closes at once"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -9,7 +10,7 @@ from edgemoe.plan.verdict import verdict
 from tests.support.profiles import CARD, known_profile
 
 
-def changed(share: float = 1.0, link: float = 4e9, **times: float) -> Profile:
+def changed(share: float = 1.0, link: float = 4e9, **times: Any) -> Profile:
     """The known machine with other times, and with slots for a share of the experts."""
     made = known_profile()
     points = [replace(point, cache_share=min(point.cache_share, share)) for point in made.points]
