@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import queue
 import threading
 import traceback
@@ -10,6 +9,7 @@ from collections.abc import Callable
 
 from PySide6.QtCore import QThread, Signal
 
+import edgemoe
 from edgemoe import EdgeMoEError
 
 _IMPORTING = threading.Lock()
@@ -21,8 +21,8 @@ def preload() -> None:
     One thread at a time, since modules that import one another must not be imported by two at once.
     """
     with _IMPORTING:
-        for name in ("edgemoe.engine", "edgemoe.found_model"):
-            importlib.import_module(name)
+        for name in ("Engine", "find_models"):
+            getattr(edgemoe, name)
 
 
 class JobThread(QThread):
