@@ -58,6 +58,7 @@ class ModelsView(QWidget):
         self.context.setRange(0, MAX_CONTEXT)
         self.context.setSingleStep(1024)
         self.context.setSpecialValueText("as the model has it")
+        self.context.lineEdit().setTextMargins(6, 0, 0, 0)
         self.context.setToolTip("Tokens of a conversation at most")
         self.plan = PlanView()
         self.load, self.unload, self.stop = button("Load", "primary"), button("Unload"), button("Stop loading")
