@@ -61,6 +61,11 @@ class ChatView(QWidget):
         self.clear.clicked.connect(self.start_anew)
         self.show_closed()
 
+    @property
+    def replying(self) -> bool:
+        """Whether a reply has begun and not ended."""
+        return self._reply is not None
+
     # --- what the window tells --------------------------------------------------------------------
 
     def show_closed(self) -> None:

@@ -85,9 +85,9 @@ class EngineThread(JobThread):
             return
         try:
             self._engine = edgemoe.Engine.load(model, on_progress=self._tell, stop=stop, **settings)
-        except EdgeMoEError:
+        except Exception as error:
             self.unloaded.emit()
-            if stop.is_set():
+            if stop.is_set() and isinstance(error, EdgeMoEError):
                 return
             raise
         self.loaded.emit(self._engine.plan)

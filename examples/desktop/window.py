@@ -63,7 +63,7 @@ class Window(QMainWindow):
         self.engine.loading.connect(self.models.show_loading)
         self.engine.loaded.connect(self._loaded)
         self.engine.unloaded.connect(self._unloaded)
-        self.engine.failed.connect(self.models.plan.refuse)
+        self.engine.failed.connect(self._failed)
         self.chat.wanted_reply.connect(lambda: self.engine.ask(list(self.chat.messages), self._sampling))
         self.chat.wanted_stop.connect(self.engine.stop)
         self.engine.replied.connect(self.chat.add)
@@ -108,6 +108,10 @@ class Window(QMainWindow):
         self.figures.clear()
         self.models.show_idle()
         self.chat.show_closed()
+
+    def _failed(self, sentence: str) -> None:
+        """Shows it where it belongs: a reply that was begun has no other end."""
+        (self.chat.refuse if self.chat.replying else self.models.plan.refuse)(sentence)
 
     def _read(self) -> None:
         stats = self.engine.stats()

@@ -256,6 +256,28 @@ def test_a_question_that_is_too_long_goes_back_into_the_field(opened: Opened) ->
     until(lambda: replies(window))
 
 
+def test_faults_are_told_too(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    window = opened()
+
+    def fail(*given: Any, **settings: Any) -> Any:
+        raise RuntimeError("a fault")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "load", fail)
+        window.models.load.click()
+        until(window.models.plan.problem.isVisible)
+        assert window.models.plan.problem.text() == "unexpected RuntimeError: a fault"
+        assert window.models.load.isVisible()
+    load(window)
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "stream", fail)
+        ask(window, "Hello")
+        until(window.chat.problem.isVisible)
+        assert window.chat.problem.text() == "unexpected RuntimeError: a fault"
+        assert window.chat.field.toPlainText() == "Hello"
+        assert window.chat.send.isVisible()
+
+
 def test_models_that_were_found(opened: Opened) -> None:
     window = opened()
     window.models.add(FoundModel("org/one", 3 << 30, "mixtral", ("bf16",), 0.5))
