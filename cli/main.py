@@ -337,7 +337,7 @@ def _dispatch(argv: Sequence[str] | None, engine: EngineFactory | None) -> int:
     elif arguments.command == "affinity":
         from edgemoe.cli.affinity import affinity as command
     else:
-        from edgemoe.cli.doctor import doctor as command
+        from edgemoe.cli.doctor.doctor import doctor as command
     return command(arguments, engine)
 
 

@@ -6,6 +6,7 @@ Importing this package is cheap: what needs PyTorch is imported when it is first
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from edgemoe.errors import CheckpointError, EdgeMoEError, LogitsError, PlanError, RequestError
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from edgemoe.checkpoint.chat_template import ChatPrompt
     from edgemoe.config import EngineConfig
     from edgemoe.engine import Engine
+    from edgemoe.found_model import FoundModel, find_models
     from edgemoe.plan.plan import Plan
     from edgemoe.results import Chunk, Completion, Progress, Stats, Timings, TokenLogprob
     from edgemoe.stream import Stream
@@ -30,6 +32,7 @@ __all__ = [
     "EdgeMoEError",
     "Engine",
     "EngineConfig",
+    "FoundModel",
     "LogitsError",
     "Plan",
     "PlanError",
@@ -41,13 +44,21 @@ __all__ = [
     "Timings",
     "TokenLogprob",
     "__version__",
+    "find_models",
 ]
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+if not os.path.isdir(os.path.join(_HERE, "cache")):
+    # Python was started in a checkout, and has found this folder there: `cache`, `prefetch` and `cli` lie beside it.
+    __path__.append(os.path.dirname(_HERE))
 
 _LAZY = {
     "AsyncEngine": "async_engine",
     "ChatPrompt": "checkpoint.chat_template",
     "Engine": "engine",
     "EngineConfig": "config",
+    "FoundModel": "found_model",
+    "find_models": "found_model",
     "Plan": "plan.plan",
     "Chunk": "results",
     "Completion": "results",

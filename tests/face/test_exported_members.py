@@ -17,6 +17,7 @@ EXPORTED = [
     "EdgeMoEError",
     "Engine",
     "EngineConfig",
+    "FoundModel",
     "LogitsError",
     "Plan",
     "PlanError",
@@ -28,6 +29,7 @@ EXPORTED = [
     "Timings",
     "TokenLogprob",
     "__version__",
+    "find_models",
 ]
 
 

@@ -32,6 +32,7 @@ FLOORS = (
         "worker",
         "stream",
         "engine",
+        "found_model",
         "async_engine",
         "model_host",
         "__init__",
