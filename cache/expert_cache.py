@@ -178,6 +178,16 @@ class ExpertCache:
         finally:
             self._unpin(list(pinned), pinned)
 
+    def touch(self, layer: int, experts: Sequence[int]) -> None:
+        """A pass that `lend` served would have requested `experts` of `layer`, which are distinct: the policy learns it.
+
+        Nothing is loaded, and no hit or miss is counted. Prefetches among the resident ones count as used.
+        """
+        self._policy.requested(layer, experts)
+        for held in (self._held.get(ExpertId(layer, number)) for number in experts):
+            if held is not None and held.load_reason is not None and not held.moving:
+                self.counters.bytes_prefetched_used += self.counters.resolve(held, self.store.layouts[layer].nbytes)
+
     def prefetch(self, experts: Sequence[ExpertId], needed_sooner: Collection[ExpertId] = ()) -> int:
         """Puts `experts` on the link in this order, behind all demand loads. Returns how many loads were started.
 

@@ -8,6 +8,7 @@ from contextlib import suppress
 from edgemoe.draft import affinity_file
 from edgemoe.draft.draft_model import DraftModel
 from edgemoe.draft.head_drafter import USUAL_DEPTH, HeadDrafter
+from edgemoe.draft.head_experts import HeadExperts
 from edgemoe.draft.pass_drafter import ModelDrafter, PassDrafter, SelfDrafter
 from edgemoe.draft.settings import DraftSettings
 from edgemoe.draft.speculation import Speculation
@@ -32,7 +33,8 @@ def speculation_for(
         if runner.head is not None:
             # What is priced ends by itself.
             depth = settings.depth if settings.priced else min(settings.depth, USUAL_DEPTH)
-            passes = HeadDrafter(runner, runner.head, plan.prefill_chunk, depth)
+            experts = HeadExperts(runtime.cache, runner.sequential.layers, plan.top_k)
+            passes = HeadDrafter(runner, runner.head, experts, plan.prefill_chunk, depth)
         else:
             settings = settings.without_head(runner.head_refusal or runner.refusal)
     elif "self" in settings.drafters:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from edgemoe.draft.head_experts import HeadExperts
 from edgemoe.draft.pass_drafter import Branch, PassDrafter, RuleChoice
 from edgemoe.model.draft_tree import DraftTree, TreeMask
 from edgemoe.model.head_cache import HeadCache
@@ -52,9 +53,12 @@ class HeadDrafter(PassDrafter):
     name = "mtp"
     takes_over = True
 
-    def __init__(self, runner: ModelRunner, head: HeadRunner, chunk: int, max_depth: int = USUAL_DEPTH) -> None:
+    def __init__(
+        self, runner: ModelRunner, head: HeadRunner, experts: HeadExperts, chunk: int, max_depth: int = USUAL_DEPTH
+    ) -> None:
         """`chunk` bounds the rows of a pass that reads hidden states, `max_depth` the depth of its drafts."""
         super().__init__(runner)
+        self._experts = experts
         self._max_depth = max_depth
         self._head = head
         self._chunk = chunk
@@ -91,7 +95,7 @@ class HeadDrafter(PassDrafter):
         roots = [branch.request for branch in branches if branch.nodes[0] == 0]
         found = self._read(roots)
         others = [branch for branch in branches if branch.nodes[0]]
-        outputs = self._head.run([self._input(branch) for branch in others]) if others else []
+        outputs = self._draft([self._input(branch) for branch in others]) if others else []
         for branch, output in zip(others, outputs, strict=True):
             draft = self._drafts[branch.request]
             draft.keep(branch.nodes, output)
@@ -120,7 +124,8 @@ class HeadDrafter(PassDrafter):
                 self._head.run([self._waiting_input(request, self._chunk)])
                 cache.drop_first(self._chunk)
         inputs = [self._waiting_input(request, self._head_cache(request).waiting) for request in requests]
-        outputs = self._head.run(inputs)
+        outputs = self._draft(inputs)
+        self._experts.load_missed()
         found = {}
         for request, item, output in zip(requests, inputs, outputs, strict=True):
             cache = self._head_cache(request)
@@ -130,6 +135,15 @@ class HeadDrafter(PassDrafter):
             draft.keep([0], output)
             found[request] = _read(output)
         return found
+
+    def _draft(self, inputs: Sequence[HeadInput]) -> list[HeadOutput]:
+        """A pass of which drafts are made."""
+        rows, last = list[int](), 0
+        for item in inputs:
+            last += len(item.tokens)
+            rows += range(last - item.outputs, last)
+        with self._experts.resident_only(rows):
+            return self._head.run(inputs)
 
     def _waiting_input(self, request: Request, rows: int) -> HeadInput:
         """The first `rows` hidden states that wait, with the tokens after them."""
