@@ -184,9 +184,10 @@ class ExpertCache:
         Nothing is loaded, and no hit or miss is counted. Prefetches among the resident ones count as used.
         """
         self._policy.requested(layer, experts)
-        for held in (self._held.get(ExpertId(layer, number)) for number in experts):
-            if held is not None and held.load_reason is not None and not held.moving:
-                self.counters.bytes_prefetched_used += self.counters.resolve(held, self.store.layouts[layer].nbytes)
+        for expert in (ExpertId(layer, number) for number in experts):
+            if self.is_resident(expert):
+                found = self.counters.resolve(self._held[expert], self.store.record_nbytes(expert))
+                self.counters.bytes_prefetched_used += found
 
     def prefetch(self, experts: Sequence[ExpertId], needed_sooner: Collection[ExpertId] = ()) -> int:
         """Puts `experts` on the link in this order, behind all demand loads. Returns how many loads were started.

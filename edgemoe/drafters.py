@@ -8,7 +8,7 @@ from contextlib import suppress
 from edgemoe.draft import affinity_file
 from edgemoe.draft.draft_model import DraftModel
 from edgemoe.draft.head_drafter import USUAL_DEPTH, HeadDrafter
-from edgemoe.draft.head_experts import HeadExperts
+from edgemoe.experts.head_experts import HeadExperts
 from edgemoe.draft.pass_drafter import ModelDrafter, PassDrafter, SelfDrafter
 from edgemoe.draft.settings import DraftSettings
 from edgemoe.draft.speculation import Speculation

@@ -31,15 +31,17 @@ class HeadExperts:
         self._own = range(layers.in_passes, len(cache.store.experts))
         self._wanted = {layer: torch.zeros(cache.store.experts[layer]) for layer in self._own}
 
+    @property
+    def complete(self) -> bool:
+        """Whether nothing that the head chooses has to be loaded: every expert has a slot, or the head has none."""
+        return not self._own or self._cache.complete
+
     @contextmanager
     def resident_only(self, rows: Sequence[int]) -> Iterator[None]:
-        """In the block a pass of the head computes resident experts alone, unless all of them are resident anyway.
+        """In the block a pass of the head computes resident experts alone.
 
         `rows` are those of its tokens whose outputs are read: what they would have chosen is remembered.
         """
-        if not self._own or self._cache.complete:
-            yield
-            return
         routing = DraftRouting(self._cache, self._cache.store.experts, "reselect")
         with self._layers.overriding(routing):
             yield
@@ -49,18 +51,16 @@ class HeadExperts:
                 self._remember(layer, found[layer][list(rows)])
 
     def load_missed(self) -> None:
-        """Starts loading the expert that was wanted most of those that are not resident; behind all other loads.
+        """Starts loading the expert of each layer that was wanted most of those that are not resident.
 
-        None where one that is resident was wanted less than it by no layer's passes.
+        Demand loads overtake it. Where every resident one was wanted as much, nothing is loaded.
         """
-        if not self._own or self._cache.complete:
-            return
         for layer in self._own:
             wanted, held = self._wanted[layer], torch.zeros(len(self._wanted[layer]), dtype=torch.bool)
             held[self._cache.residents(layer)] = True
-            missed = wanted.masked_fill(held, -1.0)
+            missed, least = wanted.masked_fill(held, 0.0), wanted[held].min() if held.any() else 0.0
             best = int(missed.argmax())
-            if missed[best] > wanted.masked_fill(~held, float("inf")).min():
+            if missed[best] > least:
                 self._cache.prefetch([ExpertId(layer, best)])
 
     def _remember(self, layer: int, weights: torch.Tensor) -> None:
