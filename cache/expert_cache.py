@@ -179,7 +179,7 @@ class ExpertCache:
             self._unpin(list(pinned), pinned)
 
     def touch(self, layer: int, experts: Sequence[int]) -> None:
-        """A pass that `lend` served would have requested `experts` of `layer`, which are distinct: the policy learns it.
+        """Tells the policy that a pass, which `lend` served, would have requested `experts` of `layer`, all distinct.
 
         Nothing is loaded, and no hit or miss is counted. Prefetches among the resident ones count as used.
         """

@@ -8,12 +8,12 @@ from contextlib import suppress
 from edgemoe.draft import affinity_file
 from edgemoe.draft.draft_model import DraftModel
 from edgemoe.draft.head_drafter import USUAL_DEPTH, HeadDrafter
-from edgemoe.experts.head_experts import HeadExperts
 from edgemoe.draft.pass_drafter import ModelDrafter, PassDrafter, SelfDrafter
 from edgemoe.draft.settings import DraftSettings
 from edgemoe.draft.speculation import Speculation
 from edgemoe.errors import PlanError
 from edgemoe.experts.draft_routing import RULES
+from edgemoe.experts.head_experts import HeadExperts
 from edgemoe.kernels import batch_invariant_linear
 from edgemoe.model.model_runner import ModelRunner
 from edgemoe.plan.plan import Plan

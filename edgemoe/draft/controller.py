@@ -256,13 +256,13 @@ class PassTrials:
 
     def _judge(self) -> None:
         """Ends a trial or a term."""
-        tried, other = self.passes, not self.passes
+        other = not self.passes
         if not self._tallies[other].cycles or (not self._trial and not self._fails()):
             self._begin(other, trial=True, tokens=TRIAL)
             return
         # Equal is no gain: passes take memory and bytes as well.
         winner = self._tallies[True].utility > self._tallies[False].utility
-        self._term = min(2 * self._term, LONGEST_TERM) if winner == self._winner else TRIAL
+        self._term = min(2 * (self._term if winner == self._winner else TRIAL), LONGEST_TERM)
         self._winner = winner
         self._begin(winner, trial=False, tokens=self._term)
 

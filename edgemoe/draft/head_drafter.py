@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from edgemoe.experts.head_experts import HeadExperts
 from edgemoe.draft.pass_drafter import Branch, PassDrafter, RuleChoice
+from edgemoe.experts.head_experts import HeadExperts
 from edgemoe.model.draft_tree import DraftTree, TreeMask
 from edgemoe.model.head_cache import HeadCache
 from edgemoe.model.head_runner import AFTER, BEFORE, HeadInput, HeadOutput, HeadRunner
@@ -131,7 +131,7 @@ class HeadDrafter(PassDrafter):
             cache = self._head_cache(request)
             while cache.waiting > self._chunk:
                 # More than a pass takes, as after a long prompt: the first ones give nothing.
-                self._head.run([self._waiting_input(request, self._chunk)])
+                self._draft([self._waiting_input(request, self._chunk)])
                 cache.drop_first(self._chunk)
         inputs = [self._waiting_input(request, self._head_cache(request).waiting) for request in requests]
         outputs = self._draft(inputs)

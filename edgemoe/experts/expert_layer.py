@@ -192,9 +192,7 @@ class ExpertLayers:
             return self._some(layer.compute, hidden, index, weights)
         return layer.compute(hidden, index, weights)
 
-    def _some(
-        self, compute: Compute, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
+    def _some(self, compute: Compute, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """What `compute` gives for the tokens of `computing`, and zeros for the others."""
         rows, flat, top_k = self._rows, hidden.reshape(-1, hidden.shape[-1]), index.shape[-1]
         chosen = index.reshape(-1, top_k)[rows], weights.reshape(-1, top_k)[rows]
