@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.support.engine_parts import cache_of, runner_of, speculation_of
+from bench.support.engine_parts import runner_of, speculation_of
 from bench.support.zoo_heads import imitating, make_with_head
 from edgemoe import Engine, Sampling
 from edgemoe.cache import ExpertId
@@ -68,7 +68,7 @@ def head_layer(engine: Engine) -> int:
 
 
 def test_no_pass_of_the_head_requests_an_expert(engine: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache, head = cache_of(engine), drafter_of(engine)._head
+    cache, head = experts_of(engine)._cache, drafter_of(engine)._head
     # Both kinds of hidden states are tried once, by passes that have nothing to do with drafts.
     engine.generate(random_ids(24), GREEDY)
     run, passes = head.run, list[int]()
@@ -104,7 +104,7 @@ def test_both_ways_are_tried_where_experts_are_missing(folder: Path) -> None:
 
 
 def test_what_is_missed_most_is_loaded(engine: Engine) -> None:
-    cache, experts, layer = cache_of(engine), experts_of(engine), head_layer(engine)
+    cache, experts, layer = experts_of(engine)._cache, experts_of(engine), head_layer(engine)
     held = cache.residents(layer)
     missing = [number for number in range(cache.store.experts[layer]) if not cache.holds(ExpertId(layer, number))]
     assert len(missing) > 1
