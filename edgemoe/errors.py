@@ -37,9 +37,11 @@ class LogitsError(RequestError):
 
 
 def reason(error: BaseException) -> str:
-    """The first line of the error's text; the name of its type where it has no text."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    """The first line of the error's text, with the next one where it ends in a colon; else the name of its type."""
+    lines = [line.strip() for line in str(error).strip().splitlines()[:2]]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines) if lines[0].endswith(":") else lines[0]
 
 
 def unreadable(name: str, error: OSError) -> CheckpointError:

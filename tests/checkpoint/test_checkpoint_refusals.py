@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from edgemoe import CheckpointError, Engine
-from edgemoe.checkpoint.checkpoint import open_checkpoint, read_table
+from edgemoe.checkpoint.checkpoint import open_checkpoint
+from edgemoe.checkpoint.foreign.safetensors_table import read_table
 from tests.support.checkpoints import Zoo, edit
 
 
