@@ -38,10 +38,10 @@ class LogitsError(RequestError):
 
 def reason(error: BaseException) -> str:
     """The first line of the error's text, with the next one where it ends in a colon; else the name of its type."""
-    lines = [line.strip() for line in str(error).strip().splitlines()[:2]]
+    lines = str(error).strip().splitlines()
     if not lines:
         return type(error).__name__
-    return " ".join(lines) if lines[0].endswith(":") else lines[0]
+    return f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
 
 
 def unreadable(name: str, error: OSError) -> CheckpointError:

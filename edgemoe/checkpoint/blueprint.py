@@ -167,7 +167,7 @@ def read_blueprint(
         return replace(reader.read(found), dtype_note=note, head_refusal=found.refusal)
     try:
         return replace(reader.read(found), dtype_note=note)
-    except (LookupError, CheckpointError) as error:
+    except CheckpointError as error:
         # The model runs without the head, if it is the head that does not fit.
         bare = find_head(checkpoint, config.get_text_config(), wanted=False)
         return replace(reader.read(bare), dtype_note=note, head_refusal=reason(error))
@@ -184,9 +184,9 @@ class _Reader(NamedTuple):
     quick: bool
 
     def read(self, found: FoundHead) -> Blueprint:
-        """The blueprint of a checkpoint; raises as `read_blueprint`, and LookupError where the head cannot be built."""
+        """The blueprint of a checkpoint; raises as `read_blueprint`, with a head the reason alone."""
         checkpoint = found.checkpoint
-        with quiet_transformers(), _told_of_family(checkpoint, self.config):
+        with quiet_transformers(), _told_of_family(checkpoint, self.config, head=found.shape is not None):
             model = build_skeleton(self.model_class, self.config, self.dtype, found.shape)
             experts_modules = require_experts_modules(model, self.config, checkpoint.name)
             renaming = Renaming(model, _mapping(model))
@@ -233,10 +233,15 @@ def check_family(checkpoint: Checkpoint) -> None:
         require_experts_modules(build_skeleton(model_class, config, torch.bfloat16), config, checkpoint.name)
 
 
-def _told_of_family(checkpoint: Checkpoint, config: Any) -> AbstractContextManager[None]:
-    """Raises what transformers raises over a configuration as a CheckpointError with the value that it fails at."""
+def _told_of_family(checkpoint: Checkpoint, config: Any, *, head: bool = False) -> AbstractContextManager[None]:
+    """Raises what transformers raises over a configuration as a CheckpointError with the value that it fails at.
+
+    With a `head`, which it may be the fault of, the message is the reason alone.
+    """
 
     def told(why: str) -> CheckpointError:
+        if head:
+            return CheckpointError(why)
         named = faulty_field(config.to_dict(), why)
         return CheckpointError(
             f"{_source(checkpoint)} does not describe a {config.model_type} model ({named}{why}): fetch it again"

@@ -79,6 +79,6 @@ def _unusable(path: Path, error: OSError | ValueError) -> CheckpointError:
     if number == errno.ELOOP:
         return CheckpointError(f"{path} is a link that leads back to itself: fetch the checkpoint again")
     if number in (errno.EACCES, errno.EPERM):
-        return CheckpointError(f"{path} may not be read by this user ({error.strerror}): give it to this user")  # type: ignore[union-attr]
+        return CheckpointError(f"{path} cannot be read ({os.strerror(number)}): give it to this user")
     told = getattr(error, "strerror", None) or error
     return CheckpointError(f"{path} cannot be read ({told}): fetch the checkpoint again")
