@@ -46,7 +46,7 @@ def reason(error: BaseException) -> str:
 
 def unreadable(name: str, error: OSError) -> CheckpointError:
     """The error to raise where the files of the checkpoint called `name` could be read before and now raise `error`."""
-    return CheckpointError(f"{name} cannot be read any more ({error}): fetch it again")
+    return CheckpointError(f"{name} cannot be read any more ({error}): {getattr(error, 'mend', 'fetch it again')}")
 
 
 @contextmanager

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
+from edgemoe.cache.file_reader import FileIdentity
 from edgemoe.checkpoint.foreign.config_values import check_config
+from edgemoe.checkpoint.foreign.foreign_file import check_file
 from edgemoe.checkpoint.foreign.foreign_json import MAX_INDEX, read_json, read_object, shown
 from edgemoe.checkpoint.foreign.safetensors_table import read_table
 from edgemoe.checkpoint.gguf.gguf_checkpoint import gguf_config, gguf_weights
@@ -47,6 +49,8 @@ class Checkpoint:
     packed: Mapping[str, PackedTensor | MergedTensor] = field(default_factory=dict)
     gguf: GgufFile | None = None
     """The file that the configuration and the tokenizer come from; None where the folder has them."""
+    identities: tuple[FileIdentity, ...] = ()
+    """Those of `files` before their headers were read."""
 
     @property
     def weights(self) -> dict[str, Weight]:
@@ -101,6 +105,7 @@ def open_checkpoint(
     config = read_config(folder, name, setting)
     files, owners = _weight_files(folder, name)
     tensors: dict[str, TensorEntry] = {}
+    identities = _identities(files)
     for number, file in enumerate(files):
         for key, entry in read_table(file, number):
             first = tensors.get(key)
@@ -113,9 +118,15 @@ def open_checkpoint(
                 tensors[key] = entry
     quantised = config.get("quantization_config")
     if not quantised:
-        return Checkpoint(folder, name, config, tuple(files), tensors)
+        return Checkpoint(folder, name, config, tuple(files), tensors, identities=identities)
     found = quantization.unpack(tensors, quantised, name, _reader(files))
-    return Checkpoint(folder, name, config, tuple(files), found.tensors, found.packed)
+    return Checkpoint(folder, name, config, tuple(files), found.tensors, found.packed, identities=identities)
+
+
+def _identities(files: Sequence[Path]) -> tuple[FileIdentity, ...]:
+    for file in files:
+        check_file(file)
+    return tuple(FileIdentity.of(file) for file in files)
 
 
 def _config_folder(name: str, offline: bool) -> Path:
@@ -137,7 +148,7 @@ def _open_gguf(path: Path, name: str, folder: Path | None) -> Checkpoint:
             tensors[key] = weight
         else:
             packed[key] = weight
-    found = Checkpoint(folder or path.parent, name, config, file.files, tensors, packed)
+    found = Checkpoint(folder or path.parent, name, config, file.files, tensors, packed, identities=file.identities)
     # A tokenizer beside the configuration counts before that of the file.
     return found if folder is not None and found.has_tokenizer else replace(found, gguf=file)
 

@@ -57,7 +57,9 @@ def read_object(path: Path, limit: int = MAX_CONFIG, *, unique: bool = False) ->
     """The JSON object in the file `path`. Raises CheckpointError as `read_json`, and for any other value."""
     found = read_json(path, limit, unique=unique)
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path} cannot be read (it is {shown(found)}, and no object): fetch the checkpoint again")
+        raise CheckpointError(
+            f"{path} cannot be read (it is {shown(found)}, and no object): fetch the checkpoint again"
+        )
     return found
 
 

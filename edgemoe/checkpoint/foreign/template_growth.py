@@ -85,7 +85,7 @@ def check_method(budget: TemplateBudget, method: Any, args: tuple[Any, ...], kwa
 def expect_replaced(budget: TemplateBudget, text: Any, old: Any, new: Any) -> None:
     """Raises TemplateLimit if `text` with `new` for `old` would be too long."""
     if isinstance(old, type(text)) and isinstance(new, type(text)) and isinstance(text, (str, bytes)):
-        budget.expect(len(text) + text.count(old) * len(new))  # type: ignore[arg-type]
+        budget.expect(len(text) + text.count(old) * len(new))
 
 
 def check_filter(budget: TemplateBudget, name: str, value: Any, args: Sequence[Any]) -> None:

@@ -50,7 +50,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         self.tests = {name: _limited_test(each) for name, each in base.tests.items()}
         self.globals = {name: each for name, each in base.globals.items() if name not in LEFT_OUT}
 
-    concat = staticmethod(lambda parts: _budget().join(parts))  # type: ignore[assignment]
+    concat = staticmethod(lambda parts: _budget().join(parts))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """See the base class."""
@@ -85,7 +85,8 @@ class LimitedTemplate:
 
     def render(self, **variables: Any) -> str:
         """The text. Raises TemplateLimit, with what is exceeded, and what the template itself raises."""
-        return self._within(variables, lambda: self._template.render(**variables))
+        text: str = self._within(variables, lambda: self._template.render(**variables))
+        return text
 
     def _within(self, variables: Mapping[str, Any], run: Callable[[], Any]) -> Any:
         token = _BUDGET.set(TemplateBudget(variables))
@@ -207,7 +208,8 @@ def _limited_test(function: Callable[..., Any]) -> Callable[..., Any]:
 def _instrument(tree: nodes.Template, environment: LimitedEnvironment) -> None:
     """Has every loop and macro of the tree count its rounds, and what makes or compares values weigh them."""
     for loop in list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))):
-        count = nodes.Const(1 + sum(1 for part in loop.body for _ in part.find_all(nodes.Node)))
+        assert isinstance(loop, (nodes.For, nodes.Macro, nodes.CallBlock))
+        count = nodes.Const(1 + sum(len(list(part.find_all(nodes.Node))) for part in loop.body))
         loop.body.insert(0, nodes.ExprStmt(_filter(count, STEP)))
     for node in list(tree.find_all(nodes.Node)):
         for field, value in node.iter_fields():

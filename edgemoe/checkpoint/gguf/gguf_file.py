@@ -16,7 +16,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from edgemoe.checkpoint.foreign.foreign_file import open_file
+from edgemoe.cache.file_reader import FileIdentity
+from edgemoe.checkpoint.foreign.foreign_file import check_file, open_file
 from edgemoe.checkpoint.foreign.foreign_json import shown
 from edgemoe.errors import CheckpointError
 from edgemoe.formats.float_format import FloatFormat
@@ -65,6 +66,8 @@ class GgufFile:
     files: tuple[Path, ...]
     metadata: Mapping[str, Any]
     tensors: Mapping[str, GgufTensor]
+    identities: tuple[FileIdentity, ...] = ()
+    """Those of `files` before their headers were read."""
 
     @property
     def architecture(self) -> str:
@@ -85,7 +88,10 @@ def read_gguf(path: Path) -> GgufFile:
     paths = _parts(path)
     metadata: dict[str, Any] = {}
     tensors: dict[str, GgufTensor] = {}
+    identities = []
     for number, file in enumerate(paths):
+        check_file(file)
+        identities.append(FileIdentity.of(file))
         found, own = _read(file, number)
         metadata = metadata or found
         for name, tensor in own.items():
@@ -95,7 +101,7 @@ def read_gguf(path: Path) -> GgufFile:
     count = metadata.get("split.count", len(paths))
     if isinstance(count, int) and count > 1 and count != len(paths):
         raise CheckpointError(f"{path} is one of {count} files: give the first one, named …-00001-of-{count:05}.gguf")
-    return GgufFile(tuple(paths), metadata, tensors)
+    return GgufFile(tuple(paths), metadata, tensors, tuple(identities))
 
 
 def _parts(path: Path) -> list[Path]:
