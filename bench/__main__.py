@@ -33,6 +33,9 @@ MEASUREMENTS = {
         "field": "situations from public reports about other engines, each with its right result",
         "newcomer": "the README's commands in a fresh environment, and where something is missing",
     },
+    "guest": {
+        "fuzz": "a million mutated and broken inputs of every reader of foreign files: errors, hangs, memory",
+    },
     "cache": {
         "memory": "peak memory with an 8 GB checkpoint and a 1 GiB expert cache",
         "larger-than-memory": "decoding an 8 GB checkpoint in 4 GB of memory against transformers + accelerate",

@@ -173,7 +173,7 @@ def _chosen_weights(folder: Path, names: list[str]) -> list[str]:
     if SINGLE in names:
         return [SINGLE]
     if INDEX in names:
-        return sorted(set(_owners(folder / INDEX).values()))
+        return sorted(set(read_index(folder / INDEX).values()))
     return [name for name in names if "/" not in name and name.endswith(".safetensors") and not _is_other_format(name)]
 
 
@@ -215,7 +215,7 @@ def _weight_files(folder: Path, name: str) -> tuple[list[Path], dict[str, str]]:
     if os.path.lexists(single):
         return [single], {}
     if os.path.lexists(index):
-        owners = _owners(index)
+        owners = read_index(index)
         files = [folder / shard for shard in sorted(set(owners.values()))]
         missing = [file.name for file in files if not os.path.lexists(file)]
         if missing:
@@ -235,8 +235,8 @@ def _weight_files(folder: Path, name: str) -> tuple[list[Path], dict[str, str]]:
     raise CheckpointError(f"{name} has no *.safetensors file: fetch the weights as well as the configuration")
 
 
-def _owners(index: Path) -> dict[str, str]:
-    """The file's name for each tensor's, of an index."""
+def read_index(index: Path) -> dict[str, str]:
+    """The file's name for each tensor's, of an index. Raises CheckpointError for a name that leads elsewhere."""
     owners = read_object(index, MAX_INDEX, unique=True).get("weight_map")
     if not isinstance(owners, dict) or not owners:
         raise CheckpointError(f"{index} cannot be read (its weight_map is no table): fetch the checkpoint again")
