@@ -97,7 +97,7 @@ def _profile_samples(folder: Path) -> list[bytes]:
         MachineSpeed(1e10, 1e11, 1e9),
         Routing(8.0, 0.9, 0.8),
         Locality(1.0, 1.0),
-        Times(*([1e-3] * 5), 1.01, *([1e-4] * 4), 0.5, 64, 1e-3, 1e-4, 0.5),
+        Times(1e-3, 1e-3, 1e-3, 1e-3, 0.5, 1.01, 1e-4, 1e-4, 1e-4, 1e-4, 0.5, 64, 1e-3, 1e-4, 0.5),
     )
     conditions = ProfileConditions("cpu", 2, 24, "cpu", 0, "2", "bfloat16", "bf16", 2, None, True, "file")
     return [json.dumps(Profile("2026-01-31", conditions, model, ()).to_dict()).encode()]
