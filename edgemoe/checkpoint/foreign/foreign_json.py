@@ -65,18 +65,16 @@ def read_object(path: Path, limit: int = MAX_CONFIG, *, unique: bool = False) ->
 
 def is_deeper(value: Any, depth: int) -> bool:
     """Whether lists and objects are nested in `value` more than `depth` levels deep."""
-    level = [value]
-    for _ in range(depth + 1):
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(depth):
         inner: list[Any] = []
         for each in level:
             if isinstance(each, Mapping):
                 inner.extend(part for part in each.values() if isinstance(part, (dict, list)))
             elif isinstance(each, list):
                 inner.extend(part for part in each if isinstance(part, (dict, list)))
-        if not inner:
-            return False
         level = inner
-    return True
+    return bool(level)
 
 
 def shown(value: Any, length: int = 60) -> str:

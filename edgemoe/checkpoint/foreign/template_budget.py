@@ -12,10 +12,13 @@ MAX_VALUE = 4 << 20
 """Characters of one value, written out. A context of a million tokens is about as long."""
 MAX_WRITTEN = 64 << 20
 """Characters of all values of a rendering together: what it may hold in memory, and what it has to copy."""
-MAX_STEPS = 1 << 20
-"""Nodes of the template that are computed: a second or two."""
-VALUE_SHARE, WRITTEN_SHARE, STEPS_PER_VALUE = 4, 32, 4000
-"""What a long conversation is given more: for each of its characters, and for each of its lists and objects."""
+MAX_STEPS = 1 << 19
+"""Nodes of the template that are computed: about a second."""
+VALUE_SHARE, WRITTEN_SHARE, STEPS_PER_VALUE = 16, 64, 4000
+"""What a long conversation is given more: for each of its characters, and for each of its lists and objects.
+
+A template may add to a text with each message, which writes all of the text each time.
+"""
 MAX_BITS = 100_000
 """Of an integer."""
 ELEMENT = 32
@@ -36,7 +39,7 @@ class TemplateBudget:
         self._known: dict[int, int] = {}
         given = sum(self._learn(value) for value in variables.values())
         self.max_value = max(MAX_VALUE, VALUE_SHARE * given)
-        self._written = max(MAX_WRITTEN, WRITTEN_SHARE * given)
+        self._written = max(MAX_WRITTEN, (WRITTEN_SHARE + len(self._known)) * given)
         self._steps = MAX_STEPS + STEPS_PER_VALUE * len(self._known)
 
     def step(self, count: int = 1) -> None:

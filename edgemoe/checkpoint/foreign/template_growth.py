@@ -25,7 +25,7 @@ def check_operator(budget: TemplateBudget, operator: str, left: Any, right: Any)
     if operator == "*":
         for value, count in ((left, right), (right, left)):
             if isinstance(count, int) and isinstance(value, (str, bytes, list, tuple)):
-                budget.expect(max(count, 0) * (budget.size(value) + 1))
+                budget.expect(max(count, 0) * max(budget.size(value), 1))
         if isinstance(left, int) and isinstance(right, int):
             _expect_bits(left.bit_length() + right.bit_length())
     elif operator == "**" and isinstance(left, int) and isinstance(right, int):
