@@ -41,8 +41,8 @@ KEPT = 5
 class Size(BaseSize):
     """Cases of a parser whose share is 1, examples of hypothesis in the same way, and every how many-th checkpoint."""
 
-    cases: int = 130_000
-    examples: int = 20_000
+    cases: int = 90_000
+    examples: int = 1_000
     every: int = 1
     seed: int = 0
 

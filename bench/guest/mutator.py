@@ -33,7 +33,7 @@ class Mutator:
         self._samples = samples
         self._random = random.Random(seed)
         self._text = text
-        self._documents = [document for document in map(_document, samples) if document is not None] if text else []
+        self._documents = [sample for sample in samples if _is_document(sample)] if text else []
 
     def draw(self) -> bytes:
         """The next input."""
@@ -45,7 +45,7 @@ class Mutator:
         return bytes(data)
 
     def _changed_document(self) -> bytes:
-        document = copy.deepcopy(self._random.choice(self._documents))
+        document = json.loads(self._random.choice(self._documents))
         for _ in range(self._random.choice((1, 1, 1, 2, 3))):
             document = self._changed_value(document)
         return json.dumps(document).encode("utf-8", "surrogatepass")
@@ -67,9 +67,9 @@ class Mutator:
             elif kind < 0.3:
                 place[key] = [inner] * draw.choice((1, 2, 100))
             else:
-                place[key] = draw.choice(VALUES)
+                place[key] = copy.deepcopy(draw.choice(VALUES))
             return document
-        return draw.choice(VALUES)
+        return copy.deepcopy(draw.choice(VALUES))
 
     def _changed_bytes(self, data: bytearray) -> bytearray:
         draw = self._random
@@ -100,8 +100,9 @@ class Mutator:
         return data
 
 
-def _document(sample: bytes) -> Any:
+def _is_document(sample: bytes) -> bool:
     try:
-        return json.loads(sample)
+        json.loads(sample)
     except ValueError:
-        return None
+        return False
+    return True

@@ -244,9 +244,10 @@ def parse_profile(data: bytes) -> Profile | None:
         conditions = _conditions(kept["conditions"])
         model = PerformanceModel(**parts)
         _try(model)
+        taken = str(kept["taken"])[:MAX_TEXT]
     except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
         raise ValueError(reason(error)) from error
-    return Profile(str(kept["taken"])[:MAX_TEXT], conditions, model, points, card)
+    return Profile(taken, conditions, model, points, card)
 
 
 def _conditions(values: Mapping[str, Any]) -> ProfileConditions:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 from bench.guest.parser import Parser
 from bench.support.zoo import make
@@ -11,9 +13,11 @@ from edgemoe import CheckpointError, PlanError
 from edgemoe.checkpoint import heat_file
 from edgemoe.checkpoint.blueprint import read_blueprint
 from edgemoe.checkpoint.checkpoint import open_checkpoint, read_config, read_index
-from edgemoe.checkpoint.foreign.generation_values import check_generation_file
+from edgemoe.checkpoint.foreign.config_values import check_config
+from edgemoe.checkpoint.foreign.foreign_json import parse_json
+from edgemoe.checkpoint.foreign.generation_values import check_generation, check_generation_file
 from edgemoe.checkpoint.foreign.safetensors_table import read_table
-from edgemoe.checkpoint.foreign.tokenizer_values import check_tokenizer_files
+from edgemoe.checkpoint.foreign.tokenizer_values import check_tokenizer, check_tokenizer_files
 from edgemoe.checkpoint.state_folder import StateFolder
 from edgemoe.demo import demo_folder
 from edgemoe.plan.performance_model import Locality, MachineSpeed, ModelShape, PerformanceModel, Routing, Times
@@ -24,6 +28,10 @@ TEMPERATURES = {
     "do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.1,
     "eos_token_id": [1, 2], "bad_words_ids": [[3]], "max_new_tokens": 5, "stop_strings": ["x"],
 }  # fmt: skip
+
+
+DATA_NBYTES = 2 << 20
+"""Of the tensors of a sample, without values."""
 
 
 def _written(folder: Path, name: str, data: bytes) -> Path:
@@ -37,7 +45,18 @@ def _config_samples(folder: Path) -> list[bytes]:
     return [path.read_bytes() for path in [*made, demo_folder() / "config.json"]]
 
 
+def _object(data: bytes) -> dict[str, Any]:
+    found = parse_json(data)
+    if not isinstance(found, dict):
+        raise ValueError("no object")
+    return found
+
+
 def _config(data: bytes, folder: Path) -> None:
+    check_config(_object(data), "it")
+
+
+def _config_file(data: bytes, folder: Path) -> None:
     _written(folder, "config.json", data)
     read_config(folder, "it", "model")
 
@@ -52,7 +71,15 @@ def _whole(data: bytes, folder: Path) -> None:
     read_blueprint(open_checkpoint(folder / "whole", offline=True))
 
 
+def _generation_samples(folder: Path) -> list[bytes]:
+    return [json.dumps(TEMPERATURES).encode()]
+
+
 def _generation(data: bytes, folder: Path) -> None:
+    check_generation(_object(data), "it")
+
+
+def _generation_file(data: bytes, folder: Path) -> None:
     check_generation_file(_written(folder, "generation_config.json", data))
 
 
@@ -78,8 +105,9 @@ def _header_samples(folder: Path) -> list[bytes]:
 
 
 def _header(data: bytes, folder: Path) -> None:
-    text = len(data).to_bytes(8, "little") + data
-    list(read_table(_written(folder, "header.safetensors", text + bytes(22)), 0))
+    path = _written(folder, "header.safetensors", len(data).to_bytes(8, "little") + data)
+    os.truncate(path, len(data) + DATA_NBYTES)
+    list(read_table(path, 0))
 
 
 def _file_samples(folder: Path) -> list[bytes]:
@@ -134,20 +162,28 @@ def _tokenizer_samples(folder: Path) -> list[bytes]:
 
 
 def _tokenizer(data: bytes, folder: Path) -> None:
+    check_tokenizer(_object(data), "it")
+
+
+def _tokenizer_file(data: bytes, folder: Path) -> None:
     (folder / "tokenizer").mkdir(exist_ok=True)
     _written(folder / "tokenizer", "tokenizer.json", data)
     check_tokenizer_files(folder / "tokenizer")
 
 
 REFUSED = (CheckpointError,)
+VALUES = (CheckpointError, ValueError)
 PARSERS = (
-    Parser("config.json", _config_samples, _config, REFUSED),
-    Parser("checkpoint", _whole_samples, _whole, (CheckpointError, PlanError), share=0.004),
-    Parser("generation_config.json", lambda folder: [json.dumps(TEMPERATURES).encode()], _generation, REFUSED),
-    Parser("index", _index_samples, _index, REFUSED),
-    Parser("safetensors header", _header_samples, _header, REFUSED),
-    Parser("safetensors file", _file_samples, _file, REFUSED, text=False),
+    Parser("configuration", _config_samples, _config, VALUES, share=3.0),
+    Parser("config.json", _config_samples, _config_file, REFUSED, share=0.1),
+    Parser("checkpoint", _whole_samples, _whole, (CheckpointError, PlanError), share=0.01),
+    Parser("generation settings", _generation_samples, _generation, VALUES, share=3.0),
+    Parser("generation_config.json", _generation_samples, _generation_file, REFUSED, share=0.1),
+    Parser("index", _index_samples, _index, REFUSED, share=0.5),
+    Parser("safetensors header", _header_samples, _header, REFUSED, share=0.5),
+    Parser("safetensors file", _file_samples, _file, REFUSED, share=0.5, text=False),
     Parser("profile", _profile_samples, _profile, (ValueError,)),
-    Parser("heat", _heat_samples, _heat, ()),
-    Parser("tokenizer.json", _tokenizer_samples, _tokenizer, REFUSED),
+    Parser("heat", _heat_samples, _heat, (), share=0.5),
+    Parser("tokenizer", _tokenizer_samples, _tokenizer, VALUES, share=2.0),
+    Parser("tokenizer.json", _tokenizer_samples, _tokenizer_file, REFUSED, share=0.1),
 )

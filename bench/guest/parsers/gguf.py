@@ -28,4 +28,4 @@ def _parse(data: bytes, folder: Path) -> None:
     open_checkpoint(path, offline=True)
 
 
-PARSERS = (Parser("GGUF", _samples, _parse, (CheckpointError,), share=0.1, text=False),)
+PARSERS = (Parser("GGUF", _samples, _parse, (CheckpointError,), share=0.05, text=False),)

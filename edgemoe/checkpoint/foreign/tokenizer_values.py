@@ -92,7 +92,8 @@ def _parts(described: Any) -> Iterator[Mapping[str, Any]]:
         return
     yield described
     for name in ("normalizers", "pretokenizers", "decoders"):
-        for part in described.get(name) or ():
+        parts = described.get(name)
+        for part in parts if isinstance(parts, list) else ():
             yield from _parts(part)
 
 
