@@ -33,9 +33,6 @@ MEASUREMENTS = {
         "field": "situations from public reports about other engines, each with its right result",
         "newcomer": "the README's commands in a fresh environment, and where something is missing",
     },
-    "guest": {
-        "fuzz": "a million mutated and broken inputs of every reader of foreign files: errors, hangs, memory",
-    },
     "cache": {
         "memory": "peak memory with an 8 GB checkpoint and a 1 GiB expert cache",
         "larger-than-memory": "decoding an 8 GB checkpoint in 4 GB of memory against transformers + accelerate",
@@ -87,6 +84,7 @@ MEASUREMENTS = {
         "inverted-u": "speed-up over batch, all experts resident, for sparse and dense routing",
     },
     "guest": {
+        "fuzz": "a million mutated and broken inputs of every reader of foreign files: errors, hangs, memory",
         "give-back": "another process takes memory in steps, and gives it back: the cache and the replies meanwhile",
     },
     "no_card": {
