@@ -275,8 +275,11 @@ def _try(model: PerformanceModel) -> None:
 
 def _part(kind: type[Part], values: Mapping[str, Any]) -> Part:
     """A dataclass of numbers from 0 to 1e18. Raises ValueError, TypeError or KeyError for anything else."""
-    numbers = {entry.name: values[entry.name] for entry in fields(kind)}  # type: ignore[arg-type]
-    for name, value in numbers.items():
+    numbers: dict[str, Any] = {}
+    for entry in fields(kind):  # type: ignore[arg-type]
+        value = values[entry.name]
         if type(value) not in (int, float) or not 0 <= value <= MAX_NUMBER:
-            raise ValueError(f"{name} is {shown(value)}")
+            raise ValueError(f"{entry.name} is {shown(value)}")
+        # Integers raised to the power of large ones take no end of time. Annotations are texts here.
+        numbers[entry.name] = float(value) if str(entry.type) == "float" else int(value)
     return kind(**numbers)

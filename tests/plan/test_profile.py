@@ -142,6 +142,7 @@ def test_a_profile_of_another_format_is_ignored(state: StateFolder, change: dict
         {"speed": {"memory": 0, "arithmetic": 1, "link": 1}},
         {"speed": {"memory": 1, "arithmetic": 1, "link": 0}},
         {"routing": {"experts": 8, "among": 1e18, "within": 1}},
+        {"routing": {"experts": 8, "among": 10**18, "within": 1}},
         {"conditions": {**asdict(CONDITIONS), "link_gbps": "fast"}},
         {"conditions": {**asdict(CONDITIONS), "cores": [4]}},
     ],

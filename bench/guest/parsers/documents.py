@@ -30,7 +30,7 @@ TEMPERATURES = {
 }  # fmt: skip
 
 
-DATA_NBYTES = 2 << 20
+DATA_NBYTES = 8 << 20
 """Of the tensors of a sample, without values."""
 
 

@@ -54,6 +54,7 @@ def _parse(data: bytes, folder: Path) -> Any:
 
 # What a template does with its own values fails as in Python.
 FAULTS = (
-    TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError, SyntaxError,
+    TemplateError, NameError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError,
+    SyntaxError,
 )  # fmt: skip
 PARSERS = (Parser("chat template", _samples, _parse, FAULTS, share=0.05, text=False),)
