@@ -20,5 +20,7 @@ class Parser:
     """What it may raise: anything else is a fault."""
     share: float = 1.0
     """Cases of this parser in relation to the others': slow ones have fewer."""
+    sound: bool = True
+    """Whether none of the samples may be refused."""
     text: bool = True
     """Whether its inputs are texts, such as JSON, whose values are changed as well as their bytes."""

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgemoe.checkpoint.prompts.conversation import check_messages, check_variables
 from edgemoe.checkpoint.foreign.template_budget import TemplateLimit
 from edgemoe.checkpoint.foreign.template_limits import LimitedTemplates
 from edgemoe.checkpoint.foreign.text_length import check_text_length
+from edgemoe.checkpoint.prompts.conversation import check_messages, check_variables
 from edgemoe.errors import CheckpointError, RequestError, is_device_or_memory_error, told_as
 from edgemoe.quiet import quiet_transformers
 from edgemoe.values import shown

@@ -13,7 +13,7 @@ import torch
 from edgemoe.cache.file_reader import FileIdentity
 from edgemoe.checkpoint.foreign.config_values import check_config
 from edgemoe.checkpoint.foreign.foreign_file import check_file
-from edgemoe.checkpoint.foreign.foreign_json import MAX_INDEX, read_json, read_object, shown
+from edgemoe.checkpoint.foreign.foreign_json import MAX_INDEX, read_json, read_object
 from edgemoe.checkpoint.foreign.safetensors_table import read_table
 from edgemoe.checkpoint.gguf.gguf_checkpoint import gguf_config, gguf_weights
 from edgemoe.checkpoint.gguf.gguf_file import GgufFile, read_gguf
@@ -24,6 +24,7 @@ from edgemoe.checkpoint.packed import quantization
 from edgemoe.checkpoint.packed.packed_tensor import MergedTensor, PackedTensor, Weight
 from edgemoe.checkpoint.tensor_entry import TensorEntry
 from edgemoe.errors import CheckpointError
+from edgemoe.values import shown
 
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """The dtypes of weights that are not packed."""

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edgemoe.checkpoint.foreign.foreign_json import shown
 from edgemoe.checkpoint.gguf.gguf_variant import choose, only_gguf
 from edgemoe.checkpoint.hub import Repository
 from edgemoe.errors import CheckpointError, reason
@@ -78,7 +77,7 @@ def path_of(name: str, setting: str) -> Path:
         if isinstance(error, OSError) and error.errno in (errno.ENOTDIR, errno.ELOOP):
             return path
         why = getattr(error, "strerror", None) or reason(error)
-        raise CheckpointError(f"{shown(name, 200)} is no folder ({why}): give the whole path as {setting}=") from error
+        raise CheckpointError(f"{shown(name)} is no folder ({why}): give the whole path as {setting}=") from error
     return path
 
 

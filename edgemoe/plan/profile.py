@@ -12,11 +12,12 @@ import psutil
 import torch
 
 from edgemoe.cache import accelerator
-from edgemoe.checkpoint.foreign.foreign_json import parse_json, shown
+from edgemoe.checkpoint.foreign.foreign_json import parse_json
 from edgemoe.checkpoint.state_folder import StateFolder
 from edgemoe.errors import PlanError, reason
 from edgemoe.plan.machine import cores, gpu_nbytes, processor_name
 from edgemoe.plan.performance_model import Locality, MachineSpeed, ModelShape, PerformanceModel, Routing, Times
+from edgemoe.values import shown
 
 if TYPE_CHECKING:
     from edgemoe.plan.plan import Plan

@@ -11,7 +11,7 @@ import pytest
 from edgemoe import CheckpointError
 from edgemoe.checkpoint.foreign.config_values import check_config
 from edgemoe.checkpoint.foreign.foreign_file import open_file, read_file
-from edgemoe.checkpoint.foreign.foreign_json import MAX_DEPTH, is_deeper, parse_json, read_json, read_object, shown
+from edgemoe.checkpoint.foreign.foreign_json import MAX_DEPTH, is_deeper, parse_json, read_json, read_object
 from edgemoe.checkpoint.foreign.generation_values import check_generation
 from edgemoe.checkpoint.state_folder import StateFolder
 
@@ -113,8 +113,3 @@ def test_generation_settings() -> None:
     for name, value in (("temperature", "abc"), ("top_p", 0), ("eos_token_id", [[1]]), ("top_k", True)):
         with pytest.raises(CheckpointError, match=f"it: {name} is .*, and must be"):
             check_generation({name: value}, "it")
-
-
-def test_what_is_shown_is_short() -> None:
-    assert shown([1, 2]) == "[1, 2]"
-    assert len(shown("x" * 1000)) == 61

@@ -10,8 +10,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from edgemoe.checkpoint.foreign.foreign_json import MAX_DEPTH, is_deeper, shown
+from edgemoe.checkpoint.foreign.foreign_json import MAX_DEPTH, is_deeper
 from edgemoe.errors import CheckpointError
+from edgemoe.values import shown
 
 MAX_NUMBER = 1 << 53
 """Magnitude of any number: what a float holds exactly."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from edgemoe.checkpoint.foreign.foreign_file import read_file
 from edgemoe.errors import CheckpointError
+from edgemoe.values import shown
 
 MAX_CONFIG = 16 << 20
 """Bytes of a configuration: those of the largest published ones, with a table for each layer, have 1 MB."""
@@ -75,12 +76,6 @@ def is_deeper(value: Any, depth: int) -> bool:
                 inner.extend(part for part in each if isinstance(part, (dict, list)))
         level = inner
     return bool(level)
-
-
-def shown(value: Any, length: int = 60) -> str:
-    """`value` as a message tells it, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= length else f"{text[:length]}…"
 
 
 def _integer(text: str) -> int:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from edgemoe.checkpoint.foreign.foreign_json import read_object, shown
+from edgemoe.checkpoint.foreign.foreign_json import read_object
 from edgemoe.errors import CheckpointError
+from edgemoe.values import shown
 
 MAX_FACTOR = 1e4
 """Of temperatures, penalties and scales: beyond it float32 has no use for the result."""

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from edgemoe.checkpoint.foreign.foreign_file import open_file
-from edgemoe.checkpoint.foreign.foreign_json import parse_json, shown
+from edgemoe.checkpoint.foreign.foreign_json import parse_json
 from edgemoe.checkpoint.tensor_entry import TensorEntry
 from edgemoe.errors import CheckpointError
+from edgemoe.values import shown
 
 DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
@@ -76,7 +77,7 @@ def _place(file: Path, key: str, record: Any) -> tuple[int, int]:
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound:
-        raise _damaged(file, f"at {shown(key)}: {shown(record, 120)}")
+        raise _damaged(file, f"at {shown(key)}: {shown(record)}")
     return start, stop
 
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from edgemoe.checkpoint.foreign.foreign_file import check_file, too_large
-from edgemoe.checkpoint.foreign.foreign_json import MAX_CONFIG, read_object, shown
+from edgemoe.checkpoint.foreign.foreign_json import MAX_CONFIG, read_object
 from edgemoe.checkpoint.foreign.template_limits import MAX_SOURCE
 from edgemoe.errors import CheckpointError
+from edgemoe.values import shown
 
 MAX_TOKENIZER = 96 << 20
 """Bytes of a tokenizer.json or a vocabulary: those of 262,144 tokens have 33 MB."""

@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 from edgemoe.checkpoint.foreign.config_values import MAX_LAYERS
-from edgemoe.checkpoint.foreign.foreign_json import shown
 from edgemoe.checkpoint.gguf.gguf_config import config_of
 from edgemoe.checkpoint.gguf.gguf_file import GgufFile, GgufTensor
 from edgemoe.checkpoint.gguf.gguf_names import ARCHITECTURES, IGNORED, NEXTN, TOP, Names
@@ -18,6 +17,7 @@ from edgemoe.checkpoint.tensor_entry import TensorEntry
 from edgemoe.errors import CheckpointError, told_as
 from edgemoe.formats.float_format import FloatFormat
 from edgemoe.formats.stacked_format import StackedFormat
+from edgemoe.values import shown
 
 LAYER = re.compile(r"^blk\.(\d{1,6})\.(.+)$")
 OLD_EXPERT = re.compile(r"^ffn_(gate|up|down)\.(\d+)\.weight$")

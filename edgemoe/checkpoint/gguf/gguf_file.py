@@ -18,11 +18,11 @@ import torch
 
 from edgemoe.cache.file_reader import FileIdentity
 from edgemoe.checkpoint.foreign.foreign_file import check_file, open_file
-from edgemoe.checkpoint.foreign.foreign_json import shown
 from edgemoe.errors import CheckpointError
 from edgemoe.formats.float_format import FloatFormat
 from edgemoe.formats.gguf_format import BLOCKS, IDS, GgufFormat
 from edgemoe.formats.weight_format import WeightFormat
+from edgemoe.values import shown
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 SCALARS = {
