@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgemoe.errors import RequestError
+from edgemoe.response_format import checked_format
 
 MIN_TEMPERATURE = 1e-6
 """Lower temperatures are greedy: logits divided by them exceed float32's range."""
@@ -51,6 +52,8 @@ class Sampling:
     """Continue after the end-of-sequence token."""
     skip_special_tokens: bool = True
     """Leave the texts of special tokens out; else the whole reply is one text, with the marks of its parts."""
+    response_format: Mapping[str, Any] | None = None
+    """The form of the text: JSON, or JSON of a schema, as OpenAI's `response_format`; None is any text."""
 
     def __post_init__(self) -> None:
         try:
@@ -72,6 +75,7 @@ class Sampling:
             raise RequestError(f"stop must be non-empty strings, not {self.stop!r}")
         if self.logit_bias is not None:
             object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
+        object.__setattr__(self, "response_format", checked_format(self.response_format))
 
     def _check(self, name: str, range_: str, holds: Any, *, whole: bool = False) -> None:
         value = getattr(self, name)
@@ -112,6 +116,7 @@ class ResolvedSampling:
     """Ids of the tokens that end the reply; empty if they are ignored."""
     ignore_eos: bool
     skip_special_tokens: bool
+    response_format: Mapping[str, Any] | None = None
 
 
 def resolve(
@@ -157,6 +162,7 @@ def resolve(
         eos=frozenset() if sampling.ignore_eos else ends,
         ignore_eos=sampling.ignore_eos,
         skip_special_tokens=sampling.skip_special_tokens,
+        response_format=sampling.response_format,
     )
 
 

@@ -67,12 +67,17 @@ class ReplyFormat:
         """Whether replies may have more than one part."""
         return self.harmony or self.span is not None
 
-    def parts(self, texts: TokenTexts, prompt: Sequence[int], opening: Sequence[int]) -> ReplyParts:
-        """The parts of a reply to `prompt`, which ends with `opening`: what the template begins the reply with."""
+    def parts(
+        self, texts: TokenTexts, prompt: Sequence[int], opening: Sequence[int], *, one_span: bool = False
+    ) -> ReplyParts:
+        """The parts of a reply to `prompt`, which ends with `opening`: what the template begins the reply with.
+
+        With `one_span` there is no reasoning after the text has begun, whatever the text has.
+        """
         if self.harmony:
             return HarmonyParts(texts, opening)
         if self.span is not None:
-            return SpanParts(texts, prompt, self.span, opening)
+            return SpanParts(texts, prompt, self.span, opening, one_span=one_span)
         return OnePart(texts, prompt)
 
 
@@ -119,7 +124,15 @@ class NoParts(ReplyParts):
 class SpanParts(ReplyParts):
     """A reply with spans of reasoning. White space around the text of a span belongs to neither part."""
 
-    def __init__(self, texts: TokenTexts, prompt: Sequence[int], span: tuple[str, str], opening: Sequence[int]) -> None:
+    def __init__(
+        self,
+        texts: TokenTexts,
+        prompt: Sequence[int],
+        span: tuple[str, str],
+        opening: Sequence[int],
+        *,
+        one_span: bool = False,
+    ) -> None:
         """`opening` is the end of the prompt, in which a span may have been opened."""
         # Markers are looked for in the text, since they are tokens in some families and texts in others.
         shown = frozenset(token for token in map(texts.id_of, span) if token is not None)
@@ -129,6 +142,9 @@ class SpanParts(ReplyParts):
         self._reasons = before.rfind(span[0]) > before.rfind(span[1])
         self._trims = self._reasons
         """Whether white space that comes next is left out."""
+        self._one_span = one_span
+        self._is_over = span[1] in before and not self._reasons
+        """Whether a span has ended."""
         self._held = ""
 
     def push(self, token: int) -> Piece:
@@ -146,11 +162,16 @@ class SpanParts(ReplyParts):
             before, found, after = self._held.partition(self._span[self._reasons])
             ends = bool(found) or last
             ready = before if ends else self._ready()
+            if self._one_span and not self._reasons and (self._is_over or ready.strip()):
+                # A marker is text from here on.
+                self._is_over = True
+                ready, found = self._held, ""
             given = self._trimmed(ready, ends=ends)
             content, reasoning = (content, reasoning + given) if self._reasons else (content + given, reasoning)
             if not found:
                 self._held = self._held[len(ready) :]
                 return Piece(content, reasoning)
+            self._is_over = self._reasons
             self._held, self._reasons, self._trims = after, not self._reasons, True
 
     def _trimmed(self, text: str, *, ends: bool) -> str:

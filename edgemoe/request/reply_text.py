@@ -7,9 +7,13 @@ from functools import cached_property
 from typing import Any
 
 from edgemoe.checkpoint.chat_template import ChatPrompt, ChatTemplate
+from edgemoe.errors import RequestError
+from edgemoe.request.constraint import Constraint, Constraints
 from edgemoe.request.detokenizer import StopTexts
+from edgemoe.request.reply_grammar import BODY, reply_grammar
 from edgemoe.request.reply_parts import NoParts, OnePart, Piece, ReplyFormat, ReplyParts
 from edgemoe.request.token_texts import TokenTexts
+from edgemoe.response_format import json_rule, schema_of
 from edgemoe.sampling import ResolvedSampling
 
 
@@ -17,12 +21,19 @@ class ReplyText:
     """Takes the tokens of a reply and gives the text that may be shown."""
 
     def __init__(
-        self, texts: TokenTexts | None, parts: ReplyParts | None, stops: Sequence[str], ends: Set[int] = frozenset()
+        self,
+        texts: TokenTexts | None,
+        parts: ReplyParts | None,
+        stops: Sequence[str],
+        ends: Set[int] = frozenset(),
+        constraint: Constraint | None = None,
     ) -> None:
         """`texts` and `parts` are None for a checkpoint without a tokenizer: its replies have no text.
 
-        `ends` are more tokens that end the reply.
+        `ends` are more tokens that end the reply; `constraint` is on its tokens, this reply's own.
         """
+        self.constraint = constraint
+        """What the reply must follow; None for any text. The request feeds it."""
         self._texts = texts
         self._parts = parts or NoParts()
         self._stops = StopTexts(stops)
@@ -58,18 +69,34 @@ class ReplyTexts:
         self._tokenizer = tokenizer
         self._template = template
         self._texts = TokenTexts(tokenizer) if tokenizer is not None else None
+        self._constraints = Constraints(tokenizer, self._texts) if self._texts is not None else None
 
     def new(self, prompt: Sequence[int], settings: ResolvedSampling, chat: ChatPrompt | None) -> ReplyText:
         """The text of a reply to `prompt`, which is that of the conversation `chat` where there is one."""
         texts = self._texts
         if texts is None:
+            if settings.response_format is not None:
+                raise RequestError("response_format needs a tokenizer, and the checkpoint has none: leave it out")
             return ReplyText(None, None, settings.stop)
+        constraint = self._constraint(settings, chat)
         if chat is not None and settings.skip_special_tokens and self._format.has_marks:
-            parts = self._format.parts(texts, prompt, self._template.opening(chat))
+            opening = self._template.opening(chat)
+            parts = self._format.parts(texts, prompt, opening, one_span=constraint is not None)
         else:
             parts = OnePart(texts, prompt, special=not settings.skip_special_tokens)
         ends = self._turn_ends if chat is not None and not settings.ignore_eos else frozenset[int]()
-        return ReplyText(texts, parts, settings.stop, ends)
+        return ReplyText(texts, parts, settings.stop, ends, constraint)
+
+    def _constraint(self, settings: ResolvedSampling, chat: ChatPrompt | None) -> Constraint | None:
+        """What the reply to `chat`, or to a plain prompt, must follow."""
+        if settings.response_format is None:
+            return None
+        assert self._texts is not None
+        assert self._constraints is not None
+        body = f"{BODY}: {json_rule(schema_of(settings.response_format))}"
+        form = self._format if chat is not None else ReplyFormat()
+        opening = self._template.opening(chat) if chat is not None and form.has_marks else []
+        return self._constraints.new(reply_grammar(body, form, self._texts, opening))
 
     @cached_property
     def _format(self) -> ReplyFormat:

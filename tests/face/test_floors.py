@@ -13,7 +13,7 @@ from tests.support import ROOT
 FLOORS = (
     ("cache",),
     ("prefetch",),
-    ("version", "errors", "config", "results", "sampling", "sizes", "quiet"),
+    ("version", "errors", "config", "results", "response_format", "sampling", "sizes", "quiet"),
     ("demo",),
     ("formats",),
     ("kernels",),

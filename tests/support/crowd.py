@@ -22,11 +22,14 @@ from edgemoe.model.sequential_runner import PassInput
 from edgemoe.plan.kv_size import KvSize, measure_kv
 from edgemoe.prefetch.link_gauge import LinkGauge
 from edgemoe.prefetch.prefetcher import Prefetcher
-from edgemoe.request.reply_parts import OnePart
+from edgemoe.request.constraint import Constraints
+from edgemoe.request.reply_grammar import BODY, reply_grammar
+from edgemoe.request.reply_parts import OnePart, ReplyFormat
 from edgemoe.request.reply_text import ReplyText
 from edgemoe.request.request import Request
 from edgemoe.request.token_texts import TokenTexts
 from edgemoe.results import Completion
+from edgemoe.response_format import json_rule, schema_of
 from edgemoe.sampling import Sampling, resolve
 from edgemoe.scheduler.batch_size import BatchSize
 from edgemoe.scheduler.kv_budget import KvBudget
@@ -47,6 +50,7 @@ def tokenizer() -> Any:
 
 
 TEXTS = TokenTexts(tokenizer())
+CONSTRAINTS = Constraints(tokenizer(), TEXTS)
 VOCABULARY = 256
 """Of the tiny models."""
 
@@ -54,7 +58,11 @@ VOCABULARY = 256
 def new_request(number: int, prompt: Sequence[int], **settings: Any) -> Request:
     """A request for 8 tokens, unless `settings` say otherwise."""
     asked = Sampling(**{"ignore_eos": True, "max_tokens": 8, **settings})
-    text = ReplyText(TEXTS, OnePart(TEXTS, prompt), asked.stop)
+    constraint = None
+    if asked.response_format is not None:
+        body = f"{BODY}: {json_rule(schema_of(asked.response_format))}"
+        constraint = CONSTRAINTS.new(reply_grammar(body, ReplyFormat(), TEXTS, []))
+    text = ReplyText(TEXTS, OnePart(TEXTS, prompt), asked.stop, constraint=constraint)
     return Request(number, prompt, resolve(asked, GenerationConfig(), 1024, 10_000), text, VOCABULARY)
 
 
