@@ -236,7 +236,8 @@ class HarmonyParts(ReplyParts):
     def _open(self) -> None:
         """Begins the body of the header."""
         if self._header is not None:
-            words = self._texts.decode(self._header).split()
+            # A special token, such as the one before the kind of the body, ends the channel's name.
+            words = self._texts.decode(self._header, shown=self._texts.special).replace("<|", " <|").split()
             # What is addressed to a tool is not for the user, whatever its channel.
             self._is_content = not self._marked or words[:1] in ([], [FINAL])
             self._header, self._body, self._told = None, Detokenizer(self._texts), True

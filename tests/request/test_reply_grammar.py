@@ -56,14 +56,14 @@ class Model:
     def reply(self, seed: int, prompt: ChatPrompt | str, **settings: Any) -> Completion:
         chat = prompt if isinstance(prompt, ChatPrompt) else None
         tokens = self._template.render(chat) if chat else self._tokenizer.encode(prompt)
-        sampling = Sampling(response_format=FORM, seed=seed, max_tokens=3000, **settings)
+        sampling = Sampling(response_format=FORM, seed=seed, max_tokens=400, **settings)
         resolved = resolve(sampling, GenerationConfig(eos_token_id=2), 100, 4000, len(tokens))
         text = self._texts.new(tokens, resolved, chat)
         request = Request(0, tokens, resolved, text, Cancels(), len(self._tokenizer))
         while not request.finished:
             draw = torch.Generator().manual_seed(seed + 1000 * request.tokens[-1] + request.generated)
             logits = 3 * torch.randn(len(self._tokenizer), generator=draw)
-            logits[259:] += 6
+            logits[259:] += 5
             said = bytes(token - 3 for token in request.tokens[-8:] if 3 <= token < 259)
             spelt = next((count for count in range(7, 0, -1) if said.endswith(b"</think>"[:count])), 0)
             logits[3 + b"</think>"[spelt]] += 4 + 4 * (spelt > 0)
@@ -72,13 +72,13 @@ class Model:
         return Completion.from_chunks(list(request.chunks), tokens)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
 @pytest.mark.parametrize("marks", ["special", "added", "text"])
 @pytest.mark.parametrize("template", [OPENED, CLOSED, LEFT_OPEN], ids=["opened", "closed", "left open"])
 def test_the_form_begins_after_the_reasoning(template: str, marks: str, temperature: float) -> None:
     tokens = () if marks == "text" else ("<think>", "</think>")
     model, reasoned = Model(tokenizer(template, tokens, marks == "special")), 0
-    for seed in range(8):
+    for seed in range(5):
         reply = model.reply(seed, CHATTED, temperature=temperature)
         if reply.finish_reason == "length":
             # It has not stopped to reason.
@@ -89,14 +89,16 @@ def test_the_form_begins_after_the_reasoning(template: str, marks: str, temperat
     assert bool(reasoned) == (template == OPENED or (template == LEFT_OPEN and bool(tokens)))
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_harmony_has_the_form_in_its_final_message(temperature: float) -> None:
     model, reasoned = Model(tokenizer(GPT, (*HARMONY, "<|constrain|>", "<|return|>"), True)), 0
-    for seed in range(8):
+    for seed in range(5):
         reply = model.reply(seed, CHATTED, temperature=temperature)
-        assert reply.finish_reason == "stop"
-        jsonschema.validate(json.loads(reply.text), SCHEMA)
-        reasoned += bool(reply.reasoning)
+        if reply.finish_reason == "stop":
+            jsonschema.validate(json.loads(reply.text), SCHEMA)
+            reasoned += bool(reply.reasoning)
+        else:
+            assert not reply.text
     assert reasoned
 
 
@@ -110,7 +112,8 @@ def test_a_plain_prompt_has_no_reasoning() -> None:
 
 def test_the_marks_are_shown_where_special_tokens_are() -> None:
     model = Model(tokenizer(OPENED, ("<think>", "</think>"), True))
-    reply = model.reply(2, CHATTED, skip_special_tokens=False)
-    thought, _, text = reply.text.partition("</think>")
-    jsonschema.validate(json.loads(text), SCHEMA)
-    assert thought
+    replies = [model.reply(seed, CHATTED, skip_special_tokens=False) for seed in range(4)]
+    for reply in replies:
+        assert "</think>" in reply.text
+        jsonschema.validate(json.loads(reply.text.partition("</think>")[2]), SCHEMA)
+    assert any(not reply.text.startswith("</think>") for reply in replies)
