@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from edgemoe.checkpoint.chat_template import ChatPrompt
     from edgemoe.engine import Engine
     from edgemoe.plan.plan import Plan
-    from edgemoe.results import Chunk, Completion, Progress, Stats, Timings, TokenLogprob
+    from edgemoe.results import Chunk, Completion, Progress, Stats, Timings, TokenLogprob, ToolCall
     from edgemoe.stream import Stream
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "Stream",
     "Timings",
     "TokenLogprob",
+    "ToolCall",
     "__version__",
 ]
 
@@ -52,6 +53,7 @@ _LAZY = {
     "Stream": "stream",
     "Timings": "results",
     "TokenLogprob": "results",
+    "ToolCall": "results",
 }
 
 

@@ -39,7 +39,7 @@ def checked_format(value: Any) -> dict[str, Any] | None:
     if not isinstance(value, Mapping) or value.get("type") not in TYPES:
         kinds = ", ".join(f'"{kind}"' for kind in TYPES)
         raise RequestError(f"response_format must be an object whose type is one of {kinds}, not {shown(value)}")
-    value = checked_json(value, "response_format")
+    value = dict(checked_json(value, "response_format"))
     own = ("type", "json_schema") if value["type"] == "json_schema" else ("type",)
     _refuse_unknown(value, own, "response_format")
     if value["type"] == "text":

@@ -78,10 +78,10 @@ class LogitsSteps:
         """
         if allowed is not None:
             masked = on_host(logits).masked_fill(~allowed, -torch.inf)
-            kept = self.run(tokens, masked)
+            found = self.run(tokens, masked)
             # Some give an end token a score of their own.
-            scores = kept.scores.masked_fill(~(allowed if kept.ids is None else allowed[kept.ids]), -torch.inf)
-            return Kept(scores, kept.ids) if bool((scores > -torch.inf).any()) else Kept(masked)
+            own = found.scores.masked_fill(~(allowed if found.ids is None else allowed[found.ids]), -torch.inf)
+            return Kept(own, found.ids) if bool((own > -torch.inf).any()) else Kept(masked)
         if not self._all and isinstance(logits, torch.Tensor):
             return Kept(logits)
         text = torch.frombuffer(array("q", tokens), dtype=torch.int64) if tokens else torch.empty(0, dtype=torch.int64)

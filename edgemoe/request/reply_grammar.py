@@ -4,30 +4,54 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from edgemoe.request.call_formats import ARGUMENTS, NAME, CallFormat
 from edgemoe.request.reply_parts import FINAL, HARMONY, ReplyFormat
 from edgemoe.request.token_texts import TokenTexts
+from edgemoe.response_format import json_rule
 
+HEADER = '%llguidance {"no_forcing": true}'
+"""Without forced tokens: where a text is certain, its usual tokens may be a special one, which is no text."""
 _ANY = r"(.|\n)*"
-BODY = "body"
-"""The rule for the text, to which `reply_grammar` adds those before it."""
-_SPACE = 'space: /[ \\n]{1,2}/'
+_SPACE = "space: /[ \\n]{1,2}/"
 
 
-def reply_grammar(body: str, form: ReplyFormat, texts: TokenTexts, opening: Sequence[int]) -> str:
-    """The grammar of a reply whose text has the rule `body`, or several rules of which the first is called `body`.
+def reply_grammar(
+    answer: Mapping[str, Any] | None,
+    calls: Sequence[str],
+    form: ReplyFormat,
+    texts: TokenTexts,
+    opening: Sequence[int],
+) -> str:
+    """The grammar of a reply whose text is JSON of the schema `answer`, or one of `calls`, from `call_rules`.
 
     `form` says how replies mark their reasoning, and `opening` is the end of the prompt, which the template begins the
     reply with. The reasoning is free, but for the marks.
     """
+    bodies = [] if answer is None else ["answer"]
+    bodies += [f"call_{number}" for number in range(len(calls))]
     if form.harmony:
-        before = _harmony(texts, opening)
+        rules = _harmony(bodies, texts, opening)
     elif form.span is not None:
-        before = _span(form.span, texts, opening)
+        rules = _span(f"({' | '.join(bodies)})", form.span, texts, opening)
     else:
-        before = ["start: space? body"]
-    return "\n".join(["%llguidance {}", *before, _SPACE, body])
+        rules = [f"start: space? ({' | '.join(bodies)})"]
+    if answer is not None:
+        rules.append(f"answer: {json_rule(answer)}")
+    return "\n".join([HEADER, *rules, _SPACE, *calls])
+
+
+def call_rules(tools: Sequence[Mapping[str, Any]], form: CallFormat, texts: TokenTexts) -> list[str]:
+    """The rules for a call of each of `tools` in `form`, of which a call is known piece by piece."""
+    rules = []
+    for number, tool in enumerate(tools):
+        pieces = {NAME: json.dumps(tool["function"]["name"]), ARGUMENTS: f"arguments_{number}"}
+        written = [pieces[piece] if piece in pieces else symbol(str(piece), texts) for piece in form.written]
+        schema = {"type": "object", **(tool["function"].get("parameters") or {})}
+        rules.append(f"call_{number}: {' '.join(written)}\narguments_{number}: {json_rule(schema)}")
+    return rules
 
 
 def symbol(text: str, texts: TokenTexts) -> str:
@@ -36,8 +60,8 @@ def symbol(text: str, texts: TokenTexts) -> str:
     return json.dumps(text) if token is None else f"<[{token}]>"
 
 
-def _span(span: tuple[str, str], texts: TokenTexts, opening: Sequence[int]) -> list[str]:
-    """The rules before the text of a reply that has its reasoning between two markers."""
+def _span(body: str, span: tuple[str, str], texts: TokenTexts, opening: Sequence[int]) -> list[str]:
+    """The rules for a reply that may have its reasoning between two markers, and then `body`."""
     begin, end = span
     before = texts.decode(opening, shown=texts.special)
     closing = symbol(end, texts)
@@ -47,22 +71,23 @@ def _span(span: tuple[str, str], texts: TokenTexts, opening: Sequence[int]) -> l
     else:
         rules = [f"thought[lazy]: /{_ANY}{_escaped(end)}/"]
     if before.rfind(begin) > before.rfind(end):
-        return ["start: thought space? body", *rules]
+        return [f"start: thought space? {body}", *rules]
     if end in before or not symbol(begin, texts).startswith("<["):
-        return ["start: space? body"]
-    return [f"start: ({symbol(begin, texts)} thought)? space? body", *rules]
+        return [f"start: space? {body}"]
+    return [f"start: ({symbol(begin, texts)} thought)? space? {body}", *rules]
 
 
-def _harmony(texts: TokenTexts, opening: Sequence[int]) -> list[str]:
-    """The rules before the body of harmony's message to the user."""
+def _harmony(bodies: Sequence[str], texts: TokenTexts, opening: Sequence[int]) -> list[str]:
+    """The rules for a reply of messages, of which the last has the answer or is a call."""
     start, channel, message, end = (symbol(mark, texts) for mark in HARMONY)
     if texts.decode(opening, shown=texts.special).endswith(HARMONY[2]):
         # The template has begun a message.
-        return ["start: space? body"]
+        return ["start: space? answer"]
     kind = texts.id_of("<|constrain|>")
-    form = f' (" "? <[{kind}]> "json")?' if kind is not None else ""
+    named = f' (" "? <[{kind}]> "json")?' if kind is not None else ""
+    last = {"answer": f'{channel} "{FINAL}"{named} {message} space? answer'}
     return [
-        f'start: (analysis {end} {start} "assistant")* {channel} "{FINAL}"{form} {message} space? body',
+        f'start: (analysis {end} {start} "assistant")* ({" | ".join(last.get(body, body) for body in bodies)})',
         f'analysis: {channel} "analysis" {message} THOUGHT',
         f"THOUGHT: /{_ANY}/",
     ]

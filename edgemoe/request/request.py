@@ -149,9 +149,7 @@ class Request:
             allowed = self._allowed_after(drafted)
             if allowed is None:
                 return []
-        return self._sampler.candidates(
-            self.tokens + drafted, logits, count, ahead=tree.depths[node], allowed=allowed
-        )
+        return self._sampler.candidates(self.tokens + drafted, logits, count, ahead=tree.depths[node], allowed=allowed)
 
     def cancel(self) -> None:
         """Ends it with the reply so far, unless it has ended. What a pass gives it afterwards is not for it."""
@@ -230,4 +228,4 @@ class Request:
             drafted=self._drafted,
             accepted=self._accepted,
         )
-        self.chunks.append(Chunk(piece.content, tokens, self._reason, logprobs, timings, piece.reasoning))
+        self.chunks.append(Chunk(piece.content, tokens, self._reason, logprobs, timings, piece.reasoning, piece.calls))

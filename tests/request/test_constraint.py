@@ -15,6 +15,7 @@ from edgemoe.errors import RequestError
 from edgemoe.model.draft_tree import DraftTree
 from edgemoe.quiet import quiet_transformers
 from edgemoe.request.constraint import Constraints
+from edgemoe.request.reply_grammar import HEADER
 from edgemoe.request.request import Cancels, Request
 from edgemoe.sampling import Sampling
 from tests.support.checkpoints import Running, Zoo, random_ids, running
@@ -38,7 +39,7 @@ TREE = {
 }
 CODE = {"type": "string", "pattern": "^[a-z]{2}-[0-9]{1,3}$"}
 NUMBER = {"type": "number", "minimum": 0, "maximum": 10}
-SCHEMAS = [PERSON, TREE, CODE, NUMBER, {"const": {"a": [1, "ü"]}}]
+SCHEMAS = [PERSON, TREE, CODE, NUMBER, {"const": {"a": [1, "ü"]}}, {"const": "<eos>"}]
 SAMPLED: list[dict[str, Any]] = [
     {"temperature": 0.0},
     {"temperature": 1.0, "top_k": 0},
@@ -103,9 +104,9 @@ def test_the_mask_is_exactly_what_can_follow() -> None:
     """By brute force: a token may come next if, and only if, some value of the enumeration goes on with it."""
     values = ["ab", "abc", "b", "ac"]
     texts = [json.dumps(value) for value in values]
-    constraint, end = CONSTRAINTS.new(f"%llguidance {{}}\nstart: %json {json.dumps({'enum': values})}"), 2
+    constraint, end = CONSTRAINTS.new(f"{HEADER}\nstart: %json {json.dumps({'enum': values})}"), 2
     for said in ("", '"', '"a', '"ab', '"abc', '"abc"'):
-        state = CONSTRAINTS.new(f"%llguidance {{}}\nstart: %json {json.dumps({'enum': values})}")
+        state = CONSTRAINTS.new(f"{HEADER}\nstart: %json {json.dumps({'enum': values})}")
         for byte in said.encode():
             state.accept(3 + byte)
         expected = {3 + text.encode()[len(said)] for text in texts if text.startswith(said) and text != said}

@@ -19,7 +19,9 @@ from edgemoe.request.request import Cancels, Request
 from edgemoe.results import Completion
 from edgemoe.sampling import Sampling, resolve
 
-CHAT = "{% for m in messages %}<{{m.role}}>{{m.content}}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+CHAT = (
+    "{% for m in messages %}<{{m.role}}>{{m.content}}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 OPENED = CHAT + "{% if add_generation_prompt %}<think>\n{% endif %}"
 CLOSED = CHAT + "{% if add_generation_prompt %}<think>\n\n</think>\n\n{% endif %}"
 LEFT_OPEN = CHAT + "{# <think> and </think> are the model's #}"
@@ -29,7 +31,10 @@ GPT = (
 )
 SCHEMA = {
     "type": "object",
-    "properties": {"a": {"enum": ["<think>", "</think>", "plain"]}, "n": {"type": "integer", "maximum": 9, "minimum": 0}},
+    "properties": {
+        "a": {"enum": ["<think>", "</think>", "plain"]},
+        "n": {"type": "integer", "maximum": 9, "minimum": 0},
+    },
     "required": ["a", "n"],
     "additionalProperties": False,
 }
@@ -40,9 +45,7 @@ CHATTED = ChatPrompt([{"role": "user", "content": "Hi"}])
 def tokenizer(template: str, marks: tuple[str, ...], special: bool) -> Any:
     made = byte_tokenizer()
     made.add_tokens([AddedToken(mark, special=special, normalized=False) for mark in marks])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, chat_template=template, pad_token="<pad>", eos_token="<eos>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=made, chat_template=template, pad_token="<pad>", eos_token="<eos>")
 
 
 class Model:

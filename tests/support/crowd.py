@@ -23,13 +23,13 @@ from edgemoe.plan.kv_size import KvSize, measure_kv
 from edgemoe.prefetch.link_gauge import LinkGauge
 from edgemoe.prefetch.prefetcher import Prefetcher
 from edgemoe.request.constraint import Constraints
-from edgemoe.request.reply_grammar import BODY, reply_grammar
+from edgemoe.request.reply_grammar import reply_grammar
 from edgemoe.request.reply_parts import OnePart, ReplyFormat
 from edgemoe.request.reply_text import ReplyText
 from edgemoe.request.request import Request
 from edgemoe.request.token_texts import TokenTexts
+from edgemoe.response_format import schema_of
 from edgemoe.results import Completion
-from edgemoe.response_format import json_rule, schema_of
 from edgemoe.sampling import Sampling, resolve
 from edgemoe.scheduler.batch_size import BatchSize
 from edgemoe.scheduler.kv_budget import KvBudget
@@ -60,8 +60,8 @@ def new_request(number: int, prompt: Sequence[int], **settings: Any) -> Request:
     asked = Sampling(**{"ignore_eos": True, "max_tokens": 8, **settings})
     constraint = None
     if asked.response_format is not None:
-        body = f"{BODY}: {json_rule(schema_of(asked.response_format))}"
-        constraint = CONSTRAINTS.new(reply_grammar(body, ReplyFormat(), TEXTS, []))
+        schema = schema_of(asked.response_format)
+        constraint = CONSTRAINTS.new(reply_grammar(schema, [], ReplyFormat(), TEXTS, []))
     text = ReplyText(TEXTS, OnePart(TEXTS, prompt), asked.stop, constraint=constraint)
     return Request(number, prompt, resolve(asked, GenerationConfig(), 1024, 10_000), text, VOCABULARY)
 
