@@ -36,15 +36,14 @@ RECIPIENT = re.compile(r"\bto=functions\.([\w.:-]+)")
 
 
 class Piece(NamedTuple):
-    """What is new of a reply, by its part."""
+    """New text of a reply, by its part."""
 
     content: str = ""
     reasoning: str = ""
-    calls: tuple[ToolCall, ...] = ()
 
     def joined(self, more: Piece) -> Piece:
-        """This and `more` after it."""
-        return Piece(self.content + more.content, self.reasoning + more.reasoning, self.calls + more.calls)
+        """This text and `more` after it."""
+        return Piece(self.content + more.content, self.reasoning + more.reasoning)
 
 
 @dataclass(frozen=True)
@@ -98,6 +97,9 @@ class ReplyFormat:
 
 class ReplyParts(ABC):
     """Takes the tokens of a reply and gives the text of its parts. No partial character is ever given."""
+
+    calls: tuple[ToolCall, ...] = ()
+    """The calls of tools so far, where they are messages of their own."""
 
     @abstractmethod
     def push(self, token: int) -> Piece:
@@ -286,7 +288,8 @@ class HarmonyParts(ReplyParts):
         found = json_at(asked.strip() or "{}", 0)
         if found is None or not isinstance(found[0], dict) or asked.strip()[found[1] :]:
             return Piece(asked)
-        return Piece(calls=(tool_call(Call(self._tool, found[0])),))
+        self.calls += (tool_call(Call(self._tool, found[0])),)
+        return Piece()
 
     def _piece(self, text: str) -> Piece:
         if self._tool:

@@ -47,7 +47,8 @@ class ReplyText:
         self._parts = parts or NoParts()
         self._stops = StopTexts(stops)
         self._calls = calls
-        self._found: tuple[ToolCall, ...] = ()
+        self.calls: tuple[ToolCall, ...] = ()
+        """The calls of tools in the reply, once it is finished."""
         named = {texts.id_of(stop) for stop in stops} if texts is not None else set()
         self.ends = frozenset(end for end in named if end is not None) | ends
         """Tokens that end the reply by their ids: special ones among the stop texts have no text in it."""
@@ -62,14 +63,14 @@ class ReplyText:
         return self._without_calls(self._parts.push(token))
 
     def finish(self) -> Piece:
-        """The rest of the text, at the end of the reply, and the calls of tools in it."""
+        """The rest of the text, at the end of the reply. `calls` has the calls of tools then."""
         piece = self._without_calls(self._parts.finish())
         rest, calls = self._calls.finish() if self._calls is not None else ("", ())
         content = piece.content + self._stops.push(rest) + self._stops.finish()
-        return Piece(content, piece.reasoning, () if self.stopped else self._found + calls)
+        self.calls = () if self.stopped else self._parts.calls + calls
+        return Piece(content, piece.reasoning)
 
     def _without_calls(self, piece: Piece) -> Piece:
-        self._found += piece.calls
         content = self._calls.push(piece.content) if self._calls is not None else piece.content
         return Piece(self._stops.push(content), piece.reasoning)
 

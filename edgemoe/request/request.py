@@ -228,4 +228,6 @@ class Request:
             drafted=self._drafted,
             accepted=self._accepted,
         )
-        self.chunks.append(Chunk(piece.content, tokens, self._reason, logprobs, timings, piece.reasoning, piece.calls))
+        self.chunks.append(
+            Chunk(piece.content, tokens, self._reason, logprobs, timings, piece.reasoning, self._text.calls)
+        )

@@ -39,7 +39,7 @@ TREE = {
 }
 CODE = {"type": "string", "pattern": "^[a-z]{2}-[0-9]{1,3}$"}
 NUMBER = {"type": "number", "minimum": 0, "maximum": 10}
-SCHEMAS = [PERSON, TREE, CODE, NUMBER, {"const": {"a": [1, "ü"]}}, {"const": "<eos>"}]
+SCHEMAS = [PERSON, TREE, CODE, NUMBER, {"const": {"a": [1, "ü"]}}, {"const": "<pad>"}]
 SAMPLED: list[dict[str, Any]] = [
     {"temperature": 0.0},
     {"temperature": 1.0, "top_k": 0},
