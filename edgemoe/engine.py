@@ -215,23 +215,30 @@ class Engine:
                 stream.close()
 
     def chat(
-        self, messages: Messages, sampling: Sampling | None = None, template_kwargs: Mapping[str, Any] | None = None
+        self,
+        messages: Messages | ChatPrompt,
+        sampling: Sampling | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """The assistant's next message, in the shape of OpenAI's chat.completion object.
 
-        `template_kwargs` are variables of the chat template, such as `enable_thinking` or `reasoning_effort`.
+        `template_kwargs` are variables of the chat template, such as `enable_thinking` or `reasoning_effort`. A
+        `ChatPrompt` has both already.
         """
-        prompt = ChatPrompt(messages, template_kwargs or {})
+        prompt = ChatPrompt.of(messages, template_kwargs)
         return chat_completion(self.generate(prompt, sampling), self.model_name)
 
     def chat_stream(
-        self, messages: Messages, sampling: Sampling | None = None, template_kwargs: Mapping[str, Any] | None = None
+        self,
+        messages: Messages | ChatPrompt,
+        sampling: Sampling | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> Generator[dict[str, Any], None, None]:
         """As `chat`, in the shape of OpenAI's chat.completion.chunk objects; the last one has `usage`.
 
         Raises RequestError as `stream` does. Closing the generator ends the request.
         """
-        stream = self.stream(ChatPrompt(messages, template_kwargs or {}), sampling)
+        stream = self.stream(ChatPrompt.of(messages, template_kwargs), sampling)
         return _chat_chunks(stream, ChatChunks(self.model_name))
 
     def cancel(self, *, running: bool = True) -> None:

@@ -288,14 +288,16 @@ class ChatChunks:
 
     def of(self, chunk: Chunk) -> Iterator[dict[str, Any]]:
         """The object of `chunk`: the first one has the role, the last one `finish_reason` and `usage`."""
-        delta: dict[str, str] = {} if self._begun else {"role": "assistant"}
+        delta: dict[str, Any] = {} if self._begun else {"role": "assistant"}
         delta |= {"content": chunk.text} if chunk.text or not self._begun else {}
         delta |= {"reasoning_content": chunk.reasoning} if chunk.reasoning else {}
+        calls = [{"index": index, **call} for index, call in enumerate(chat_tool_calls(chunk.tool_calls))]
+        delta |= {"tool_calls": calls} if calls else {}
         self._begun = True
         choice = {
             "index": 0,
             "delta": delta,
-            "finish_reason": chunk.finish_reason,
+            "finish_reason": chat_finish_reason(chunk.finish_reason, chunk.tool_calls),
             "logprobs": chat_logprobs(chunk.logprobs),
         }
         last = {} if chunk.finish_reason is None else {"usage": usage(chunk.timings)}

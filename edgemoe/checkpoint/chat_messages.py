@@ -19,7 +19,7 @@ class CallForm(NamedTuple):
     """How a chat template reads an assistant's message with calls of tools."""
 
     content: str | None
-    """The content of a message that has none."""
+    """The content of a message that has none; None where it has no content at all, as transformers has it."""
     as_text: bool
     """Whether arguments are a text of JSON, and not an object."""
 
@@ -147,6 +147,12 @@ def _checked_tool(tool: Any) -> dict[str, Any]:
         if function.get(field) is not None and not isinstance(function[field], kind):
             raise RequestError(f"{field} of the tool {name} must be a {kind.__name__}, not {shown(function[field])}")
     return dict(tool)
+
+
+def check_chat(messages: Sequence[Mapping[str, Any]], tools: Any = (), tool_choice: Any = "auto") -> None:
+    """Raises RequestError for messages, tools or a choice of tools that are malformed, whatever the template is."""
+    checked_messages(messages)
+    chosen_tools(tools, tool_choice)
 
 
 def chosen_tools(tools: Sequence[Mapping[str, Any]], choice: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -57,6 +57,11 @@ class ChatPrompt:
     tool_choice: str | Mapping[str, Any] = "auto"
     """OpenAI's: "none" offers no tools, "auto" leaves it to the model, "required" or a function has one called."""
 
+    @classmethod
+    def of(cls, messages: Messages | ChatPrompt, template_kwargs: Mapping[str, Any] | None = None) -> ChatPrompt:
+        """`messages` with the variables `template_kwargs`, or the prompt that it is already."""
+        return messages if isinstance(messages, ChatPrompt) else cls(messages, template_kwargs or {})
+
 
 class ChatTemplate:
     """The template of one tokenizer."""
@@ -123,7 +128,10 @@ class ChatTemplate:
     def _apply(self, chat: ChatPrompt, **how: Any) -> Any:
         messages = checked_messages(chat.messages)
         if any("tool_calls" in message for message in messages):
-            messages = [with_call_form(message, self._call_form) for message in messages]
+            form = self._call_form
+            if form is None:
+                raise RequestError(f"the chat template of {self._name} does not show calls of tools: leave them out")
+            messages = [with_call_form(message, form) for message in messages]
         return self._rendered(messages, chosen_tools(chat.tools, chat.tool_choice)[0], {**how, **chat.template_kwargs})
 
     def _rendered(self, messages: Sequence[dict[str, Any]], tools: Sequence[Any], how: Mapping[str, Any]) -> Any:
@@ -132,8 +140,11 @@ class ChatTemplate:
         return self._tokenizer.apply_chat_template(wanted, **how)
 
     @cached_property
-    def _call_form(self) -> CallForm:
-        """The first form in which the template shows a call, and its arguments once and as they are."""
+    def _call_form(self) -> CallForm | None:
+        """The first form in which the template shows a call, and its arguments as they are; None where there is none.
+
+        The arguments are shown as JSON, or one by one.
+        """
         for form in CALL_FORMS:
             messages = [with_call_form(message, form) for message in PROBE_CALL]
             try:
@@ -146,7 +157,7 @@ class ChatTemplate:
             marred = ("{'qzkw'", json.dumps('"qzkw"')[1:-1], ">None", "\nNone")
             if PROBE in text and "qzkw" in text and not any(mark in text for mark in marred):
                 return form
-        return CALL_FORMS[0]
+        return None
 
     def _encode(self, text: str) -> list[int]:
         return [int(token) for token in self._tokenizer.encode(text, add_special_tokens=False)] if text else []

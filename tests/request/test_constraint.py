@@ -16,7 +16,7 @@ from edgemoe.model.draft_tree import DraftTree
 from edgemoe.quiet import quiet_transformers
 from edgemoe.request.constraint import Constraints
 from edgemoe.request.reply_grammar import HEADER
-from edgemoe.request.request import Cancels, Request
+from edgemoe.request.request import Request
 from edgemoe.sampling import Sampling
 from tests.support.checkpoints import Running, Zoo, random_ids, running
 from tests.support.crowd import CONSTRAINTS, TEXTS, VOCABULARY, Crowd, alone, assert_same_reply, completion, new_request
@@ -67,7 +67,7 @@ def after(text: list[int], seed: int) -> torch.Tensor:
 
 
 def plain(seed: int, **settings: Any) -> Request:
-    asked = new_request(0, [5, 6], Cancels(), **{"max_tokens": 2000, "seed": seed, **settings})
+    asked = new_request(0, [5, 6], **{"max_tokens": 2000, "seed": seed, **settings})
     while not asked.finished:
         asked.advance(after(asked.tokens, seed))
     return asked
@@ -130,7 +130,7 @@ def test_drafts_do_not_change_the_reply(settings: dict[str, Any]) -> None:
     for seed in range(4):
         own = {"response_format": form(PERSON), "ignore_eos": bool(seed % 2), **settings}
         expected, draw = plain(seed, **own), random.Random(seed)
-        asked = new_request(0, [5, 6], Cancels(), **{"max_tokens": 2000, "seed": seed, **own})
+        asked = new_request(0, [5, 6], **{"max_tokens": 2000, "seed": seed, **own})
         while not asked.finished:
             tree = DraftTree(asked.tokens[-1])
             likely = expected.tokens[len(asked.tokens) :][: draw.randrange(5)]
@@ -152,7 +152,7 @@ def test_drafts_do_not_change_the_reply(settings: dict[str, Any]) -> None:
 def test_a_drafter_with_the_models_logits_is_always_right() -> None:
     own = {"response_format": form(PERSON), "temperature": 1.0, "top_k": 0}
     expected = plain(3, **own)
-    asked = new_request(0, [5, 6], Cancels(), max_tokens=2000, seed=3, **own)
+    asked = new_request(0, [5, 6], max_tokens=2000, seed=3, **own)
     while not asked.finished:
         tree, node = DraftTree(asked.tokens[-1]), 0
         for _ in range(3):
@@ -182,7 +182,7 @@ def test_log_probabilities_are_those_before_the_mask() -> None:
 @pytest.mark.parametrize("settings", SAMPLED[:2], ids=str)
 def test_logits_of_a_device_are_read_whole(settings: dict[str, Any]) -> None:
     expected = plain(2, response_format=form(PERSON), **settings)
-    asked = new_request(0, [5, 6], Cancels(), max_tokens=2000, seed=2, response_format=form(PERSON), **settings)
+    asked = new_request(0, [5, 6], max_tokens=2000, seed=2, response_format=form(PERSON), **settings)
     while not asked.finished:
         asked.advance(CountedLogits(after(asked.tokens, 2)[None]).split([1])[0][0])
     assert asked.tokens == expected.tokens
@@ -283,7 +283,7 @@ def test_a_tokenizer_that_cannot_be_read_is_said() -> None:
 
 def test_a_schema_that_nothing_fits_fails_alone() -> None:
     """The request fails, with the reason; nothing is raised into the step that others share."""
-    asked = new_request(0, [5, 6], Cancels(), response_format=form({"$ref": "#"}))
+    asked = new_request(0, [5, 6], response_format=form({"$ref": "#"}))
     while not asked.finished:
         asked.advance(after(asked.tokens, 1))
     assert isinstance(asked.error, RequestError)

@@ -15,7 +15,7 @@ from bench.support.byte_tokenizer import byte_tokenizer
 from edgemoe.checkpoint.chat_template import ChatPrompt, ChatTemplate
 from edgemoe.request.reply_parts import HARMONY
 from edgemoe.request.reply_text import ReplyTexts
-from edgemoe.request.request import Cancels, Request
+from edgemoe.request.request import Request
 from edgemoe.results import Completion
 from edgemoe.sampling import Sampling, resolve
 
@@ -62,7 +62,7 @@ class Model:
         sampling = Sampling(response_format=FORM, seed=seed, max_tokens=400, **settings)
         resolved = resolve(sampling, GenerationConfig(eos_token_id=2), 100, 4000, len(tokens))
         text = self._texts.new(tokens, resolved, chat)
-        request = Request(0, tokens, resolved, text, Cancels(), len(self._tokenizer))
+        request = Request(0, tokens, resolved, text, len(self._tokenizer))
         while not request.finished:
             draw = torch.Generator().manual_seed(seed + 1000 * request.tokens[-1] + request.generated)
             logits = 3 * torch.randn(len(self._tokenizer), generator=draw)

@@ -14,7 +14,7 @@ from edgemoe.checkpoint.chat_template import ChatPrompt, ChatTemplate
 from edgemoe.request.call_formats import FORMATS, CallFormat, call_format
 from edgemoe.request.reply_parts import HARMONY
 from edgemoe.request.reply_text import ReplyTexts
-from edgemoe.request.request import Cancels, Request
+from edgemoe.request.request import Request
 from edgemoe.request.token_texts import TokenTexts
 from edgemoe.results import Chunk, Completion, ToolCall, chat_completion
 from edgemoe.sampling import Sampling, resolve
@@ -93,7 +93,8 @@ MADE = {
     "dsml": (
         ["<｜DSML｜function_calls>"],
         '<｜DSML｜function_calls>\n<｜DSML｜invoke name="get_weather">\n<｜DSML｜parameter name="city" string="true">'
-        'Rome</｜DSML｜parameter>\n<｜DSML｜parameter name="days" string="false">3</｜DSML｜parameter>\n</｜DSML｜invoke>\n'
+        'Rome</｜DSML｜parameter>\n<｜DSML｜parameter name="days" string="false">3</｜DSML｜parameter>\n'
+        "</｜DSML｜invoke>\n"
         "</｜DSML｜function_calls>",
         PLAIN,
     ),
@@ -169,7 +170,7 @@ class Model:
             Sampling(max_tokens=2000, **settings), GenerationConfig(eos_token_id=2), 9, 4000, len(prompt)
         )
         text = self._texts.new(prompt, resolved, chat)
-        return Request(0, prompt, resolved, text, Cancels(), len(self.tokenizer))
+        return Request(0, prompt, resolved, text, len(self.tokenizer))
 
     def chunks(self, said: str, tools: Any = TOOLS, *, ends: bool = True, **settings: Any) -> list[Chunk]:
         request = self.begin(tools, **settings)
