@@ -8,12 +8,14 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from edgemoe.errors import RequestError, told_as
 from edgemoe.request.token_texts import TokenTexts
 from edgemoe.response_format import llguidance, one_line, parser_limits
 
+Ids = npt.NDArray[np.int64]
 KEPT_GRAMMARS = 32
 """Grammars that are kept for the next request that has one of them."""
 
@@ -23,8 +25,8 @@ class _GrammarTokens(NamedTuple):
 
     tokenizer: Any
     """llguidance's LLTokenizer."""
-    hidden: torch.Tensor
-    """Ids that it takes for text, or for the end, and that have no text in a reply; int64."""
+    hidden: Ids
+    """Ids that it takes for text, or for the end, and that have no text in a reply."""
 
 
 class Constraint:
@@ -33,8 +35,8 @@ class Constraint:
     Every method raises RequestError where llguidance gives up, such as for a grammar that is too ambiguous.
     """
 
-    def __init__(self, matcher: Any, hidden: torch.Tensor) -> None:
-        """`matcher` is llguidance's, and the constraint's own; tokens `hidden`, int64, never have a place in it."""
+    def __init__(self, matcher: Any, hidden: Ids) -> None:
+        """`matcher` is llguidance's, and the constraint's own; the tokens `hidden` never have a place in it."""
         self._matcher = matcher
         self._hidden = hidden
 
@@ -56,14 +58,15 @@ class Constraint:
         """
         bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
         self._check()
-        mask = torch.zeros(vocabulary, dtype=torch.bool)
+        # In NumPy: PyTorch's threads cost more than they save here.
+        mask = np.zeros(vocabulary, np.bool_)
         count = min(vocabulary, len(bits))
-        mask[:count] = torch.from_numpy(bits[:count].view(np.bool_))
+        mask[:count] = bits[:count].view(np.bool_)
         mask[self._hidden[self._hidden < vocabulary]] = False
-        mask[[token for token in ends if token < vocabulary]] = bool(self._matcher.is_accepting())
-        if not bool(mask.any()):
+        mask[[token for token in ends if token < vocabulary]] = self._matcher.is_accepting()
+        if not mask.any():
             raise RequestError("no token can follow in the form that the reply must have: change response_format")
-        return mask
+        return torch.from_numpy(mask)
 
     def allowed_after(self, drafted: Sequence[int], vocabulary: int, ends: Set[int]) -> torch.Tensor | None:
         """As `allowed`, after the tokens `drafted` as well; None where these do not follow the grammar.
@@ -122,7 +125,7 @@ class Constraints:
         with told_as(unusable):
             made = self._made()
         hidden = [token for token in self._texts.special if not made.is_special_token(token)]
-        return _GrammarTokens(made, torch.tensor(sorted({*hidden, *made.eos_tokens}), dtype=torch.long))
+        return _GrammarTokens(made, np.array(sorted({*hidden, *made.eos_tokens}), np.int64))
 
     def _made(self) -> Any:
         from llguidance.hf import from_tokenizer
