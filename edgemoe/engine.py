@@ -209,7 +209,8 @@ class Engine:
                     continue
                 self._worker.wait(lambda: any(stream.ended for stream in in_flight))
                 for stream in [each for each in in_flight if each.ended]:
-                    yield in_flight.pop(stream), stream.completion(self.plan.lossy)
+                    number = in_flight.pop(stream)
+                    yield number, _reply(stream, self.plan.lossy)
         finally:
             for stream in in_flight:
                 stream.close()
@@ -325,6 +326,14 @@ def _load(
         loaded.close()
         raise
     return loaded
+
+
+def _reply(stream: Stream, lossy: str) -> Completion | RequestError:
+    """The reply of a stream that has ended, or why its form could not be followed."""
+    try:
+        return stream.completion(lossy)
+    except RequestError as error:
+        return error
 
 
 def _chat_chunks(stream: Stream, chunks: ChatChunks) -> Iterator[dict[str, Any]]:

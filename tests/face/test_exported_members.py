@@ -25,6 +25,7 @@ EXPORTED = [
     "Stream",
     "Timings",
     "TokenLogprob",
+    "ToolCall",
     "__version__",
 ]
 
