@@ -39,15 +39,15 @@ def checked_format(value: Any) -> dict[str, Any] | None:
     if not isinstance(value, Mapping) or value.get("type") not in TYPES:
         kinds = ", ".join(f'"{kind}"' for kind in TYPES)
         raise RequestError(f"response_format must be an object whose type is one of {kinds}, not {shown(value)}")
-    value = dict(checked_json(value, "response_format"))
-    own = ("type", "json_schema") if value["type"] == "json_schema" else ("type",)
-    _refuse_unknown(value, own, "response_format")
-    if value["type"] == "text":
+    checked: dict[str, Any] = checked_json(value, "response_format")
+    own = ("type", "json_schema") if checked["type"] == "json_schema" else ("type",)
+    _refuse_unknown(checked, own, "response_format")
+    if checked["type"] == "text":
         return None
-    if value["type"] == "json_schema":
-        _check_schema_fields(value.get("json_schema"))
-    check_schema(schema_of(value), "response_format")
-    return value
+    if checked["type"] == "json_schema":
+        _check_schema_fields(checked.get("json_schema"))
+    check_schema(schema_of(checked), "response_format")
+    return checked
 
 
 def check_schema(schema: Mapping[str, Any], name: str) -> None:

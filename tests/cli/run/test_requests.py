@@ -140,7 +140,7 @@ def test_fields_that_ask_for_nothing_are_taken() -> None:
 def test_tools_and_a_form_are_taken() -> None:
     form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "integer"}}}
     calls = [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
-    messages = [
+    messages: list[dict[str, Any]] = [
         USER,
         {"role": "assistant", "content": None, "tool_calls": calls},
         {"role": "tool", "tool_call_id": "c", "content": "7"},
