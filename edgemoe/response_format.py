@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from edgemoe.errors import RequestError
+from edgemoe.values import shown
 
 MAX_DEPTH = 64
 """Levels of a schema, or of another JSON value in a request."""
@@ -159,13 +160,3 @@ def _refuse_unknown(value: Mapping[str, Any], known: tuple[str, ...], where: str
     unknown = sorted(set(value) - set(known))
     if unknown:
         raise RequestError(f"{where} has the unknown field {unknown[0][:60]!r}: known are {', '.join(known)}")
-
-
-def shown(value: Any) -> str:
-    """A value as a message shows it: its beginning, or its type where it may be large."""
-    if isinstance(value, (str, int, float)) or value is None:
-        text = repr(value) if not isinstance(value, int) or abs(value) < 1 << 64 else "a large number"
-        return text if len(text) <= 80 else f"{text[:80]}..."
-    if isinstance(value, Mapping) and len(value) <= 8:
-        return "{" + ", ".join(f"{shown(key)}: ..." for key in value) + "}"
-    return f"a {type(value).__name__}"

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edgemoe.cli.run.requests import BadLine, RequestLine
+from edgemoe.results import LOWEST_LOGPROB
 
 if TYPE_CHECKING:
     from edgemoe import Completion
@@ -84,8 +85,8 @@ def _completion_logprobs(entries: Iterable[TokenLogprob]) -> Record:
     for entry in entries:
         names = _names(entry)
         shape["tokens"].append(names[entry.token_id])
-        shape["token_logprobs"].append(entry.logprob)
-        shape["top_logprobs"].append({names[token_id]: logprob for token_id, _, logprob in entry.top})
+        shape["token_logprobs"].append(max(entry.logprob, LOWEST_LOGPROB))
+        shape["top_logprobs"].append({names[token]: max(value, LOWEST_LOGPROB) for token, _, value in entry.top})
         shape["text_offset"].append(offset)
         offset += len(entry.token)
     return shape

@@ -8,7 +8,14 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from edgemoe.checkpoint.chat_messages import CALL_FORMS, CallForm, checked_messages, chosen_tools, with_call_form
+from edgemoe.checkpoint.prompts.chat_messages import (
+    CALL_FORMS,
+    CallForm,
+    checked_messages,
+    chosen_tools,
+    with_call_form,
+)
+from edgemoe.checkpoint.prompts.conversation import check_messages, check_variables
 from edgemoe.errors import RequestError, is_device_or_memory_error, told_as
 from edgemoe.quiet import quiet_transformers
 
@@ -172,6 +179,8 @@ class ChatTemplate:
     def _check(self, chat: ChatPrompt) -> None:
         if not self.source:
             raise RequestError(f"{self._name} has no chat template: give plain prompts, as with edgemoe run")
+        check_messages(chat.messages)
+        check_variables(chat.template_kwargs)
         checked_messages(chat.messages)
         reserved = sorted(RESERVED & set(chat.template_kwargs))
         if reserved:

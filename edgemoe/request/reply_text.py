@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence, Set
 from functools import cached_property
 from typing import Any
 
-from edgemoe.checkpoint.chat_messages import chosen_tools
 from edgemoe.checkpoint.chat_template import ChatPrompt, ChatTemplate
+from edgemoe.checkpoint.prompts.chat_messages import chosen_tools
 from edgemoe.errors import RequestError
 from edgemoe.request.call_formats import HARMONY_CALL, CallFormat, call_format, shown_marks
 from edgemoe.request.constraint import Constraint, Constraints

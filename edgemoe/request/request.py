@@ -108,7 +108,10 @@ class Request:
         self._bytes_loaded += nbytes
 
     def advance(self, logits: LogitsRow) -> None:
-        """Samples the next token from `logits`, and adds its chunk. Fails where the reply's grammar cannot go on."""
+        """Samples the next token from `logits`, and adds its chunk.
+
+        Logits that are not finite, and a form that cannot be followed, end it with an error.
+        """
         try:
             self._append(self._draw(logits), logits)
         except RequestError as error:
@@ -118,7 +121,8 @@ class Request:
         """Samples along `tree`, whose root is the last token, until a token is not in the tree, and adds the chunks.
 
         `logits` are those after each node. Tokens are sampled as by `advance`, so the reply is the same without the
-        tree. Returns the nodes whose tokens are in the reply, root first: those to keep in the KV cache.
+        tree. Returns the nodes whose tokens are in the reply, root first: those to keep in the KV cache. Logits that
+        are not finite end it with an error.
         """
         path = [0]
         self.cycles += 1
@@ -203,7 +207,7 @@ class Request:
         count = self._settings.logprobs
         if count is None:
             return None
-        values = on_host(logits).log_softmax(-1)
+        values = on_host(logits).log_softmax(-1).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
         best = values.topk(min(count, len(values)))
         name = self._text.name
         top = tuple((int(index), name(int(index)), float(value)) for value, index in zip(*best, strict=True))

@@ -9,8 +9,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from bench.support.byte_tokenizer import byte_tokenizer
-from edgemoe.checkpoint.chat_messages import checked_messages
 from edgemoe.checkpoint.chat_template import ChatPrompt, ChatTemplate
+from edgemoe.checkpoint.prompts.chat_messages import checked_messages
 from edgemoe.errors import RequestError
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
@@ -104,7 +104,7 @@ def test_a_template_that_shows_no_calls_refuses_them(shows: str) -> None:
 @pytest.mark.parametrize(
     ("message", "said"),
     [
-        ("Hi", "a message must be an object"),
+        ("Hi", "must be a mapping with a role"),
         ({"role": "user"}, "text role and a text content"),
         ({"role": "user", "content": None}, "text role and a text content"),
         ({"role": 3, "content": "x"}, "text role and a text content"),

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from edgemoe.errors import RequestError
-from edgemoe.response_format import checked_json, shown
+from edgemoe.response_format import checked_json
+from edgemoe.values import shown
 
 Message = dict[str, Any]
 _NAME = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
