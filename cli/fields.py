@@ -18,7 +18,10 @@ _MAX_SHOWN = 60
 
 _NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 _WHOLE_NUMBERS = ("top_k", "seed", "max_tokens", "max_completion_tokens")
-_SHARED = ("n", "stop", "ignore_eos", "skip_special_tokens", "logprobs", "logit_bias", *_NUMBERS, *_WHOLE_NUMBERS)
+_SHARED = (
+    "n", "stop", "ignore_eos", "skip_special_tokens", "logprobs", "logit_bias", "response_format", *_NUMBERS,
+    *_WHOLE_NUMBERS,
+)  # fmt: skip
 _LABELS = ("model", "user", "metadata", "safety_identifier", "prompt_cache_key")
 """Fields that do not bear on the reply, whatever they hold."""
 
@@ -29,21 +32,22 @@ _PLAIN_SHARED: dict[str, tuple[Any, ...]] = {
 _PLAIN_COMPLETION: dict[str, tuple[Any, ...]] = {**_PLAIN_SHARED, "echo": (False,), "suffix": ("",)}
 _PLAIN_CHAT: dict[str, tuple[Any, ...]] = {
     **_PLAIN_SHARED,
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
     "store": (False,),
     "service_tier": ("auto", "default"),
 }
 """Fields of OpenAI's that are served only where their value asks for nothing; null always does."""
 
-_CHAT = ("messages", "top_logprobs", "chat_template_kwargs", "reasoning_effort", *_SHARED)
+_CHAT = (
+    "messages", "top_logprobs", "chat_template_kwargs", "reasoning_effort", "tools", "tool_choice", *_SHARED
+)  # fmt: skip
 _COMPLETION = ("prompt", "best_of", *_SHARED)
 CHAT_FIELDS = (*_CHAT, *_LABELS, *_PLAIN_CHAT)
 COMPLETION_FIELDS = (*_COMPLETION, *_LABELS, *_PLAIN_COMPLETION)
 _MESSAGE_FIELDS = ("role", "content", "reasoning_content")
+_FIELDS_OF = {"assistant": ("tool_calls",), "tool": ("tool_call_id", "name")}
+"""Fields of the messages of one role."""
 _PLAIN_MESSAGE: dict[str, tuple[Any, ...]] = {
     "name": (), "refusal": (), "audio": (), "function_call": (), "tool_calls": ([],), "annotations": ([],),
 }  # fmt: skip
@@ -106,8 +110,7 @@ def sampling_changes(body: Mapping[str, Any], *, chat: bool) -> dict[str, Any]:
         changes["max_tokens"] = changes.pop("max_completion_tokens")
     if "stop" in given:
         changes["stop"] = _stop(given["stop"])
-    if "logit_bias" in given:
-        changes["logit_bias"] = given["logit_bias"]
+    changes |= {name: given[name] for name in ("logit_bias", "response_format") if name in given}
     changes |= {name: switch(name, given[name]) for name in ("ignore_eos", "skip_special_tokens") if name in given}
     return changes | (_chat_logprobs(given) if chat else _completion_logprobs(given))
 
@@ -134,6 +137,16 @@ def template_kwargs(body: Mapping[str, Any]) -> dict[str, Any]:
     return dict(given or {}) | ({} if effort is None else {"reasoning_effort": words("reasoning_effort", effort)})
 
 
+def tools(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `ChatPrompt` that the body sets for tools. Their shapes are checked where prompts are made."""
+    given = {name: body[name] for name in ("tools", "tool_choice") if body.get(name) is not None}
+    if given.get("tools", []) == [] and given.get("tool_choice", "auto") in ("auto", "none"):
+        return {}
+    if body.get("parallel_tool_calls") is False:
+        raise FieldError("parallel_tool_calls is false, but how many tools a reply calls is the model's choice")
+    return given
+
+
 def _stop(value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         return (words("stop", value),)
@@ -154,18 +167,24 @@ def prompt(value: Any) -> str | tuple[int, ...]:
     raise FieldError("prompt must be one text or one list of token ids; give a line to each prompt")
 
 
-def messages(value: Any) -> tuple[dict[str, str], ...]:
-    """The messages of a chat."""
+def messages(value: Any) -> tuple[dict[str, Any], ...]:
+    """The messages of a chat. The shape of calls of tools is checked where prompts are made."""
     if not isinstance(value, list) or not value:
         raise FieldError("messages must be a list of at least one message")
     return tuple(_message(entry) for entry in value)
 
 
-def _message(value: Any) -> dict[str, str]:
+def _message(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FieldError("each of messages must be an object with role and content")
-    _check(value, _MESSAGE_FIELDS, _PLAIN_MESSAGE)
-    message = {"role": words("role", value.get("role")), "content": _content(value.get("content"))}
+    role = value.get("role")
+    own = _FIELDS_OF.get(role, ()) if isinstance(role, str) else ()
+    plain = {name: values for name, values in _PLAIN_MESSAGE.items() if name not in own}
+    _check(value, (*_MESSAGE_FIELDS, *own), plain)
+    more = {name: value[name] for name in own if value.get(name)}
+    calls = "tool_calls" in more and value.get("content") is None
+    content = None if calls else _content(value.get("content"))
+    message = {"role": words("role", role), "content": content, **more}
     reasoning = value.get("reasoning_content")
     return message if reasoning is None else message | {"reasoning_content": words("reasoning_content", reasoning)}
 

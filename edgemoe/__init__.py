@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from edgemoe.engine import Engine
     from edgemoe.found_model import FoundModel, find_models
     from edgemoe.plan.plan import Plan
-    from edgemoe.results import Chunk, Completion, Progress, Stats, Timings, TokenLogprob
+    from edgemoe.results import Chunk, Completion, Progress, Stats, Timings, TokenLogprob, ToolCall
     from edgemoe.stream import Stream
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "Stream",
     "Timings",
     "TokenLogprob",
+    "ToolCall",
     "__version__",
     "find_models",
 ]
@@ -67,6 +68,7 @@ _LAZY = {
     "Stream": "stream",
     "Timings": "results",
     "TokenLogprob": "results",
+    "ToolCall": "results",
 }
 
 

@@ -72,18 +72,24 @@ class AsyncEngine:
         return Completion.from_chunks(chunks, stream.prompt_token_ids, self.engine.plan.lossy)
 
     async def chat(
-        self, messages: Messages, sampling: Sampling | None = None, template_kwargs: Mapping[str, Any] | None = None
+        self,
+        messages: Messages | ChatPrompt,
+        sampling: Sampling | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """As `Engine.chat`."""
-        completion = await self.generate(ChatPrompt(messages, template_kwargs or {}), sampling)
+        completion = await self.generate(ChatPrompt.of(messages, template_kwargs), sampling)
         return chat_completion(completion, self.engine.model_name)
 
     async def chat_stream(
-        self, messages: Messages, sampling: Sampling | None = None, template_kwargs: Mapping[str, Any] | None = None
+        self,
+        messages: Messages | ChatPrompt,
+        sampling: Sampling | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> AsyncGenerator[dict[str, Any], None]:
         """As `Engine.chat_stream`."""
         made = ChatChunks(self.engine.model_name)
-        async with aclosing(self.stream(ChatPrompt(messages, template_kwargs or {}), sampling)) as chunks:
+        async with aclosing(self.stream(ChatPrompt.of(messages, template_kwargs), sampling)) as chunks:
             async for chunk in chunks:
                 for each in made.of(chunk):
                     yield each

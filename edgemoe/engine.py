@@ -18,7 +18,7 @@ from edgemoe.checkpoint.prompts.prompt_limits import check_room
 from edgemoe.checkpoint.prompts.token_ids import check_token_ids
 from edgemoe.checkpoint.tokenizer import Prompt, as_chat, check_prompt, prompt_tokens
 from edgemoe.config import EngineConfig, checked_setting, chosen_config
-from edgemoe.errors import LogitsError, RequestError, reading
+from edgemoe.errors import RequestError, reading
 from edgemoe.experts.budget_routing import BudgetTotals
 from edgemoe.loaded import Loaded, draft_model_for
 from edgemoe.plan.plan import Plan
@@ -224,23 +224,30 @@ class Engine:
                 stream.close()
 
     def chat(
-        self, messages: Messages, sampling: Sampling | None = None, template_kwargs: Mapping[str, Any] | None = None
+        self,
+        messages: Messages | ChatPrompt,
+        sampling: Sampling | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """The assistant's next message, in the shape of OpenAI's chat.completion object.
 
-        `template_kwargs` are variables of the chat template, such as `enable_thinking` or `reasoning_effort`.
+        `template_kwargs` are variables of the chat template, such as `enable_thinking` or `reasoning_effort`. A
+        `ChatPrompt` has both already.
         """
-        prompt = ChatPrompt(messages, template_kwargs or {})
+        prompt = ChatPrompt.of(messages, template_kwargs)
         return chat_completion(self.generate(prompt, sampling), self.model_name)
 
     def chat_stream(
-        self, messages: Messages, sampling: Sampling | None = None, template_kwargs: Mapping[str, Any] | None = None
+        self,
+        messages: Messages | ChatPrompt,
+        sampling: Sampling | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> Generator[dict[str, Any], None, None]:
         """As `chat`, in the shape of OpenAI's chat.completion.chunk objects; the last one has `usage`.
 
         Raises RequestError as `stream` does. Closing the generator ends the request.
         """
-        stream = self.stream(ChatPrompt(messages, template_kwargs or {}), sampling)
+        stream = self.stream(ChatPrompt.of(messages, template_kwargs), sampling)
         return _chat_chunks(stream, ChatChunks(self.model_name))
 
     def cancel(self, *, running: bool = True) -> None:
@@ -333,7 +340,7 @@ def _outcome(stream: Stream, lossy: str) -> Completion | RequestError:
     """The reply of one of many requests, or the error that is its alone."""
     try:
         return stream.completion(lossy)
-    except LogitsError as error:
+    except RequestError as error:
         return error
 
 

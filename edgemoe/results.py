@@ -87,6 +87,17 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """A call of a tool that the model asks for."""
+
+    id: str
+    """The model's own, or a new one; the answer to the call names it as `tool_call_id`."""
+    name: str
+    arguments: str
+    """A JSON object as text."""
+
+
+@dataclass(frozen=True)
 class Completion:
     """A finished reply."""
 
@@ -102,6 +113,8 @@ class Completion:
     """The reasoning before the text, of a reply to messages by a model that marks it; no part of `text`."""
     lossy: str = ""
     """The settings that make replies differ from the model's own (see `Plan.lossy`); empty for none."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """The calls in the reply, of tools that the prompt offers; no part of `text`."""
 
     @classmethod
     def from_chunks(cls, chunks: Sequence[Chunk], prompt_token_ids: Sequence[int], lossy: str = "") -> Completion:
@@ -116,6 +129,7 @@ class Completion:
             prompt_token_ids=tuple(prompt_token_ids),
             reasoning="".join(chunk.reasoning for chunk in chunks),
             lossy=lossy,
+            tool_calls=tuple(call for chunk in chunks for call in chunk.tool_calls),
         )
 
 
@@ -130,6 +144,8 @@ class Chunk:
     timings: Timings
     reasoning: str = ""
     """A piece of the reasoning; `text` is what the user is told."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """The calls in the reply, all of them in the last chunk."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +270,7 @@ def chat_completion(completion: Completion, model: str) -> dict[str, Any]:
             {
                 "index": 0,
                 "message": _message(completion),
-                "finish_reason": completion.finish_reason,
+                "finish_reason": chat_finish_reason(completion.finish_reason, completion.tool_calls),
                 "logprobs": chat_logprobs(completion.logprobs),
             }
         ],
@@ -276,14 +292,16 @@ class ChatChunks:
 
     def of(self, chunk: Chunk) -> Iterator[dict[str, Any]]:
         """The object of `chunk`: the first one has the role, the last one `finish_reason` and `usage`."""
-        delta: dict[str, str] = {} if self._begun else {"role": "assistant"}
+        delta: dict[str, Any] = {} if self._begun else {"role": "assistant"}
         delta |= {"content": chunk.text} if chunk.text or not self._begun else {}
         delta |= {"reasoning_content": chunk.reasoning} if chunk.reasoning else {}
+        calls = [{"index": index, **call} for index, call in enumerate(chat_tool_calls(chunk.tool_calls))]
+        delta |= {"tool_calls": calls} if calls else {}
         self._begun = True
         choice = {
             "index": 0,
             "delta": delta,
-            "finish_reason": chunk.finish_reason,
+            "finish_reason": chat_finish_reason(chunk.finish_reason, chunk.tool_calls),
             "logprobs": chat_logprobs(chunk.logprobs),
         }
         last = {} if chunk.finish_reason is None else {"usage": usage(chunk.timings)}
@@ -301,9 +319,24 @@ def named_lossy(completion: Completion) -> dict[str, Any]:
     return {"lossy": completion.lossy} if completion.lossy else {}
 
 
-def _message(completion: Completion) -> dict[str, str]:
-    message = {"role": "assistant", "content": completion.text}
-    return message | ({"reasoning_content": completion.reasoning} if completion.reasoning else {})
+def _message(completion: Completion) -> dict[str, Any]:
+    calls = chat_tool_calls(completion.tool_calls)
+    message: dict[str, Any] = {"role": "assistant", "content": completion.text or (None if calls else "")}
+    message |= {"reasoning_content": completion.reasoning} if completion.reasoning else {}
+    return message | ({"tool_calls": calls} if calls else {})
+
+
+def chat_finish_reason(finish_reason: str | None, tool_calls: Sequence[ToolCall]) -> str | None:
+    """A reply's finish reason as that of an OpenAI chat choice: "tool_calls" where it ended with calls."""
+    return "tool_calls" if tool_calls and finish_reason == "stop" else finish_reason
+
+
+def chat_tool_calls(tool_calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
+    """Calls as the `tool_calls` of an OpenAI message. Those of a streamed chunk have an `index` as well."""
+    return [
+        {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+        for call in tool_calls
+    ]
 
 
 def chat_logprobs(logprobs: tuple[TokenLogprob, ...] | None) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgemoe.errors import RequestError
+from edgemoe.response_format import checked_format
 from edgemoe.values import check_text, number, shown, whole_number
 
 MIN_TEMPERATURE = 1e-6
@@ -55,6 +56,8 @@ class Sampling:
     """Continue after the end-of-sequence token."""
     skip_special_tokens: bool = True
     """Leave the texts of special tokens out; else the whole reply is one text, with the marks of its parts."""
+    response_format: Mapping[str, Any] | None = None
+    """The form of the text: JSON, or JSON of a schema, as OpenAI's `response_format`; None is any text."""
 
     def __post_init__(self) -> None:
         self._check("temperature", "from 0 to 1e20", lambda value: 0 <= value <= MAX_FACTOR)
@@ -70,6 +73,7 @@ class Sampling:
         object.__setattr__(self, "stop", _checked_stop(self.stop))
         if self.logit_bias is not None:
             object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
+        object.__setattr__(self, "response_format", checked_format(self.response_format))
         for name in ("ignore_eos", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} must be True or False, not {shown(getattr(self, name))}")
@@ -149,6 +153,7 @@ class ResolvedSampling:
     """Ids of the tokens that end the reply; empty if they are ignored."""
     ignore_eos: bool
     skip_special_tokens: bool
+    response_format: Mapping[str, Any] | None = None
 
 
 def resolve(
@@ -194,6 +199,7 @@ def resolve(
         eos=frozenset() if sampling.ignore_eos else ends,
         ignore_eos=sampling.ignore_eos,
         skip_special_tokens=sampling.skip_special_tokens,
+        response_format=sampling.response_format,
     )
 
 

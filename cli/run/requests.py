@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
 from edgemoe.checkpoint.chat_template import ChatPrompt
+from edgemoe.checkpoint.prompts.chat_messages import check_chat
 from edgemoe.cli import fields
 from edgemoe.cli.fields import FieldError
 from edgemoe.cli.run.source import Line
@@ -23,7 +24,7 @@ COMPLETION_URL = "/v1/completions"
 _ENVELOPE = ("custom_id", "method", "url", "body")
 _SEEDS = 1 << 63
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +38,15 @@ class RequestLine:
     choices: int = 1
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Variables of the chat template."""
+    tools: Mapping[str, Any] = field(default_factory=dict)
+    """The fields `tools` and `tool_choice` of `ChatPrompt`, as far as the line has them."""
 
     @property
     def asked(self) -> Prompt:
         """What the engine is asked."""
         if not self.is_chat:
             return cast("Prompt", self.prompt)
-        return ChatPrompt(cast("tuple[Message, ...]", self.prompt), self.template_kwargs)
+        return ChatPrompt(cast("tuple[Message, ...]", self.prompt), self.template_kwargs, **self.tools)
 
     def samplings(self) -> list[Sampling]:
         """The sampling of each choice. Where a seed is given, each has one of its own, counted up from it."""
@@ -137,6 +140,9 @@ class RequestReader:
         fields.check(body, chat=chat)
         sampling = replace(self.defaults, **fields.sampling_changes(body, chat=chat))
         made = self._with_system(fields.messages(body[source])) if chat else fields.prompt(body[source])
+        tools = fields.tools(body) if chat else {}
+        if chat:
+            check_chat(cast("tuple[Message, ...]", made), **tools)
         return RequestLine(
             custom_id=custom_id,
             prompt=made,
@@ -144,6 +150,7 @@ class RequestReader:
             sampling=sampling,
             choices=fields.choices(body),
             template_kwargs={**self.template_kwargs, **fields.template_kwargs(body)} if chat else {},
+            tools=tools,
         )
 
     def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from edgemoe.checkpoint.foreign.template_budget import TemplateLimit
 from edgemoe.checkpoint.foreign.template_limits import LimitedTemplates
 from edgemoe.checkpoint.foreign.text_length import check_text_length
+from edgemoe.checkpoint.prompts.chat_messages import (
+    CALL_FORMS,
+    CallForm,
+    checked_messages,
+    chosen_tools,
+    with_call_form,
+)
 from edgemoe.checkpoint.prompts.conversation import check_messages, check_variables
 from edgemoe.errors import CheckpointError, RequestError, is_device_or_memory_error, told_as
 from edgemoe.quiet import quiet_transformers
-from edgemoe.values import shown
 
-Messages = Sequence[Mapping[str, str]]
-"""A conversation: each message has a role and a content, an assistant's may have a reasoning_content."""
+Messages = Sequence[Mapping[str, Any]]
+"""A conversation in OpenAI's shape: each message has a role and a content, an assistant's may have a reasoning_content
+and tool_calls, and one of the role "tool" answers a call."""
 RESERVED = frozenset(
     (
         "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
@@ -26,6 +35,25 @@ RESERVED = frozenset(
 """Arguments of transformers that are no variables of a template."""
 PROBE = "zqxj"
 """A reply of which the end can be found in a rendered conversation."""
+PROBE_CALL: list[dict[str, Any]] = [
+    {"role": "user", "content": "a"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {"id": "zqxj00001", "type": "function", "function": {"name": PROBE, "arguments": {"qzkw": "vzkq"}}}
+        ],
+    },
+    {"role": "tool", "name": PROBE, "tool_call_id": "zqxj00001", "content": "b"},
+]
+PROBE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "f",
+        "description": "f",
+        "parameters": {"type": "object", "properties": {"a": {"type": "string", "description": "a"}}},
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -34,6 +62,15 @@ class ChatPrompt:
 
     messages: Messages
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    tools: Sequence[Mapping[str, Any]] = ()
+    """What the model may call, in OpenAI's shape: `{"type": "function", "function": {"name": ..., ...}}`."""
+    tool_choice: str | Mapping[str, Any] = "auto"
+    """OpenAI's: "none" offers no tools, "auto" leaves it to the model, "required" or a function has one called."""
+
+    @classmethod
+    def of(cls, messages: Messages | ChatPrompt, template_kwargs: Mapping[str, Any] | None = None) -> ChatPrompt:
+        """`messages` with the variables `template_kwargs`, or the prompt that it is already."""
+        return messages if isinstance(messages, ChatPrompt) else cls(messages, template_kwargs or {})
 
 
 class ChatTemplate:
@@ -60,11 +97,15 @@ class ChatTemplate:
     def render(self, chat: ChatPrompt) -> list[int]:
         """The token ids of the prompt, up to the reply.
 
-        Raises RequestError without a template, and for what is malformed or refused by the template.
+        Raises RequestError without a template, for what is malformed or refused by the template, and for tools where
+        the template does not read them.
         """
         self._check(chat)
+        offered, _ = chosen_tools(chat.tools, chat.tool_choice)
         refused = f"the chat template of {self._name} refuses this conversation"
         with quiet_transformers(), told_as(lambda why: RequestError(f"{refused}: {why}")):
+            if offered and not self._reads(offered, chat):
+                raise RequestError(f"the chat template of {self._name} does not read tools: leave them out")
             text = self._apply(chat, tokenize=False)
             check_text_length(text, self._context, self._tokenizer)
             tokens = self._tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -114,16 +155,50 @@ class ChatTemplate:
             if is_device_or_memory_error(error):
                 raise
 
+    def _reads(self, tools: Sequence[Mapping[str, Any]], chat: ChatPrompt) -> bool:
+        """Whether the prompt of `chat` depends on its `tools`."""
+        without = replace(chat, tools=(), tool_choice="auto")
+        return bool(self._apply(chat, tokenize=False) != self._apply(without, tokenize=False))
+
     def _apply(self, chat: ChatPrompt, **how: Any) -> Any:
-        messages = [self._as_wanted(message) for message in chat.messages]
-        how = {"add_generation_prompt": True, **how, **chat.template_kwargs}
+        messages = checked_messages(chat.messages)
+        if any("tool_calls" in message for message in messages):
+            form = self._call_form
+            if form is None:
+                raise RequestError(f"the chat template of {self._name} does not show calls of tools: leave them out")
+            messages = [with_call_form(message, form) for message in messages]
+        return self._rendered(messages, chosen_tools(chat.tools, chat.tool_choice)[0], {**how, **chat.template_kwargs})
+
+    def _rendered(self, messages: Sequence[dict[str, Any]], tools: Sequence[Any], how: Mapping[str, Any]) -> Any:
+        wanted = [self._as_wanted(message) for message in messages]
+        how = {"add_generation_prompt": True, **({"tools": list(tools)} if tools else {}), **how}
         assert self._templates is not None
-        return self._templates(messages, **how)
+        return self._templates(wanted, **how)
+
+    @cached_property
+    def _call_form(self) -> CallForm | None:
+        """The first form in which the template shows a call, and its arguments as they are; None where there is none.
+
+        The arguments are shown as JSON, or one by one.
+        """
+        for form in CALL_FORMS:
+            messages = [with_call_form(message, form) for message in PROBE_CALL]
+            try:
+                with quiet_transformers():
+                    text = self._rendered(messages, [PROBE_TOOL], {"tokenize": False})
+            except Exception as error:
+                if is_device_or_memory_error(error):
+                    raise
+                continue
+            marred = ("{'qzkw'", json.dumps('"qzkw"')[1:-1], ">None", "\nNone")
+            if PROBE in text and "qzkw" in text and not any(mark in text for mark in marred):
+                return form
+        return None
 
     def _encode(self, text: str) -> list[int]:
         return [int(token) for token in self._tokenizer.encode(text, add_special_tokens=False)] if text else []
 
-    def _as_wanted(self, message: Mapping[str, str]) -> dict[str, str]:
+    def _as_wanted(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """The message with its reasoning under the name that the template reads."""
         wanted = dict(message)
         if "reasoning_content" in wanted and ".thinking" in self.source:
@@ -135,10 +210,7 @@ class ChatTemplate:
             raise RequestError(f"{self._name} has no chat template: give plain prompts, as with edgemoe run")
         check_messages(chat.messages)
         check_variables(chat.template_kwargs)
-        for message in chat.messages:
-            parts = [message.get("role"), message.get("content"), message.get("reasoning_content", "")]
-            if not all(isinstance(part, str) for part in parts):
-                raise RequestError(f"a message must have a text role and a text content, not {shown(dict(message))}")
+        checked_messages(chat.messages)
         reserved = sorted(RESERVED & set(chat.template_kwargs))
         if reserved:
             raise RequestError(f"{reserved[0]} is no variable of a chat template: leave it out of template_kwargs")

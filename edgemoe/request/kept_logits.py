@@ -69,11 +69,19 @@ class LogitsSteps:
         self._best = 1 if greedy and not processors else 0 if self._first else self._top_k
         """The number of largest logits that are enough; 0 where all are needed."""
 
-    def run(self, tokens: Sequence[int], logits: LogitsRow) -> Kept:
+    def run(self, tokens: Sequence[int], logits: LogitsRow, allowed: torch.Tensor | None = None) -> Kept:
         """What becomes of `logits` after `tokens`. The logits are not changed.
 
-        Where the largest are enough, no others are read from a device.
+        Where the largest are enough, no others are read from a device. With `allowed`, bool [vocabulary], the logits
+        of all other tokens are minus infinity, before the processors and after them; where these would leave nothing,
+        they do nothing.
         """
+        if allowed is not None:
+            masked = on_host(logits).masked_fill(~allowed, -torch.inf)
+            found = self.run(tokens, masked)
+            # Some give an end token a score of their own.
+            own = found.scores.masked_fill(~(allowed if found.ids is None else allowed[found.ids]), -torch.inf)
+            return Kept(own, found.ids) if bool((own > -torch.inf).any()) else Kept(masked)
         if not self._all and isinstance(logits, torch.Tensor):
             return Kept(logits)
         text = torch.frombuffer(array("q", tokens), dtype=torch.int64) if tokens else torch.empty(0, dtype=torch.int64)

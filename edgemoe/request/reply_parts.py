@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
+from edgemoe.request.call_readers import Call, Tools, json_at
 from edgemoe.request.detokenizer import Detokenizer, begun
 from edgemoe.request.token_texts import TokenTexts
+from edgemoe.request.tool_calls import tool_call
+from edgemoe.results import ToolCall
 
 SPANS = (
     (r"<((?:[a-z]+:)?(?:think|thinking|thought|thoughts|reason|reasoning))>", "</{}>"),
@@ -27,6 +31,8 @@ HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
 FINAL = "final"
 """The channel of harmony that the user is told."""
 CHANNELS = (FINAL, "analysis", "commentary")
+RECIPIENT = re.compile(r"\bto=functions\.([\w.:-]+)")
+"""A function that a message in harmony is for."""
 
 
 class Piece(NamedTuple):
@@ -67,17 +73,33 @@ class ReplyFormat:
         """Whether replies may have more than one part."""
         return self.harmony or self.span is not None
 
-    def parts(self, texts: TokenTexts, prompt: Sequence[int], opening: Sequence[int]) -> ReplyParts:
-        """The parts of a reply to `prompt`, which ends with `opening`: what the template begins the reply with."""
+    def parts(
+        self,
+        texts: TokenTexts,
+        prompt: Sequence[int],
+        opening: Sequence[int],
+        *,
+        one_span: bool = False,
+        shown: Set[int] = frozenset(),
+        tools: Tools | None = None,
+    ) -> ReplyParts:
+        """The parts of a reply to `prompt`, which ends with `opening`: what the template begins the reply with.
+
+        With `one_span` there is no reasoning after the text has begun, whatever the text has. Special tokens
+        `shown` have their text; in harmony, whose messages to `tools` are calls, none has.
+        """
         if self.harmony:
-            return HarmonyParts(texts, opening)
+            return HarmonyParts(texts, opening, tools or {})
         if self.span is not None:
-            return SpanParts(texts, prompt, self.span, opening)
-        return OnePart(texts, prompt)
+            return SpanParts(texts, prompt, self.span, opening, one_span=one_span, shown=shown)
+        return OnePart(texts, prompt, shown=shown)
 
 
 class ReplyParts(ABC):
     """Takes the tokens of a reply and gives the text of its parts. No partial character is ever given."""
+
+    calls: tuple[ToolCall, ...] = ()
+    """The calls of tools so far, where they are messages of their own."""
 
     @abstractmethod
     def push(self, token: int) -> Piece:
@@ -91,9 +113,11 @@ class ReplyParts(ABC):
 class OnePart(ReplyParts):
     """A reply that is all content."""
 
-    def __init__(self, texts: TokenTexts, prompt: Sequence[int], *, special: bool = False) -> None:
-        """`special` keeps the texts of special tokens."""
-        self._detokenizer = Detokenizer(texts, prompt, shown=texts.special if special else frozenset())
+    def __init__(
+        self, texts: TokenTexts, prompt: Sequence[int], *, special: bool = False, shown: Set[int] = frozenset()
+    ) -> None:
+        """`special` keeps the texts of special tokens, or `shown` those of some."""
+        self._detokenizer = Detokenizer(texts, prompt, shown=texts.special if special else shown)
 
     def push(self, token: int) -> Piece:
         """See the base class."""
@@ -119,16 +143,28 @@ class NoParts(ReplyParts):
 class SpanParts(ReplyParts):
     """A reply with spans of reasoning. White space around the text of a span belongs to neither part."""
 
-    def __init__(self, texts: TokenTexts, prompt: Sequence[int], span: tuple[str, str], opening: Sequence[int]) -> None:
-        """`opening` is the end of the prompt, in which a span may have been opened."""
+    def __init__(
+        self,
+        texts: TokenTexts,
+        prompt: Sequence[int],
+        span: tuple[str, str],
+        opening: Sequence[int],
+        *,
+        one_span: bool = False,
+        shown: Set[int] = frozenset(),
+    ) -> None:
+        """`opening` is the end of the prompt, in which a span may have been opened. See `ReplyFormat.parts`."""
         # Markers are looked for in the text, since they are tokens in some families and texts in others.
-        shown = frozenset(token for token in map(texts.id_of, span) if token is not None)
-        self._detokenizer = Detokenizer(texts, prompt, shown=shown)
+        markers = frozenset(token for token in map(texts.id_of, span) if token is not None)
+        self._detokenizer = Detokenizer(texts, prompt, shown=markers | shown)
         self._span = span
         before = texts.decode(opening, shown=texts.special)
         self._reasons = before.rfind(span[0]) > before.rfind(span[1])
         self._trims = self._reasons
         """Whether white space that comes next is left out."""
+        self._one_span = one_span
+        self._is_over = span[1] in before and not self._reasons
+        """Whether a span has ended."""
         self._held = ""
 
     def push(self, token: int) -> Piece:
@@ -146,11 +182,16 @@ class SpanParts(ReplyParts):
             before, found, after = self._held.partition(self._span[self._reasons])
             ends = bool(found) or last
             ready = before if ends else self._ready()
+            if self._one_span and not self._reasons and (self._is_over or ready.strip()):
+                # A marker is text from here on.
+                self._is_over = True
+                ready, found = self._held, ""
             given = self._trimmed(ready, ends=ends)
             content, reasoning = (content, reasoning + given) if self._reasons else (content + given, reasoning)
             if not found:
                 self._held = self._held[len(ready) :]
                 return Piece(content, reasoning)
+            self._is_over = self._reasons
             self._held, self._reasons, self._trims = after, not self._reasons, True
 
     def _trimmed(self, text: str, *, ends: bool) -> str:
@@ -168,9 +209,17 @@ class SpanParts(ReplyParts):
 class HarmonyParts(ReplyParts):
     """A reply in harmony: messages of a header, which names a channel, and a body."""
 
-    def __init__(self, texts: TokenTexts, opening: Sequence[int]) -> None:
-        """`opening` is the end of the prompt: the beginning of the first header."""
+    def __init__(self, texts: TokenTexts, opening: Sequence[int], tools: Tools = MappingProxyType({})) -> None:
+        """`opening` is the end of the prompt: the beginning of the first header.
+
+        A message to one of `tools` is a call, where its body is its arguments, and else content.
+        """
         self._texts = texts
+        self._tools = tools
+        self._tool = ""
+        """The tool that the message is for; empty where it is for none."""
+        self._asked = ""
+        """What the body of a message to a tool has so far."""
         self._start, self._channel, self._message, self._end = (texts.id_of(marker) for marker in HARMONY)
         self._header: list[int] | None = []
         """The tokens of the header that is being written; None in a body."""
@@ -190,13 +239,15 @@ class HarmonyParts(ReplyParts):
         """See the base class."""
         if token in (self._start, self._end):
             piece = self._rest()
-            self._header, self._marked = [], False
+            self._header, self._marked, self._tool = [], False, ""
             return piece
         if token == self._message:
             self._open()
         elif self._header is None:
             return self._piece(self._body.push(token))
         elif token == self._channel:
+            # The recipient may stand behind the role as well.
+            self._tool = self._recipient(self._header)
             self._header, self._marked = [], True
         else:
             self._header.append(token)
@@ -215,13 +266,33 @@ class HarmonyParts(ReplyParts):
     def _open(self) -> None:
         """Begins the body of the header."""
         if self._header is not None:
-            words = self._texts.decode(self._header).split()
+            # A special token, such as the one before the kind of the body, ends the channel's name.
+            words = self._texts.decode(self._header, shown=self._texts.special).replace("<|", " <|").split()
             # What is addressed to a tool is not for the user, whatever its channel.
             self._is_content = not self._marked or words[:1] in ([], [FINAL])
+            self._tool = self._recipient(self._header) or self._tool
             self._header, self._body, self._told = None, Detokenizer(self._texts), True
 
+    def _recipient(self, header: Sequence[int]) -> str:
+        """The tool that a header addresses; empty where it is for none of `tools`."""
+        found = RECIPIENT.search(self._texts.decode(header, shown=self._texts.special))
+        return found[1] if found is not None and found[1] in self._tools else ""
+
     def _rest(self) -> Piece:
-        return self._piece(self._body.finish()) if self._header is None else Piece()
+        if self._header is not None:
+            return Piece()
+        piece = self._piece(self._body.finish())
+        if not self._tool:
+            return piece
+        asked, self._asked = self._asked, ""
+        found = json_at(asked.strip() or "{}", 0)
+        if found is None or not isinstance(found[0], dict) or asked.strip()[found[1] :]:
+            return Piece(asked)
+        self.calls += (tool_call(Call(self._tool, found[0])),)
+        return Piece()
 
     def _piece(self, text: str) -> Piece:
+        if self._tool:
+            self._asked += text
+            return Piece()
         return Piece(text) if self._is_content else Piece(reasoning=text)

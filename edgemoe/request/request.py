@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from edgemoe.errors import LogitsError
+from edgemoe.errors import RequestError
 from edgemoe.model.draft_tree import DraftTree
 from edgemoe.model.kv_cache import SequenceCache
 from edgemoe.model.pass_logits import LogitsRow, LogitsRows, on_host
@@ -55,6 +55,8 @@ class Request:
         self._settings = settings
         self._text = text
         self._sampler = Sampler(settings, len(prompt), vocabulary)
+        self._vocabulary = vocabulary
+        self._constraint = text.constraint
         self.ends = settings.eos | text.ends
         """The token ids that end the reply."""
         self._reason: str | None = None
@@ -106,10 +108,14 @@ class Request:
         self._bytes_loaded += nbytes
 
     def advance(self, logits: LogitsRow) -> None:
-        """Samples the next token from `logits`, and adds its chunk; logits that are not finite end it with an error."""
-        token = self._draw(logits)
-        if token is not None:
-            self._append(token, logits)
+        """Samples the next token from `logits`, and adds its chunk.
+
+        Logits that are not finite, and a form that cannot be followed, end it with an error.
+        """
+        try:
+            self._append(self._draw(logits), logits)
+        except RequestError as error:
+            self.fail(error)
 
     def verify(self, tree: DraftTree, logits: LogitsRows) -> list[int]:
         """Samples along `tree`, whose root is the last token, until a token is not in the tree, and adds the chunks.
@@ -121,18 +127,20 @@ class Request:
         path = [0]
         self.cycles += 1
         self._drafted += tree.drafted
-        while True:
-            after = logits[path[-1]]
-            token = self._draw(after)
-            if token is None:
-                return path
-            child = tree.child(path[-1], token)
-            if child is not None:
-                self._accepted += 1
-                path.append(child)
-            self._append(token, after)
-            if child is None or self.finished:
-                return path
+        try:
+            while True:
+                after = logits[path[-1]]
+                token = self._draw(after)
+                child = tree.child(path[-1], token)
+                if child is not None:
+                    self._accepted += 1
+                    path.append(child)
+                self._append(token, after)
+                if child is None or self.finished:
+                    return path
+        except RequestError as error:
+            self.fail(error)
+            return path
 
     def candidates(self, tree: DraftTree, node: int, logits: LogitsRow, count: int) -> list[tuple[int, float]]:
         """The `count` most probable samples after `node`, most probable first: tokens and probabilities.
@@ -140,8 +148,12 @@ class Request:
         `logits` are a drafter's. The probabilities are the softmax of the sampler's scores, with
         the noise that the next sample will use; tokens of probability 0 are left out.
         """
-        text = self.tokens + tree.text(node)
-        return self._sampler.candidates(text, logits, count, ahead=tree.depths[node])
+        drafted, allowed = tree.text(node), None
+        if self._constraint is not None:
+            allowed = self._allowed_after(drafted)
+            if allowed is None:
+                return []
+        return self._sampler.candidates(self.tokens + drafted, logits, count, ahead=tree.depths[node], allowed=allowed)
 
     def cancel(self) -> None:
         """Ends it with the reply so far, unless it has ended. What a pass gives it afterwards is not for it."""
@@ -155,12 +167,18 @@ class Request:
         if not self.finished:
             self.error = error
 
-    def _draw(self, logits: LogitsRow) -> int | None:
-        """The next token; None where there is none, after which the request has ended."""
-        try:
+    def _draw(self, logits: LogitsRow) -> int:
+        if self._constraint is None:
             return self._sampler.draw(self.tokens, logits)
-        except LogitsError as error:
-            self.fail(error)
+        return self._sampler.draw(self.tokens, logits, self._constraint.allowed(self._vocabulary, self.ends))
+
+    def _allowed_after(self, drafted: Sequence[int]) -> torch.Tensor | None:
+        """Which tokens the grammar allows after `drafted`; None where there is none, or it cannot be told."""
+        assert self._constraint is not None
+        try:
+            return self._constraint.allowed_after(drafted, self._vocabulary, self.ends)
+        except RequestError:
+            # The reply itself will tell, if it comes to that.
             return None
 
     def _append(self, token: int, logits: LogitsRow) -> None:
@@ -176,6 +194,10 @@ class Request:
         piece = self._text.push(token)
         if self._text.stopped:
             return "stop", piece
+        if self._constraint is not None:
+            self._constraint.accept(token)
+            if self._constraint.complete:
+                return "stop", piece.joined(self._text.finish())
         if len(self.tokens) >= self.max_length:
             piece = piece.joined(self._text.finish())
             return ("stop" if self._text.stopped else "length"), piece
@@ -210,4 +232,6 @@ class Request:
             drafted=self._drafted,
             accepted=self._accepted,
         )
-        self.chunks.append(Chunk(piece.content, tokens, self._reason, logprobs, timings, piece.reasoning))
+        self.chunks.append(
+            Chunk(piece.content, tokens, self._reason, logprobs, timings, piece.reasoning, self._text.calls)
+        )

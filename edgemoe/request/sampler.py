@@ -45,14 +45,14 @@ class Sampler:
         self._for_drafts = LogitsSteps(for_drafts)
         self._drafts_likeliest = self.greedy and not for_drafts
 
-    def draw(self, tokens: Sequence[int], logits: LogitsRow) -> int:
-        """Samples the token after `tokens` (prompt and reply) from its `logits`.
+    def draw(self, tokens: Sequence[int], logits: LogitsRow, allowed: torch.Tensor | None = None) -> int:
+        """Samples the token after `tokens` (prompt and reply) from its `logits`, one of `allowed`, bool [vocabulary].
 
         Of a device's, the best few are enough for greedy and for top-k before which nothing but the temperature changes
-        logits; else all are read. Uses up the noise of one sample, unless greedy. Raises LogitsError where the logits
-        have a NaN or are infinite, and where the settings leave no token.
+        logits; else, and with `allowed`, all are read. Uses up the noise of one sample, unless greedy. Raises
+        LogitsError where the logits have a NaN or are infinite, and where the settings leave no token.
         """
-        found = self._with_noise(self._steps.run(tokens, logits))
+        found = self._with_noise(self._steps.run(tokens, logits, allowed))
         place = int(found.scores.argmax())
         # A NaN is the largest of all, so that the best score tells of any.
         if not math.isfinite(float(found.scores[place])):
@@ -68,15 +68,21 @@ class Sampler:
         return self._with_noise(self._for_drafts.run(tokens, logits), ahead).spread(len(logits))
 
     def candidates(
-        self, tokens: Sequence[int], logits: LogitsRow, count: int, ahead: int = 0
+        self,
+        tokens: Sequence[int],
+        logits: LogitsRow,
+        count: int,
+        ahead: int = 0,
+        allowed: torch.Tensor | None = None,
     ) -> list[tuple[int, float]]:
         """The `count` tokens of the highest `scores`, highest first, and the softmax of these: none of 0.
 
-        Of a device's logits they may be fewer: at most `pass_logits.BEST`.
+        With `allowed`, bool [vocabulary], only these tokens. Of a device's logits they may be fewer: at most
+        `pass_logits.BEST`.
         """
-        if self._drafts_likeliest and isinstance(logits, DeviceRow):
+        if self._drafts_likeliest and isinstance(logits, DeviceRow) and allowed is None:
             return logits.likeliest(count)
-        kept = self._with_noise(self._for_drafts.run(tokens, logits), ahead)
+        kept = self._with_noise(self._for_drafts.run(tokens, logits, allowed), ahead)
         best = kept.scores.softmax(-1).topk(min(count, len(kept.scores)))
         found = zip(best.values.tolist(), best.indices.tolist(), strict=True)
         return [(kept.token(place), probability) for probability, place in found if probability > 0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from functools import cached_property
 from typing import Any
 
@@ -21,8 +21,8 @@ class TokenTexts:
         """Ids that are left out of texts, unless they are asked for."""
         self.bytes = frozenset(_byte_tokens(tokenizer, backend)) - self.special
         """Ids of single bytes, which become characters only where a run of them is valid UTF-8 as a whole."""
-        self.added = tuple(tokenizer.get_added_vocab())
-        """The tokens that were added to the vocabulary, special or not."""
+        self.added: Mapping[str, int] = dict(tokenizer.get_added_vocab())
+        """The ids of the tokens that were added to the vocabulary, special or not."""
         # Not by the vocabulary, of which every call makes a new dictionary.
         self._ids = {str(tokenizer.convert_ids_to_tokens(token)): token for token in self.special}
 

@@ -28,6 +28,7 @@ EXPORTED = [
     "Stream",
     "Timings",
     "TokenLogprob",
+    "ToolCall",
     "__version__",
     "find_models",
 ]

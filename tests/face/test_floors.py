@@ -13,7 +13,7 @@ from tests.support import ROOT
 FLOORS = (
     ("cache",),
     ("prefetch",),
-    ("version", "errors", "config", "results", "sampling", "sizes", "quiet", "values"),
+    ("version", "errors", "config", "results", "response_format", "sampling", "sizes", "quiet", "values"),
     ("demo",),
     ("formats",),
     ("kernels",),

@@ -22,10 +22,13 @@ from edgemoe.model.sequential_runner import PassInput
 from edgemoe.plan.kv_size import KvSize, measure_kv
 from edgemoe.prefetch.link_gauge import LinkGauge
 from edgemoe.prefetch.prefetcher import Prefetcher
-from edgemoe.request.reply_parts import OnePart
+from edgemoe.request.constraint import Constraints
+from edgemoe.request.reply_grammar import reply_grammar
+from edgemoe.request.reply_parts import OnePart, ReplyFormat
 from edgemoe.request.reply_text import ReplyText
 from edgemoe.request.request import Request
 from edgemoe.request.token_texts import TokenTexts
+from edgemoe.response_format import schema_of
 from edgemoe.results import Completion
 from edgemoe.sampling import Sampling, resolve
 from edgemoe.scheduler.batch_size import BatchSize
@@ -47,6 +50,7 @@ def tokenizer() -> Any:
 
 
 TEXTS = TokenTexts(tokenizer())
+CONSTRAINTS = Constraints(tokenizer(), TEXTS)
 VOCABULARY = 256
 """Of the tiny models."""
 
@@ -54,7 +58,11 @@ VOCABULARY = 256
 def new_request(number: int, prompt: Sequence[int], **settings: Any) -> Request:
     """A request for 8 tokens, unless `settings` say otherwise."""
     asked = Sampling(**{"ignore_eos": True, "max_tokens": 8, **settings})
-    text = ReplyText(TEXTS, OnePart(TEXTS, prompt), asked.stop)
+    constraint = None
+    if asked.response_format is not None:
+        schema = schema_of(asked.response_format)
+        constraint = CONSTRAINTS.new(reply_grammar(schema, [], ReplyFormat(), TEXTS, []))
+    text = ReplyText(TEXTS, OnePart(TEXTS, prompt), asked.stop, constraint=constraint)
     return Request(number, prompt, resolve(asked, GenerationConfig(), 1024, 10_000), text, VOCABULARY)
 
 

@@ -26,3 +26,8 @@ def spoiled_topk(tensor: torch.Tensor, count: int, dim: int = -1, **_: Any) -> A
     """Top-k that takes the last of equal values, in no good order: as a device may."""
     values, ids = tensor.flip(dim).sort(dim=dim, descending=True, stable=True)
     return torch.return_types.topk((values[..., :count], tensor.shape[dim] - 1 - ids[..., :count]))
+
+
+def one_hot(token: int, vocabulary: int, height: float = 100.0) -> torch.Tensor:
+    """Logits, float32 [vocabulary], of a model that is sure of `token`."""
+    return torch.zeros(vocabulary).index_fill_(0, torch.tensor([token]), height)

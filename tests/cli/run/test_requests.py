@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from edgemoe.checkpoint.chat_template import ChatPrompt
 from edgemoe.cli.run.requests import BadLine, RequestLine, RequestReader
 from edgemoe.cli.run.source import Line
 from edgemoe.sampling import Sampling
@@ -34,6 +35,7 @@ def batch(url: str = "/v1/chat/completions", **body: Any) -> dict[str, Any]:
     return {"custom_id": "a", "method": "POST", "url": url, "body": body}
 
 
+TOOL = {"type": "function", "function": {"name": "f"}}
 USER = {"role": "user", "content": "Hi"}
 
 
@@ -135,6 +137,21 @@ def test_fields_that_ask_for_nothing_are_taken() -> None:
     assert completion == RequestLine(custom_id="a", prompt="p", sampling=Sampling(), choices=2)
 
 
+def test_tools_and_a_form_are_taken() -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "integer"}}}
+    calls = [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+    messages: list[dict[str, Any]] = [
+        USER,
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "c", "content": "7"},
+    ]
+    choice = {"type": "function", "function": {"name": "f"}}
+    found = one(batch(messages=messages, response_format=form, tools=[TOOL], tool_choice=choice))
+    assert found.sampling == Sampling(response_format=form)
+    assert found.asked == ChatPrompt(tuple(messages), {}, tools=[TOOL], tool_choice=choice)
+    assert one(batch("/v1/completions", prompt="p", response_format=form)).sampling.response_format == form
+
+
 @pytest.mark.parametrize(
     ("fields", "logprobs"),
     [
@@ -205,13 +222,21 @@ def test_lines_that_are_no_json_object(entry: str, said: str) -> None:
         ({"prompt": "p", "logit_bias": {"a": 1}}, "logit_bias must be numbers from -100 to 100 by token id"),
         ({"prompt": "p", "presence_penalty": False}, "presence_penalty must be a number"),
         ({"prompt": "p", "user": "u", "usr": "u"}, "unknown field usr"),
-        (
-            {"messages": [USER], "response_format": {"type": "json_object"}},
-            'response_format is {"type": "json_object"}, but only {"type": "text"} or null is served',
-        ),
-        ({"messages": [USER], "tools": [{"type": "function", "function": {"name": "f" * 99}}]}, "ffff…, but only []"),
+        ({"messages": [USER], "response_format": {"type": "yaml"}}, "response_format must be an object whose type"),
+        ({"prompt": "p", "response_format": {"type": "json_schema"}}, 'with the schema under "schema"'),
+        ({"messages": [USER], "tools": [{"type": "function", "function": {"name": "f" * 99}}]}, "1 to 64 letters"),
+        ({"messages": [USER], "tools": {"a": 1}}, "tools must be a list"),
+        ({"messages": [USER], "tools": [TOOL, TOOL]}, "two functions of the name f"),
+        ({"messages": [USER], "tools": [{"type": "retrieval"}]}, "not 'retrieval'"),
+        ({"messages": [USER], "tool_choice": "required"}, "tool_choice needs tools"),
+        ({"messages": [USER], "tools": [TOOL], "tool_choice": "some"}, "tool_choice must be"),
+        ({"messages": [USER], "tools": [TOOL], "parallel_tool_calls": False}, "parallel_tool_calls is false"),
+        ({"prompt": "p", "tools": [TOOL]}, "unknown field tools"),
+        ({"messages": [{"role": "assistant", "tool_calls": [1]}]}, "must be functions with a name"),
+        ({"messages": [{"role": "tool", "content": "1", "tool_call_id": 3}]}, "tool_call_id of a message must be"),
         ({"messages": [USER], "stream_options": {}}, "stream_options is {}, but only null is served"),
         ({"messages": [{**USER, "tool_calls": [1]}]}, "tool_calls is [1], but only [] or null is served"),
+        ({"messages": [{**USER, "tool_call_id": "a"}]}, "unknown field tool_call_id"),
         ({"prompt": "p", "temperature": "hot"}, "temperature must be a number"),
         ({"prompt": "p", "temperature": True}, "temperature must be a number"),
         ({"prompt": "p", "temperature": 10**400}, "temperature is too large"),
