@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from edgemoe.async_engine import AsyncEngine
     from edgemoe.checkpoint.chat_template import ChatPrompt
     from edgemoe.engine import Engine
+    from edgemoe.model_host import ModelHost
     from edgemoe.plan.plan import Plan
     from edgemoe.results import Chunk, Completion, Progress, Stats, Timings, TokenLogprob
     from edgemoe.stream import Stream
@@ -28,6 +29,7 @@ __all__ = [
     "Completion",
     "EdgeMoEError",
     "Engine",
+    "ModelHost",
     "Plan",
     "PlanError",
     "Progress",
@@ -44,6 +46,7 @@ _LAZY = {
     "AsyncEngine": "async_engine",
     "ChatPrompt": "checkpoint.chat_template",
     "Engine": "engine",
+    "ModelHost": "model_host",
     "Plan": "plan.plan",
     "Chunk": "results",
     "Completion": "results",

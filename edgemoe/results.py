@@ -98,6 +98,8 @@ class Completion:
     """The reasoning before the text, of a reply to messages by a model that marks it; no part of `text`."""
     lossy: str = ""
     """The settings that make replies differ from the model's own (see `Plan.lossy`); empty for none."""
+    stop_text: str = ""
+    """The stop text that the reply ended before; empty where it ended otherwise."""
 
     @classmethod
     def from_chunks(cls, chunks: Sequence[Chunk], prompt_token_ids: Sequence[int], lossy: str = "") -> Completion:
@@ -112,6 +114,7 @@ class Completion:
             prompt_token_ids=tuple(prompt_token_ids),
             reasoning="".join(chunk.reasoning for chunk in chunks),
             lossy=lossy,
+            stop_text=chunks[-1].stop_text,
         )
 
 
@@ -126,6 +129,8 @@ class Chunk:
     timings: Timings
     reasoning: str = ""
     """A piece of the reasoning; `text` is what the user is told."""
+    stop_text: str = ""
+    """Of the last chunk: the stop text that the reply ended before; empty where it ended otherwise."""
 
 
 @dataclass(frozen=True)

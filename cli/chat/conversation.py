@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from edgemoe.cli.exits import FileTrouble, why
-from edgemoe.cli.fields import FieldError
-from edgemoe.cli.fields import messages as checked
 from edgemoe.errors import EdgeMoEError
+from edgemoe.server.fields import FieldError
+from edgemoe.server.fields import messages as checked
 
 Message = dict[str, str]
 

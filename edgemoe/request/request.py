@@ -197,4 +197,5 @@ class Request:
             drafted=self._drafted,
             accepted=self._accepted,
         )
-        self.chunks.append(Chunk(piece.content, tokens, self._reason, logprobs, timings, piece.reasoning))
+        stop = self._text.stop_text(tokens[-1]) if self._reason == "stop" and tokens else ""
+        self.chunks.append(Chunk(piece.content, tokens, self._reason, logprobs, timings, piece.reasoning, stop))
