@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from edgemoe.cli.arguments import model_settings
 from edgemoe.cli.exits import Exit, FileTrouble, UsageError, why
-from edgemoe.cli.loading import say, say_lossy, say_not_served, say_simulation, say_which_model
+from edgemoe.cli.loading import factory, say, say_lossy, say_not_served, say_simulation, say_which_model
 from edgemoe.cli.render import columns
 from edgemoe.cli.surface import EngineFactory
 from edgemoe.cli.wording import in_options
@@ -35,9 +35,9 @@ def serve(arguments: argparse.Namespace, engine: EngineFactory | None = None) ->
     except EdgeMoEError as error:
         raise UsageError(in_options(str(error))) from error
     say_which_model(arguments)
-    loader = {} if engine is None else {"loader": engine.load}
-    with ModelHost(keep_alive=arguments.keep_alive, **loader, **model_settings(arguments)) as host:
-        plan = host.plan() if engine is None else engine.plan_for(**model_settings(arguments))
+    asked, source = model_settings(arguments), factory(engine)
+    with ModelHost(keep_alive=arguments.keep_alive, loader=cast("Any", source.load), **asked) as host:
+        plan = source.plan_for(**asked)
         say_simulation(plan)
         say_not_served(plan)
         say_lossy(plan)

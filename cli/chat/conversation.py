@@ -10,8 +10,8 @@ from typing import Any
 
 from edgemoe.cli.exits import FileTrouble, why
 from edgemoe.errors import EdgeMoEError
-from edgemoe.server.fields import FieldError
-from edgemoe.server.fields import messages as checked
+from edgemoe.server.protocols.fields import FieldError
+from edgemoe.server.protocols.fields import messages as checked
 
 Message = dict[str, str]
 

@@ -10,7 +10,7 @@ from typing import Any
 from edgemoe.cli.exits import FileTrouble, why
 from edgemoe.cli.run.ledger import Ledger
 from edgemoe.cli.run.records import RECORD_START
-from edgemoe.server.fields import FieldError, words
+from edgemoe.server.protocols.fields import FieldError, words
 
 
 @dataclass(frozen=True)

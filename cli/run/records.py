@@ -49,7 +49,7 @@ def _chat_completion(answers: Sequence[Completion], model: str) -> Record:
 def _text_completion(answers: Sequence[Completion], model: str, has_tokenizer: bool) -> Record:
     """Finished completions in the shape of OpenAI's text_completion object."""
     from edgemoe.results import named_lossy
-    from edgemoe.server.openai_completions import text_choice
+    from edgemoe.server.protocols.openai_completions import text_choice
 
     return {
         "id": f"cmpl-{uuid.uuid4().hex}",

@@ -11,8 +11,8 @@ from edgemoe.checkpoint.chat_template import ChatPrompt
 from edgemoe.cli.run.source import Line
 from edgemoe.errors import RequestError
 from edgemoe.sampling import Sampling
-from edgemoe.server import fields
-from edgemoe.server.fields import FieldError
+from edgemoe.server.protocols import fields
+from edgemoe.server.protocols.fields import FieldError
 
 if TYPE_CHECKING:
     from edgemoe.checkpoint.tokenizer import Prompt

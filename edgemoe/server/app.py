@@ -16,9 +16,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edgemoe.model_host import ModelHost
 from edgemoe.server.endpoints import Endpoints
-from edgemoe.server.errors import ApiError, api_error
 from edgemoe.server.guard import Guard
-from edgemoe.server.reply import ServedModel
+from edgemoe.server.protocols.errors import ApiError, api_error
+from edgemoe.server.protocols.reply import ServedModel
 from edgemoe.server.replying import Replier
 from edgemoe.server.settings import ServerSettings
 from edgemoe.server.turns import Turns

@@ -12,17 +12,18 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from edgemoe.engine import Engine
-from edgemoe.server import fields, metrics
-from edgemoe.server.anthropic_input import chat_body
-from edgemoe.server.anthropic_messages import MessageReply
-from edgemoe.server.chat_prompt import chat_prompt
-from edgemoe.server.errors import ApiError, api_error
-from edgemoe.server.json_body import read_json_object
-from edgemoe.server.openai_chat import ChatReply
-from edgemoe.server.openai_completions import CompletionReply
-from edgemoe.server.openai_responses import ResponseReply
+from edgemoe.server import metrics
 from edgemoe.server.page import page
-from edgemoe.server.reply import Reply, ServedModel
+from edgemoe.server.protocols import fields
+from edgemoe.server.protocols.anthropic_input import chat_body
+from edgemoe.server.protocols.anthropic_messages import MessageReply
+from edgemoe.server.protocols.chat_prompt import chat_prompt
+from edgemoe.server.protocols.errors import ApiError, api_error
+from edgemoe.server.protocols.json_body import read_json_object
+from edgemoe.server.protocols.openai_chat import ChatReply
+from edgemoe.server.protocols.openai_completions import CompletionReply
+from edgemoe.server.protocols.openai_responses import ResponseReply
+from edgemoe.server.protocols.reply import Reply, ServedModel
 from edgemoe.server.replying import Replier, ReplyResponse, leased
 
 Endpoint = Callable[[Request], Awaitable[Response]]

@@ -8,8 +8,8 @@ from contextlib import aclosing, asynccontextmanager
 
 from edgemoe.async_engine import AsyncEngine
 from edgemoe.results import Chunk, Completion
-from edgemoe.server.errors import ApiError
-from edgemoe.server.reply import Reply
+from edgemoe.server.protocols.errors import ApiError
+from edgemoe.server.protocols.reply import Reply
 from edgemoe.server.turns import Turns
 
 MAX_AHEAD = 256

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 
-from edgemoe.server.errors import ApiError
+from edgemoe.server.protocols.errors import ApiError
 from edgemoe.server.settings import ServerSettings, is_loopback
 
 OPEN = ("/", "/health")

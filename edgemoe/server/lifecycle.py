@@ -85,7 +85,7 @@ class _Uvicorn(uvicorn.Server):
         await super().shutdown(sockets)
 
     @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+    def capture_signals(self) -> Iterator[None]:
         """See the base class."""
         if threading.current_thread() is not threading.main_thread():
             yield

@@ -13,10 +13,10 @@ from starlette.types import Message, Receive, Scope, Send
 
 from edgemoe.async_engine import AsyncEngine
 from edgemoe.model_host import ModelHost
-from edgemoe.server import sse
-from edgemoe.server.errors import ApiError, api_error
 from edgemoe.server.generation import Generation
-from edgemoe.server.reply import Reply
+from edgemoe.server.protocols import sse
+from edgemoe.server.protocols.errors import ApiError, api_error
+from edgemoe.server.protocols.reply import Reply
 from edgemoe.server.settings import ServerSettings
 from edgemoe.server.turns import Turns
 

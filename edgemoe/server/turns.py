@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from edgemoe.server.errors import ApiError
+from edgemoe.server.protocols.errors import ApiError
 
 
 class Turns:

@@ -9,12 +9,12 @@ from typing import Any
 
 from edgemoe.results import Chunk, Completion
 from edgemoe.sampling import Sampling
-from edgemoe.server import fields
-from edgemoe.server.anthropic_input import chat_body
-from edgemoe.server.chat_prompt import chat_prompt
-from edgemoe.server.errors import ApiError
-from edgemoe.server.reply import Reply, ServedModel, Usage
-from edgemoe.server.sse import event
+from edgemoe.server.protocols import fields
+from edgemoe.server.protocols.anthropic_input import chat_body
+from edgemoe.server.protocols.chat_prompt import chat_prompt
+from edgemoe.server.protocols.errors import ApiError
+from edgemoe.server.protocols.reply import Reply, ServedModel, Usage
+from edgemoe.server.protocols.sse import event
 
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens"}
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from edgemoe.results import Chunk, Completion, TokenLogprob, named_lossy
 from edgemoe.sampling import Sampling
-from edgemoe.server import fields
-from edgemoe.server.openai_chat import OpenAIReply, usage_of, without_stream
-from edgemoe.server.reply import ServedModel, Usage
+from edgemoe.server.protocols import fields
+from edgemoe.server.protocols.openai_chat import OpenAIReply, usage_of, without_stream
+from edgemoe.server.protocols.reply import ServedModel, Usage
 
 MAX_PROMPTS = 2048
 """Prompts of one request, as OpenAI has it."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgemoe.errors import CheckpointError, EdgeMoEError, PlanError, RequestError
-from edgemoe.server.fields import FieldError
+from edgemoe.server.protocols.fields import FieldError
 
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _ANTHROPIC_TYPES = {

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgemoe.checkpoint.chat_template import ChatPrompt
-from edgemoe.server import fields
+from edgemoe.server.protocols import fields
 
 
 def chat_prompt(body: Mapping[str, Any]) -> ChatPrompt:

@@ -9,13 +9,13 @@ from typing import Any
 
 from edgemoe.results import Chunk, Completion, TokenLogprob, chat_logprobs
 from edgemoe.sampling import Sampling
-from edgemoe.server import fields
-from edgemoe.server.chat_prompt import chat_prompt
-from edgemoe.server.errors import ApiError
-from edgemoe.server.openai_chat import streaming
-from edgemoe.server.reply import Reply, ServedModel, Usage
-from edgemoe.server.responses_input import chat_body
-from edgemoe.server.sse import event
+from edgemoe.server.protocols import fields
+from edgemoe.server.protocols.chat_prompt import chat_prompt
+from edgemoe.server.protocols.errors import ApiError
+from edgemoe.server.protocols.openai_chat import streaming
+from edgemoe.server.protocols.reply import Reply, ServedModel, Usage
+from edgemoe.server.protocols.responses_input import chat_body
+from edgemoe.server.protocols.sse import event
 
 ECHOED = ("instructions", "metadata", "temperature", "top_p", "max_output_tokens", "tools", "tool_choice", "reasoning",
           "text", "parallel_tool_calls", "top_logprobs", "user")  # fmt: skip
@@ -96,16 +96,16 @@ class ResponseReply(Reply):
         part = self._items[-1]["content"][0]
         part["text"] += text
         entries = _logprobs(logprobs)
+        more: dict[str, Any] = {}
         if kind == "message":
             part["logprobs"] += entries
             more = {"logprobs": entries}
-        else:
-            more = {}
         return [*events, self._of_part(f"response.{part['type']}.delta", delta=text, **more)]
 
     def _begin_item(self, kind: str) -> list[bytes]:
+        more: dict[str, Any] = {"role": "assistant"} if kind == "message" else {"summary": []}
         item: dict[str, Any] = {"id": f"{_PREFIXES[kind]}_{uuid.uuid4().hex}", "type": kind, "status": "in_progress"}
-        item |= {"role": "assistant"} if kind == "message" else {"summary": []}
+        item |= more
         part: dict[str, Any] = {"type": "reasoning_text", "text": ""}
         if kind == "message":
             part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
@@ -121,7 +121,7 @@ class ResponseReply(Reply):
         item = self._items[-1]
         part = item["content"][0]
         item["status"] = "incomplete" if self._reason == "length" else "completed"
-        more = {"logprobs": part["logprobs"]} if item["type"] == "message" else {}
+        more: dict[str, Any] = {"logprobs": part["logprobs"]} if item["type"] == "message" else {}
         return [
             self._of_part(f"response.{part['type']}.done", text=part["text"], **more),
             self._of_part("response.content_part.done", part=part),

@@ -7,7 +7,7 @@ import math
 import re
 from typing import Any, NoReturn
 
-from edgemoe.server.errors import ApiError
+from edgemoe.server.protocols.errors import ApiError
 
 MAX_DEPTH = 128
 """How deep arrays and objects may lie in one another; JSON schemas are the deepest of what is usual."""

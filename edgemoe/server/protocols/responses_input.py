@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgemoe.server import fields
-from edgemoe.server.chat_body import EXTRAS, Conversation, joined_text, objects, taken
-from edgemoe.server.fields import FieldError
+from edgemoe.server.protocols import fields
+from edgemoe.server.protocols.chat_body import EXTRAS, Conversation, joined_text, objects, taken
+from edgemoe.server.protocols.fields import FieldError
 
 LABELS = (
     "user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options",
@@ -89,8 +89,7 @@ def _add_item(conversation: Conversation, item: dict[str, Any]) -> None:
         role, text = fields.words("role", item.get("role")), joined_text("content", item.get("content"), _TEXTS)
         conversation.answered(text) if role == "assistant" else conversation.say(role, text)
     elif kind == "function_call":
-        parts = (fields.words(name, item.get(name)) for name in ("call_id", "name", "arguments"))
-        conversation.called(*parts)
+        conversation.called(*(fields.words(name, item.get(name)) for name in ("call_id", "name", "arguments")))
     elif kind == "function_call_output":
         identifier = fields.words("call_id", item.get("call_id"))
         conversation.say("tool", joined_text("output", item.get("output"), _TEXTS), tool_call_id=identifier)

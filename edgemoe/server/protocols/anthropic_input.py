@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from edgemoe.server import fields
-from edgemoe.server.chat_body import EXTRAS, Conversation, joined_text, objects, taken
-from edgemoe.server.fields import FieldError
+from edgemoe.server.protocols import fields
+from edgemoe.server.protocols.chat_body import EXTRAS, Conversation, joined_text, objects, taken
+from edgemoe.server.protocols.fields import FieldError
 
 LABELS = (
     "metadata",

@@ -7,13 +7,13 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from edgemoe.results import Chunk, Completion, chat_completion, chat_logprobs
+from edgemoe.results import ChatChunks, Chunk, Completion, chat_completion
 from edgemoe.sampling import Sampling
-from edgemoe.server import fields
-from edgemoe.server.chat_prompt import chat_prompt
-from edgemoe.server.errors import ApiError
-from edgemoe.server.reply import Reply, ServedModel, Usage
-from edgemoe.server.sse import DONE, event
+from edgemoe.server.protocols import fields
+from edgemoe.server.protocols.chat_prompt import chat_prompt
+from edgemoe.server.protocols.errors import ApiError
+from edgemoe.server.protocols.reply import Reply, ServedModel, Usage
+from edgemoe.server.protocols.sse import DONE, event
 
 if TYPE_CHECKING:
     from edgemoe.checkpoint.tokenizer import Prompt
@@ -77,24 +77,14 @@ class ChatReply(OpenAIReply):
         prompt = chat_prompt(body)
         sampling = Sampling(**fields.sampling_changes(body, chat=True))
         self.asked = [(prompt, each) for each in fields.samplings(sampling, fields.choices(body))]
+        self._made: dict[int, ChatChunks] = {}
 
     def chunk(self, index: int, chunk: Chunk) -> list[bytes]:
         """See the base class. The first event of a choice has the role."""
-        delta: dict[str, Any] = {}
-        if index not in self.usages:
-            self.usages[index] = Usage()
-            delta = {"role": "assistant", "content": ""}
-        self.usages[index].add(chunk)
-        delta |= {"content": chunk.text} if chunk.text else {}
-        delta |= {"reasoning_content": chunk.reasoning} if chunk.reasoning else {}
-        calls = getattr(chunk, "tool_calls", ())
-        if calls:
-            delta["tool_calls"] = [_call_delta(number, call) for number, call in enumerate(calls)]
-        if not delta and chunk.logprobs is None and chunk.finish_reason is None:
-            return []
-        reason = "tool_calls" if calls and chunk.finish_reason == "stop" else chunk.finish_reason
-        choice = {"index": index, "delta": delta, "logprobs": chat_logprobs(chunk.logprobs), "finish_reason": reason}
-        return [self.choice_event(choice)]
+        self.usages.setdefault(index, Usage()).add(chunk)
+        made = self._made.setdefault(index, ChatChunks(self.served.name))
+        choices = [each["choices"][0] | {"index": index} for each in made.of(chunk)]
+        return [self.choice_event(choice) for choice in choices if choice["delta"] or _tells(choice)]
 
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """See the base class."""
@@ -104,9 +94,9 @@ class ChatReply(OpenAIReply):
         return bodies[0] | {"id": self.id, "choices": choices, "usage": self.usage()}
 
 
-def _call_delta(number: int, call: Any) -> dict[str, Any]:
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"index": number, "id": call.id, "type": "function", "function": function}
+def _tells(choice: Mapping[str, Any]) -> bool:
+    """Whether a choice without new text tells something all the same."""
+    return choice["finish_reason"] is not None or choice["logprobs"] is not None
 
 
 def streaming(body: Mapping[str, Any]) -> tuple[bool, bool]:

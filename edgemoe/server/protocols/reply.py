@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from edgemoe.results import Chunk, Completion
 from edgemoe.sampling import Sampling
-from edgemoe.server.errors import ApiError
-from edgemoe.server.sse import COMMENT
+from edgemoe.server.protocols.errors import ApiError
+from edgemoe.server.protocols.sse import COMMENT
 
 if TYPE_CHECKING:
     from edgemoe.checkpoint.tokenizer import Prompt

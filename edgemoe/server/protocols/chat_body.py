@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from edgemoe.server import fields
+from edgemoe.server.protocols import fields
 
 EXTRAS = (
     "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "seed",
@@ -26,7 +26,7 @@ def objects(name: str, value: Any) -> list[dict[str, Any]]:
     return value
 
 
-def joined_text(name: str, value: Any, kinds: Iterable[str]) -> str:
+def joined_text(name: str, value: Any, kinds: Collection[str]) -> str:
     """A text, or the texts of a list of parts of `kinds`. Raises FieldError for other parts."""
     if isinstance(value, str):
         return fields.words(name, value)
