@@ -22,6 +22,8 @@ class Connection(H11Protocol):
         super().__init__(*arguments, **named)
         self.app = functools.partial(_serve, self, self.app)
         self._deadline: asyncio.TimerHandle | None = None
+        self._begun = False
+        """Whether a part of a next request has come."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See asyncio."""
@@ -31,11 +33,19 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """See asyncio."""
         super().data_received(data)
-        if self._idle() and self._deadline is None:
-            # The beginning of a next request.
-            self._wait()
-        elif not self._idle():
+        if not self._idle():
             self._stop_waiting()
+        elif not self._begun:
+            self._begun = True
+            self._wait()
+
+    def on_response_complete(self) -> None:
+        """See uvicorn."""
+        super().on_response_complete()
+        self._begun = False
+        # What has come of a next request already is not given again.
+        if self._idle() and not self.transport.is_closing():
+            self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio."""
@@ -51,6 +61,7 @@ class Connection(H11Protocol):
         return self.cycle is None or self.cycle.response_complete
 
     def _wait(self) -> None:
+        self._stop_waiting()
         self._deadline = self.loop.call_later(HEADER_TIMEOUT, self._late)
 
     def _stop_waiting(self) -> None:
