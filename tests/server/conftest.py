@@ -4,8 +4,6 @@ from collections.abc import Iterator
 
 import pytest
 
-pytest.importorskip("uvicorn", reason="the server is not installed: pip install 'edgemoe[server]'")
-
 from edgemoe.server.settings import ServerSettings
 from tests.support.running_server import RunningServer, running_server, until
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import anthropic
 import pytest
-
-anthropic = pytest.importorskip("anthropic")
 
 from edgemoe import Completion, Sampling
 from tests.support.running_server import NAME, RunningServer

@@ -141,7 +141,8 @@ def test_bytes_that_are_no_request(server: RunningServer, expected: str, data: b
     """The connection ends, with an error of the client where there is an answer at all; the others go on."""
     try:
         got = server.raw(data, shut=True)
-    except ConnectionError:
+    except OSError:
+        # The server has closed the connection before it had read everything.
         got = b""
     assert not got or got.split()[1] in (b"400", b"403", b"404", b"413", b"431")
     assert answer(server) == expected

@@ -6,9 +6,8 @@ import asyncio
 from collections.abc import Iterator
 from typing import Any
 
+import openai
 import pytest
-
-openai = pytest.importorskip("openai")
 
 from edgemoe import Completion, Sampling
 from tests.support.running_server import NAME, RunningServer

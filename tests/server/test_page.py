@@ -51,14 +51,12 @@ def test_the_page_loads_nothing_from_elsewhere(server: RunningServer) -> None:
 def test_a_chat_shows_the_librarys_reply(server: RunningServer, browser: Browser) -> None:
     say(browser, QUESTION)
     browser.until("!asking && conversation.length === 2")
-    wanted = server.engine.generate([{"role": "user", "content": QUESTION}], Sampling(temperature=0)).text
     said = last(browser, "text")
-    assert said
+    # The shipped model takes the likeliest token where a request does not say otherwise.
+    assert said == server.engine.generate([{"role": "user", "content": QUESTION}], Sampling()).text
     assert said == browser.run("conversation[1].content")
-    assert len(said) > 0
     assert "tokens" in last(browser, "note")
     assert browser.run("[...document.querySelectorAll('.user .text')].map(each => each.textContent)") == [QUESTION]
-    assert wanted
     assert browser.complaints == []
 
 
@@ -93,6 +91,10 @@ def test_the_plan_and_the_figures_are_shown(server: RunningServer, browser: Brow
     figures = browser.run("[...document.querySelectorAll('.figure span')].map(each => each.textContent)")
     assert "expert hits" in figures
     assert "tokens/s, all replies" in figures
+    shown = "[...document.querySelectorAll('.figure b')].map(each => each.textContent).join()"
+    before = browser.run(shown)
+    server.engine.generate("Once upon a time", Sampling(max_tokens=40, ignore_eos=True))
+    browser.until(f"{shown} !== {before!r}", seconds=5)
 
 
 @with_browser
@@ -112,7 +114,7 @@ def test_unload_load_and_the_key(tmp_path: Path) -> None:
     with running_server(settings, threads=1, context=512, state_folder="none") as server:
         with Browser(PROGRAM, tmp_path) as browser:
             browser.open(server.url)
-            browser.until("!find('key').hidden")
+            browser.until("!find('unlock').hidden")
             browser.run("find('key').value = 'secret-key'; find('key').dispatchEvent(new Event('change'))")
             browser.until("find('state').dataset.state === 'unloaded'")
             browser.run("find('load').click()")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import shutil
-import subprocess
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -27,17 +28,17 @@ class Browser:
         ours_in, theirs_out = os.pipe()
         theirs_in, ours_out = os.pipe()
         options = (
-            f"--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --remote-debugging-pipe "
-            f"--window-size={width},{height} --user-data-dir={folder} about:blank"
-        )
-        # The protocol wants the file descriptors 3 and 4.
-        command = f'exec "{program}" {options} 3<&{theirs_in} 4>&{theirs_out}'
-        self._process = subprocess.Popen(
-            ["/bin/sh", "-c", command], pass_fds=(theirs_in, theirs_out), stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe",
+            f"--window-size={width},{height}", f"--user-data-dir={folder}", "about:blank",
         )  # fmt: skip
-        os.close(theirs_in)
-        os.close(theirs_out)
+        # The protocol wants the file descriptors 3 and 4; copies above them are not overwritten.
+        copies = [fcntl.fcntl(each, fcntl.F_DUPFD, 10) for each in (theirs_in, theirs_out)]
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        placed = zip((nowhere, nowhere, nowhere, *copies), range(5), strict=True)
+        actions = [(os.POSIX_SPAWN_DUP2, source, target) for source, target in placed]
+        self._pid = os.posix_spawn(program, [program, *options], dict(os.environ), file_actions=actions)
+        for each in (theirs_in, theirs_out, nowhere, *copies):
+            os.close(each)
         self._in, self._out = os.fdopen(ours_in, "rb", 0), os.fdopen(ours_out, "wb", 0)
         self._held = b""
         self._number = 0
@@ -48,6 +49,8 @@ class Browser:
         self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log"):
             self._call(f"{domain}.enable")
+        # A page in the background does less.
+        self._call("Page.bringToFront")
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self._call("Emulation.setDeviceMetricsOverride", **size)
 
@@ -77,8 +80,8 @@ class Browser:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._process.terminate()
-        self._process.wait(20)
+        os.kill(self._pid, signal.SIGTERM)
+        os.waitpid(self._pid, 0)
         self._in.close()
         self._out.close()
 
