@@ -112,9 +112,18 @@ class ModelHost:
         return self._progress if self.state == "loading" else None
 
     def plan(self) -> Plan:
-        """The plan of the loaded engine, else the one that loading would use now. Raises as `Engine.plan_for`."""
+        """The plan of the loaded engine, else the one that loading would use now. Waits for a loading under way.
+
+        Raises what `Engine.plan_for` raises, and EdgeMoEError after `close`.
+        """
         engine = self.engine
-        return engine.plan if engine is not None else Engine.plan_for(self._model, self._config)
+        if engine is not None:
+            return engine.plan
+        with self._lock:
+            self._check()
+            # Not beside a loading: transformers changes PyTorch's default type for all threads while it builds.
+            planned = self._worker.submit(self._plan)
+        return planned.result()
 
     def lease(self) -> Lease:
         """A hold on the engine, which is loaded where it is not. Does not wait: entering the lease does.
@@ -171,9 +180,12 @@ class ModelHost:
 
     # Below, the lock is held, except where a function is one of the worker's or the timer's.
 
-    def _loading(self) -> Future[Engine]:
+    def _check(self) -> None:
         if self._closed:
             raise EdgeMoEError("the model host is closed: make another one")
+
+    def _loading(self) -> Future[Engine]:
+        self._check()
         if self._ready is None:
             self._ready, self._stop = Future(), threading.Event()
             self._ready.set_running_or_notify_cancel()
@@ -204,6 +216,11 @@ class ModelHost:
         if not kept:
             engine.close()
             ready.set_exception(EdgeMoEError("the model was unloaded while it was loaded: ask again"))
+
+    def _plan(self) -> Plan:
+        """In the worker."""
+        engine = self.engine
+        return engine.plan if engine is not None else Engine.plan_for(self._model, self._config)
 
     def _on_progress(self, progress: Progress) -> None:
         """In the worker."""

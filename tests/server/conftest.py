@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from edgemoe import Sampling
 from edgemoe.server.settings import ServerSettings
 from tests.support.running_server import RunningServer, running_server, until
 
@@ -12,7 +13,8 @@ from tests.support.running_server import RunningServer, running_server, until
 def session_server() -> Iterator[RunningServer]:
     settings = ServerSettings(port=0, heartbeat=0.2, stall_timeout=1.0, max_body=1 << 20)
     with running_server(settings, threads=1, context=2048, batch=64, state_folder="none") as running:
-        running.host.load().result()
+        # The first one compiles kernels.
+        running.host.load().result().generate("Once upon a time", Sampling(max_tokens=4))
         yield running
 
 

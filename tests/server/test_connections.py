@@ -38,7 +38,7 @@ def test_who_goes_while_it_is_answered_is_not_answered_any_more(
     connection = server.begin("/v1/chat/completions", LONG | {"stream": stream})
     until(lambda: server.engine.stats.tokens_generated > before + 3)
     connection.close()
-    until(server.is_idle, seconds=2)
+    until(server.is_idle, seconds=5)
     assert server.engine.stats.tokens_generated < before + 1500
     assert answer(server) == expected
 
@@ -47,14 +47,14 @@ def test_who_goes_while_the_prompt_is_computed_is_not_answered_any_more(server: 
     connection = server.begin("/v1/completions", PROMPT | {"stream": True})
     until(lambda: server.engine._loop.scheduler.running > 0)
     connection.close()
-    until(server.is_idle, seconds=2)
+    until(server.is_idle, seconds=5)
     assert answer(server) == expected
 
 
 def test_disconnects_at_random_moments_leave_nothing(server: RunningServer, expected: str) -> None:
     draw = random.Random(3)
     answer(server)
-    threads, files = threading.active_count(), open_files()
+    threads, files = open_threads(), open_files()
     for _ in range(12):
         connections = [
             server.begin("/v1/chat/completions", LONG | {"stream": draw.random() < 0.7}),
@@ -65,7 +65,12 @@ def test_disconnects_at_random_moments_leave_nothing(server: RunningServer, expe
             connection.close()
     until(server.is_idle)
     assert answer(server) == expected
-    until(lambda: threading.active_count() <= threads and open_files() <= files)
+    until(lambda: open_threads() <= threads and open_files() <= files)
+
+
+def open_threads() -> int:
+    """Without those of the event loop's pool, which it fills up to a fixed number."""
+    return sum(not thread.name.startswith("asyncio_") for thread in threading.enumerate())
 
 
 def open_files() -> int:
