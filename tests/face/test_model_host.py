@@ -166,10 +166,10 @@ def test_a_real_loading_is_stopped() -> None:
     made = ModelHost(**SETTINGS)
     loading = made.load()
     made.close()
-    try:
+    with pytest.raises(EdgeMoEError):
         loading.result(30)
-    except EdgeMoEError as error:
-        assert "ask again" in str(error) or "stop" in str(error)
+    # What was read is given back soon after.
+    until(lambda: not any(thread.name.startswith("edgemoe") for thread in threading.enumerate()))
 
 
 def test_after_the_end_it_refuses() -> None:
@@ -192,11 +192,12 @@ def test_many_threads_never_see_a_closed_engine_nor_two() -> None:
                 time.sleep(0.0005)
                 if made.engine is not engine or loader.closed != closed:
                     wrong.append("it was unloaded under a lease")
+            time.sleep(0.002 * (number + turn % 3))
             if (turn + number) % 7 == 0:
                 made.unload()
 
     with host(loader, keep_alive=0.001) as made:
-        threads = [threading.Thread(target=work, args=(made, number)) for number in range(8)]
+        threads = [threading.Thread(target=work, args=(made, number)) for number in range(3)]
         for thread in threads:
             thread.start()
         for thread in threads:
