@@ -65,6 +65,9 @@ MEASUREMENTS = {
         "batch-resume": "a run that is killed twenty times and resumed, against one that is left alone",
         "batch-memory": "peak memory of a run on 100,000 lines against one on 100",
     },
+    "guest": {
+        "serve-clients": "the server's clients, 64 at once, slow ones and leavers, against the library's replies",
+    },
     "speculation": {
         "spec-forecast": "what a self-draft's routing says of the verification, and of the bytes moved for it",
         "spec-tree": "draws a real draft tree of the shipped model with its experts",
