@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any, cast
@@ -30,8 +32,9 @@ def serve(arguments: argparse.Namespace, engine: EngineFactory | None = None) ->
         raise UsageError(f"serve needs {error.name}, which is not installed: pip install 'edgemoe[server]'") from error
     from edgemoe.model_host import ModelHost
 
+    given = _settings(arguments)
     try:
-        settings = ServerSettings(**_settings(arguments))
+        settings = ServerSettings(**given)
     except EdgeMoEError as error:
         raise UsageError(in_options(str(error))) from error
     say_which_model(arguments)
@@ -47,6 +50,7 @@ def serve(arguments: argparse.Namespace, engine: EngineFactory | None = None) ->
         if arguments.keep_alive is None:
             # It stays in memory, so that the first request need not wait.
             host.load().add_done_callback(_tell_loaded)
+        _quiet_uvicorn()
         say(f"{plan.model} at {server.url} (OpenAI and Anthropic: {server.url}/v1); Ctrl-C ends")
         server.run()
     return Exit.OK
@@ -77,6 +81,12 @@ def _keys_of(path: str | None) -> list[str]:
         # The server would otherwise serve everybody.
         raise UsageError(f"argument --api-key-file: {path} has no key; write one on each line")
     return found
+
+
+def _quiet_uvicorn() -> None:
+    """What clients do wrong, and what a second signal tears, is no matter for whoever looks at the terminal."""
+    if os.environ.get("EDGEMOE_TRACEBACK") != "1":
+        logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
 
 
 def _tell_loaded(loading: Any) -> None:

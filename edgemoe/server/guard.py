@@ -32,7 +32,7 @@ class Guard:
         """A page of another site whose name was made to point at this machine names that site in Host."""
         if not self._settings.is_loopback:
             return
-        name = urlsplit(f"//{host}").hostname if host and not host.startswith("/") else None
+        name = _address(f"//{host}")[1]
         if name is None or not (is_loopback(name) or name == self._settings.host.lower()):
             raise ApiError(403, f"the host {host[:100]!r} is not this server's: ask for localhost", code="wrong_host")
 
@@ -41,8 +41,7 @@ class Guard:
         origin = headers.get("origin")
         if origin is None or "*" in self._settings.allow_origins or origin in self._settings.allow_origins:
             return
-        host = headers.get("host", "")
-        if urlsplit(origin).netloc.lower() != host.lower() or not host:
+        if not origin or _address(origin)[0] != headers.get("host", "").lower():
             raise ApiError(
                 403, f"pages of {origin[:100]!r} may not use this server: allow their origin", code="wrong_origin"
             )
@@ -56,3 +55,12 @@ class Guard:
         if not sum(hmac.compare_digest(key, known) for known in self._keys):
             what = "the API key is wrong" if key else "the API key is missing"
             raise ApiError(401, f"{what}: send it as 'Authorization: Bearer KEY' or as 'x-api-key: KEY'")
+
+
+def _address(url: str) -> tuple[str, str | None]:
+    """The host with its port in a URL, and the host alone; nothing where there is none, or a user's name before it."""
+    try:
+        parts = urlsplit(url)
+        return ("", None) if "@" in parts.netloc else (parts.netloc.lower(), parts.hostname)
+    except ValueError:
+        return "", None

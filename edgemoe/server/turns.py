@@ -55,7 +55,7 @@ class Turns:
             self._give()
 
     async def _take(self, request: object) -> None:
-        if self._free and not self._waiting:
+        if self._free:
             self._free -= 1
             return
         mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -71,19 +71,22 @@ class Turns:
             raise
 
     def _give(self) -> None:
-        """Gives a turn to the next one."""
-        if not self._waiting:
-            self._free += 1
-            return
-        request = next(iter(self._waiting))
-        line = self._waiting.pop(request)
-        line.popleft().set_result(None)
-        if line:
-            # Behind all others.
-            self._waiting[request] = line
+        """Gives a turn to the next one that has not been cancelled."""
+        while self._waiting:
+            request = next(iter(self._waiting))
+            line = self._waiting.pop(request)
+            following = line.popleft()
+            if line:
+                # Behind all others.
+                self._waiting[request] = line
+            if not following.done():
+                following.set_result(None)
+                return
+        self._free += 1
 
     def _forget(self, request: object, mine: asyncio.Future[None]) -> None:
-        line = self._waiting[request]
-        line.remove(mine)
-        if not line:
-            del self._waiting[request]
+        line = self._waiting.get(request, deque())
+        if mine in line:
+            line.remove(mine)
+            if not line:
+                del self._waiting[request]

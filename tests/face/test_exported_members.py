@@ -16,6 +16,7 @@ EXPORTED = [
     "Completion",
     "EdgeMoEError",
     "Engine",
+    "ModelHost",
     "Plan",
     "PlanError",
     "Progress",

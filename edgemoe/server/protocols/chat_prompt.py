@@ -11,4 +11,10 @@ from edgemoe.server.protocols import fields
 
 def chat_prompt(body: Mapping[str, Any]) -> ChatPrompt:
     """The conversation of `body`, with its tools and the variables of the template. Raises FieldError."""
-    return ChatPrompt(fields.messages(body.get("messages")), fields.template_kwargs(body))
+    messages = [_as_known(message) for message in fields.messages(body.get("messages"))]
+    return ChatPrompt(messages, fields.template_kwargs(body))
+
+
+def _as_known(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with the role that templates know: OpenAI calls a newer model's system prompt the developer's."""
+    return message | {"role": "system"} if message["role"] == "developer" else message
