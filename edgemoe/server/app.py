@@ -53,6 +53,7 @@ class App:
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         begun = False
+        failure: Exception | None = None
 
         async def counting(message: Message) -> None:
             nonlocal begun
@@ -67,21 +68,20 @@ class App:
         except ClientDisconnect:
             return
         except HTTPException as error:
-            await _tell(scope, ApiError(error.status_code, _sentence(error, scope)), receive, counting)
+            failure = ApiError(error.status_code, f"{scope['method']} is not served here: {error.detail}")
         except Exception as error:
-            told = api_error(error)
-            if told.status == 500:
-                LOG.exception("a request failed")
-            if not begun:
-                await _tell(scope, told, receive, counting)
+            failure = error
+        if failure is None:
+            return
+        told = api_error(failure)
+        if told.status == 500:
+            LOG.error("a request failed", exc_info=failure)
+        if not begun:
+            await _tell(scope, told, receive, counting)
 
 
 async def _unknown(scope: Scope, receive: Receive, send: Send) -> None:
     raise ApiError(404, f"{scope['method']} {scope['path'][:200]} is not served", code="unknown_url")
-
-
-def _sentence(error: HTTPException, scope: Scope) -> str:
-    return f"{scope['method']} is not served here: {error.detail}"
 
 
 async def _tell(scope: Scope, error: ApiError, receive: Receive, send: Send) -> None:

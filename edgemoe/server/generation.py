@@ -87,6 +87,7 @@ class Generation:
     async def _run(self, number: int, engine: AsyncEngine, turns: Turns) -> None:
         """Takes the chunks of one reply."""
         prompt, sampling = self._reply.asked[number]
+        failure: Exception | None = None
         try:
             async with turns.turn(self), aclosing(engine.stream(prompt, sampling)) as chunks:
                 async for chunk in chunks:
@@ -94,4 +95,6 @@ class Generation:
                         raise ApiError(503, "the reply was cut off: the engine is being closed", code="cancelled")
                     await self._chunks.put((number, chunk))
         except Exception as error:
-            await self._chunks.put(error)
+            failure = error
+        if failure is not None:
+            await self._chunks.put(failure)

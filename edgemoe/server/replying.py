@@ -66,13 +66,16 @@ class Replier:
 
     async def _hold(self, generation: Generation, reply: Reply) -> None:
         """Holds the model for as long as the generation needs it."""
+        failure: Exception | None = None
         try:
             async with leased(self.host) as engine:
                 reply.has_tokenizer, reply.lossy = engine.has_tokenizer, engine.plan.lossy
                 async with generation.running(AsyncEngine(engine), self.turns):
                     await asyncio.Event().wait()
         except Exception as error:
-            generation.fail(api_error(error))
+            failure = error
+        if failure is not None:
+            generation.fail(api_error(failure))
 
 
 @asynccontextmanager
@@ -114,6 +117,7 @@ class ReplyResponse(Response):
 
     async def _answer(self, send: Send) -> None:
         begun = False
+        failure: Exception | None = None
 
         async def bounded(message: Message) -> None:
             nonlocal begun
@@ -126,13 +130,16 @@ class ReplyResponse(Response):
         except (asyncio.TimeoutError, OSError):
             raise
         except Exception as error:
-            told = api_error(error, self._body)
-            if told.status == 500:
-                LOG.exception("a request failed")
-            if begun:
-                await bounded(_part(b"".join(self._reply.failure(told)), last=True))
-            else:
-                await _json(self._reply.error(told), bounded, told.status, told.headers)
+            failure = error
+        if failure is None:
+            return
+        told = api_error(failure, self._body)
+        if told.status == 500:
+            LOG.error("a request failed", exc_info=failure)
+        if begun:
+            await bounded(_part(b"".join(self._reply.failure(told)), last=True))
+        else:
+            await _json(self._reply.error(told), bounded, told.status, told.headers)
 
     async def _whole(self, generation: Generation, send: Send) -> None:
         completions = await generation.completions(self._reply.lossy)
