@@ -82,9 +82,12 @@ class Replier:
 async def leased(host: ModelHost) -> AsyncIterator[Any]:
     """The engine of `host`, loaded where it is not; other tasks run while it is."""
     lease = host.lease()
+    ready = asyncio.wrap_future(lease.ready)
+    # Where nobody waits for it any more, its error is not worth a word.
+    ready.add_done_callback(lambda done: done.cancelled() or done.exception())
     try:
         # Others wait for the same loading.
-        yield await asyncio.shield(asyncio.wrap_future(lease.ready))
+        yield await asyncio.shield(ready)
     finally:
         lease.release()
 
