@@ -39,6 +39,7 @@ MEASUREMENTS = {
         "resident": "decode and prefill with all experts in memory against transformers and the floor",
         "before-after": "this checkout against another version, named in EDGEMOE_BENCH_OTHER, alternating",
         "start": "time to the first token, and of --help",
+        "perfect-drafts": "the loads a token at batch 1 if all drafts are right, on recorded routing",
         "cache-policy": "the default eviction policy on recorded traces against Belady's optimum, LRU, LFU and mixes",
         "warm-start": "expert bytes that the first 64 tokens wait for, after an earlier run and without one",
     },

@@ -9,14 +9,18 @@ from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from numba import njit, types
-from numba.core.caching import IndexDataCacheFile
+from numba.core.caching import IndexDataCacheFile, InTreeCacheLocator, UserWideCacheLocator
 from numba.core.ccallback import CFunc
 
 GENERATORS = ("edgemoe.kernels.cpu", "edgemoe.kernels.cpu.packed", "edgemoe.formats")
 """Packages whose modules write the code that others compile, or hold its tables."""
+
+INSTALLED = frozenset({"site-packages", "dist-packages"})
+"""Names of the folders that pip installs packages in."""
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -49,11 +53,26 @@ def _key(kept: Any) -> None:
 
     numba looks at the function's own module alone, and would run code of an older version after an upgrade.
     """
+    _move_out(kept)
     kept._cache_file = IndexDataCacheFile(
         cache_path=kept.cache_path,
         filename_base=kept._impl.filename_base,
         source_stamp=(kept._impl.locator.get_source_stamp(), generators_digest()),
     )
+
+
+def _move_out(kept: Any) -> None:
+    """Has numba's cache `kept` hold code in the user's cache folder, where it would be beside an installed module.
+
+    pip does not remove what it has not installed, and the folder that stays would hide a checkout installed later.
+    """
+    place = kept._impl.locator
+    if type(place) is not InTreeCacheLocator or not INSTALLED & {*Path(place.get_cache_path()).parts}:
+        return
+    other = UserWideCacheLocator.from_function(kept._py_func, place._py_file)
+    if other is not None:
+        kept._impl._locator = other
+        kept._cache_path = other.get_cache_path()
 
 
 class Native:

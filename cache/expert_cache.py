@@ -178,6 +178,17 @@ class ExpertCache:
         finally:
             self._unpin(list(pinned), pinned)
 
+    def touch(self, layer: int, experts: Sequence[int]) -> None:
+        """Tells the policy that a pass, which `lend` served, would have requested `experts` of `layer`, all distinct.
+
+        Nothing is loaded, and no hit or miss is counted. Prefetches among the resident ones count as used.
+        """
+        self._policy.requested(layer, experts)
+        for expert in (ExpertId(layer, number) for number in experts):
+            if self.is_resident(expert):
+                found = self.counters.resolve(self._held[expert], self.store.record_nbytes(expert))
+                self.counters.bytes_prefetched_used += found
+
     def prefetch(self, experts: Sequence[ExpertId], needed_sooner: Collection[ExpertId] = ()) -> int:
         """Puts `experts` on the link in this order, behind all demand loads. Returns how many loads were started.
 

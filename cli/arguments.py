@@ -6,215 +6,34 @@ An option that is not given stays None, so that its default has one home: the li
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 from edgemoe.cli.exits import UsageError
+from edgemoe.cli.options.parser import Parser as Parser
+from edgemoe.cli.options.parser import yes_or_no
+from edgemoe.cli.options.values import (
+    batch_size,
+    budget,
+    cpu_share,
+    device,
+    expert_cache,
+    json_object,
+    speed,
+    thread_count,
+)
+from edgemoe.cli.options.values import counted as counted
+from edgemoe.cli.options.values import decimal as decimal
+from edgemoe.cli.options.values import one_of as one_of
+from edgemoe.cli.options.values import port as port
+from edgemoe.cli.options.values import text as text
+from edgemoe.cli.options.values import whole as whole
+from edgemoe.cli.options.values import words as words
 from edgemoe.config import EngineConfig, choices_of, settings_of
 from edgemoe.errors import RequestError
 from edgemoe.sampling import Sampling
-from edgemoe.sizes import parse_bytes
-
-_SHARE = re.compile(r"\d+(\.\d+)?%")
-_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
-_WORDS_FOR = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-
-
-class _Variable(NamedTuple):
-    """An environment variable, the option it stands in for, and whether that option is a list."""
-
-    name: str
-    option: str
-    convert: Callable[[str], Any]
-    listed: bool
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one sentence, and whose options can come from the environment."""
-
-    def __init__(self, **settings: Any) -> None:
-        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(allow_abbrev=False, **settings)
-        self._variables: list[_Variable] = []
-
-    def error(self, message: str) -> NoReturn:
-        """Raise UsageError instead of printing the usage and leaving the process."""
-        raise UsageError(f"{message}; see '{self.prog} --help'")
-
-    def option(
-        self, *names: str, convert: Callable[[str], Any], metavar: str, help: str, repeated: bool = False
-    ) -> None:
-        """Add an option with a value; the last name gives the environment variable its name."""
-        variable = _variable_for(names)
-        action = self.add_argument(
-            *names,
-            type=convert,
-            metavar=metavar,
-            action="append" if repeated else "store",
-            help=f"{help} [{variable}]",
-        )
-        self._variables.append(_Variable(variable, action.dest, convert, repeated))
-
-    def switch(self, *names: str, help: str) -> None:
-        """Add an option without a value; its environment variable is 1 or 0."""
-        variable = _variable_for(names)
-        action = self.add_argument(*names, action="store_true", default=None, help=f"{help} [{variable}]")
-        self._variables.append(_Variable(variable, action.dest, yes_or_no, False))
-
-    def fill_from_environment(self, arguments: argparse.Namespace, environment: Mapping[str, str]) -> None:
-        """Give each option that the command line left out the value of its variable, when that is set and not empty."""
-        for variable in self._variables:
-            text = environment.get(variable.name, "")
-            if not text or getattr(arguments, variable.option) is not None:
-                continue
-            try:
-                value = variable.convert(text)
-            except argparse.ArgumentTypeError as error:
-                self.error(f"environment variable {variable.name}: {error}")
-            setattr(arguments, variable.option, [value] if variable.listed else value)
-
-
-def _variable_for(names: Sequence[str]) -> str:
-    return "EDGEMOE_" + names[-1].lstrip("-").replace("-", "_").upper()
-
-
-# --- values --------------------------------------------------------------------------------------
-
-
-def text(value: str) -> str:
-    """Any text."""
-    return value
-
-
-def words(value: str) -> str:
-    """A text for the model. A path may have any bytes, a text may not."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError("it is not UTF-8 text") from None
-    return value
-
-
-def whole(value: str) -> int:
-    """A whole number; the limits are the library's."""
-    try:
-        return int(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{value!r} is not a whole number") from None
-
-
-def counted(value: str) -> int:
-    """A whole number, 1 or more."""
-    number = whole(value)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is below 1; give 1 or more")
-    return number
-
-
-def port(value: str) -> int:
-    """A TCP port; 0 is any."""
-    number = whole(value)
-    if not 0 <= number <= 65535:
-        raise argparse.ArgumentTypeError(f"{number} is no port; give one from 0 to 65535")
-    return number
-
-
-def decimal(value: str) -> float:
-    """A number; the limits are the library's."""
-    try:
-        return float(value)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{value!r} is not a number") from None
-
-
-def json_object(value: str) -> dict[str, Any]:
-    """An object in JSON."""
-    try:
-        found = json.loads(value)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f'{value!r} is no JSON object such as {{"enable_thinking": false}}')
-    return found
-
-
-def speed(value: str) -> float:
-    """A number above 0."""
-    number = decimal(value)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{value} is not above 0; give a speed in gigabytes a second, such as 12.5")
-    return number
-
-
-def yes_or_no(value: str) -> bool:
-    """A switch written as an environment variable."""
-    try:
-        return _WORDS_FOR[value.lower()]
-    except KeyError:
-        raise argparse.ArgumentTypeError(
-            f"{value!r} is neither yes nor no; give one of {', '.join(_WORDS_FOR)}"
-        ) from None
-
-
-def one_of(*names: str) -> Callable[[str], str]:
-    """One of a few words."""
-
-    def named(value: str) -> str:
-        if value not in names:
-            raise argparse.ArgumentTypeError(f"{value!r} is not known; give one of {', '.join(names)}")
-        return value
-
-    return named
-
-
-def batch_size(value: str) -> str | int:
-    """How many sequences to decode together: a number, or auto."""
-    size = value.strip().lower()
-    if size != "auto" and not size.lstrip("-").isdecimal():
-        raise argparse.ArgumentTypeError(f"{value!r} is no size of a batch; give auto, or a number such as 16")
-    return size if size == "auto" else counted(size)
-
-
-def device(value: str) -> str:
-    """Where to compute."""
-    if not _DEVICE.fullmatch(value):
-        raise argparse.ArgumentTypeError(f"{value!r} is not known; give one of auto, cpu, cuda, cuda:N")
-    return value
-
-
-def expert_cache(value: str) -> str | int:
-    """The size of the expert cache as the library takes it: a number of slots as an int, all else as text."""
-    size = value.strip()
-    if size.isdecimal():
-        return int(size)
-    if size.lower() == "auto" or _SHARE.fullmatch(size):
-        return size
-    try:
-        parse_bytes(size)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{value!r} is not a size; give auto, bytes such as 6GiB, a share of the experts such as 40%, "
-            "or a number of slots such as 96"
-        ) from None
-    return size
-
-
-def cpu_share(value: str) -> str:
-    """A share of the missing experts; the limits are the library's."""
-    share = value.strip().lower()
-    if share not in ("auto", "off"):
-        try:
-            float(share.removesuffix("%"))
-        except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"{value!r} is not a share; give auto, off, or a share of the missing experts such as 35% or 0.35"
-            ) from None
-    return share
-
 
 _FLAGS = {"context": ("-c", "--ctx-size"), "threads": ("-t", "--threads"), "model_config": ("--config",)}
 """Options with another name than their setting, or a short one."""
@@ -237,7 +56,7 @@ def _kind(setting: str) -> Callable[[str], Any]:
         return one_of(*choices)
     own: dict[str, Callable[[str], Any]] = {
         "batch": batch_size, "device": device, "expert_cache": expert_cache, "link_gbps": speed,
-        "cpu_share": cpu_share,
+        "cpu_share": cpu_share, "budget": budget, "threads": thread_count,
     }  # fmt: skip
     by_type: dict[str, Callable[[str], Any]] = {"bool": yes_or_no, "int": counted, "int | None": counted}
     types = {entry.name: str(entry.type) for entry in fields(EngineConfig)}
@@ -249,6 +68,23 @@ _KINDS = {setting: _kind(setting) for setting in settings_of()}
 
 # --- groups of options ---------------------------------------------------------------------------
 
+_SECTIONS = {
+    "model": ("model_config", "offline", "state_folder"),
+    "drafts": tuple(settings_of("draft")),
+    "lossy": ("experts", "dense", "budget", "budget_rule", "budget_dropped"),
+}
+"""The section of the help for settings of an engine; all others are about memory and speed."""
+_COMMON = ("context", "threads", "device", "expert_cache", "offline", "batch", "speculate")
+"""Settings that the short help has."""
+_DEFAULTS = {
+    "context": f"the model's limit, {EngineConfig.default_context} at most",
+    "threads": "the cores that this process may use",
+    "model_config": "the file's own",
+    "link_gbps": "the real link",
+    "state_folder": "the user's cache folder",
+}
+"""What holds where a setting's default is None."""
+
 
 def add_settings(parser: Parser, *groups: str) -> None:
     """The settings of an engine in `groups`, as `EngineConfig` defines them."""
@@ -259,11 +95,17 @@ def add_settings(parser: Parser, *groups: str) -> None:
 def add_setting(parser: Parser, name: str) -> None:
     """One setting of an engine."""
     info = settings_of()[name]
+    sections = [title for title, names in _SECTIONS.items() if name in names]
+    # What is lossy is told of as that, whatever it belongs to.
+    section = sections[-1] if sections else "memory and speed"
+    rare = name not in _COMMON
     help = info.help.replace("%", "%%")
     if _KINDS[name] is yes_or_no:
-        parser.switch(*flags_of(name), help=help)
-    else:
-        parser.option(*flags_of(name), convert=_KINDS[name], metavar=info.metavar, help=help)
+        parser.switch(*flags_of(name), help=help, section=section, rare=rare)
+        return
+    default = _DEFAULTS.get(name) or getattr(EngineConfig, name, None)
+    help += f" (default: {default})" if default is not None else ""
+    parser.option(*flags_of(name), convert=_KINDS[name], metavar=info.metavar, help=help, section=section, rare=rare)
 
 
 def add_model_options(parser: Parser) -> None:
@@ -279,39 +121,71 @@ def add_model_option(parser: Parser) -> None:
         "--model",
         convert=text,
         metavar="MODEL",
-        help="folder, GGUF file or hub name of a checkpoint, such as org/name or org/name:Q4_K_M for GGUF files; "
-        "without it, the small demo model that ships with edgemoe",
+        help="folder, GGUF file or hub name of a checkpoint, such as org/name or org/name:Q4_K_M for GGUF files "
+        "(default: the small demo model that ships with edgemoe)",
+        section="model",
     )
 
 
 def add_offline_option(parser: Parser) -> None:
     """Where a model may come from."""
-    parser.switch("--offline", help=settings_of()["offline"].help)
+    parser.switch("--offline", help=settings_of()["offline"].help, section="model")
+
+
+_SAMPLING: tuple[tuple[tuple[str, ...], Callable[[str], Any], str, str], ...] = (
+    (("-n", "--max-tokens"), whole, "N", f"most tokens of a reply ({EngineConfig.default_max_tokens})"),
+    (("--temp",), decimal, "T", "temperature; 0 always takes the likeliest token (0)"),
+    (("--top-k",), whole, "K", "choose among the K likeliest tokens (50; 0 is all)"),
+    (("--top-p",), decimal, "P", "choose among the likeliest tokens that sum up to P (1)"),
+    (("--min-p",), decimal, "P", "leave out tokens below P times the likeliest one (0)"),
+    (("--repeat-penalty",), decimal, "X", "make tokens already there less likely (1)"),
+    (("--presence-penalty",), decimal, "X", "lower what the reply has already (0)"),
+    (("--frequency-penalty",), decimal, "X", "the same for each time it has it (0)"),
+    (("--seed",), whole, "N", "start of the random numbers, for the same text again (random)"),
+)
+"""Names, kind, metavar and help of each option with a number, with what holds where the checkpoint says nothing."""
+_RARE_SAMPLING = ("--top-k", "--min-p", "--repeat-penalty", "--presence-penalty", "--frequency-penalty")
 
 
 def add_sampling_options(parser: Parser) -> None:
     """How to choose tokens. Without an option, the checkpoint's own setting holds."""
-    parser.option("-n", "--max-tokens", convert=whole, metavar="N", help="most tokens to generate for a reply")
-    parser.option("--temp", convert=decimal, metavar="T", help="temperature; 0 always takes the likeliest token")
-    parser.option("--top-k", convert=whole, metavar="K", help="choose among the K likeliest tokens")
-    parser.option("--top-p", convert=decimal, metavar="P", help="choose among the likeliest tokens that sum up to P")
-    parser.option("--min-p", convert=decimal, metavar="P", help="leave out tokens below P times the likeliest one")
-    parser.option("--repeat-penalty", convert=decimal, metavar="X", help="make tokens already there less likely")
-    parser.option("--presence-penalty", convert=decimal, metavar="X", help="lower what the reply has already")
-    parser.option("--frequency-penalty", convert=decimal, metavar="X", help="the same for each time it has it")
-    parser.option("--seed", convert=whole, metavar="N", help="start of the random numbers, for the same text again")
-    parser.option("--stop", convert=words, metavar="TEXT", help="end the reply before TEXT; repeatable", repeated=True)
-    parser.switch("--ignore-eos", help="go on after the model's end of text, up to --max-tokens")
+    for names, kind, metavar, told in _SAMPLING:
+        help = told.replace("(", "(default: ")
+        rare = names[-1] in _RARE_SAMPLING
+        parser.option(*names, convert=kind, metavar=metavar, help=help, section="sampling", rare=rare)
+    parser.option(
+        "--stop",
+        convert=words,
+        metavar="TEXT",
+        help="end the reply before TEXT; repeatable",
+        repeated=True,
+        section="sampling",
+    )
+    parser.switch(
+        "--ignore-eos",
+        help="go on after the model's end of text, up to --max-tokens",
+        section="sampling",
+        rare=True,
+    )
 
 
 def add_generation_options(parser: Parser) -> None:
     """Everything that generating takes: the model, the sampling, the system prompt, and what is said of it."""
-    parser.option("-sys", "--system-prompt", convert=words, metavar="TEXT", help="system prompt of conversations")
+    parser.option(
+        "-sys",
+        "--system-prompt",
+        convert=words,
+        metavar="TEXT",
+        help="system prompt of conversations",
+        section="request",
+    )
     parser.option(
         "--chat-template-kwargs",
         convert=json_object,
         metavar="JSON",
         help='variables of the chat template, such as {"enable_thinking": false}',
+        section="request",
+        rare=True,
     )
     add_model_options(parser)
     add_settings(parser, "state")
@@ -361,6 +235,4 @@ def read_command_line(
     parser: Parser, argv: Sequence[str] | None, environment: Mapping[str, str] = os.environ
 ) -> argparse.Namespace:
     """Parse, then fill in from the environment. The chosen command's parser is its `parser` default."""
-    arguments = parser.parse_args(argv)
-    arguments.parser.fill_from_environment(arguments, environment)
-    return arguments
+    return parser.read(argv, environment)

@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, cast
 
-from edgemoe.cli.chat.chat import piped_text
-from edgemoe.cli.chat.slash import read_text
+from edgemoe.cli.chat.text_file import piped_text, read_text
 from edgemoe.cli.exits import Exit, UsageError
 from edgemoe.cli.loading import open_engine
 from edgemoe.cli.output import put

@@ -22,7 +22,7 @@ class Exit(IntEnum):
 
 DESCRIPTION = """exit codes:
   0    all is well
-  1    some requests failed (each left an error record), or doctor found a problem
+  1    some requests failed (each left a record), or doctor found a problem
   2    wrong usage
   3    the checkpoint cannot be used
   4    the model does not fit, or what was asked for was refused

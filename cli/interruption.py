@@ -2,12 +2,47 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
+
+from edgemoe.cli.exits import Exit
+
+_ERASE_LINE, _SHOW_CURSOR = "\r\x1b[2K", "\x1b[?25h"
+
+
+@contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """A block in which Ctrl-C ends the process with one line, and nothing is unwound.
+
+    For imports and loading, which leave nothing behind: PyTorch's import takes a KeyboardInterrupt for an answer to
+    some question of its own, and goes on in pieces.
+    """
+    mine = threading.current_thread() is threading.main_thread()
+    if not mine or signal.getsignal(signal.SIGINT) != signal.default_int_handler:
+        # A process told to ignore Ctrl-C goes on ignoring it.
+        yield
+        return
+    signal.signal(signal.SIGINT, _leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    animated = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    line = f"{_ERASE_LINE + _SHOW_CURSOR if animated else ''}edgemoe: error: interrupted\n"
+    try:
+        # Not through sys.stderr, which may be in the middle of a write.
+        os.write(2, line.encode())
+    finally:
+        os._exit(Exit.INTERRUPTED)
 
 
 class Interruption:

@@ -7,33 +7,63 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from edgemoe.cli.arguments import model_settings
-from edgemoe.cli.render import columns
+from edgemoe.cli.exits import UsageError
+from edgemoe.cli.interruption import leaving_at_once
+from edgemoe.cli.options.parser import cut
+from edgemoe.cli.render import columns, harmless_line
 from edgemoe.cli.surface import BatchEngineView, EngineFactory, EngineView
 from edgemoe.cli.wording import in_options
+from edgemoe.errors import CheckpointError
+from edgemoe.results import Progress
 
 if TYPE_CHECKING:
     from edgemoe.plan.plan import Plan
-    from edgemoe.results import Progress
 
+_MIN_BAR, _MAX_BAR = 4, 40
+"""Columns of the bar of loading."""
+_BESIDE_BAR = 56
+"""Columns for what stands beside it: the stage, bytes of bytes, and the speed."""
 Loaded = TypeVar("Loaded", bound=BatchEngineView)
 
 
 def say(sentence: str) -> None:
     """One line on standard error."""
-    sys.stderr.write(f"edgemoe: {sentence}\n")
+    sys.stderr.write(f"edgemoe: {harmless_line(sentence)}\n")
     sys.stderr.flush()
 
 
 def factory(engine: EngineFactory | None) -> EngineFactory:
     """The given source of engines, else the library's own, which is imported only here."""
     if engine is None:
-        from edgemoe import Engine
+        with leaving_at_once():
+            from edgemoe import Engine
 
         return Engine
     return engine
+
+
+def check_model_path(model: str | None) -> None:
+    """Raises CheckpointError for a path where nothing is: at once, and not after PyTorch is imported."""
+    if model is None or (model.count("/") == 1 and model[0] not in "./~" and not model.endswith(".gguf")):
+        return  # nothing, or the id of a repository
+    if not model.strip():
+        raise UsageError("argument -m/--model: the name is empty; give a checkpoint's folder or a Hugging Face id")
+    # What follows a colon may be a quantisation.
+    if not any(_exists(path) for path in (model, model.rpartition(":")[0]) if path):
+        raise CheckpointError(
+            f"{cut(model)} does not exist: give a checkpoint's folder or a Hugging Face id such as org/name with -m"
+        )
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):
+        return False
 
 
 def say_which_model(arguments: argparse.Namespace) -> None:
@@ -62,7 +92,11 @@ def say_lossy(plan: Plan) -> None:
 
 def open_engine(arguments: argparse.Namespace, engine: EngineFactory | None) -> EngineView:
     """Load the model that the command line names. The caller closes it. Raises what `Engine.load` raises."""
-    return _open(arguments, lambda: factory(engine).load)
+    if engine is not None:
+        return _open(arguments, lambda: engine.load)
+    check_model_path(arguments.model)
+    with leaving_at_once():
+        return _open(arguments, lambda: factory(engine).load)
 
 
 def open_ray_engines(arguments: argparse.Namespace) -> BatchEngineView:
@@ -78,8 +112,11 @@ def open_ray_engines(arguments: argparse.Namespace) -> BatchEngineView:
 
 def _open(arguments: argparse.Namespace, loader: Callable[[], Callable[..., Loaded]]) -> Loaded:
     say_which_model(arguments)
-    with progress_bar() as on_progress:
-        loaded = loader()(**model_settings(arguments), on_progress=on_progress)
+    with progress_bar("importing PyTorch") as on_progress:
+        load = loader()
+        if on_progress is not None:
+            on_progress(Progress("reading the checkpoint", 0, 0))
+        loaded = load(**model_settings(arguments), on_progress=on_progress)
     say_simulation(loaded.plan)
     say_not_served(loaded.plan)
     if arguments.verbose:
@@ -88,18 +125,42 @@ def _open(arguments: argparse.Namespace, loader: Callable[[], Callable[..., Load
 
 
 @contextlib.contextmanager
-def progress_bar() -> Iterator[Callable[[Progress], None] | None]:
-    """A bar on standard error within the block, when that is a terminal."""
+def progress_bar(first: str = "loading") -> Iterator[Callable[[Progress], None] | None]:
+    """A bar on standard error within the block, when that is a terminal. It begins with the stage `first`.
+
+    A stage without a total has a bar that only moves.
+    """
     if not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, ProgressColumn, Task, TextColumn, TransferSpeedColumn
     from rich.progress import Progress as ProgressBar
+    from rich.table import Column
+    from rich.text import Text
 
-    parts = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
-    with ProgressBar(*parts, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("loading", total=None)
+    class Bytes(DownloadColumn):
+        """Nothing, where there is no total to compare with."""
+
+        def render(self, task: Task) -> Text:
+            return Text() if task.total is None else super().render(task)
+
+    class Speed(TransferSpeedColumn):
+        """Nothing, where it is not known."""
+
+        def render(self, task: Task) -> Text:
+            return Text() if task.total is None or task.speed is None else super().render(task)
+
+    console = Console(stderr=True)
+    parts: list[ProgressColumn] = [
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=max(_MIN_BAR, min(_MAX_BAR, console.width - _BESIDE_BAR))),
+        Bytes(binary_units=True, table_column=Column(no_wrap=True)),
+    ]
+    if console.width > _BESIDE_BAR:
+        parts.append(Speed(table_column=Column(no_wrap=True)))
+    with ProgressBar(*parts, console=console, transient=True) as bar:
+        task = bar.add_task(first, total=None)
 
         def show(progress: Progress) -> None:
             bar.update(task, description=progress.stage, completed=progress.done, total=progress.total or None)

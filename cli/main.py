@@ -19,6 +19,7 @@ from edgemoe import __version__
 from edgemoe.cli import arguments as options
 from edgemoe.cli.exits import DESCRIPTION, Exit, UsageError, exit_for
 from edgemoe.cli.output import settle
+from edgemoe.cli.render import harmless_line
 from edgemoe.cli.streams import standard_streams
 from edgemoe.cli.surface import EngineFactory
 from edgemoe.cli.wording import in_options
@@ -26,9 +27,17 @@ from edgemoe.errors import EdgeMoEError
 
 _Commands: TypeAlias = "argparse._SubParsersAction[options.Parser]"
 
-_EPILOG = f"""{DESCRIPTION}
+_DESCRIPTION = """Run Mixture-of-Experts language models that are larger than the memory of the device.
 
-Every option can be given as an environment variable, named beside it in each command's help; the command line wins.
+  edgemoe chat                      talk with the small model that comes along
+  edgemoe chat -m MODEL "QUESTION"  ask a model once
+  edgemoe run -m MODEL FILE         answer a file of prompts
+  edgemoe plan -m MODEL             see what would go where"""
+_EPILOG = f"""'edgemoe COMMAND -h' shows a command's most used options, 'edgemoe COMMAND --help' all of them.
+
+{DESCRIPTION}
+
+Every option can be given as an environment variable, named beside it by --help; the command line wins.
 Answers go to standard output, everything else to standard error. EDGEMOE_TRACEBACK=1 shows an error's traceback."""
 
 
@@ -67,12 +76,12 @@ def build_parser() -> options.Parser:
     """The parser of the whole command line."""
     parser = options.Parser(
         prog="edgemoe",
-        description="Run Mixture-of-Experts language models that are larger than the memory of the device.",
+        description=_DESCRIPTION,
         epilog=_EPILOG,
     )
     parser.add_argument("--version", action="version", version=f"edgemoe {__version__}")
     parser.set_defaults(parser=parser, command=None)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", prog="edgemoe")
     _add_run(commands)
     _add_chat(commands)
     _add_serve(commands)
@@ -95,26 +104,44 @@ def _add_run(commands: _Commands) -> None:
         epilog='FILE is OpenAI batch JSONL, JSONL with {"prompt"} or {"messages"}, or plain text, one prompt a line.',
     )
     parser.add_argument("requests", metavar="FILE", help="the requests; - is standard input")
-    parser.option("-o", "--output", convert=options.text, metavar="OUT", help="write the results here, not to stdout")
-    parser.switch("--overwrite", help="replace what OUT holds")
-    parser.switch("--resume", help="go on with OUT: answer only what it has no result for")
+    parser.option(
+        "-o",
+        "--output",
+        convert=options.text,
+        metavar="OUT",
+        help="write the results here, not to stdout",
+        section="results",
+    )
+    parser.switch("--overwrite", help="replace what OUT holds", section="results")
+    parser.switch("--resume", help="go on with OUT: answer only what it has no result for", section="results")
     parser.option(
         "--order",
         convert=options.one_of("finish", "input"),
         metavar="ORDER",
-        help="write results as they finish (finish), or in the order of the requests (input)",
+        help="write results as they finish (finish), or in the order of the requests (input) (default: finish)",
+        section="results",
+        rare=True,
     )
-    parser.switch("--raw", help="complete plain-text lines as they are, without the chat template")
+    parser.switch(
+        "--raw", help="complete plain-text lines as they are, without the chat template", section="request", rare=True
+    )
     options.add_generation_options(parser)
     options.add_settings(parser, "batch")
     parser.option(
-        "--logprobs", convert=options.whole, metavar="N", help="report log-probabilities, with N alternatives a token"
+        "--logprobs",
+        convert=options.whole,
+        metavar="N",
+        help="report log-probabilities, with N alternatives a token",
+        section="results",
+        rare=True,
     )
     parser.option(
         "--ray",
         convert=options.text,
         metavar="ADDRESS",
         help="share the requests out over the Ray cluster at this address (needs edgemoe[ray])",
+        section="memory and speed",
+        rare=True,
     )
 
 
@@ -123,12 +150,35 @@ def _add_chat(commands: _Commands) -> None:
         commands,
         "chat",
         help="talk with a model",
-        description="Talk with a model; with standard input piped, answer once and leave.",
+        description="Talk with a model on a terminal. With a QUESTION, or with standard input piped, answer once and "
+        'leave: what is piped in goes before the question, as in\n  edgemoe chat "Summarise this." < notes.txt',
     )
     # A conversation is one sequence.
     parser.set_defaults(batch=1)
-    parser.option("-p", "--prompt", convert=options.words, metavar="TEXT", help="start with this message")
-    parser.option("-f", "--file", convert=options.text, metavar="FILE", help="start with the text of a file")
+    parser.add_argument(
+        "question", metavar="QUESTION", nargs="*", type=options.words, help="answer this and leave; words are joined"
+    )
+    parser.option(
+        "-p",
+        "--prompt",
+        convert=options.words,
+        metavar="TEXT",
+        help="start with this message; on a terminal, the conversation goes on after it",
+        section="request",
+    )
+    parser.option(
+        "-f",
+        "--file",
+        convert=options.text,
+        metavar="FILE",
+        help="start with the text of a file",
+        section="request",
+    )
+    parser.switch(
+        "--context-shift",
+        help="when the conversation fills the context, leave its oldest messages out, and say so",
+        section="request",
+    )
     options.add_generation_options(parser)
 
 
@@ -311,6 +361,8 @@ def _dispatch(argv: Sequence[str] | None, engine: EngineFactory | None) -> int:
     arguments = options.read_command_line(parser, argv)
     if arguments.command is None:
         raise UsageError("no command given; try 'edgemoe chat', or see 'edgemoe --help'")
+    for sentence in parser.unknown_variables(os.environ):
+        sys.stderr.write(f"edgemoe: {harmless_line(sentence)}\n")
     from edgemoe.cli.temporary import ensure_temporary_folder
 
     ensure_temporary_folder()
@@ -333,12 +385,12 @@ def _dispatch(argv: Sequence[str] | None, engine: EngineFactory | None) -> int:
     elif arguments.command == "affinity":
         from edgemoe.cli.affinity import affinity as command
     else:
-        from edgemoe.cli.doctor import doctor as command
+        from edgemoe.cli.doctor.doctor import doctor as command
     return command(arguments, engine)
 
 
 def _complain(sentence: str) -> None:
-    sys.stderr.write(f"edgemoe: error: {sentence}\n")
+    sys.stderr.write(f"edgemoe: error: {harmless_line(sentence)}\n")
 
 
 def _show_traceback() -> None:

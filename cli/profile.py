@@ -6,7 +6,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,17 +16,19 @@ from typing import TYPE_CHECKING, Any
 from edgemoe.checkpoint.state_folder import NONE, keeps_nothing
 from edgemoe.cli.arguments import model_settings
 from edgemoe.cli.exits import Exit, FileTrouble, UsageError, why
-from edgemoe.cli.loading import progress_bar, say, say_which_model
+from edgemoe.cli.interruption import Interruption
+from edgemoe.cli.loading import say, say_which_model
 from edgemoe.cli.output import put
 from edgemoe.cli.render import columns
 from edgemoe.cli.surface import EngineFactory
+from edgemoe.cli.wording import in_options
 
 if TYPE_CHECKING:
+    from edgemoe.measure.profiler import ProfileProgress
     from edgemoe.plan.performance_model import Outlook
     from edgemoe.plan.profile import CardSpeed, Profile
 
 _PICTURES = (".png", ".svg")
-_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _DEPTHS = (3, 8)
 _POINTS = ("batch", "tokens each", "slots", "measured", "predicted", "experts a layer", "misses")
 _WORTH = (
@@ -58,8 +61,8 @@ def profile(arguments: argparse.Namespace, engine: EngineFactory | None = None) 
         with _told(arguments.state_folder):
             state.probe()
     say("measuring takes a minute or two; the less else runs meanwhile, the better")
-    with progress_bar() as on_progress:
-        made = take_profile(blueprint, config, on_progress)
+    with _bar() as show:
+        made = take_profile(blueprint, config, show)
     if keeps:
         with _told(arguments.state_folder):
             write_profile(state, made)
@@ -69,6 +72,50 @@ def profile(arguments: argparse.Namespace, engine: EngineFactory | None = None) 
     if picture is not None:
         _draw(made, picture)
     return Exit.OK
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[ProfileProgress], None]]:
+    """What is measured, and how far that is: a bar on a terminal, a line for each quarter elsewhere.
+
+    The first Ctrl-C ends the measurement before its next pass, so that none is torn.
+    """
+    stopped = threading.Event()
+    with Interruption(stopped.set), _shown() as show:
+
+        def progressed(progress: ProfileProgress) -> None:
+            if stopped.is_set() and threading.current_thread() is threading.main_thread():
+                raise KeyboardInterrupt
+            show(progress)
+
+        yield progressed
+
+
+@contextmanager
+def _shown() -> Iterator[Callable[[ProfileProgress], None]]:
+    if not sys.stderr.isatty():
+        quarters = [0]
+
+        def say_quarter(progress: ProfileProgress) -> None:
+            if int(4 * progress.done) > quarters[0]:
+                quarters[0] = int(4 * progress.done)
+                say(f"{quarters[0] / 4:.0%} is measured")
+
+        yield say_quarter
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    parts = (
+        SpinnerColumn(), BarColumn(20), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
+    )  # fmt: skip
+    with Progress(*parts, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("opening", total=1.0)
+
+        def show(progress: ProfileProgress) -> None:
+            bar.update(task, description=progress.activity, completed=progress.done)
+
+        yield show
 
 
 @contextmanager
@@ -134,20 +181,24 @@ def _print(made: Profile, *, as_json: bool) -> None:
 def _predicted(made: Profile) -> dict[str, Any]:
     """What the tables tell beside the points, for JSON."""
     from edgemoe.plan.prediction import ACCEPTANCE
+    from edgemoe.plan.verdict import verdict
 
     slots = [
         {"cache_share": share, "batches": [asdict(each) for each in found]} for share, found in _outlooks(made).items()
     ]
-    return {"acceptance": ACCEPTANCE, "full_activation": _full_activation(made), "slots": slots}
+    return {"acceptance": ACCEPTANCE, "full_activation": _full_activation(made), "slots": slots} | {
+        "verdict": [in_options(sentence) for sentence in verdict(made).sentences]
+    }
 
 
 def _outlooks(made: Profile) -> dict[float, list[Outlook]]:
     """What the model says over batches: for all experts resident, and for the slots that there were, where fewer."""
     from edgemoe.plan.prediction import ACCEPTANCE
+    from edgemoe.plan.verdict import BATCHES
 
     there = max(point.cache_share for point in made.points)
     return {
-        share: [made.model.outlook(batch, share, ACCEPTANCE, _DEPTHS) for batch in _BATCHES] for share in (1.0, there)
+        share: [made.model.outlook(batch, share, ACCEPTANCE, _DEPTHS) for batch in BATCHES] for share in (1.0, there)
     }
 
 
@@ -164,8 +215,11 @@ def _full_activation_told(made: Profile) -> str:
 
 
 def _told_last(made: Profile) -> list[str]:
-    """What comes below the tables."""
-    return [*([_card_told(made.card)] if made.card else []), _full_activation_told(made)]
+    """What comes below the tables; the verdict is the last."""
+    from edgemoe.plan.verdict import verdict
+
+    card = [_card_told(made.card)] if made.card else []
+    return [*card, _full_activation_told(made), *map(in_options, verdict(made).sentences)]
 
 
 def _card_told(card: CardSpeed) -> str:

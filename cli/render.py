@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
@@ -200,8 +201,41 @@ def _foretold(name: str, recall: float, precision: float, moved: tuple[int, int,
     return rows
 
 
+_HARMFUL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that a terminal obeys instead of showing them: controls but line end and tab, and those that turn the
+direction of text. Lone surrogates stand for bytes of a file name that are no text."""
+
+
+def harmless(text: str) -> str:
+    """`text` with every character that a terminal would obey written out, such as `\\x1b` for an escape."""
+    return _HARMFUL.sub(_written_out, text.replace("\r\n", "\n"))
+
+
+def harmless_line(text: str) -> str:
+    """The same on one line: line ends are written out too."""
+    return harmless(text).replace("\n", "\\n").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _written_out(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
 def columns(rows: Sequence[Sequence[str]]) -> str:
     """Rows as aligned text, without a trailing newline; the last column is not padded."""
+    rows = [tuple(map(harmless_line, row)) for row in rows]
     widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]) - 1)] if rows else []
     lines = ("  ".join([*map(str.ljust, row, widths), row[-1]]) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
+
+
+def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], right: int) -> None:
+    """Rows as a table on a terminal, as wide as that is; the column with the index `right` has its numbers so."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*headings)
+    table.columns[right].justify = "right"
+    for row in rows:
+        table.add_row(*map(harmless_line, row))
+    Console(markup=False, highlight=False).print(table)

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from edgemoe.checkpoint.chat_template import Messages
     from edgemoe.checkpoint.tokenizer import Prompt
     from edgemoe.errors import RequestError
     from edgemoe.plan.plan import Plan
     from edgemoe.results import Chunk, Completion, Progress, Stats
     from edgemoe.sampling import Sampling
+
+CANCELLED = "cancelled"
+"""The finish reason of a reply that was broken off on request."""
+
+
+class ReplyStream(Protocol):
+    """A reply as it is generated."""
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """The chunks; the last one has a finish reason."""
+
+    def close(self) -> object:
+        """End the reply, where it is not over."""
 
 
 class BatchEngineView(Protocol):
@@ -52,8 +66,11 @@ class BatchEngineView(Protocol):
 class EngineView(BatchEngineView, Protocol):
     """A loaded model that can also hold a conversation."""
 
-    def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Generator[Chunk, None, None]:
+    def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> ReplyStream:
         """Generate, a chunk at a time. Raises RequestError."""
+
+    def chat_prompt(self, messages: Messages, template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
+        """The tokens of a conversation up to the reply. Raises RequestError for one that the template refuses."""
 
 
 class EngineFactory(Protocol):

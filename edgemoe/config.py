@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
+
+from edgemoe.errors import PlanError
+from edgemoe.values import number, shown, whole_number
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -32,7 +36,8 @@ def _setting(default: Any, help: str, group: str, *, choices: tuple[str, ...] = 
 class EngineConfig:
     """How an engine is built. Fields with a `SettingInfo` are its settings; the others are fixed by the library.
 
-    `Engine.load` takes fields by name. A field is defined here and nowhere else.
+    `Engine.load` takes fields by name. A field is defined here and nowhere else. Raises PlanError, with the setting and
+    its range, for a value of another type or out of a range that no checkpoint widens.
     """
 
     threads: int | None = _setting(None, "CPU threads to compute with", "machine")
@@ -125,9 +130,9 @@ class EngineConfig:
         metavar="MODEL",
     )
     """A second, smaller checkpoint with the same tokenizer, for the drafter "model"."""
-    draft_nodes: int = _setting(16, "most drafted tokens that are verified at once (16)", "draft")
+    draft_nodes: int = _setting(16, "most drafted tokens that are verified at once", "draft")
     """Most drafted tokens of a sequence that one pass verifies."""
-    draft_depth: int = _setting(8, "most drafted tokens that follow one another (8)", "draft")
+    draft_depth: int = _setting(8, "most drafted tokens that follow one another", "draft")
     """Most drafted tokens that follow one another."""
     draft_shape: str = _setting(
         "tree", "tree, or chain for drafts without branches", "draft", choices=("tree", "chain"), metavar="SHAPE"
@@ -220,6 +225,13 @@ class EngineConfig:
     staging_records: int = 8
     """Page-locked buffers, each one record, through which records go that are not page-locked themselves."""
 
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            given = getattr(self, entry.name)
+            value = checked_setting(entry.name, str(entry.type), given)
+            if value is not given:
+                object.__setattr__(self, entry.name, value)
+
     @property
     def drafts_with_head(self) -> bool:
         """Whether the checkpoint's own draft head is to draft, where it has one."""
@@ -243,3 +255,91 @@ def settings_of(*groups: str) -> dict[str, SettingInfo]:
 def choices_of(setting: str) -> tuple[str, ...]:
     """The words that `setting` may be."""
     return settings_of()[setting].choices
+
+
+def chosen_config(config: EngineConfig | None, settings: Mapping[str, Any]) -> EngineConfig:
+    """`config`, or the defaults for None, with `settings` in place of its own.
+
+    Raises PlanError for a value that a setting may not have, TypeError for a name that is no field.
+    """
+    if config is not None and not isinstance(config, EngineConfig):
+        raise PlanError(f"config must be an edgemoe.config.EngineConfig or None, not {shown(config)}")
+    return (config or EngineConfig()).changed(**settings)
+
+
+MAX_COUNT = (1 << 63) - 1
+MAX_WORD, MAX_PATH = 256, 4096
+"""Characters of a setting."""
+LIMITS = {
+    "threads": (1, 1024),
+    "reader_threads": (1, 256),
+    "patience": (0, MAX_COUNT),
+    "reserve": (0, MAX_COUNT),
+} | dict.fromkeys(
+    ("context", "expert_cache", "keep_free", "batch", "draft_nodes", "draft_depth", "budget"), (-MAX_COUNT, MAX_COUNT)
+)
+"""Ranges of whole numbers that are not from 1. Those of the last ones are checked beside a checkpoint."""
+WORDS = {"prefetch": ("auto", "off"), "file_reads": ("auto", "direct", "cached")}
+"""Words that are checked here; those of other settings are checked where they are read."""
+
+
+def checked_setting(name: str, kind: str, value: Any) -> Any:
+    """`value` of the setting `name`, whose annotation is `kind`; numbers of numpy become Python's.
+
+    Raises PlanError for a value of another type, a number out of its range, and a text that is no path and no word.
+    """
+    kinds = kind.split(" | ")
+    if value is None and "None" in kinds:
+        return value
+    allowed = []
+    for each in kinds:
+        if each == "None":
+            continue
+        read, what = _READERS[each](name, value)
+        if read is not None:
+            return read
+        allowed.append(what)
+    nothing = " or None" if "None" in kinds else ""
+    raise PlanError(f"{name}={shown(value)} is not possible: give {' or '.join(allowed)}{nothing}")
+
+
+Read = tuple[Any, str]
+"""What a value is read as, None where it is none of its kind; and what to give in its place, in words."""
+
+
+def _switch(name: str, value: Any) -> Read:
+    return value if isinstance(value, bool) else None, "True or False"
+
+
+def _count(name: str, value: Any) -> Read:
+    least, most = LIMITS.get(name, (1, MAX_COUNT))
+    read = whole_number(value) if not isinstance(value, float) else None
+    range_ = "" if -least == most else f" from {least} to {most}" if most < MAX_COUNT else f" of at least {least}"
+    return read if read is not None and least <= read <= most else None, f"a whole number{range_}"
+
+
+def _decimal(name: str, value: Any) -> Read:
+    read = number(value)
+    if name.endswith("_share") and name != "cpu_share":
+        return read if read is not None and 0 <= read <= 1 else None, "a number from 0 to 1"
+    return read, "a number"
+
+
+def _text(name: str, value: Any) -> Read:
+    entry = next(entry for entry in fields(EngineConfig) if entry.name == name)
+    most = MAX_PATH if "PathLike" in str(entry.type) else MAX_WORD
+    what = f"one of {', '.join(WORDS[name])}" if name in WORDS else f"a text of at most {most} characters"
+    if isinstance(entry.default, str):
+        what += f', such as "{entry.default}"'
+    fits = isinstance(value, str) and len(value) <= most and "\0" not in value
+    return value if fits and value in WORDS.get(name, (value,)) else None, what
+
+
+def _path(name: str, value: Any) -> Read:
+    fits = isinstance(value, os.PathLike) and _text(name, os.fspath(value))[0] is not None
+    return value if fits else None, "a path"
+
+
+_READERS: dict[str, Callable[[str, Any], Read]] = {
+    "bool": _switch, "int": _count, "float": _decimal, "str": _text, "os.PathLike[str]": _path,
+}  # fmt: skip

@@ -13,6 +13,7 @@ from edgemoe.draft.settings import DraftSettings
 from edgemoe.draft.speculation import Speculation
 from edgemoe.errors import PlanError
 from edgemoe.experts.draft_routing import RULES
+from edgemoe.experts.head_experts import HeadExperts
 from edgemoe.kernels import batch_invariant_linear
 from edgemoe.model.model_runner import ModelRunner
 from edgemoe.plan.plan import Plan
@@ -32,7 +33,8 @@ def speculation_for(
         if runner.head is not None:
             # What is priced ends by itself.
             depth = settings.depth if settings.priced else min(settings.depth, USUAL_DEPTH)
-            passes = HeadDrafter(runner, runner.head, plan.prefill_chunk, depth)
+            experts = HeadExperts(runtime.cache, runner.sequential.layers, plan.top_k)
+            passes = HeadDrafter(runner, runner.head, experts, plan.prefill_chunk, depth)
         else:
             settings = settings.without_head(runner.head_refusal or runner.refusal)
     elif "self" in settings.drafters:

@@ -14,9 +14,11 @@ from typing import Any, TypeVar, cast
 
 from edgemoe.checkpoint.blueprint import Blueprint, blueprint_for
 from edgemoe.checkpoint.chat_template import ChatPrompt, Messages
-from edgemoe.checkpoint.tokenizer import Prompt, as_chat, check_prompt, check_token_ids, prompt_tokens
-from edgemoe.config import EngineConfig
-from edgemoe.errors import RequestError, reading
+from edgemoe.checkpoint.prompts.prompt_limits import check_room
+from edgemoe.checkpoint.prompts.token_ids import check_token_ids
+from edgemoe.checkpoint.tokenizer import Prompt, as_chat, check_prompt, prompt_tokens
+from edgemoe.config import EngineConfig, checked_setting, chosen_config
+from edgemoe.errors import LogitsError, RequestError, reading
 from edgemoe.experts.budget_routing import BudgetTotals
 from edgemoe.loaded import Loaded, draft_model_for
 from edgemoe.plan.plan import Plan
@@ -24,9 +26,10 @@ from edgemoe.planner import make_plan
 from edgemoe.request.request import Request
 from edgemoe.results import ChatChunks, Completion, Progress, Stats, chat_completion
 from edgemoe.runtime import Runtime
-from edgemoe.sampling import ResolvedSampling, Sampling, resolve
+from edgemoe.sampling import ResolvedSampling, Sampling, given_sampling, read_pair, resolve
 from edgemoe.scheduler.step_loop import StepLoop
 from edgemoe.stream import Stream
+from edgemoe.values import check_callable
 from edgemoe.worker import Worker
 
 Result = TypeVar("Result")
@@ -82,7 +85,8 @@ class Engine:
         threads. Once `stop` is set, raises EdgeMoEError at once; what was read is given back soon after. Raises
         CheckpointError or PlanError before any weight is read, TypeError for an unknown setting.
         """
-        chosen = (config or EngineConfig()).changed(**settings)
+        chosen = chosen_config(config, settings)
+        check_callable(on_progress, "on_progress")
         return cls(partial(blueprint_for, model, chosen), chosen, on_progress or _ignore, stop)
 
     @staticmethod
@@ -90,7 +94,7 @@ class Engine:
         model: str | os.PathLike[str] | None = None, config: EngineConfig | None = None, **settings: Any
     ) -> Plan:
         """The plan that `load` would use now, without loading anything. Raises as `load` does."""
-        chosen = (config or EngineConfig()).changed(**settings)
+        chosen = chosen_config(config, settings)
         blueprint = blueprint_for(model, chosen)
         return make_plan(blueprint, chosen, draft_model_for(blueprint, chosen))
 
@@ -145,12 +149,16 @@ class Engine:
         return self.tokenize(ChatPrompt(messages, template_kwargs or {}))
 
     def tokenize(self, prompt: Prompt) -> list[int]:
-        """The token ids of a prompt as a request has them. RequestError for one that is empty or has unknown ids."""
+        """The token ids of a prompt as a request has them.
+
+        RequestError for one that is empty, has unknown ids or is far longer than the context.
+        """
         chat = as_chat(prompt)
         with self._text_lock:
             if chat is not None:
                 prompt = self._texts.template.render(chat)
-            tokens = prompt_tokens(self._texts.tokenizer, cast("str | Sequence[int]", prompt), self.model_name)
+            given = cast("str | Sequence[int]", prompt)
+            tokens = prompt_tokens(self._texts.tokenizer, given, self.model_name, self.plan.context)
         check_prompt(tokens, self._texts.vocabulary)
         return tokens
 
@@ -168,9 +176,10 @@ class Engine:
         token ids or does not fit the context.
         """
         self._worker.check()
+        asked = given_sampling(sampling)
         chat = as_chat(prompt)
         tokens = self.tokenize(prompt)
-        settings = self._settings(sampling or Sampling(), len(tokens))
+        settings = self._settings(asked, len(tokens))
         with self._text_lock:
             text = self._texts.replies.new(tokens, settings, chat)
         request = Request(next(self._numbers), tokens, settings, text, self._texts.vocabulary)
@@ -198,18 +207,18 @@ class Engine:
                 limit = self._max_in_flight()
                 while more and len(in_flight) < limit:
                     number, asked = next(numbered, (-1, None))
-                    if asked is None:
+                    if number < 0:
                         more = False
                         break
                     try:
-                        in_flight[self.stream(*asked)] = number
+                        in_flight[self.stream(*read_pair(asked))] = number
                     except RequestError as error:
                         yield number, error
                 if not in_flight:
                     continue
                 self._worker.wait(lambda: any(stream.ended for stream in in_flight))
                 for stream in [each for each in in_flight if each.ended]:
-                    yield in_flight.pop(stream), stream.completion(self.plan.lossy)
+                    yield in_flight.pop(stream), _outcome(stream, self.plan.lossy)
         finally:
             for stream in in_flight:
                 stream.close()
@@ -247,7 +256,8 @@ class Engine:
         Replies go on and stay the same. A smaller cache gives its memory back at once, a larger one takes it as it is
         filled. Raises PlanError for a size that does not fit, and on a CUDA device, where the cache keeps its size.
         """
-        return self._worker.call(lambda loaded: loaded.resize(expert_cache))
+        size = checked_setting("expert_cache", "str | int", expert_cache)
+        return self._worker.call(lambda loaded: loaded.resize(size))
 
     def close(self) -> None:
         """Leaves the pass in flight at its next layer, ends the threads and frees the memory. Idempotent.
@@ -288,12 +298,8 @@ class Engine:
 
     def _settings(self, sampling: Sampling, length: int) -> ResolvedSampling:
         check_token_ids(sampling.logit_bias or (), self._texts.vocabulary, "logit_bias has the")
+        check_room(length, self.plan.context)
         left = self.plan.context - length
-        if left < 1:
-            raise RequestError(
-                f"the prompt has {length} tokens and the context {self.plan.context}, reply included: "
-                "shorten the prompt, or raise context="
-            )
         return resolve(sampling, self._texts.defaults, self._config.default_max_tokens, left, length)
 
 
@@ -318,6 +324,14 @@ def _load(
         loaded.close()
         raise
     return loaded
+
+
+def _outcome(stream: Stream, lossy: str) -> Completion | RequestError:
+    """The reply of one of many requests, or the error that is its alone."""
+    try:
+        return stream.completion(lossy)
+    except LogitsError as error:
+        return error
 
 
 def _chat_chunks(stream: Stream, chunks: ChatChunks) -> Iterator[dict[str, Any]]:

@@ -4,6 +4,7 @@ EdgeMoEError
 ├── CheckpointError   a checkpoint that cannot be used
 ├── PlanError         a request for memory or a device that this machine does not have
 └── RequestError      a prompt or a setting that cannot be served
+    └── LogitsError   a prompt for which the model computes no numbers
 
 Each message is one sentence for the user: the value, the limit, and the option or command that mends it.
 """
@@ -29,6 +30,10 @@ class PlanError(EdgeMoEError):
 
 class RequestError(EdgeMoEError):
     """A prompt or sampling setting that cannot be served; the engine stays usable."""
+
+
+class LogitsError(RequestError):
+    """The logits of a reply are not finite, so that there is no next token; the engine stays usable."""
 
 
 def reason(error: BaseException) -> str:

@@ -8,6 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+LOWEST_LOGPROB = -9999.0
+"""What JSON, which knows no infinity, has for the log-probability of what cannot occur, as OpenAI's API has."""
+
 
 def hit_rate(hits: int, misses: int) -> float:
     """Hits over hits and misses, from 0 to 1; 0 without either."""
@@ -73,7 +76,8 @@ class Timings:
 class TokenLogprob:
     """A generated token, its log-probability, and the most likely tokens in its place as (id, text, log-probability).
 
-    Log-probabilities are natural logarithms, before temperature and other sampling settings.
+    Log-probabilities are natural logarithms, before temperature and other sampling settings; minus infinity for a token
+    that cannot occur.
     """
 
     token_id: int
@@ -315,6 +319,7 @@ def chat_logprobs(logprobs: tuple[TokenLogprob, ...] | None) -> dict[str, Any] |
     def entry(token: str, logprob: float) -> dict[str, Any]:
         # The text of a token that is part of a character is a replacement character, which has other bytes.
         whole = "\N{REPLACEMENT CHARACTER}" not in token
+        logprob = max(logprob, LOWEST_LOGPROB)
         return {"token": token, "logprob": logprob, "bytes": list(token.encode()) if whole else None}
 
     return {

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 from edgemoe.errors import RequestError
+from edgemoe.values import check_text, number, shown, whole_number
 
 MIN_TEMPERATURE = 1e-6
 """Lower temperatures are greedy: logits divided by them exceed float32's range."""
+MAX_FACTOR = 1e20
+"""Largest number that logits are divided or multiplied by: the results stay within float32's range."""
+FACTORS = "from 1e-20 to 1e20"
 GENERATES_TOP_K = 50
 """What `generate` takes where neither the checkpoint nor the caller says anything."""
 
@@ -24,15 +28,15 @@ class Sampling:
     """
 
     temperature: float | None = None
-    """Divides the logits; at least 0, where 0 is greedy."""
+    """Divides the logits; from 0, which is greedy, to 1e20."""
     top_k: int | None = None
-    """Keep the k most likely tokens; 0 keeps all."""
+    """Keep the k most likely tokens; 0 keeps all. Below 2^63."""
     top_p: float | None = None
     """Keep the most likely tokens that together reach this probability, in (0, 1]."""
     min_p: float | None = None
     """Keep tokens with at least this share of the highest probability, in [0, 1]."""
     repetition_penalty: float | None = None
-    """Above 1 makes tokens that have occurred less likely; must be above 0."""
+    """Above 1 makes tokens that have occurred less likely; from 1e-20 to 1e20."""
     presence_penalty: float | None = None
     """Lowers the score of every token that the reply has already, from -2 to 2 (OpenAI)."""
     frequency_penalty: float | None = None
@@ -44,7 +48,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     """Texts that end the reply and are not part of it; a string, or a sequence of strings."""
     max_tokens: int | None = None
-    """Maximum number of tokens of the reply, at least 1."""
+    """Maximum number of tokens of the reply, from 1 to 2^63 - 1; the context limits it too."""
     logprobs: int | None = None
     """Number of alternatives to report with each token's log-probability, 0 to 20; None reports neither."""
     ignore_eos: bool = False
@@ -53,46 +57,79 @@ class Sampling:
     """Leave the texts of special tokens out; else the whole reply is one text, with the marks of its parts."""
 
     def __post_init__(self) -> None:
-        try:
-            stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        except TypeError:
-            raise RequestError(f"stop must be non-empty strings, not {self.stop!r}") from None
-        object.__setattr__(self, "stop", stop)
-        self._check("temperature", "at least 0", lambda value: value >= 0)
-        self._check("top_k", "an integer of at least 0", lambda value: value >= 0, whole=True)
+        self._check("temperature", "from 0 to 1e20", lambda value: 0 <= value <= MAX_FACTOR)
+        self._check("top_k", "an integer from 0 to 2^63 - 1", _is_counted, whole=True)
         self._check("top_p", "above 0 and at most 1", lambda value: 0 < value <= 1)
         self._check("min_p", "from 0 to 1", lambda value: 0 <= value <= 1)
-        self._check("repetition_penalty", "above 0", lambda value: value > 0)
+        self._check("repetition_penalty", FACTORS, lambda value: 1 / MAX_FACTOR <= value <= MAX_FACTOR)
         self._check("presence_penalty", "from -2 to 2", lambda value: -2 <= value <= 2)
         self._check("frequency_penalty", "from -2 to 2", lambda value: -2 <= value <= 2)
-        self._check("seed", "an integer from 0 to 2^63 - 1", lambda value: 0 <= value < 1 << 63, whole=True)
-        self._check("max_tokens", "an integer of at least 1", lambda value: value >= 1, whole=True)
+        self._check("seed", "an integer from 0 to 2^63 - 1", _is_counted, whole=True)
+        self._check("max_tokens", "an integer from 1 to 2^63 - 1", lambda value: 1 <= value < 1 << 63, whole=True)
         self._check("logprobs", "an integer from 0 to 20", lambda value: 0 <= value <= 20, whole=True)
-        if not all(isinstance(text, str) and text for text in stop):
-            raise RequestError(f"stop must be non-empty strings, not {self.stop!r}")
+        object.__setattr__(self, "stop", _checked_stop(self.stop))
         if self.logit_bias is not None:
             object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
+        for name in ("ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} must be True or False, not {shown(getattr(self, name))}")
 
-    def _check(self, name: str, range_: str, holds: Any, *, whole: bool = False) -> None:
-        value = getattr(self, name)
-        if value is None:
+    def _check(self, name: str, range_: str, holds: Callable[[float], bool], *, whole: bool = False) -> None:
+        given = getattr(self, name)
+        if given is None:
             return
-        number = not isinstance(value, bool) and isinstance(value, (int, float)) and holds(value)
-        if not number or (whole and not float(value).is_integer()):
-            raise RequestError(f"{name} must be {range_}, not {value!r}")
-        if whole:
-            object.__setattr__(self, name, int(value))
+        value = whole_number(given) if whole else number(given)
+        if value is None or not holds(value):
+            raise RequestError(f"{name} must be {range_}, not {shown(given)}")
+        object.__setattr__(self, name, value)
+
+
+def given_sampling(sampling: Any) -> Sampling:
+    """`sampling`, or the defaults for None. Raises RequestError for anything that is no `Sampling`."""
+    if sampling is not None and not isinstance(sampling, Sampling):
+        raise RequestError(f"the settings of a request must be an edgemoe.Sampling or None, not {shown(sampling)}")
+    return sampling or Sampling()
+
+
+def read_pair(asked: Any) -> tuple[Any, Sampling]:
+    """The prompt and the settings of one of many requests. Raises RequestError for what is no pair of these."""
+    if not isinstance(asked, tuple | list) or len(asked) != 2:
+        raise RequestError(f"a request must be a pair of a prompt and an edgemoe.Sampling, not {shown(asked)}")
+    return asked[0], given_sampling(asked[1])
+
+
+def _is_counted(value: float) -> bool:
+    return 0 <= value < 1 << 63
+
+
+def _checked_stop(stop: Any) -> tuple[str, ...]:
+    """`stop` as a tuple; RequestError for anything but texts that can occur in a reply."""
+    texts = (stop,) if isinstance(stop, str) else () if stop is None else stop
+    if not isinstance(texts, Sequence | Set) or not all(isinstance(text, str) and text for text in texts):
+        raise RequestError(f"stop must be non-empty strings, not {shown(stop)}")
+    for text in texts:
+        check_text(text, "stop")
+    return tuple(texts)
 
 
 def _checked_bias(bias: Any) -> dict[int, float]:
     """`bias` with whole numbers for keys, which JSON has as texts."""
-    try:
-        found = {int(token): float(value) for token, value in bias.items()}
-    except (AttributeError, TypeError, ValueError):
-        found = {-1: 0.0}
-    if not all(token >= 0 and -100 <= value <= 100 for token, value in found.items()):
-        raise RequestError(f"logit_bias must be numbers from -100 to 100 by token id, not {bias!r}")
-    return found
+    found = {_token_id(token): number(value) for token, value in bias.items()} if isinstance(bias, Mapping) else {}
+    checked = {
+        token: value
+        for token, value in found.items()
+        if token is not None and _is_counted(token) and value is not None and -100 <= value <= 100
+    }
+    if not isinstance(bias, Mapping) or len(checked) < len(found):
+        raise RequestError(f"logit_bias must be numbers from -100 to 100 by token id, not {shown(bias)}")
+    return checked
+
+
+def _token_id(token: Any) -> int | None:
+    """A key of `logit_bias`, which may be a text of digits, as a number."""
+    if not isinstance(token, str):
+        return whole_number(token)
+    return int(token) if token.isdecimal() and len(token) < 20 else None
 
 
 @dataclass(frozen=True)

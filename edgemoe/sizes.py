@@ -14,7 +14,10 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
     if match is None or match[2].upper() not in UNITS:
         raise ValueError(f"{text!r} is not a size such as 6GiB or 500MB")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+    try:
+        return int(float(match[1]) * UNITS[match[2].upper()])
+    except OverflowError:
+        raise ValueError(f"{text[:20]!r}… is too large for a size") from None
 
 
 def format_bytes(count: float) -> str:

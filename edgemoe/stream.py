@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from types import TracebackType
 
-from edgemoe.errors import EdgeMoEError, unreadable
+from edgemoe.errors import EdgeMoEError, LogitsError, unreadable
 from edgemoe.request.request import Request
 from edgemoe.results import Chunk, Completion
 from edgemoe.worker import Worker
@@ -141,6 +141,8 @@ class Stream(Iterator[Chunk]):
     def _failure(self) -> EdgeMoEError:
         """The error of a request whose step failed."""
         error = self._request.error
+        if isinstance(error, LogitsError):
+            return error
         if isinstance(error, OSError):
             told: EdgeMoEError = unreadable(self._model, error)
         else:

@@ -1,14 +1,19 @@
-"""`newcomer`: the README's commands, literally, in a fresh environment and on machines that lack something."""
+"""`newcomer`: the README's commands, literally, in a fresh environment and on machines that lack something.
+
+And those of all the documentation, the ways to install and start the package, and the two waits that come first.
+"""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +21,9 @@ from typing import Any
 from bench.measurement import CHECKOUT, BaseSize, Measurement
 
 NAME = "newcomer"
-BAR = "the README's commands work in each environment"
+BAR = "the commands work in each environment; first token <= 8 s, a wrong path <= 1 s"
+MAX_FIRST_TOKEN, MAX_WRONG_PATH = 8.0, 1.0
+"""Seconds."""
 ANSWER = "48 + 31 = 79"
 """What the README shows for its question."""
 NOT_COPIED = shutil.ignore_patterns(
@@ -53,9 +60,12 @@ class Size(BaseSize):
 
     installs: bool = True
     environments: tuple[Environment, ...] = ENVIRONMENTS
+    rounds: int = 5
+    """Of each command that is timed."""
+    pages: tuple[str, ...] = ("README.md", "docs")
 
 
-FULL, SMALL = Size(), Size(small=True, installs=False, environments=ENVIRONMENTS[4:5])
+FULL, SMALL = Size(), Size(small=True, installs=False, environments=ENVIRONMENTS[4:5], rounds=1, pages=())
 
 
 def run(size: Size = FULL) -> Measurement:
@@ -74,13 +84,84 @@ def run(size: Size = FULL) -> Measurement:
             said = _tried(environment, checkout, programs)
             print(f"{environment.name:28}{'WRONG ' + said if said else 'works'}", flush=True)
             found |= {environment.name: said} if said else {}
-    return Measurement(
-        NAME, {"environments": len(size.environments), "wrong": sorted(found)}, BAR, not found, detail | found
+        commands = list(_documented(checkout, size.pages)) if not found else []
+        for page, command in commands:
+            said = _succeeds(command, checkout, programs)
+            print(f"{page}: {command[:70]}{' WRONG ' + said if said else ''}", flush=True)
+            found |= {f"{page}: {command}": said} if said else {}
+        if size.installs and not found:
+            said = _installed_otherwise(checkout)
+            found |= {"a plain installation, then an editable one": said} if said else {}
+        waits = _waits(checkout, programs, size.rounds)
+    value = {"environments": len(size.environments), "commands": len(commands), "wrong": sorted(found)} | waits
+    ok = not found and waits["first_token"] <= MAX_FIRST_TOKEN and waits["wrong_path"] <= MAX_WRONG_PATH
+    return Measurement(NAME, value, BAR, ok, detail | found)
+
+
+def _blocks(kind: str, page: Path = CHECKOUT / "README.md") -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def _documented(checkout: Path, pages: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Each page's commands, where nothing is typed into them: those need a terminal, which the tests give them."""
+    for name in pages:
+        place = checkout / name
+        for page in sorted(place.glob("*.md")) if place.is_dir() else [place]:
+            for part in re.split(r"^\$ ", "\n".join(_blocks("console", page)), flags=re.MULTILINE)[1:]:
+                command = part.splitlines()[0]
+                if re.search(r"(^|\| )(edgemoe|python)\b", command) and ">>> " not in part:
+                    yield page.name, command
+
+
+def _succeeds(command: str, checkout: Path, programs: Path) -> str:
+    """Runs a command in a folder of its own with the examples in it; what is wrong, if anything."""
+    work = Path(tempfile.mkdtemp(dir=checkout.parent))
+    shutil.copytree(checkout / "examples", work / "examples")
+    done = _shell(f"{command} < /dev/null", work, _found(programs))
+    return "" if done.returncode == 0 else f"exit {done.returncode}: {(done.stdout + done.stderr)[-500:]}"
+
+
+def _found(programs: Path) -> dict[str, str | None]:
+    """The variables with which a shell finds the programs of an environment, and nothing kept by another one."""
+    state = tempfile.mkdtemp(dir=programs.parent)
+    return {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "XDG_CACHE_HOME": state, "PYTHONPATH": None}
+
+
+def _installed_otherwise(checkout: Path) -> str:
+    """Installs the package itself plainly, runs it in the checkout's root, then installs that: both must work."""
+    python = ".venv/bin/python"
+    chat = '-m edgemoe chat -p "What is 48 + 31?" < /dev/null'
+    commands = (
+        f"{python} -m pip uninstall -q -y edgemoe\n{python} -m pip install -q --no-deps .\n"
+        f'{python} {chat}\n(cd / && "{checkout}/{python}" {chat})\n'
+        f'{python} -m pip install -q --no-deps -e .\n(cd / && "{checkout}/{python}" {chat})\n'
     )
+    done = _shell(commands, checkout, {})
+    said = "" if done.stdout.split("\n")[:-1] == [ANSWER] * 3 else (done.stdout + done.stderr)[-500:]
+    print(f"installed otherwise: {said or 'works'}", flush=True)
+    return said
 
 
-def _blocks(kind: str) -> list[str]:
-    return re.findall(rf"^```{kind}\n(.*?)^```", (CHECKOUT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+def _waits(checkout: Path, programs: Path, rounds: int) -> dict[str, float]:
+    """Seconds to the first token of a question, and to the message about a model that is not there; medians.
+
+    Commands ran before, so that kernels are compiled.
+    """
+
+    def timed(command: str, code: int) -> float:
+        seconds = []
+        for _ in range(rounds):
+            begun = time.perf_counter()
+            done = _shell(f"{command} < /dev/null", checkout.parent, variables)
+            seconds.append(time.perf_counter() - begun)
+            assert done.returncode == code, done.stderr
+        return round(statistics.median(seconds), 2)
+
+    variables = _found(programs) | {"XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME")}
+    return {
+        "first_token": timed("edgemoe chat -p Hello --max-tokens 1", 0),
+        "wrong_path": timed("edgemoe chat -m ./no/such/folder -p Hello", 3),
+    }
 
 
 def _install(checkout: Path) -> str:

@@ -1,4 +1,4 @@
-"""`edgemoe chat`: an interactive conversation on a terminal, one answer where standard input is piped."""
+"""`edgemoe chat`: a conversation on a terminal; one answer where a question is given or standard input is piped."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from contextlib import closing
 from io import TextIOWrapper
 
 from edgemoe import __version__
-from edgemoe.cli.answers import ask
 from edgemoe.cli.arguments import sampling_from
+from edgemoe.cli.chat.answer import ask
+from edgemoe.cli.chat.context_use import cut_note, make_room
 from edgemoe.cli.chat.conversation import Conversation
-from edgemoe.cli.chat.history import line_editing
+from edgemoe.cli.chat.line_editing import line_editing
+from edgemoe.cli.chat.message_input import input_pending
 from edgemoe.cli.chat.repl import Repl
-from edgemoe.cli.chat.slash import Session, read_text
-from edgemoe.cli.exits import Exit, FileTrouble, UsageError
-from edgemoe.cli.interruption import Interruption
+from edgemoe.cli.chat.reply_view import ReplyView
+from edgemoe.cli.chat.session import Session
+from edgemoe.cli.chat.text_file import piped_text, read_text
+from edgemoe.cli.exits import Exit, UsageError
 from edgemoe.cli.loading import open_engine, say, say_lossy
 from edgemoe.cli.output import put
 from edgemoe.cli.render import Counts, measured
@@ -26,8 +29,8 @@ from edgemoe.errors import CheckpointError
 def chat(arguments: argparse.Namespace, engine: EngineFactory | None = None) -> int:
     """Chat. Raises UsageError and FileTrouble before loading, and what loading or a single answer raises."""
     sampling = sampling_from(arguments)
-    interactive = sys.stdin is not None and sys.stdin.isatty()
-    opening = _opening(arguments, interactive)
+    terminal = sys.stdin is not None and sys.stdin.isatty()
+    opening = _opening(arguments, terminal)
     if isinstance(sys.stdout, TextIOWrapper):
         # A terminal or file in another encoding shall not end a reply half-way.
         sys.stdout.reconfigure(errors="replace")
@@ -36,45 +39,49 @@ def chat(arguments: argparse.Namespace, engine: EngineFactory | None = None) -> 
             raise CheckpointError(f"{loaded.plan.model} has no chat template; complete raw prompts with 'edgemoe run'")
         say_lossy(loaded.plan)
         variables = arguments.chat_template_kwargs or {}
-        session = Session(loaded, Conversation(arguments.system_prompt), sampling, variables)
-        if interactive:
+        conversation = Conversation(arguments.system_prompt)
+        session = Session(loaded, conversation, sampling, variables, shifts=bool(arguments.context_shift))
+        if terminal and not arguments.question:
             return _converse(session, opening, verbose=bool(arguments.verbose))
         assert opening is not None
         return _answer_once(session, opening, verbose=bool(arguments.verbose))
 
 
-def _opening(arguments: argparse.Namespace, interactive: bool) -> str | None:
-    """The first message: -p's text, then -f's, then what is piped in. None when there is none and none is needed."""
+def _opening(arguments: argparse.Namespace, terminal: bool) -> str | None:
+    """The first message: -p's text, -f's, what is piped in, and the question. None where none is needed.
+
+    `terminal`: standard input is one, so that nothing is piped in.
+    """
     parts = [arguments.prompt, read_text(arguments.file) if arguments.file is not None else None]
-    if not interactive:
+    if not terminal:
         parts.append(piped_text())
+    parts.append(" ".join(arguments.question))
     message = "\n".join(part for part in parts if part)
-    if not message.strip() and not interactive:
+    if not message.strip() and arguments.question:
+        raise UsageError("the question is empty; give one, or none for a conversation")
+    if not message.strip() and not terminal:
         raise UsageError("there is no message: standard input is empty; give one with -p, or start it from a terminal")
     return message or None
-
-
-def piped_text() -> str:
-    """What comes in on standard input, without the line ends around it. Raises FileTrouble."""
-    if sys.stdin is None:  # started with its input closed
-        return ""
-    try:
-        return sys.stdin.buffer.read().decode("utf-8").strip("\r\n")
-    except UnicodeDecodeError:
-        raise FileTrouble("standard input is not UTF-8 text; convert it, for example with 'iconv -t UTF-8'") from None
 
 
 def _answer_once(session: Session, message: str, *, verbose: bool) -> int:
     """One answer on standard output, and nothing else there."""
     session.conversation.say(message)
+    make_room(session)
     before = Counts.of(session.engine.stats)
-    with Interruption(session.engine.cancel) as interruption:
-        answer = ask(session.engine, session.prompt, session.sampling, interruption, lambda chunk: put(chunk.text))
-        put("" if answer.text.endswith("\n") else "\n")
+    view = ReplyView(put, terminal=sys.stdout.isatty())
+    try:
+        answer, interrupted = ask(session.engine, session.prompt, session.sampling, view.add)
+    finally:
+        view.close()
+    put("" if answer.text.endswith("\n") else "\n")
+    cut = cut_note(session, answer, once=True)
+    if cut:
+        say(cut)
     if verbose:
         for line in measured(answer.timings, session.engine.stats, before):
             say(line)
-    if interruption.requested:
+    if interrupted:
         raise KeyboardInterrupt
     return Exit.OK
 
@@ -82,7 +89,10 @@ def _answer_once(session: Session, message: str, *, verbose: bool) -> int:
 def _converse(session: Session, opening: str | None, *, verbose: bool) -> int:
     say(f"{__version__}, {session.engine.plan.model}; /help lists the commands, Ctrl-D leaves")
     with line_editing():
-        Repl(session, read_line=_read_line, out=sys.stdout, err=sys.stderr, verbose=verbose).run(opening)
+        repl = Repl(
+            session, read_line=_read_line, out=sys.stdout, err=sys.stderr, verbose=verbose, pending=input_pending
+        )
+        repl.run(opening)
     return Exit.OK
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from pathlib import Path
 from typing import Any
 
+from edgemoe.cli.chat.text_file import place_of, read_text
 from edgemoe.cli.exits import FileTrouble, why
 from edgemoe.errors import EdgeMoEError
 from edgemoe.server.protocols.fields import FieldError
@@ -30,8 +30,7 @@ class Conversation:
     @property
     def messages(self) -> list[Message]:
         """Everything, the system prompt first: what a model is given, and what is saved."""
-        first = [{"role": "system", "content": self.system}] if self.system is not None else []
-        return first + [dict(turn) for turn in self._turns]
+        return self.messages_without(0)
 
     def say(self, text: str) -> None:
         """Add what the user says."""
@@ -55,6 +54,27 @@ class Conversation:
                 return text
         raise ConversationError("there is no message to take back yet")
 
+    @property
+    def turns(self) -> int:
+        """How many turns there are. A turn is a user's message and what follows it."""
+        return len(self._beginnings()) - 1
+
+    def messages_without(self, turns: int) -> list[Message]:
+        """`messages`, but for those of the oldest turns."""
+        first = [{"role": "system", "content": self.system}] if self.system is not None else []
+        return first + [dict(turn) for turn in self._turns[self._beginnings()[turns] :]]
+
+    def leave_out(self, turns: int) -> int:
+        """Forget the oldest turns, the system prompt not; return how many messages that were."""
+        count = self._beginnings()[turns]
+        del self._turns[:count]
+        return count
+
+    def _beginnings(self) -> list[int]:
+        """Where each turn begins, and where the next one would; what a user has not begun belongs to the first."""
+        asked = [index for index, turn in enumerate(self._turns) if turn["role"] == "user"]
+        return [0, *asked[1:], len(self._turns)] if self._turns else [0]
+
     def take_reply(self) -> Message | None:
         """Take back the last reply, so that another can be given; None when the user spoke last."""
         if not any(turn["role"] == "user" for turn in self._turns):
@@ -65,7 +85,7 @@ class Conversation:
 
     def save(self, path: str) -> None:
         """Write as JSON, whole or not at all. Raises FileTrouble, also for a file that is no saved conversation."""
-        target = Path(path)
+        target = place_of(path)
         if target.exists():
             try:
                 _read(path)
@@ -91,12 +111,10 @@ class Conversation:
 
 def _read(path: str) -> list[Message]:
     try:
-        entry: Any = json.loads(Path(path).read_text("utf-8"))
+        entry: Any = json.loads(read_text(path))
         if not isinstance(entry, dict) or not isinstance(entry.get("messages"), list):
             raise FileTrouble(f"{path} is no saved conversation; it must be an object with messages")
         return list(checked(entry["messages"])) if entry["messages"] else []
-    except OSError as error:
-        raise FileTrouble(f"cannot read {path}: {why(error)}") from error
     except FieldError as error:
         raise FileTrouble(f"{path} is no saved conversation: {error}") from error
     except (ValueError, RecursionError) as error:

@@ -7,38 +7,42 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TextIO
 
-from edgemoe.cli.answers import ask
-from edgemoe.cli.chat.slash import Next, Session, execute
-from edgemoe.cli.interruption import Interruption
-from edgemoe.cli.render import Counts, measured
+from edgemoe.cli.chat.answer import ask
+from edgemoe.cli.chat.context_use import cut_note, make_room
+from edgemoe.cli.chat.message_input import Message, MessageInput
+from edgemoe.cli.chat.reply_view import ReplyView
+from edgemoe.cli.chat.session import Session
+from edgemoe.cli.chat.slash import Next, execute
+from edgemoe.cli.render import Counts, counted, harmless, harmless_line, measured
 from edgemoe.cli.wording import in_options
 from edgemoe.errors import EdgeMoEError
 
 if TYPE_CHECKING:
-    from edgemoe import Chunk, Completion
-
-PROMPT = ">>> "
-MORE = "... "
-DIM, NORMAL = "\x1b[2m", "\x1b[0m"
-_QUOTES = '"""'
+    from edgemoe import Completion
 
 
 class Repl:
     """A chat between a person and a model: replies go to `out`, everything else to `err`.
 
     `read_line` shows a prompt and returns a line; it raises EOFError at the end and KeyboardInterrupt on Ctrl-C.
+    `pending` waits so many seconds for more input, and says whether there is any.
     """
 
     def __init__(
-        self, session: Session, *, read_line: Callable[[str], str], out: TextIO, err: TextIO, verbose: bool = False
+        self,
+        session: Session,
+        *,
+        read_line: Callable[[str], str],
+        out: TextIO,
+        err: TextIO,
+        verbose: bool = False,
+        pending: Callable[[float], bool] = lambda seconds: False,
     ) -> None:
         self._session = session
-        self._read_line = read_line
+        self._input = MessageInput(read_line, pending)
         self._out = out
         self._err = err
         self._verbose = verbose
-        self._reasoning = False
-        """Whether reasoning is being shown."""
 
     def run(self, opening: str | None = None) -> None:
         """Chat until the person leaves, beginning with the opening message where there is one."""
@@ -46,7 +50,7 @@ class Repl:
         while then is not Next.LEAVE:
             try:
                 if opening is None:
-                    then = self._take(self._read_message())
+                    then = self._take(self._input.read())
                 else:
                     text, opening = opening, None
                     self.send(text)
@@ -81,17 +85,7 @@ class Repl:
         elif old is not None:
             conversation.reply(old["content"], old.get("reasoning_content", ""))
 
-    def _read_message(self) -> tuple[str, bool]:
-        """A message or a command, and whether it was quoted: what is quoted is never a command."""
-        line = self._read_line(PROMPT)
-        if not line.lstrip().startswith(_QUOTES):
-            return line.strip(), False
-        text = line.lstrip()[len(_QUOTES) :]
-        while not text.rstrip().endswith(_QUOTES):
-            text += "\n" + self._read_line(MORE)
-        return text.rstrip()[: -len(_QUOTES)].strip("\n"), True
-
-    def _take(self, message: tuple[str, bool]) -> Next:
+    def _take(self, message: Message) -> Next:
         text, quoted = message
         if not text.strip():
             return Next.READ
@@ -113,9 +107,10 @@ class Repl:
         """Stream a reply to the conversation as it stands; None when that failed (which is said) or was broken off."""
         session = self._session
         before = Counts.of(session.engine.stats)
+        view = ReplyView(self._write, terminal=self._out.isatty())
         try:
-            with Interruption(session.engine.cancel) as interruption:
-                answer = ask(session.engine, session.prompt, session.sampling, interruption, self._show)
+            self._note_unless_empty(make_room(session))
+            answer = ask(session.engine, session.prompt, session.sampling, view.add).completion
         except (EdgeMoEError, RuntimeError, MemoryError) as error:
             # Whatever goes wrong in a generation (an accelerator's error is a RuntimeError), the conversation goes on.
             self._fail(error)
@@ -123,27 +118,17 @@ class Repl:
         except KeyboardInterrupt:
             self._note("")
             return None
-        self._out.write("\n")
-        self._out.flush()
+        finally:
+            view.close()
+        self._write("\n")
         session.timings = answer.timings
+        self._note_unless_empty(cut_note(session, answer))
         if self._verbose:
             for line in measured(answer.timings, session.engine.stats, before):
                 self._note(line)
+            tokens = answer.timings.prompt_tokens + answer.timings.generated_tokens
+            self._note(f"context: {tokens} of {counted(session.context, 'token')}")
         return answer
-
-    def _show(self, chunk: Chunk) -> None:
-        """The reasoning is dim on a terminal, and left out elsewhere."""
-        if chunk.reasoning and self._out.isatty():
-            if not self._reasoning:
-                self._out.write(DIM)
-            self._reasoning = True
-            self._out.write(chunk.reasoning)
-        if chunk.text or chunk.finish_reason:
-            if self._reasoning:
-                self._out.write(NORMAL + ("\n\n" if chunk.text else ""))
-            self._reasoning = False
-            self._out.write(chunk.text)
-        self._out.flush()
 
     def _fail(self, error: Exception) -> None:
         if os.environ.get("EDGEMOE_TRACEBACK") == "1":
@@ -152,8 +137,16 @@ class Repl:
         self._complain(in_options(str(error)) if named else f"unexpected {type(error).__name__}: {error}")
 
     def _complain(self, sentence: str) -> None:
-        self._note(f"edgemoe: error: {sentence}")
+        self._note(f"edgemoe: error: {harmless_line(sentence)}")
+
+    def _note_unless_empty(self, text: str) -> None:
+        if text:
+            self._note(text)
 
     def _note(self, text: str) -> None:
-        self._err.write(text + "\n")
+        self._err.write(harmless(text) + "\n")
         self._err.flush()
+
+    def _write(self, text: str) -> None:
+        self._out.write(text)
+        self._out.flush()

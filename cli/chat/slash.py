@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+from dataclasses import fields, replace
 from enum import Enum
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from edgemoe.checkpoint.chat_template import ChatPrompt
-from edgemoe.cli.chat.conversation import Conversation
-from edgemoe.cli.exits import FileTrouble, why
+from edgemoe.cli.chat.context_use import check_attachment, shown
+from edgemoe.cli.chat.session import Session
+from edgemoe.cli.chat.text_file import read_text
+from edgemoe.cli.options.parser import cut
+from edgemoe.cli.options.suggestions import did_you_mean
+from edgemoe.cli.options.values import decimal, whole
 from edgemoe.cli.render import columns, counted, speeds, totals
-from edgemoe.cli.surface import EngineView
 from edgemoe.errors import EdgeMoEError
 from edgemoe.sampling import Sampling
-
-if TYPE_CHECKING:
-    from edgemoe import Timings
 
 
 class SlashError(EdgeMoEError):
@@ -40,24 +39,6 @@ class CommandResult(NamedTuple):
     then: Next = Next.READ
 
 
-@dataclass
-class Session:
-    """What the commands of a chat work on. `attached` waits for the next message."""
-
-    engine: EngineView
-    conversation: Conversation
-    sampling: Sampling
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """Variables of the chat template."""
-    attached: list[str] = field(default_factory=list)
-    timings: Timings | None = None
-
-    @property
-    def prompt(self) -> ChatPrompt:
-        """The conversation as it stands, to be replied to."""
-        return ChatPrompt(self.conversation.messages, self.template_kwargs)
-
-
 class Command(NamedTuple):
     """A command: its names, what it takes (none when empty), what it does."""
 
@@ -74,11 +55,13 @@ def execute(line: str, session: Session) -> CommandResult:
     for command in COMMANDS:
         if name in command.names:
             if argument and not command.takes:
-                raise SlashError(f"{name} takes nothing, but was given {argument!r}")
+                raise SlashError(f"{name} takes nothing, but was given {cut(argument)!r}")
             if not argument and command.takes and not command.takes.startswith("["):
                 raise SlashError(f"{name} needs something: {name} {command.takes}")
             return command.run(session, argument)
-    raise SlashError(f'unknown command {name}; /help lists them, and """{line.strip()}""" sends it as a message')
+    meant = did_you_mean(name, [each for command in COMMANDS for each in command.names])
+    sent = cut(line.strip())
+    raise SlashError(f'unknown command {cut(name)}{meant}; /help lists them, and """{sent}""" sends it as a message')
 
 
 def _help(session: Session, argument: str) -> CommandResult:
@@ -127,7 +110,8 @@ def _set(session: Session, argument: str) -> CommandResult:
     key, *rest = argument.split(maxsplit=1)
     name = _KEYS.get(key.replace("-", "_"))
     if name is None:
-        raise SlashError(f"there is no setting {key}; there are {', '.join(_SETTINGS)}")
+        meant = did_you_mean(key, SETTINGS)
+        raise SlashError(f"there is no setting {cut(key)}{meant}; there are {', '.join(SETTINGS)}")
     if not rest:
         raise SlashError(f"give a value: /set {key} VALUE, or /set {key} default")
     session.sampling = replace(session.sampling, **{name: _value(name, rest[0])})
@@ -140,16 +124,16 @@ def _show(session: Session, argument: str) -> CommandResult:
         ("model", plan.model),
         ("device", plan.device),
         ("dtype", plan.dtype),
-        ("context", counted(plan.context, "token")),
+        ("context", shown(session)),
         ("messages", str(len(session.conversation.messages))),
         ("system", session.conversation.system or "none"),
     ]
-    rows += [(name, _shown(name, session.sampling)) for name in _SETTINGS]
+    rows += [(name, _shown(name, session.sampling)) for name in SETTINGS]
     return CommandResult(columns(rows))
 
 
 def _stats(session: Session, argument: str) -> CommandResult:
-    text = columns(totals(session.engine.stats))
+    text = f"{columns(totals(session.engine.stats))}\ncontext: {shown(session)}"
     if session.timings is not None:
         text += f"\nlast reply: {speeds(session.timings)}"
         text += f"\nfirst token after {session.timings.time_to_first_token:.3f} s"
@@ -158,18 +142,9 @@ def _stats(session: Session, argument: str) -> CommandResult:
 
 def _read(session: Session, argument: str) -> CommandResult:
     text = read_text(argument)
+    check_attachment(session, argument, text)
     session.attached.append(text)
     return CommandResult(f"Read {counted(len(text), 'character')} from {argument}; they go before your next message.")
-
-
-def read_text(path: str) -> str:
-    """A file's text without the line end at its end. Raises FileTrouble."""
-    try:
-        return Path(path).read_text("utf-8").rstrip("\n")
-    except OSError as error:
-        raise FileTrouble(f"cannot read {path}: {why(error)}") from error
-    except UnicodeDecodeError:
-        raise FileTrouble(f"{path} is not UTF-8 text; convert it, for example with 'iconv -t UTF-8'") from None
 
 
 COMMANDS = (
@@ -193,10 +168,10 @@ COMMANDS = (
 
 _NOT_SET = ("logprobs", "logit_bias", "skip_special_tokens")
 """What a chat has no place to show, ids of tokens, and what would mix the reply with its marks."""
-_SETTINGS = tuple(entry.name for entry in fields(Sampling) if entry.name not in _NOT_SET)
+SETTINGS = tuple(entry.name for entry in fields(Sampling) if entry.name not in _NOT_SET)
 """What /set changes."""
 
-_KEYS = {name: name for name in _SETTINGS} | {"temp": "temperature", "repeat_penalty": "repetition_penalty"}
+_KEYS = {name: name for name in SETTINGS} | {"temp": "temperature", "repeat_penalty": "repetition_penalty"}
 _WHOLE = ("top_k", "seed", "max_tokens")
 
 
@@ -208,24 +183,24 @@ def _value(name: str, text: str) -> Any:
         return _stop(text)
     if name == "ignore_eos":
         if text not in ("true", "false"):
-            raise SlashError(f"{name} is true or false, not {text!r}")
+            raise SlashError(f"{name} is true or false, not {cut(text)!r}")
         return text == "true"
     try:
-        return int(text) if name in _WHOLE else float(text)
-    except ValueError:
+        return whole(text) if name in _WHOLE else decimal(text)
+    except ArgumentTypeError:
         kind = "a whole number" if name in _WHOLE else "a number"
-        raise SlashError(f"{name} is {kind}, not {text!r}") from None
+        raise SlashError(f"{name} is {kind}, not {cut(text)!r}") from None
 
 
 def _stop(text: str) -> tuple[str, ...]:
     """One text as it is typed, or JSON where quotes, line ends or several are needed."""
     try:
         value = json.loads(text) if text[0] in '["' else text
-    except ValueError:
-        raise SlashError(f'stop is a text, or JSON such as ["a", "b"], not {text!r}') from None
+    except (ValueError, RecursionError):
+        raise SlashError(f'stop is a text, or JSON such as ["a", "b"], not {cut(text)!r}') from None
     texts = [value] if isinstance(value, str) else value
     if not all(isinstance(entry, str) for entry in texts):
-        raise SlashError(f"stop is a text, or a list of texts, not {text!r}")
+        raise SlashError(f"stop is a text, or a list of texts, not {cut(text)!r}")
     return tuple(texts)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ from edgemoe.cli.exits import FileTrouble, why
 from edgemoe.cli.run.ledger import Ledger
 from edgemoe.cli.run.records import RECORD_START
 from edgemoe.server.protocols.fields import FieldError, words
+from edgemoe.sizes import format_bytes
+
+MAX_RECORD = 1 << 30
+"""Bytes of a line of results that is read: 128 replies of 8,192 tokens with log-probabilities have about as many."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,12 @@ def read_finished(path: str, ledger: Ledger) -> Finished:
     torn = b""
     try:
         with Path(path).open("rb") as file:
-            for number, raw in enumerate(file, 1):
+            for number, raw in enumerate(iter(partial(file.readline, MAX_RECORD), b""), 1):
+                if len(raw) == MAX_RECORD:
+                    raise FileTrouble(
+                        f"{path} cannot be resumed: its line {number} has {format_bytes(MAX_RECORD)} or more, "
+                        "which no result has; give another file with -o"
+                    )
                 if torn:
                     raise FileTrouble(f"{path} cannot be resumed: its line {number - 1} is not JSON; mend or remove it")
                 record = _record(raw)

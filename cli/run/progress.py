@@ -1,15 +1,16 @@
-"""How a run is getting on, on standard error: a live bar on a terminal, plain lines elsewhere."""
+"""How a run is getting on, on standard error: a live bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
 from edgemoe.cli.loading import say
-from edgemoe.cli.render import Counts, counted, drafts, duration, steps
+from edgemoe.cli.render import Counts, counted, drafts, duration, harmless_line, steps
 from edgemoe.cli.run.outbox import Outcome
 from edgemoe.cli.surface import BatchEngineView
 from edgemoe.results import hit_rate
@@ -17,6 +18,9 @@ from edgemoe.sizes import format_bytes
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
+
+FIRST_LINE, NEXT_LINES = 10.0, 30.0
+"""Seconds until the first line on a standard error that is no terminal, and from each one to the next."""
 
 
 class RunTally:
@@ -83,7 +87,11 @@ class Display(Protocol):
 @contextlib.contextmanager
 def display(tally: RunTally, total_requests: int | None, *, verbose: bool, shares_terminal: bool) -> Iterator[Display]:
     """The display that suits standard error. `shares_terminal`: the results scroll by there, so no bar."""
-    if not sys.stderr.isatty() or shares_terminal:
+    if not sys.stderr.isatty():
+        with _lines(tally, total_requests):
+            yield _Plain(verbose)
+        return
+    if shares_terminal:
         yield _Plain(verbose)
         return
     from rich import progress
@@ -100,6 +108,28 @@ def display(tally: RunTally, total_requests: int | None, *, verbose: bool, share
     console = Console(stderr=True, markup=False, highlight=False)
     with progress.Progress(*counts, progress.TimeElapsedColumn(), Note(), console=console, transient=True) as bar:
         yield _Live(bar, bar.add_task("", total=total_requests), verbose)
+
+
+@contextlib.contextmanager
+def _lines(tally: RunTally, total_requests: int | None) -> Iterator[None]:
+    """Within the block, says every now and then how far the run is: what nobody watches live is read in a file."""
+    over = threading.Event()
+
+    def tell() -> None:
+        wait = FIRST_LINE
+        while not over.wait(wait):
+            known = "" if total_requests is None else f" of {total_requests}"
+            parts = [f"{tally.finished}{known} answered", f"{tally.failed} failed" if tally.failed else "", tally.now()]
+            say(", ".join(part for part in parts if part))
+            wait = NEXT_LINES
+
+    thread = threading.Thread(target=tell, name="edgemoe-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 class _Plain:
@@ -122,4 +152,4 @@ class _Live:
 
 
 def _line(outcome: Outcome) -> str:
-    return f"{outcome.custom_id}: {outcome.said}"
+    return harmless_line(f"{outcome.custom_id}: {outcome.said}")

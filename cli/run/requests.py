@@ -13,6 +13,7 @@ from edgemoe.errors import RequestError
 from edgemoe.sampling import Sampling
 from edgemoe.server.protocols import fields
 from edgemoe.server.protocols.fields import FieldError
+from edgemoe.values import shown
 
 if TYPE_CHECKING:
     from edgemoe.checkpoint.tokenizer import Prompt
@@ -79,7 +80,16 @@ class RequestReader:
         for index, line in enumerate(lines):
             if index == 0:
                 jsonl = jsonl or line.text.lstrip().startswith("{")
-            yield Entry(line, jsonl, self._from_json(line) if jsonl else self._from_text(line))
+            yield Entry(line, jsonl, self._request(line, jsonl=jsonl))
+
+    def _request(self, line: Line, *, jsonl: bool) -> RequestLine | BadLine:
+        if line.trouble:
+            return BadLine(default_id(line), "invalid_line", f"line {line.number} cannot be read: {line.trouble}")
+        try:
+            return self._from_json(line) if jsonl else self._from_text(line)
+        except RecursionError:
+            what = f"line {line.number} has too many brackets inside of one another"
+            return BadLine(default_id(line), "invalid_json", what)
 
     def _from_text(self, line: Line) -> RequestLine:
         custom_id = default_id(line)
@@ -97,9 +107,10 @@ class RequestReader:
     def _from_json(self, line: Line) -> RequestLine | BadLine:
         custom_id = default_id(line)
         try:
-            entry = json.loads(line.text, parse_constant=_refuse_constant)
-        except (ValueError, RecursionError) as error:
-            return BadLine(custom_id, "invalid_json", f"line {line.number} is not JSON: {error}")
+            entry = json.loads(line.text, parse_constant=_refuse_constant, object_pairs_hook=_object)
+        except ValueError as error:
+            why = "a number has too many digits" if "int_max_str_digits" in str(error) else error
+            return BadLine(custom_id, "invalid_json", f"line {line.number} is not JSON: {why}")
         if not isinstance(entry, dict):
             return BadLine(custom_id, "invalid_json", f"line {line.number} is JSON but no object; begin it with {{")
         try:
@@ -146,11 +157,29 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, whose names must be different: of two values nobody knows which one is meant."""
+    made: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in made:
+            raise ValueError(f"the name {shown(name)} is there twice in an object")
+        made[name] = value
+    return made
+
+
 def _custom_id(entry: dict[str, Any]) -> str | None:
     given = [name for name in ("custom_id", "id") if entry.get(name) is not None]
     if len(given) > 1:
         raise FieldError("custom_id and id are the same thing; give one")
-    return fields.words(given[0], entry[given[0]]) if given else None
+    if not given:
+        return None
+    value = entry[given[0]]
+    if type(value) is int:
+        # OpenAI has texts; numbers are what people count lines with.
+        return str(value)
+    if not isinstance(value, str):
+        raise FieldError(f"{given[0]} must be a text or a whole number")
+    return fields.words(given[0], value)
 
 
 def _open_envelope(entry: dict[str, Any]) -> tuple[dict[str, Any], bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import sys
@@ -36,13 +37,16 @@ class Results:
                 raise FileTrouble("standard output is closed, so nobody would get the results; give a file with -o")
             return cls("standard output", None)
         try:
-            file = FileIO(path, "ab")
+            file = FileIO(path, "ab", opener=_open_at_once)
             status = os.fstat(file.fileno())
         except OSError as error:
-            raise FileTrouble(f"cannot write {path}: {why(error)}; give another file with -o") from error
+            reason = "nobody reads this pipe" if error.errno == errno.ENXIO else why(error)
+            raise FileTrouble(f"cannot write {path}: {reason}; give another file with -o") from error
         regular = stat.S_ISREG(status.st_mode)
         trouble = None
-        if regular and not _lock(file):
+        if stat.S_ISBLK(status.st_mode):
+            trouble = f"{path} is a disk, whose contents the results would replace; give a file with -o"
+        elif regular and not _lock(file):
             trouble = f"another run is writing to {path}; wait for its end, or give another file with -o"
         elif regular and status.st_size and not overwrite and not resume:
             trouble = f"{path} is not empty; give another file with -o, --resume to go on, or --overwrite to replace it"
@@ -99,6 +103,15 @@ class Results:
             with contextlib.suppress(OSError):
                 file.truncate(end)
             raise
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Opens without waiting for somebody who reads a pipe; what is written later may wait for a slow reader."""
+    # Windows has no such pipes, and no such flag.
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+    if hasattr(os, "O_NONBLOCK"):
+        os.set_blocking(descriptor, True)
+    return descriptor
 
 
 def _lock(file: FileIO) -> bool:

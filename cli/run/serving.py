@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from edgemoe.cli.answers import CANCELLED
+from edgemoe.cli.exits import FileTrouble
 from edgemoe.cli.interruption import Interruption
 from edgemoe.cli.loading import say
 from edgemoe.cli.render import counted, speeds
@@ -16,7 +16,7 @@ from edgemoe.cli.run.jobs import Job, Jobs
 from edgemoe.cli.run.outbox import Outbox, Outcome
 from edgemoe.cli.run.records import failure, line_of, success
 from edgemoe.cli.run.requests import BadLine, RequestLine
-from edgemoe.cli.surface import BatchEngineView
+from edgemoe.cli.surface import CANCELLED, BatchEngineView
 from edgemoe.errors import RequestError
 
 if TYPE_CHECKING:
@@ -48,13 +48,21 @@ class Serving:
         self._interruption = Interruption(self._wind_down, engine.cancel, signals=(signal.SIGINT, signal.SIGTERM))
         self._flying: dict[int, tuple[_Ticket, int]] = {}
         """By the engine's index: a ticket, and the number of its choice."""
+        self._unfinished: set[int] = set()
+        """The positions of requests that were begun and have no outcome."""
         self._positions = 0
         self._exhausted = False
+        self._torn = False
+        """Whether reading the jobs was interrupted, so that nobody knows whether there are more."""
+        self._trouble: FileTrouble | None = None
+        """Why no more jobs can be read."""
 
     def run(self) -> None:
-        """Serve every job. Raises what the jobs, the engine and the outbox raise, and KeyboardInterrupt at its end.
+        """Serve every job. Raises what the jobs, the engine and the outbox raise.
 
-        Once interrupted, it takes no more jobs; what the engine then breaks off leaves no outcome.
+        Once interrupted, it takes no more jobs, and what the engine then breaks off leaves no outcome; at the end it
+        raises KeyboardInterrupt, unless every job has its outcome all the same. Where the jobs cannot be read to their
+        end, those that were read are served first.
         """
         with self._interruption:
             while not self._exhausted:
@@ -65,8 +73,20 @@ class Serving:
                             # A cancel that came before the generations began was lost on the engine.
                             self._engine.cancel()
                         self._take(*self._flying.pop(index), answer)
-        if self._interruption.requested:
-            raise KeyboardInterrupt
+            if self._interruption.requested and self._has_more():
+                raise KeyboardInterrupt
+        if self._trouble is not None:
+            raise self._trouble
+
+    def _has_more(self) -> bool:
+        """Whether something was left undone, or may have been: an input that is still being written may go on."""
+        if self._unfinished or self._torn or not self._ready():
+            return True
+        try:
+            with self._interruption.waiting():
+                return next(self._jobs, None) is not None
+        except KeyboardInterrupt:
+            return True
 
     def _wind_down(self) -> None:
         running = min(len(self._flying), self._engine.stats.batch)
@@ -90,6 +110,7 @@ class Serving:
                 self._outbox.put(position, _failed(job.record_id, job.request))
                 continue
             ticket = _Ticket(position, job.record_id, job.request)
+            self._unfinished.add(position)
             for choice, sampling in enumerate(job.request.samplings()):
                 if self._interruption.requested:
                     return
@@ -105,7 +126,10 @@ class Serving:
             with self._interruption.waiting():
                 return next(self._jobs, None)
         except KeyboardInterrupt:
-            return None
+            self._torn = True
+        except FileTrouble as error:
+            self._trouble = error
+        return None
 
     def _take(self, ticket: _Ticket, choice: int, answer: Completion | RequestError) -> None:
         """Note one choice; with the last one, put the request's outcome into the outbox unless it was broken off."""
@@ -118,11 +142,15 @@ class Serving:
             each = ticket.answers[number]
             if isinstance(each, RequestError):
                 bad = BadLine(request.custom_id, "invalid_request", str(each))
-                self._outbox.put(ticket.position, _failed(ticket.record_id, bad))
+                self._put(ticket, _failed(ticket.record_id, bad))
                 return
             finished.append(each)
         if all(each.finish_reason != CANCELLED for each in finished):
-            self._outbox.put(ticket.position, self._answered(ticket, finished))
+            self._put(ticket, self._answered(ticket, finished))
+
+    def _put(self, ticket: _Ticket, outcome: Outcome) -> None:
+        self._outbox.put(ticket.position, outcome)
+        self._unfinished.discard(ticket.position)
 
     def _answered(self, ticket: _Ticket, answers: list[Completion]) -> Outcome:
         record = success(

@@ -19,6 +19,7 @@ from edgemoe.cache import accelerator
 from edgemoe.cache.record import ExpertId
 from edgemoe.cache.safetensors_store import RecordSource
 from edgemoe.checkpoint.checkpoint import WEIGHT_DTYPES, Checkpoint, open_checkpoint
+from edgemoe.checkpoint.default_dtype import DefaultDtype
 from edgemoe.checkpoint.draft_head import FoundHead, HeadShape, attach_head, find_head, of_head
 from edgemoe.checkpoint.expert_sources import ExpertSources
 from edgemoe.checkpoint.experts_module import ExpertsModule, require_experts_modules
@@ -231,8 +232,12 @@ def check_family(checkpoint: Checkpoint) -> None:
 
 def build_skeleton(model_class: Any, config: Any, dtype: torch.dtype, head: HeadShape | None = None) -> Any:
     """The model, and the `head` that it is to have, with every tensor on the meta device."""
-    with torch.device("meta"):
-        model = model_class._from_config(config, dtype=dtype)
+    with torch.device("meta"), DefaultDtype(dtype):
+        # Given the dtype, transformers would make it that of all of the process's threads meanwhile.
+        model = model_class._from_config(config, dtype=torch.get_default_dtype())
+        for each in (config, *(getattr(config, name) for name in config.sub_configs)):
+            if each is not None:
+                each.dtype = dtype
         if head is not None:
             attach_head(model, head, dtype)
     return model.eval()

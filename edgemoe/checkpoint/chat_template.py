@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from edgemoe.checkpoint.prompts.conversation import check_messages, check_variables
 from edgemoe.errors import RequestError, is_device_or_memory_error, told_as
 from edgemoe.quiet import quiet_transformers
+from edgemoe.values import shown
 
 Messages = Sequence[Mapping[str, str]]
 """A conversation: each message has a role and a content, an assistant's may have a reasoning_content."""
@@ -102,12 +104,12 @@ class ChatTemplate:
     def _check(self, chat: ChatPrompt) -> None:
         if not self.source:
             raise RequestError(f"{self._name} has no chat template: give plain prompts, as with edgemoe run")
+        check_messages(chat.messages)
+        check_variables(chat.template_kwargs)
         for message in chat.messages:
             parts = [message.get("role"), message.get("content"), message.get("reasoning_content", "")]
             if not all(isinstance(part, str) for part in parts):
-                raise RequestError(f"a message must have a text role and a text content, not {dict(message)!r}")
-        if not chat.messages:
-            raise RequestError("the conversation is empty: give at least one message")
+                raise RequestError(f"a message must have a text role and a text content, not {shown(dict(message))}")
         reserved = sorted(RESERVED & set(chat.template_kwargs))
         if reserved:
             raise RequestError(f"{reserved[0]} is no variable of a chat template: leave it out of template_kwargs")

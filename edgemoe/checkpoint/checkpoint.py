@@ -18,7 +18,7 @@ from edgemoe.checkpoint.gguf.gguf_checkpoint import gguf_config, gguf_weights
 from edgemoe.checkpoint.gguf.gguf_file import GgufFile, read_gguf
 from edgemoe.checkpoint.gguf.gguf_tokenizer import has_vocabulary
 from edgemoe.checkpoint.hub import Repository
-from edgemoe.checkpoint.model_place import find_place
+from edgemoe.checkpoint.model_place import find_place, place_name
 from edgemoe.checkpoint.packed import quantization
 from edgemoe.checkpoint.packed.packed_tensor import MergedTensor, PackedTensor, Weight
 from edgemoe.checkpoint.tensor_entry import TensorEntry
@@ -92,14 +92,15 @@ def open_checkpoint(
     Downloads a Hugging Face id that is not in the local cache, unless `offline`. Raises CheckpointError if the
     checkpoint cannot be found or read, is quantised, has only pickle weights, or has a damaged or truncated file.
     """
-    name = name or os.fspath(model)
+    place = place_name(model, setting)
+    name = name or place
 
     def check_folder(folder: Path) -> None:
         config = read_config(folder, name, setting)
         if check is not None:
             check(Checkpoint(folder, name, config, (), {}))
 
-    folder = find_place(os.fspath(model), offline, setting, check_folder, _chosen_weights)
+    folder = find_place(place, offline, setting, check_folder, _chosen_weights)
     if not folder.is_dir():
         beside = None if model_config is None else _config_folder(os.fspath(model_config), offline)
         return _open_gguf(folder, name, beside)

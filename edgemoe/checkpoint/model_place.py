@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from edgemoe.checkpoint.gguf.gguf_variant import choose, only_gguf
 from edgemoe.checkpoint.hub import Repository
 from edgemoe.errors import CheckpointError, reason
+from edgemoe.values import shown
 
 
 def find_place(
@@ -40,6 +43,17 @@ def find_place(
     raise CheckpointError(
         f"{name} {kind}: give a checkpoint's folder or a Hugging Face id such as org/name as {setting}="
     )
+
+
+def place_name(model: Any, setting: str) -> str:
+    """`model`, a text or a path, as a text. Raises CheckpointError, which names `setting`, for anything else."""
+    name = os.fspath(model) if isinstance(model, str | os.PathLike) else None
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise CheckpointError(
+            f"{shown(model)} names no model: give a checkpoint's folder, a GGUF file or a Hugging Face id such as "
+            f"org/name as {setting}="
+        )
+    return name
 
 
 def gguf_names(folder: Path) -> list[str]:

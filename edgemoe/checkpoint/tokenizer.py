@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from edgemoe.checkpoint.chat_template import ChatPrompt, Messages
 from edgemoe.checkpoint.checkpoint import Checkpoint
+from edgemoe.checkpoint.foreign.text_length import check_text_length
 from edgemoe.checkpoint.gguf.gguf_tokenizer import tokenizer_of
+from edgemoe.checkpoint.prompts.token_ids import check_token_ids, read_token_ids
 from edgemoe.errors import CheckpointError, RequestError, told_as
 from edgemoe.quiet import quiet_transformers
+from edgemoe.values import check_text
 
 
 @dataclass(frozen=True)
@@ -68,24 +71,28 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
 
 def as_chat(prompt: Prompt) -> ChatPrompt | None:
-    """`prompt` where it is a conversation; None for a text and for token ids."""
+    """`prompt` where it is a conversation; None for a text, for token ids, and for what is no prompt."""
     if isinstance(prompt, ChatPrompt):
         return prompt
-    if not isinstance(prompt, str) and any(isinstance(part, Mapping) for part in prompt):
+    if isinstance(prompt, Sequence) and not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
         return ChatPrompt(cast(Messages, prompt))
     return None
 
 
-def prompt_tokens(tokenizer: Any, prompt: str | Sequence[int], name: str) -> list[int]:
+def prompt_tokens(tokenizer: Any, prompt: str | Sequence[int], name: str, context: int | None = None) -> list[int]:
     """The token ids of a text, or those that are given, for the model called `name`.
 
-    Raises RequestError for a text without a tokenizer.
+    A prompt that is longer than `context` tokens allow need not be read. Raises RequestError for a text without a
+    tokenizer, for one that it cannot read, and for what is no prompt.
     """
     if not isinstance(prompt, str):
-        return [int(token) for token in prompt]
+        return read_token_ids(prompt, context)
     if tokenizer is None:
         raise RequestError(f"{name} has no tokenizer files: give the prompt as token ids")
-    with quiet_transformers():
+    check_text(prompt, "the prompt")
+    unread = f"the tokenizer of {name} cannot read the prompt"
+    with quiet_transformers(), told_as(lambda why: RequestError(f"{unread} ({why}): give another text, or token ids")):
+        check_text_length(prompt, context, tokenizer)
         return [int(token) for token in tokenizer.encode(prompt)] if prompt else []
 
 
@@ -94,10 +101,3 @@ def check_prompt(tokens: Sequence[int], vocabulary: int) -> None:
     if not tokens:
         raise RequestError("the prompt is empty: give at least one token")
     check_token_ids(tokens, vocabulary, "the prompt has the")
-
-
-def check_token_ids(tokens: Iterable[int], vocabulary: int, where: str) -> None:
-    """Raises RequestError, which begins with `where`, for an id that is none of `vocabulary` ids."""
-    outside = next((token for token in tokens if not 0 <= token < vocabulary), None)
-    if outside is not None:
-        raise RequestError(f"{where} token id {outside}, outside the vocabulary of {vocabulary}: check the ids")

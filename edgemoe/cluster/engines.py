@@ -16,7 +16,7 @@ from edgemoe.cluster.actor import Loaded, NumberedReply
 from edgemoe.cluster.ray_cluster import Place, RayCluster
 from edgemoe.cluster.remote_engine import RemoteEngine, load_engines
 from edgemoe.cluster.sharding import Sharding
-from edgemoe.config import EngineConfig
+from edgemoe.config import EngineConfig, chosen_config
 from edgemoe.errors import EdgeMoEError
 from edgemoe.results import Progress, Stats
 from edgemoe.sampling import Sampling
@@ -64,7 +64,7 @@ class RayEngines:
         `context` is None, the smallest that a node picks holds for all. Raises EdgeMoEError when Ray or the
         cluster cannot be used, and CheckpointError and PlanError with the node's name.
         """
-        chosen = (config or EngineConfig()).changed(**settings)
+        chosen = chosen_config(config, settings)
         own = vars(chosen) | {"draft_model": _everywhere(chosen.draft_model)}
         return cls._load(RayCluster.connect(address), actors, _everywhere(model), own, on_progress, factory)
 

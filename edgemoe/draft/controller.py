@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from edgemoe.draft.settings import DraftSettings
@@ -20,8 +20,14 @@ MAX_TRIALS = 4
 """Most settings in one test."""
 SHORTEST_REST, LONGEST_REST = 16, 256
 """Fewest and most steps of a rest, in which nothing is drafted. A rest doubles each time, and a test follows it."""
-LONGEST_BREAK = 16
-"""Most new sequences in a row that do without drafting passes. As a rest, a break doubles each time."""
+TRIAL = 48
+"""Tokens of a sequence for which drafting with passes, or without, is tried against the other."""
+LONGEST_TERM = 32 * TRIAL
+"""Most tokens between two trials. The time between them doubles while the same one wins."""
+LEAST_TRIAL, QUIT = 16, 0.85
+"""Tokens after which a trial may end early, and the share of the other one's utility that it ends below."""
+PASS_MEMORY = 64.0
+"""Cycles over which the utility with passes, and without, is averaged, with decay."""
 IDLE = 24
 """Steps in a row without a node worth drafting, after which `describe` says so."""
 
@@ -49,14 +55,16 @@ def utility(tokens: float, plain_steps: float) -> float:
 class Tally:
     """Tokens and cost of the cycles under one setting, with decay."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: float = MEMORY) -> None:
+        """`memory` is the number of cycles that the averages are taken over."""
         self.cycles = 0.0
+        self._memory = memory
         self._tokens = 0.0
         self._plain_steps = 0.0
 
-    def add(self, tokens: int, plain_steps: float) -> None:
+    def add(self, tokens: float, plain_steps: float) -> None:
         """One more cycle."""
-        self.fade(1 - 1 / MEMORY)
+        self.fade(1 - 1 / self._memory)
         self._plain_steps += plain_steps
         self._tokens += tokens
         # Last: before it, who reads this meanwhile finds nothing.
@@ -113,18 +121,20 @@ class UtilityController:
         tally = self._tallies.get(setting) if setting else None
         return tally.utility if tally else 1.0
 
-    @property
-    def utility_of_passes(self) -> float | None:
-        """The utility of all cycles in which drafting passes were allowed; None before there was one."""
-        tallies = [tally for setting, tally in self._tallies.items() if setting.passes and tally.cycles]
-        return min((tally.utility for tally in tallies), default=None)
-
     def describe(self) -> str:
         """What is drafted now, in a few words."""
         setting = self._setting
         if setting is None:
             return "off: it did not pay"
         return f"{setting}, of which nothing is worth it now" if self._idle >= IDLE else str(setting)
+
+    def permit(self, passes: bool) -> None:
+        """Whether drafting passes may be run from now on; a change begins a test."""
+        if passes != self._most.passes:
+            self._most = self._most._replace(passes=passes)
+            self._last = self._last._replace(passes=passes)
+            self._tallies = {}
+            self._begin_test()
 
     def passed(self) -> None:
         """Counts a step of a rest."""
@@ -213,6 +223,55 @@ class UtilityController:
             self._setting = setting
 
 
+class PassTrials:
+    """Whether drafting passes are run now: doing with them and doing without are compared over all sequences.
+
+    A sequence's own test compares with plain steps, and short replies end before it does. What passes have to gain on
+    is drafting without them, so both are measured in turns: a trial of the other one follows each term of what is
+    better, and terms grow while nothing changes.
+    """
+
+    def __init__(self, passes: bool) -> None:
+        """`passes` is what comes first."""
+        self.passes = passes
+        """Whether they are run now."""
+        self._tallies = {True: Tally(PASS_MEMORY), False: Tally(PASS_MEMORY)}
+        self._trial = True
+        self._left = float(TRIAL)
+        self._seen = 0.0
+        self._term = TRIAL
+        self._winner: bool | None = None
+
+    def observe(self, tokens: float, plain_steps: float) -> None:
+        """A step gave each sequence `tokens` on average, in the time of so many plain steps."""
+        self._tallies[self.passes].add(tokens, plain_steps)
+        self._left -= tokens
+        self._seen += tokens
+        if self._left <= 0 or self._fails():
+            self._judge()
+
+    def _fails(self) -> bool:
+        own, other = self._tallies[self.passes], self._tallies[not self.passes]
+        return self._seen >= LEAST_TRIAL and other.cycles > 0 and own.utility < QUIT * other.utility
+
+    def _judge(self) -> None:
+        """Ends a trial or a term."""
+        other = not self.passes
+        if not self._tallies[other].cycles or (not self._trial and not self._fails()):
+            self._begin(other, trial=True, tokens=TRIAL)
+            return
+        # Equal is no gain: passes take memory and bytes as well.
+        winner = self._tallies[True].utility > self._tallies[False].utility
+        self._term = min(2 * (self._term if winner == self._winner else TRIAL), LONGEST_TERM)
+        self._winner = winner
+        self._begin(winner, trial=False, tokens=self._term)
+
+    def _begin(self, passes: bool, *, trial: bool, tokens: int) -> None:
+        if trial:
+            self._tallies[passes].fade(REMEMBERED)
+        self.passes, self._trial, self._left, self._seen = passes, trial, tokens, 0.0
+
+
 SHORTER, LONGER = 0.5, 2.0
 """Bounds on a step's deviation from a plain step, in plain steps: below it, and above it for each drafted node."""
 
@@ -220,16 +279,20 @@ SHORTER, LONGER = 0.5, 2.0
 class Controllers:
     """The settings of all sequences. A new sequence begins with a test of the setting that was best before."""
 
-    def __init__(self, settings: DraftSettings, width: int) -> None:
-        """`width` is the most children of a node; 1 where only chains can be verified."""
+    def __init__(self, settings: DraftSettings, width: int, loads: Callable[[], bool] = lambda: False) -> None:
+        """`width` is the most children of a node; 1 where only chains can be verified.
+
+        `loads` tells whether passes have to load experts. Each drafted token then may cost more than it saves, and
+        drafting passes have to show first that they pay.
+        """
         self._most = Setting(settings.depth, width, bool(settings.drafters - {"ngram"}))
         self._controlled = settings.priced
         self._start, self._rest = self._most, SHORTEST_REST
         self._own: dict[Request, UtilityController] = {}
         self._latest: UtilityController | None = None
         self._changes = 0
-        self._break, self._without_passes = 0, 0
-        """New sequences that will do without drafting passes: how many after the last loss, and how many still."""
+        self._loads = loads
+        self._trials: PassTrials | None = None
 
     @property
     def changes(self) -> int:
@@ -254,19 +317,21 @@ class Controllers:
         """The bounds of a draft for `request` now; None while drafting rests for it."""
         if not self._controlled:
             return self._most
+        passes = self._passes()
         if request not in self._own:
-            self._own[request] = self._new()
+            start, most = (each._replace(passes=passes) for each in (self._start, self._most))
+            self._own[request] = UtilityController(start, most, self._rest)
         self._latest = self._own[request]
+        self._latest.permit(passes)
         return self._latest.setting
 
-    def _new(self) -> UtilityController:
-        """The controller of a new sequence, in a break one without passes."""
-        passes = self._most.passes
-        if self._without_passes:
-            self._without_passes -= 1
-            passes = False
-        start, most = (each._replace(passes=passes) for each in (self._start, self._most))
-        return UtilityController(start, most, self._rest)
+    def _passes(self) -> bool:
+        """Whether drafting passes are run now."""
+        if not self._most.passes:
+            return False
+        if self._trials is None:
+            self._trials = PassTrials(not self._loads())
+        return self._trials.passes
 
     def stepped(self, drafted: Mapping[Request, int], made: Mapping[Request, int], plain_steps: float | None) -> None:
         """A step took the time of so many `plain_steps`; None where that is not known.
@@ -275,6 +340,10 @@ class Controllers:
         any. What a step takes longer for drafts is shared by their nodes; and everybody waits for it.
         """
         nodes = sum(drafted.values())
+        if self._trials is not None and plain_steps is not None and drafted:
+            tokens = sum(made.get(request, 1) for request in drafted) / len(drafted)
+            took = min(max(plain_steps, SHORTER), 1 + LONGER * nodes) if nodes else 1.0
+            self._trials.observe(tokens, took)
         for request, count in drafted.items():
             controller = self._own.get(request)
             if controller is None:
@@ -294,13 +363,3 @@ class Controllers:
         if controller is not None:
             self._start, self._rest = controller.best, controller.rest
             self._changes += controller.changes
-            self._judge_passes(controller.utility_of_passes)
-
-    def _judge_passes(self, utility: float | None) -> None:
-        """Lets the next sequences do without drafting passes where they did not pay in one that is over.
-
-        Short replies end before a test does, and each would pay for passes again.
-        """
-        if utility is not None:
-            self._break = min(max(1, 2 * self._break), LONGEST_BREAK) if utility < 1 else 0
-            self._without_passes = self._break

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from edgemoe.draft.pass_drafter import Branch, PassDrafter, RuleChoice
+from edgemoe.experts.head_experts import HeadExperts
 from edgemoe.model.draft_tree import DraftTree, TreeMask
 from edgemoe.model.head_cache import HeadCache
 from edgemoe.model.head_runner import AFTER, BEFORE, HeadInput, HeadOutput, HeadRunner
@@ -21,6 +22,8 @@ USUAL_DEPTH = 3
 others are made of its own hidden states, and are right less often."""
 MIN_TRIAL_ROWS = 16
 """Rows from which the two kinds of hidden states are compared on a text."""
+ROUTINGS = ("resident", "all")
+"""Which experts the head's passes compute where some are missing: those that are resident, or all that it chooses."""
 KINDS = {"after": AFTER, "before": BEFORE}
 """The hidden states that the head reads: after the norm, as in most families, or before it."""
 
@@ -44,6 +47,9 @@ class _Draft:
 class HeadDrafter(PassDrafter):
     """Runs a model's head along draft trees, a level a pass.
 
+    Where experts are missing, passes that do with those of the head that are resident, and passes that load what the
+    head chooses, are compared by what the cycles gave.
+
     Which hidden states a head was trained on, its checkpoint does not say. Those of the model are tried on the first
     long enough prompt: the kind that predicts its tokens better is used. Those of the head itself are compared by what
     the cycles gave.
@@ -52,15 +58,20 @@ class HeadDrafter(PassDrafter):
     name = "mtp"
     takes_over = True
 
-    def __init__(self, runner: ModelRunner, head: HeadRunner, chunk: int, max_depth: int = USUAL_DEPTH) -> None:
+    def __init__(
+        self, runner: ModelRunner, head: HeadRunner, experts: HeadExperts, chunk: int, max_depth: int = USUAL_DEPTH
+    ) -> None:
         """`chunk` bounds the rows of a pass that reads hidden states, `max_depth` the depth of its drafts."""
         super().__init__(runner)
+        self._experts = experts
         self._max_depth = max_depth
         self._head = head
         self._chunk = chunk
         self._kind: int | None = None
         self._chained = RuleChoice(tuple(KINDS))
         self._rule = "after"
+        self._routings = RuleChoice(ROUTINGS)
+        self._routing: str | None = None
         self._deep = False
         self._drafts: dict[Request, _Draft] = {}
 
@@ -80,18 +91,21 @@ class HeadDrafter(PassDrafter):
         """See the base class."""
         if self._deep:
             self._chained.observe(self._rule, tokens, seconds)
+        if self._routing is not None:
+            self._routings.observe(self._routing, tokens, seconds)
 
     def begin(self, requests: Sequence[Request]) -> None:
         """See the base class. Nothing is read before the first run."""
         self._drafts, self._deep = {}, False
         self._rule = self._chained.next()
+        self._routing = None if self._experts.complete else self._routings.next()
 
     def run(self, branches: Sequence[Branch]) -> list[LogitsRows]:
         """See the base class. The nodes of a branch are the root, or all `can_run`."""
         roots = [branch.request for branch in branches if branch.nodes[0] == 0]
         found = self._read(roots)
         others = [branch for branch in branches if branch.nodes[0]]
-        outputs = self._head.run([self._input(branch) for branch in others]) if others else []
+        outputs = self._draft([self._input(branch) for branch in others]) if others else []
         for branch, output in zip(others, outputs, strict=True):
             draft = self._drafts[branch.request]
             draft.keep(branch.nodes, output)
@@ -117,10 +131,12 @@ class HeadDrafter(PassDrafter):
             cache = self._head_cache(request)
             while cache.waiting > self._chunk:
                 # More than a pass takes, as after a long prompt: the first ones give nothing.
-                self._head.run([self._waiting_input(request, self._chunk)])
+                self._draft([self._waiting_input(request, self._chunk)])
                 cache.drop_first(self._chunk)
         inputs = [self._waiting_input(request, self._head_cache(request).waiting) for request in requests]
-        outputs = self._head.run(inputs)
+        outputs = self._draft(inputs)
+        if self._routing == "resident":
+            self._experts.load_missed()
         found = {}
         for request, item, output in zip(requests, inputs, outputs, strict=True):
             cache = self._head_cache(request)
@@ -130,6 +146,17 @@ class HeadDrafter(PassDrafter):
             draft.keep([0], output)
             found[request] = _read(output)
         return found
+
+    def _draft(self, inputs: Sequence[HeadInput]) -> list[HeadOutput]:
+        """A pass of which drafts are made."""
+        if self._routing != "resident":
+            return self._head.run(inputs)
+        rows, last = list[int](), 0
+        for item in inputs:
+            last += len(item.tokens)
+            rows += range(last - item.outputs, last)
+        with self._experts.resident_only(rows):
+            return self._head.run(inputs)
 
     def _waiting_input(self, request: Request, rows: int) -> HeadInput:
         """The first `rows` hidden states that wait, with the tokens after them."""

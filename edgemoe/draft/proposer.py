@@ -223,13 +223,21 @@ class DraftProposer:
                 builder.propose(Candidate(node, token, path, number, drafter))
 
     def _round_pays(self, growing: Sequence[tuple[TreeBuilder, list[int]]], price: DraftPrice) -> bool:
-        """Whether one more drafting pass is likely to save more time than it takes, with the tokens that it gives."""
+        """Whether one more drafting pass is likely to save more time than it takes, with the tokens that it gives.
+
+        Where n-grams have drafted what comes next, passes may be needed until one gives a new token, which pays for
+        all of them.
+        """
         if not price.priced:
             return True
         gain, rate = 0.0, self._calibration.rate(SHARE_BINS - 1)
         for builder, nodes in growing:
-            likeliest = max(builder.tree.probabilities[node] for node in nodes)
-            gain += max(0.0, likeliest * price.worth * rate - MARGIN * price.step.next_token(builder.tree.drafted))
+            cost = MARGIN * price.step.next_token(builder.tree.drafted)
+            gains = (
+                ((builder.tree.probabilities[node] * rate - covered) * price.worth - cost) / passes
+                for node, covered, passes in builder.openings(nodes)
+            )
+            gain += max(0.0, max(gains, default=0.0))
         return self._costs.draft_pays(len(growing), gain)
 
     def _add_predictions(self, passes: PassDrafter, growing: Sequence[tuple[TreeBuilder, Sequence[int]]]) -> None:

@@ -68,7 +68,7 @@ class Speculation:
         self.max_nodes = settings.nodes
         """Most nodes of a draft tree."""
         chains = "chain" in (runner.verifies, settings.shape)
-        self._controllers = Controllers(settings, 1 if chains else WIDTH)
+        self._controllers = Controllers(settings, 1 if chains else WIDTH, lambda: not predictor.complete)
         self._costs = CycleCost(guess)
         # The acceptance rate of each bin of shares is at first the share itself.
         self._calibration = CalibratedRates([(number + 0.5) / SHARE_BINS for number in range(SHARE_BINS)])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from itertools import takewhile
 
 from edgemoe.draft.controller import Setting
 from edgemoe.model.draft_tree import Candidate, DraftTree
@@ -47,6 +48,19 @@ class TreeBuilder:
         if self.full or self.tree.depths[parent] >= self.max_depth:
             return False
         return not self.chain or parent == len(self.tree) - 1
+
+    def openings(self, nodes: Collection[int]) -> Iterator[tuple[int, float, int]]:
+        """The nodes that drafting passes have not run yet and that may get another child, if the next one runs `nodes`.
+
+        With each come the sum of its children's path probabilities, and the number of passes until it has been run:
+        every node is run after its parent.
+        """
+        waiting = set(self.unexpanded)
+        for node in self.unexpanded:
+            upwards = list(takewhile(waiting.__contains__, reversed(self.tree.path(node))))
+            if self.fits(node) and upwards and upwards[-1] in nodes:
+                covered = sum(self.tree.probabilities[child] for child in self.tree.children(node))
+                yield node, covered, 1 + sum(each not in nodes for each in upwards)
 
     def add(self, candidate: Candidate) -> None:
         """Adds the candidate. A node that exists keeps the greater probability, and its bin where it has one."""

@@ -115,6 +115,8 @@ Grouped = Callable[[int, ExpertsModule, Experts, "ExpertPredictor | None"], "Exp
 """Makes the layer of a number whose experts are computed by kernels on a device; None where there are none for it."""
 
 
+Compute = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""`ExpertLayer.compute` of a layer, or its `draft`."""
 Take = Callable[["ExpertLayer", torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """A layer's output for hidden states, index and weights, as `ExpertLayer.compute` has them."""
 
@@ -182,22 +184,20 @@ class ExpertLayers:
             if found is None:
                 return torch.zeros_like(hidden)
             if self._override.resident_only:
-                return layer.draft(hidden, *found)
+                return layer.draft(hidden, *found) if self._rows is None else self._some(layer.draft, hidden, *found)
             index, weights = (new.view(old.shape) for new, old in zip(found, (index, weights), strict=True))
         if self._lockstep is not None:
             return self._lockstep.wait_for_others(layer, hidden, index, weights)
         if self._rows is not None:
-            return self._some(layer, hidden, index, weights, self._rows)
+            return self._some(layer.compute, hidden, index, weights)
         return layer.compute(hidden, index, weights)
 
-    @staticmethod
-    def _some(
-        layer: ExpertLayer, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, rows: torch.Tensor
-    ) -> torch.Tensor:
-        flat, top_k = hidden.reshape(-1, hidden.shape[-1]), index.shape[-1]
+    def _some(self, compute: Compute, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """What `compute` gives for the tokens of `computing`, and zeros for the others."""
+        rows, flat, top_k = self._rows, hidden.reshape(-1, hidden.shape[-1]), index.shape[-1]
         chosen = index.reshape(-1, top_k)[rows], weights.reshape(-1, top_k)[rows]
         outputs = torch.zeros_like(flat)
-        outputs[rows] = layer.compute(flat[rows], *chosen)
+        outputs[rows] = compute(flat[rows], *chosen)
         return outputs.view(hidden.shape)
 
     @contextmanager

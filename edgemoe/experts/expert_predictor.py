@@ -60,6 +60,11 @@ class ExpertPredictor:
         return self._lookahead_scores.totals
 
     @property
+    def complete(self) -> bool:
+        """Whether every expert has a slot, so that there is nothing to predict."""
+        return self._cache.complete
+
+    @property
     def link_bound(self) -> bool:
         """Whether the link is busy for more than half of the time: predicting sooner is then worth a drafting pass."""
         return self._enabled and not self._cache.complete and self._prefetcher.link_busy > 0.5

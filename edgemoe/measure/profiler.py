@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from statistics import fmean
+from statistics import fmean, quantiles
+from typing import NamedTuple
 
 import torch
 
@@ -48,12 +49,16 @@ LEAN_SHARE = 0.35
 """Slots of the passes with few slots, as a share of the plan's."""
 ROUNDS = 3
 """Turns of every shape: a disturbance of one turn hardly hits the same shape in the next."""
+MAX_ROUNDS = 6
+"""Turns of a shape whose times still differ by more than `MAX_SPREAD`."""
+MAX_SPREAD = 0.15
+"""See `ProfilePoint.spread`."""
 TIME_BUDGET = 50.0
 """Seconds for each size of the cache. Later turns are skipped, except the first turns of the smaller half of the shapes
 and of as many shapes as the fit needs."""
 TURN_SECONDS = 0.25
 """Measured seconds of one turn of a shape, within the limits of `READINGS`."""
-READINGS = (2, 8)
+READINGS = (3, 8)
 """Minimum and maximum number of measured passes of one turn."""
 WARM_UP = 8
 """Sequences times passes before the measured passes of a turn, which let the cache adapt to the text."""
@@ -61,6 +66,32 @@ FILL_TIMEOUT = 60.0
 """Seconds without an arrival after which the measurement begins although the slots are not filled."""
 FILL_POLL_SECONDS = 0.05
 """Interval of checks for arrivals."""
+
+
+class ProfileProgress(NamedTuple):
+    """How far a profile is."""
+
+    activity: str
+    """What is being loaded or measured, in a few words."""
+    done: float
+    """Share of the whole, from 0 to 1."""
+
+
+@dataclass
+class _Span:
+    """A part of a profile, from one share of the whole to another, and whom to tell."""
+
+    told: Callable[[ProfileProgress], None]
+    start: float
+    end: float
+
+    def loading(self, progress: Progress) -> None:
+        """Some of the model is loaded."""
+        self.tell(f"loading {progress.stage}", progress.done / max(1, progress.total))
+
+    def tell(self, activity: str, done: float) -> None:
+        """A share `done` of this part is done, and `activity` is next."""
+        self.told(ProfileProgress(activity, self.start + (self.end - self.start) * min(1.0, done)))
 
 
 @dataclass
@@ -120,18 +151,20 @@ def await_fill(cache: ExpertCache, on_progress: Callable[[Progress], None]) -> N
 
 
 def take_profile(
-    blueprint: Blueprint, config: EngineConfig, on_progress: Callable[[Progress], None] | None = None
+    blueprint: Blueprint, config: EngineConfig, on_progress: Callable[[ProfileProgress], None] | None = None
 ) -> Profile:
     """Measures the model and fits the performance model, in a minute or two. Loads the model up to twice.
 
-    Raises PlanError as `profiling_run` does, and CheckpointError if a file cannot be read.
+    `on_progress` is called before each turn of a shape, by the caller's thread, and while loading, also by others.
+    What it raises in the caller's thread ends the measurement. Raises PlanError as `profiling_run` does, and
+    CheckpointError if a file cannot be read.
     """
     with reading(blueprint.checkpoint.name):
         return _profile(blueprint, config, on_progress or _ignore)
 
 
-def _profile(blueprint: Blueprint, config: EngineConfig, on_progress: Callable[[Progress], None]) -> Profile:
-    with profiling_run(blueprint, config, on_progress) as full:
+def _profile(blueprint: Blueprint, config: EngineConfig, told: Callable[[ProfileProgress], None]) -> Profile:
+    with profiling_run(blueprint, config, _Span(told, 0.0, 0.05).loading) as full:
         plan, bulk_from = full.plan, full.runner.sequential.bulk_from
         lean = max(1, int(LEAN_SHARE * plan.slots))
         shapes = sum(batch <= full.sequences for batch, _ in SHAPES)
@@ -140,14 +173,16 @@ def _profile(blueprint: Blueprint, config: EngineConfig, on_progress: Callable[[
                 f"{plan.model} with 1 slot has {shapes} kinds of passes to measure, of which a profile needs "
                 f"{fitting.MIN_POINTS}: give expert_cache=2 or more"
             )
-        points = measure(full, SHAPES, fitting.MIN_POINTS)
+        points = measure(full, SHAPES, fitting.MIN_POINTS, _Span(told, 0.05, 0.5).tell)
+        told(ProfileProgress("memory and arithmetic", 0.5))
         speed = _ceilings(blueprint, full)
         card = _card_speed(blueprint, full)
     if lean < plan.slots:
-        with profiling_run(blueprint, lean_config(config, plan, lean), on_progress) as few:
-            points += measure(few, LEAN_SHAPES, fitting.MIN_POINTS - len(points))
+        with profiling_run(blueprint, lean_config(config, plan, lean), _Span(told, 0.52, 0.57).loading) as few:
+            points += measure(few, LEAN_SHAPES, fitting.MIN_POINTS - len(points), _Span(told, 0.57, 0.98).tell)
             speed = replace(speed, link=_link_speed(few))
             plan = few.plan
+    told(ProfileProgress("fitting", 0.98))
     model = fitting.fit(shape_of(blueprint, plan), speed, points, bulk_from)
     taken = datetime.datetime.now().astimezone().date().isoformat()
     # The plan with few slots has missing experts, and so says where they come from.
@@ -161,27 +196,46 @@ def lean_config(config: EngineConfig, plan: Plan, slots: int) -> EngineConfig:
     return replace(config, expert_cache=slots)
 
 
-def measure(at: ProfilingRun, shapes: Sequence[tuple[int, int]], min_shapes: int = 0) -> list[ProfilePoint]:
+def measure(
+    at: ProfilingRun,
+    shapes: Sequence[tuple[int, int]],
+    min_shapes: int = 0,
+    told: Callable[[str, float], None] = lambda activity, done: None,
+) -> list[ProfilePoint]:
     """A point for each of `shapes` for which there are enough sequences and time.
 
-    At least `min_shapes` of them are measured however long it takes, if there are enough sequences.
+    At least `min_shapes` of them are measured however long it takes, if there are enough sequences. `told` is given
+    what is measured next, and the share that is done.
     """
     readings: dict[tuple[int, int], list[PassReading]] = {}
     # Small ones first, so that the largest are skipped if time runs short.
     todo = sorted((shape for shape in shapes if shape[0] <= at.sequences), key=math.prod)
     required = max(len(todo) // 2, min_shapes)
+    slots = f"{at.plan.slots / at.plan.experts:.0%} of the experts"
     started = time.perf_counter()
-    for turn in range(ROUNDS):
-        for batch, tokens in todo:
-            if time.perf_counter() - started > TIME_BUDGET and (turn or len(readings) >= required):
+    for turn in range(max(ROUNDS, MAX_ROUNDS)):
+        for number, (batch, tokens) in enumerate(todo):
+            if turn >= ROUNDS and spread(readings.get((batch, tokens), ())) <= MAX_SPREAD:
+                continue
+            spent = (time.perf_counter() - started) / max(TIME_BUDGET, 1e-9)
+            if spent > 1 and (turn or len(readings) >= required):
                 break
+            told(f"{batch} x {tokens} tokens, {slots}", max((turn + number / len(todo)) / ROUNDS, spent))
             readings.setdefault((batch, tokens), []).extend(_turn(at, turn, batch, tokens))
     return [point(at.plan, *shape, found) for shape, found in readings.items()]
 
 
+def spread(readings: Sequence[PassReading]) -> float:
+    """How wide the middle half of the times is, as a share of the median; 0 for fewer than three."""
+    if len(readings) < 3:
+        return 0.0
+    low, middle, high = quantiles((each.seconds for each in readings), n=4, method="inclusive")
+    return (high - low) / middle
+
+
 def _turn(at: ProfilingRun, turn: int, batch: int, tokens: int) -> list[PassReading]:
     """The measured passes of one turn of a shape. Each turn starts at another text."""
-    first = turn * at.sequences // ROUNDS + batch
+    first = turn % ROUNDS * at.sequences // ROUNDS + batch
     for _ in range(max(1, WARM_UP // batch)):
         at.passes.run(first, batch, tokens)
     found: list[PassReading] = []
@@ -194,7 +248,8 @@ def _turn(at: ProfilingRun, turn: int, batch: int, tokens: int) -> list[PassRead
 def point(plan: Plan, batch: int, tokens: int, readings: Sequence[PassReading]) -> ProfilePoint:
     """The mean of the middle half of `readings`, by seconds; its times and misses are of the same passes."""
     ordered = sorted(readings)
-    quarter = len(ordered) // 4
+    # Of three, the one in the middle: a single one that was disturbed decides nothing.
+    quarter = (len(ordered) + 1) // 4
     middle = ordered[quarter : len(ordered) - quarter]
     means = PassReading(*(fmean(column) for column in zip(*middle, strict=True)))  # type: ignore[arg-type]
     return ProfilePoint(
@@ -206,6 +261,7 @@ def point(plan: Plan, batch: int, tokens: int, readings: Sequence[PassReading]) 
         misses=means.misses,
         draft_seconds=means.draft_seconds,
         reject_seconds=means.reject_seconds,
+        spread=spread(readings),
     )
 
 
@@ -252,5 +308,5 @@ def _link_speed(at: ProfilingRun) -> float:
     return machine.copy_speed(at.plan.slot_nbytes, torch.device(at.plan.device))
 
 
-def _ignore(progress: Progress) -> None:
+def _ignore(progress: ProfileProgress) -> None:
     """The progress callback where none was given."""

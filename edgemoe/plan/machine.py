@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -28,6 +29,12 @@ class Gpu:
     free: int
     capability: tuple[int, int] | None = None
     """NVIDIA's compute capability, such as (8, 6); None where the driver does not say."""
+    driver: str = ""
+    """Its version; empty where it does not say."""
+    lanes: int = 0
+    """PCIe lanes in use; 0 where the driver does not say."""
+    max_lanes: int = 0
+    """PCIe lanes that the card has; 0 where the driver does not say."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +61,41 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def cpu_quota(root: Path = CGROUP_ROOT, membership: Path = Path("/proc/self/cgroup")) -> float | None:
+    """Cores whose time this process's control groups give it, such as 1.5; None where nothing limits it."""
+    found: list[float] = []
+    names: tuple[str, ...]
+    for controllers, path in _groups(membership):
+        if "cpu" in controllers.split(","):
+            base, names = root / "cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        elif controllers == "":
+            base, names = root, ("cpu.max",)
+        else:
+            continue
+        for folder in _folders_to(base, path):
+            with suppress(OSError, ValueError):
+                quota, period = " ".join((folder / name).read_text() for name in names).split()
+                if int(quota) > 0:
+                    found.append(int(quota) / int(period))
+    return min(found, default=None)
+
+
+def processor_name() -> str:
+    """The processor's model, as the system reports it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
 def group_limits(root: Path = CGROUP_ROOT, membership: Path = Path("/proc/self/cgroup")) -> list[GroupLimit]:
     """The memory limits of this process's control group and its ancestors, in hierarchies v1 and v2.
 
     The kernel counts page cache as usage. Here it is left out, since the kernel reclaims it when memory is short.
     """
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:
-        return []
     found: list[GroupLimit] = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
+    for controllers, path in _groups(membership):
         if "memory" in controllers.split(","):
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file", "total_active_file")
             found += _limits_of(root / "memory", path, *names)
@@ -97,7 +127,13 @@ def _gpu(index: int) -> Gpu:
     with suppress(pynvml.NVMLError):
         major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
         capability = int(major), int(minor)
-    return Gpu(index, str(pynvml.nvmlDeviceGetName(handle)), int(memory.total), int(memory.free), capability)
+    driver, lanes, max_lanes = "", 0, 0
+    with suppress(pynvml.NVMLError):
+        driver = str(pynvml.nvmlSystemGetDriverVersion())
+        lanes = int(pynvml.nvmlDeviceGetCurrPcieLinkWidth(handle))
+        max_lanes = int(pynvml.nvmlDeviceGetMaxPcieLinkWidth(handle))
+    name = str(pynvml.nvmlDeviceGetName(handle))
+    return Gpu(index, name, int(memory.total), int(memory.free), capability, driver, lanes, max_lanes)
 
 
 def gpu_nbytes(name: str) -> int:
@@ -109,15 +145,30 @@ def gpu_nbytes(name: str) -> int:
 
 
 def _limits_of(base: Path, path: str, limit: str, usage: str, *cached: str) -> Iterator[GroupLimit]:
-    """The limits of the group at `path` and of its ancestors; in a container, `path` may not exist below `base`."""
-    folder = base / path.lstrip("/")
-    if not folder.exists():
-        folder = base
-    while True:
+    """The limits of the group at `path` and of its ancestors."""
+    for folder in _folders_to(base, path):
         allowed, used = _number(folder / limit), _number(folder / usage)
         if allowed is not None and used is not None and allowed < psutil.virtual_memory().total:
             reclaimable = _stat(folder / "memory.stat")
             yield GroupLimit(allowed, max(0, used - sum(reclaimable.get(name, 0) for name in cached)))
+
+
+def _groups(membership: Path) -> list[tuple[str, str]]:
+    """The controllers and the path of each hierarchy of control groups; empty where the system has none."""
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return []
+    return [(controllers, path) for _, controllers, path in (line.split(":", 2) for line in lines)]
+
+
+def _folders_to(base: Path, path: str) -> Iterator[Path]:
+    """The folder of the group at `path` and those of its ancestors; in a container, `path` may not exist."""
+    folder = base / path.lstrip("/")
+    if not folder.exists():
+        folder = base
+    while True:
+        yield folder
         if folder == base:
             return
         folder = folder.parent

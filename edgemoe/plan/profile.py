@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
@@ -16,7 +14,7 @@ import torch
 from edgemoe.cache import accelerator
 from edgemoe.checkpoint.state_folder import StateFolder
 from edgemoe.errors import PlanError
-from edgemoe.plan.machine import cores, gpu_nbytes
+from edgemoe.plan.machine import cores, gpu_nbytes, processor_name
 from edgemoe.plan.performance_model import Locality, MachineSpeed, ModelShape, PerformanceModel, Routing, Times
 
 if TYPE_CHECKING:
@@ -25,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ProfilePoint:
-    """The mean of a few passes over `tokens` tokens of each of `batch` sequences. Seconds are per pass."""
+    """The middle of a few passes over `tokens` tokens of each of `batch` sequences. Seconds are per pass."""
 
     batch: int
     tokens: int
@@ -42,6 +40,8 @@ class ProfilePoint:
     """Time of drafting for all sequences before the pass; 0 for a plain step."""
     reject_seconds: float
     """Time of sampling and rollback for all sequences after the pass."""
+    spread: float = 0.0
+    """How much the passes differed: the middle half of their times is this share of the median wide."""
 
     @property
     def total(self) -> int:
@@ -98,7 +98,7 @@ class ProfileConditions:
         misses = plan.slots < plan.experts
         device = accelerator.device_name(plan.device) if accelerator.is_accelerator(plan.device) else plan.device
         return cls(
-            processor=_processor(),
+            processor=processor_name(),
             cores=cores(),
             ram_gib=round(psutil.virtual_memory().total / (1 << 30)),
             device=device,
@@ -139,21 +139,10 @@ def _text(conditions: ProfileConditions, name: str) -> str:
     return str(value)
 
 
-def _processor() -> str:
-    """The processor's model, as the system reports it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 NAME = "profile.json"
 FORMAT = "edgemoe profile"
-VERSION = 4
-"""Version 3 did not record the size of the device's memory and its speeds. Files of other versions are ignored."""
+VERSION = 5
+"""Version 4 did not record how much times differed. Files of other versions are ignored."""
 MAX_NBYTES = 1 << 20
 """Upper bound of a file's size; a larger one is ignored."""
 _PARTS = {"shape": ModelShape, "speed": MachineSpeed, "routing": Routing, "locality": Locality, "times": Times}

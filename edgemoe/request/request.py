@@ -6,6 +6,9 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
+import torch
+
+from edgemoe.errors import LogitsError
 from edgemoe.model.draft_tree import DraftTree
 from edgemoe.model.kv_cache import SequenceCache
 from edgemoe.model.pass_logits import LogitsRow, LogitsRows, on_host
@@ -103,14 +106,17 @@ class Request:
         self._bytes_loaded += nbytes
 
     def advance(self, logits: LogitsRow) -> None:
-        """Samples the next token from `logits`, and adds its chunk."""
-        self._append(self._draw(logits), logits)
+        """Samples the next token from `logits`, and adds its chunk; logits that are not finite end it with an error."""
+        token = self._draw(logits)
+        if token is not None:
+            self._append(token, logits)
 
     def verify(self, tree: DraftTree, logits: LogitsRows) -> list[int]:
         """Samples along `tree`, whose root is the last token, until a token is not in the tree, and adds the chunks.
 
         `logits` are those after each node. Tokens are sampled as by `advance`, so the reply is the same without the
-        tree. Returns the nodes whose tokens are in the reply, root first: those to keep in the KV cache.
+        tree. Returns the nodes whose tokens are in the reply, root first: those to keep in the KV cache. Logits that
+        are not finite end it with an error.
         """
         path = [0]
         self.cycles += 1
@@ -118,6 +124,8 @@ class Request:
         while True:
             after = logits[path[-1]]
             token = self._draw(after)
+            if token is None:
+                return path
             child = tree.child(path[-1], token)
             if child is not None:
                 self._accepted += 1
@@ -147,8 +155,13 @@ class Request:
         if not self.finished:
             self.error = error
 
-    def _draw(self, logits: LogitsRow) -> int:
-        return self._sampler.draw(self.tokens, logits)
+    def _draw(self, logits: LogitsRow) -> int | None:
+        """The next token; None where there is none, after which the request has ended."""
+        try:
+            return self._sampler.draw(self.tokens, logits)
+        except LogitsError as error:
+            self.fail(error)
+            return None
 
     def _append(self, token: int, logits: LogitsRow) -> None:
         self._first_at = self._first_at or time.perf_counter()
@@ -172,7 +185,7 @@ class Request:
         count = self._settings.logprobs
         if count is None:
             return None
-        values = on_host(logits).log_softmax(-1)
+        values = on_host(logits).log_softmax(-1).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
         best = values.topk(min(count, len(values)))
         name = self._text.name
         top = tuple((int(index), name(int(index)), float(value)) for value, index in zip(*best, strict=True))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from edgemoe.errors import CheckpointError, RequestError, is_device_or_memory_error, reason
-from edgemoe.model.pass_logits import DeviceRow, LogitsRow
+from edgemoe.errors import CheckpointError, LogitsError, RequestError, is_device_or_memory_error, reason
+from edgemoe.model.pass_logits import DeviceRow, LogitsRow, on_host
 from edgemoe.request.gumbel_noise import gumbel_noise
 from edgemoe.request.kept_logits import Kept, LogitsSteps
 from edgemoe.request.logits_processors import OccurrencePenalty, make_processors, without_state
@@ -48,11 +49,16 @@ class Sampler:
         """Samples the token after `tokens` (prompt and reply) from its `logits`.
 
         Of a device's, the best few are enough for greedy and for top-k before which nothing but the temperature changes
-        logits; else all are read. Uses up the noise of one sample, unless greedy.
+        logits; else all are read. Uses up the noise of one sample, unless greedy. Raises LogitsError where the logits
+        have a NaN or are infinite, and where the settings leave no token.
         """
         found = self._with_noise(self._steps.run(tokens, logits))
+        place = int(found.scores.argmax())
+        # A NaN is the largest of all, so that the best score tells of any.
+        if not math.isfinite(float(found.scores[place])):
+            _check_finite(logits, float(found.scores[place]))
         self._drawn += 1
-        return found.best
+        return found.token(place)
 
     def scores(self, tokens: Sequence[int], logits: torch.Tensor, ahead: int = 0) -> torch.Tensor:
         """The scores, float32 [vocabulary], whose argmax is likely to be the sample after `tokens`.
@@ -80,6 +86,18 @@ class Sampler:
             return kept
         tokens = torch.arange(len(kept.scores)) if kept.ids is None else kept.ids
         return kept._replace(scores=kept.scores + gumbel_noise(self._seed, self._drawn + ahead, tokens))
+
+
+def _check_finite(logits: LogitsRow, best: float) -> None:
+    """Raises LogitsError unless `best`, which is not finite, is the score of a token that the settings force."""
+    highest = float(on_host(logits).max())
+    if not math.isfinite(highest):
+        raise LogitsError(
+            f"the model's logits are not finite ({highest}), as after an overflow of float16 or with damaged weights: "
+            "give another dtype=, or check the checkpoint's files and fetch it again"
+        )
+    if best != math.inf:
+        raise LogitsError("the settings of the request leave no token that may follow: allow more of them")
 
 
 def check_defaults(defaults: Any, source: str, vocabulary: int) -> None:

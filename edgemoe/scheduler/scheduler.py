@@ -137,12 +137,14 @@ class Scheduler:
                 if request in drafts and request.cache is not None:
                     request.cache.rollback(outputs.bases[request])
             elif request in drafts:
-                verified[request] = _verify(request, drafts[request], rows, outputs.bases[request])
+                found = _verify(request, drafts[request], rows, outputs.bases[request])
                 request.lossy |= outputs.lossy
-                generated += verified[request].tokens
+                if request.error is None:
+                    verified[request] = found
+                    generated += found.tokens
             elif request.uncomputed == 0:
                 request.advance(rows[-1])
-                generated += 1
+                generated += request.error is None
         self.totals.tokens_generated += generated
         return Committed(generated, verified)
 
@@ -372,5 +374,6 @@ def _verify(request: Request, tree: DraftTree, rows: LogitsRows, base: int) -> V
     before = request.generated
     path = request.verify(tree, rows)
     tokens = request.generated - before
-    request.cache.rollback(base, path[:tokens])
+    if request.error is None:
+        request.cache.rollback(base, path[:tokens])
     return Verified(path, tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +47,19 @@ def test_code_of_another_version_is_compiled_anew(monkeypatch: pytest.MonkeyPatc
 def test_the_digest_is_of_all_that_writes_code() -> None:
     assert len(module.generators_digest()) == 64
     assert all(importlib.import_module(name).__path__ for name in module.GENERATORS)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_code_of_an_installed_module_is_kept_away_from_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, installed: bool
+) -> None:
+    """pip leaves a folder with other files behind, which hides a checkout that is installed later."""
+    folder = tmp_path / ("site-packages" if installed else "checkout")
+    folder.mkdir()
+    (folder / f"kernel_{installed}.py").write_text("def add(x):\n    return x + 1\n")
+    monkeypatch.syspath_prepend(folder)
+    assert compiled(nogil=True)(importlib.import_module(f"kernel_{installed}").add)(1) == 2
+    kept = {file.suffix for file in folder.rglob("*")}
+    assert (".nbi" in kept) != installed
+    in_cache = [*Path(os.environ["XDG_CACHE_HOME"]).rglob("*.nbi")]
+    assert bool(in_cache) == installed

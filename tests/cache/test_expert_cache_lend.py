@@ -203,3 +203,29 @@ def test_what_the_cache_tells_is_what_a_plain_search_finds(seed: int) -> None:
                     link.faults[expert] = OSError("disk gone")
                 link.finish(expert)
         check()
+
+
+# --- touch -----------------------------------------------------------------------------------------
+
+
+def test_what_a_draft_would_have_requested_is_told_to_the_policy_and_not_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache, told = make(2), list[tuple[int, list[int]]]()
+    use(cache, 0, 0)
+    use(cache, 0, 1)
+    monkeypatch.setattr(cache._policy, "requested", lambda layer, experts: told.append((layer, list(experts))))
+    before, events = cache.counters.copy(), len(link_of(cache).events)
+    cache.touch(0, [0, 7])
+    assert told == [(0, [0, 7])]
+    assert cache.counters == before
+    assert len(link_of(cache).events) == events
+    assert not cache.holds(ExpertId(0, 7))
+
+
+def test_what_was_loaded_for_drafts_is_used_by_them() -> None:
+    cache = make(4)
+    prefetched(cache, 0, 3, 4)
+    cache.touch(0, [3, 5])
+    assert cache.counters.bytes_prefetched_used == NBYTES
+    assert (cache.counters.hits, cache.counters.misses) == (0, 0)

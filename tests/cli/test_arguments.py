@@ -251,16 +251,128 @@ def test_a_switch_in_the_environment_that_is_neither_yes_nor_no() -> None:
         parse("chat", EDGEMOE_VERBOSE="maybe")
 
 
-@pytest.mark.parametrize("command", ["run", "chat", "plan", "profile", "affinity", "doctor"])
-def test_help_names_the_variable_of_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def help_of(command: str, option: str, capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit):
-        parse(command, "--help")
-    text = capsys.readouterr().out.partition("options:")[2]
-    entries = [entry for entry in text.split("\n  -")[1:] if not entry.startswith("h, --help")]
-    assert len(entries) >= 2
-    for entry in entries:
-        name = next(word for word in entry.replace(",", " ").split() if word.startswith(("--", "-"))).lstrip("-")
-        assert f"[EDGEMOE_{name.replace('-', '_').upper()}]" in entry
+        parse(command, option)
+    return capsys.readouterr().out
+
+
+def names_in(page: str) -> list[str]:
+    """The long names of the options that a page of help lists."""
+    return re.findall(r"^  (?:-\w+, )?(--[\w-]+)", page, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", ["run", "chat", "plan", "profile", "affinity", "doctor"])
+def test_the_complete_help_names_every_option_with_its_variable(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = help_of(command, "--help", capsys)
+    parser = build_parser().commands()[command]
+    assert sorted(names_in(text)) == sorted(parser._long_names())
+    for name in set(names_in(text)) - {"--help"}:
+        assert f"[EDGEMOE_{name[2:].replace('-', '_').upper()}]" in text
+
+
+@pytest.mark.parametrize("command", ["run", "chat"])
+def test_the_short_help_has_the_most_used_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    short, full = help_of(command, "-h", capsys), help_of(command, "--help", capsys)
+    assert {"--model", "--ctx-size", "--temp", "--max-tokens"} <= set(names_in(short)) < set(names_in(full))
+    assert "EDGEMOE_" not in short
+    left_out = len(names_in(full)) - len(names_in(short))
+    assert f"'edgemoe {command} --help' lists {left_out} more options" in short
+
+
+def test_the_help_is_in_sections_with_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    text = " ".join(help_of("chat", "--help", capsys).split())
+    sections = ["arguments:", "request:", "model:", "memory and speed:", "sampling:", "drafts:", "lossy:", "options:"]
+    places = [text.index(f" {section} ") for section in sections]
+    assert places == sorted(places)
+    assert "[EDGEMOE_FILE]" in text[places[1] : places[2]]
+    assert "--budget-rule" in text[places[6] : places[7]]
+    for name in settings_of():
+        default = getattr(EngineConfig, name)
+        if default is not None and not isinstance(default, bool):
+            assert f"(default: {default}) [{variable_of(name)}]" in text or name == "batch"
+    assert f"the model's limit, {EngineConfig.default_context} at most" in text
+    assert f"(default: {EngineConfig.default_max_tokens}) [EDGEMOE_MAX_TOKENS]" in text
+
+
+def variable_of(setting: str) -> str:
+    return f"EDGEMOE_{options.option_of(setting).upper()}"
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 200])
+def test_the_help_fits_the_terminal(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for command in build_parser().commands():
+        text = help_of(command, "--help", capsys)
+        assert max(map(len, text.splitlines())) <= min(columns, 100)
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("chat --temperature 1", "did you mean --temp?"),
+        ("chat --tempp 1", "did you mean --temp?"),
+        ("chat --top_k 4", "did you mean --top-k?"),
+        ("chat --TOP-K=4", "did you mean --top-k?"),
+        ("run - --max-new-tokens 4", "did you mean --max-tokens?"),
+        ("run - --context-length 4", "did you mean --ctx-size?"),
+        ("chat --spec off", "did you mean --speculate?"),
+        ("chat --seeed 1", "did you mean --seed?"),
+        ("plan --temp 1", "an option of run, chat"),
+        ("run - --prompt hello", "an option of chat"),
+        ("run a b", "put a text of several words in quotes"),
+        ("chat --dtype bfloat", "did you mean bfloat16?"),
+        ("chatt", "did you mean chat?"),
+        ("rnu -", "did you mean run?"),
+    ],
+)
+def test_a_misspelt_name_is_told_with_what_was_meant(line: str, meant: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        typed(line)
+    assert f"({meant})" in str(caught.value)
+    assert "--help'" in str(caught.value)
+
+
+def test_what_is_like_nothing_gets_no_suggestion() -> None:
+    with pytest.raises(UsageError) as caught:
+        typed("chat --xyzzy 1")
+    assert str(caught.value) == "unrecognized arguments: --xyzzy; see 'edgemoe chat --help'"
+
+
+def test_a_question_without_a_command_is_told_how_to_ask() -> None:
+    with pytest.raises(UsageError, match=r"to ask a model: edgemoe chat 'What is 1 \+ 1\?'"):
+        parse("What is 1 + 1?")
+
+
+def test_an_unknown_variable_is_told_of_and_changes_nothing() -> None:
+    parser = build_parser()
+    environment = {
+        "EDGEMOE_TEMPERATURE": "1", "EDGEMOE_CTX_SIZ": "5", "EDGEMOE_XYZZY": "", "EDGEMOE_TEMP": "1",
+        "EDGEMOE_TRACEBACK": "1", "HOME": "/", "NOT_EDGEMOE_TEMPP": "1",
+    }  # fmt: skip
+    assert parser.unknown_variables(environment) == [
+        "the variable EDGEMOE_CTX_SIZ is not known and does nothing (did you mean EDGEMOE_CTX_SIZE?)",
+        "the variable EDGEMOE_TEMPERATURE is not known and does nothing (did you mean EDGEMOE_TEMP?)",
+        "the variable EDGEMOE_XYZZY is not known and does nothing",
+    ]
+
+
+NUMBERS = ["--ctx-size", "--threads", "--max-tokens", "--top-k", "--seed", "--draft-nodes", "--draft-depth",
+           "--batch", "--expert-cache", "--temp", "--top-p", "--min-p", "--repeat-penalty", "--presence-penalty",
+           "--link-gbps", "--cpu-share", "--budget"]  # fmt: skip
+
+
+@pytest.mark.parametrize("option", NUMBERS)
+@pytest.mark.parametrize("value", ["1" + "0" * 400, "9" * 5000, "-" + "9" * 5000, "nan", "inf", "-inf", "1e999"])
+def test_a_number_beyond_all_limits_is_one_short_sentence(option: str, value: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        sampling_from(parse("run", "-", f"{option}={value}"))
+    assert len(str(caught.value)) < 300
+    assert option in str(caught.value)
 
 
 @pytest.mark.parametrize("line", ["chat --tempp 1", "chat --repeat-penal 1", "plan --temp 1", "chat --logprobs 1"])

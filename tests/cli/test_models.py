@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from edgemoe.checkpoint import catalog
+from edgemoe import found_model
 from edgemoe.checkpoint.catalog import CatalogEntry
 from edgemoe.cli.main import main
 from edgemoe.demo import demo_folder
@@ -52,7 +52,7 @@ def test_nothing_found_is_said_on_standard_error(tmp_path: Path, capsys: pytest.
 def test_the_rows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     blueprints: dict[str, Any] = {"half": Made(50, 100), "whole": Made(4, 4), "little": Made(1, 1000), "large": None}
 
-    def find(folders: list[str]) -> Iterator[CatalogEntry]:
+    def find(folders: list[str], *, hub_cache: bool) -> Iterator[CatalogEntry]:
         assert folders == []
         for name in blueprints:
             yield CatalogEntry(f"org/{name}", 3 << 30, "mixtral", ("Q4_K", "Q6_K"), blueprint=name)  # type: ignore[arg-type]
@@ -63,8 +63,8 @@ def test_the_rows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
             raise PlanError("org/large needs at least 9 GiB free: give a smaller context=")
         return blueprints[blueprint]
 
-    monkeypatch.setattr(catalog, "find", find)
-    monkeypatch.setattr("edgemoe.planner.make_plan", make_plan)
+    monkeypatch.setattr(found_model, "find", find)
+    monkeypatch.setattr("edgemoe.found_model.make_plan", make_plan)
     assert main(["models"]) == 0
     assert capsys.readouterr().out == (
         "model       family   experts     size     runs here\n"
@@ -78,6 +78,8 @@ def test_the_rows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 
 def test_a_terminal_gets_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    monkeypatch.setattr(catalog, "find", lambda folders: iter([CatalogEntry("a", 1, None, problem="does not exist")]))
+    monkeypatch.setattr(
+        found_model, "find", lambda folders, hub_cache: iter([CatalogEntry("a", 1, None, problem="does not exist")])
+    )
     assert main(["models"]) == 0
     assert "│" in capsys.readouterr().out

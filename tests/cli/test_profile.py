@@ -3,6 +3,9 @@ from __future__ import annotations
 import errno
 import importlib.util
 import json
+import os
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import pytest
 
 from edgemoe.cli.main import main
+from edgemoe.measure.profiler import ProfileProgress
 from edgemoe.plan.moesd import tokens_per_cycle
 from edgemoe.plan.profile import Profile
 from tests.support.fake_engine import FakeFactory
@@ -64,7 +68,8 @@ def test_what_was_measured_and_what_is_predicted(
         "1      54.1      4.0              0.48             1.20 x         0.28             0.90 x",
     ]
     # 0.875^23 = 0.046 is the first power below a twentieth.
-    assert rows[36:] == ["", "23 tokens that choose evenly want 95 % of a layer's 32 experts"]
+    assert rows[36:38] == ["", "23 tokens that choose evenly want 95 % of a layer's 32 experts"]
+    assert [row.split(" ")[0] for row in rows[38:] if row] == ["drafts", "one"]
     assert "measuring takes a minute or two" in err
     assert f"kept in {tmp_path}" in err
     (model, config), *more = taken
@@ -79,7 +84,7 @@ def test_the_slots_that_there_are_have_a_table_of_their_own(
     monkeypatch.setattr("edgemoe.measure.profiler.take_profile", lambda *of: half_profile())
     assert main(["profile", "--state-folder", "none"]) == 0
     titles, first = titled(capsys.readouterr().out)
-    assert titles == [
+    assert titles[:4] == [
         "passes",
         "predicted, all experts resident, 70% of the drafted tokens right, 3 and 8 drafted",
         "predicted, slots for 50% of the experts, 70% of the drafted tokens right, 3 and 8 drafted",
@@ -108,6 +113,7 @@ def test_json_is_the_profile_and_what_the_tables_tell(
     predicted = told.pop("predicted")
     assert told == json.loads(json.dumps(made.to_dict()))
     assert "kept" not in err
+    assert [sentence.split(" ")[0] for sentence in predicted["verdict"]] == ["drafts", "one"]
     assert (predicted["acceptance"], predicted["full_activation"]) == (0.7, 23)
     assert [each["cache_share"] for each in predicted["slots"]] == [1.0, 0.5]
     assert main(["profile", "--state-folder", "none"]) == 0
@@ -129,7 +135,7 @@ def test_what_was_measured_of_a_card_comes_below_the_tables(
     made = replace(known_profile(), card=CARD)
     monkeypatch.setattr("edgemoe.measure.profiler.take_profile", lambda *of: made)
     assert main(["profile", "--state-folder", "none"]) == 0
-    assert capsys.readouterr().out.splitlines()[-6:-1] == [
+    assert capsys.readouterr().out.splitlines()[-10:-5] == [
         "",
         "the device reads its memory at 350.0 GB/s and takes a kernel every 5.0 us; "
         "the host has what it tells after 25.0 us",
@@ -202,3 +208,42 @@ def test_a_folder_that_takes_no_files_is_told_before_measuring(
     err = capsys.readouterr().err
     assert "give another with --state-folder, or none" in err
     assert taken == []
+
+
+def test_a_terminal_shows_what_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def take(blueprint: Any, config: Any, on_progress: Any) -> Profile:
+        for number in range(5):
+            on_progress(ProfileProgress(f"{number} x 4 tokens", number / 5))
+            time.sleep(0.15)
+        return known_profile()
+
+    monkeypatch.setattr("edgemoe.measure.profiler.take_profile", take)
+    assert main(["profile", "--state-folder", "none"]) == 0
+    assert [line for line in capsys.readouterr().err.splitlines() if "%" in line] == [
+        "edgemoe: 25% is measured",
+        "edgemoe: 50% is measured",
+        "edgemoe: 75% is measured",
+    ]
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["profile", "--state-folder", "none"]) == 0
+    err = capsys.readouterr().err
+    assert "3 x 4 tokens" in err
+    assert "60%" in err
+
+
+def test_an_interrupted_profile_keeps_nothing_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def take(blueprint: Any, config: Any, on_progress: Any) -> Profile:
+        os.kill(os.getpid(), signal.SIGINT)
+        for number in range(100):
+            time.sleep(0.02)
+            on_progress(ProfileProgress("1 x 1 tokens", number / 100))
+        return known_profile()
+
+    monkeypatch.setattr("edgemoe.measure.profiler.take_profile", take)
+    assert main(["profile", "--state-folder", str(tmp_path)]) == 130
+    assert capsys.readouterr().err.endswith("edgemoe: error: interrupted\n")
+    assert files(tmp_path) == []

@@ -17,12 +17,12 @@ import pytest
 
 from edgemoe.cli.arguments import Parser
 from edgemoe.cli.main import build_parser
+from edgemoe.cli.options.parser import WITHOUT_OPTION
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [*DOCS, ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 COMMAND_LINE = ROOT / "docs" / "command-line.md"
-WITHOUT_OPTION = {"EDGEMOE_TRACEBACK", "EDGEMOE_BENCH_DIR", "EDGEMOE_BENCH_OTHER", "EDGEMOE_LLAMA_CPP"}
 LONGEST_COMMAND = 300
 """Seconds; what a busy machine may take for one."""
 
@@ -106,7 +106,7 @@ def test_no_page_names_an_unknown_option(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_no_page_names_an_unknown_variable(page: Path) -> None:
-    known = {option.variable for option in options_of_parsers()} | WITHOUT_OPTION
+    known = {option.variable for option in options_of_parsers()} | set(WITHOUT_OPTION)
     assert set(re.findall(r"EDGEMOE_[A-Z_]+", page.read_text("utf-8"))) <= known
 
 

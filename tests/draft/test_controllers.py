@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
 from edgemoe.config import EngineConfig
-from edgemoe.draft.controller import SHORTER, SHORTEST_REST, TEST, Controllers, Setting
+from edgemoe.draft.controller import (
+    LEAST_TRIAL,
+    SHORTER,
+    SHORTEST_REST,
+    TEST,
+    TRIAL,
+    Controllers,
+    PassTrials,
+    Setting,
+)
 from edgemoe.draft.proposer import DraftPrice, DraftProposer
 from edgemoe.draft.settings import draft_settings
 from edgemoe.draft.step_cost import REMEASURE_AFTER, RETRY_AFTER, StepCost
@@ -193,19 +202,92 @@ def test_a_batch_forgets_the_sequences_that_are_over(own: Running) -> None:
     assert crowd.speculation._controllers._own == {}
 
 
-def test_after_a_loss_the_next_sequences_do_without_passes(requests: list[Request]) -> None:
-    """Their replies are shorter than a test: each would pay for passes again."""
-    found = Controllers(draft_settings(EngineConfig(), head=True), 4)
+# --- passes over sequences -------------------------------------------------------------------------
+
+
+def with_head(loads: bool) -> Controllers:
+    return Controllers(draft_settings(EngineConfig(), head=True), 4, lambda: loads)
+
+
+def replies(found: Controllers, count: int, cycle: Callable[[bool], tuple[int, float]], length: int = 20) -> list[bool]:
+    """Short replies, one after the other: whether passes were run in each of their cycles.
+
+    `cycle(passes)` gives a cycle's tokens and its time in plain steps.
+    """
     allowed = []
-    for turn in range(24):
-        request = requests[0]
+    for request in some_requests(count):
+        left = length
+        while left > 0:
+            setting = found.setting(request)
+            passes = setting is not None and setting.passes
+            tokens, took = (1, 1.0) if setting is None else cycle(passes)
+            allowed.append(passes)
+            found.stepped({request: 3 if setting else 0}, {request: tokens} if setting else {}, took)
+            left -= tokens
+        found.forget(request)
+    return allowed
+
+
+def share(flags: Sequence[bool]) -> float:
+    return sum(flags) / len(flags)
+
+
+@pytest.mark.parametrize("loads", [False, True])
+def test_passes_that_lose_are_tried_less_and_less(loads: bool) -> None:
+    """Replies are shorter than a sequence's own test: each would pay for passes again."""
+    found = with_head(loads)
+    allowed = replies(found, 400, lambda passes: (2, 4.0) if passes else (2, 1.5))
+    first, later = allowed[: len(allowed) // 8], allowed[len(allowed) // 2 :]
+    assert 0 < share(later) < share(first) < 0.5
+    assert share(later) < 0.02
+    again = replies(found, 400, lambda passes: (4, 2.0) if passes else (2, 1.5))
+    assert share(again[len(again) // 2 :]) > 0.7, "once they pay they come back"
+
+
+def test_passes_have_to_gain_more_than_drafts_without_them() -> None:
+    """Both beat plain steps."""
+    for tokens, pays in ((3, False), (6, True)):
+        allowed = replies(with_head(False), 200, lambda passes, tokens=tokens: (tokens, 2.0) if passes else (2, 1.0))  # type: ignore[misc]
+        assert (share(allowed[len(allowed) // 2 :]) > 0.5) == pays
+
+
+def test_where_experts_are_missing_passes_come_after_doing_without() -> None:
+    assert replies(with_head(False), 1, lambda passes: (2, 1.0)) == [True] * 10
+    allowed = replies(with_head(True), 4, lambda passes: (2, 1.0))
+    assert allowed.index(True) == TRIAL // 2
+    assert all(allowed[TRIAL // 2 :])
+
+
+def test_a_trial_changes_the_settings_of_sequences_that_run(requests: list[Request]) -> None:
+    found, (request, _, _) = with_head(True), requests
+    seen = []
+    for _ in range(TRIAL + 1):
         setting = found.setting(request)
         assert setting is not None
-        allowed.append(setting.passes)
-        for _ in range(3):
-            # A cycle with passes takes four plain steps for two tokens, but for the last sequences.
-            found.stepped({request: 3}, {request: 2}, 4.0 if setting.passes and turn < 18 else 1.0)
-        found.forget(request)
-    tried = [turn for turn, passes in enumerate(allowed) if passes]
-    assert tried[:5] == [0, 2, 5, 10, 19], "breaks of 1, 2, 4 and 8 sequences"
-    assert tried[5:] == [20, 21, 22, 23], "once they pay they go on"
+        seen.append(setting.passes)
+        found.stepped({request: 3}, {request: 3 if setting.passes else 2}, 1.0)
+    assert not seen[0]
+    assert seen[-1]
+
+
+def test_a_trial_that_loses_much_ends_early() -> None:
+    """It is not over after `TRIAL` tokens, but as soon as it can tell."""
+    for took, tokens in ((8.0, LEAST_TRIAL), (2.1, TRIAL)):
+        trials = PassTrials(False)
+        for _ in range(TRIAL):
+            assert not trials.passes
+            trials.observe(1, 1.0)
+        tried = 0
+        while trials.passes:
+            trials.observe(2, took)
+            tried += 2
+        assert tried == tokens
+
+
+def test_steps_whose_time_is_not_known_say_nothing_of_passes(requests: list[Request]) -> None:
+    found = with_head(True)
+    for _ in range(2 * TRIAL):
+        setting = found.setting(requests[0])
+        assert setting is not None
+        assert not setting.passes
+        found.stepped({requests[0]: 3}, {requests[0]: 2}, None)

@@ -111,3 +111,31 @@ def test_a_chain_grows_at_its_end_only() -> None:
     growing.propose(Candidate(0, 2, 0.8))
     growing.propose(Candidate(1, 3, 0.1))
     assert [candidate.token for candidate in growing.best_proposals()] == [3]
+
+
+# --- what passes may add ---------------------------------------------------------------------------
+
+
+def test_a_pass_over_the_last_token_may_give_it_a_child() -> None:
+    growing = builder()
+    assert list(growing.openings([0])) == [(0, 0.0, 1)]
+    assert list(builder(max_depth=0).openings([0])) == []
+
+
+def test_what_was_drafted_without_a_pass_takes_passes_to_grow_on() -> None:
+    """A chain of three: its end is run by the fourth pass, and the likelier the chain the less is left beside it."""
+    growing = builder()
+    for parent, token, probability in ((0, 1, 0.9), (1, 2, 0.8), (2, 3, 0.75)):
+        growing.add(Candidate(parent, token, probability))
+    assert list(growing.openings([0])) == [(0, 0.9, 1), (1, 0.8, 2), (2, 0.75, 3), (3, 0.0, 4)]
+    growing.unexpanded.remove(0)
+    assert list(growing.openings([1])) == [(1, 0.8, 1), (2, 0.75, 2), (3, 0.0, 3)]
+    assert list(growing.openings([1, 2, 3])) == [(1, 0.8, 1), (2, 0.75, 1), (3, 0.0, 1)], "a drafter that runs trees"
+    assert list(growing.openings([])) == []
+
+
+def test_a_chain_grows_at_its_end_alone() -> None:
+    growing = builder(chain=True)
+    growing.add(Candidate(0, 1, 0.9))
+    growing.add(Candidate(1, 2, 0.8))
+    assert list(growing.openings([0])) == [(2, 0.0, 3)]

@@ -16,6 +16,9 @@ EXPORTED = [
     "Completion",
     "EdgeMoEError",
     "Engine",
+    "EngineConfig",
+    "FoundModel",
+    "LogitsError",
     "ModelHost",
     "Plan",
     "PlanError",
@@ -27,6 +30,7 @@ EXPORTED = [
     "Timings",
     "TokenLogprob",
     "__version__",
+    "find_models",
 ]
 
 
@@ -48,6 +52,7 @@ def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
 def test_errors_are_one_tree() -> None:
     for error in (edgemoe.CheckpointError, edgemoe.PlanError, edgemoe.RequestError):
         assert error.__bases__ == (edgemoe.EdgeMoEError,)
+    assert edgemoe.LogitsError.__bases__ == (edgemoe.RequestError,)
     assert edgemoe.EdgeMoEError.__bases__ == (Exception,)
 
 

@@ -13,7 +13,7 @@ from tests.support import ROOT
 FLOORS = (
     ("cache",),
     ("prefetch",),
-    ("version", "errors", "config", "results", "sampling", "sizes", "quiet"),
+    ("version", "errors", "config", "results", "sampling", "sizes", "quiet", "values"),
     ("demo",),
     ("formats",),
     ("kernels",),
@@ -32,6 +32,7 @@ FLOORS = (
         "worker",
         "stream",
         "engine",
+        "found_model",
         "async_engine",
         "model_host",
         "__init__",

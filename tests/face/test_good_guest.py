@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,7 +19,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from edgemoe import Engine, PlanError, Sampling
-from edgemoe.quiet import quiet_transformers
+from edgemoe.quiet import quiet_logger, quiet_transformers
 from tests.support.checkpoints import PROMPT, Zoo
 
 FALLING_BACK = ["qwen3_next", "jamba", "nemotron_h", "minimax", "zaya"]
@@ -88,6 +89,41 @@ def test_transformers_own_talk_is_silenced_for_a_while_only(bars: bool) -> None:
     finally:
         transformers_logging.set_verbosity(before[0])
         switches[before[1]]()
+
+
+def test_silence_in_many_threads_leaves_no_trace() -> None:
+    """Each thread on its own would restore what another one had set."""
+    before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    logger = logging.getLogger("edgemoe-test")
+    level = logger.level
+    barrier, seen = threading.Barrier(8), []
+
+    def work(number: int) -> None:
+        barrier.wait()
+        for turn in range(300):
+            with quiet_transformers(), quiet_logger("edgemoe-test"):
+                seen.append((transformers_logging.get_verbosity(), logger.level))
+                if (turn + number) % 5 == 0:
+                    time.sleep(0)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(seen) == {(logging.ERROR, logging.ERROR)}
+    assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == before
+    assert logger.level == level
+
+
+def test_what_somebody_sets_meanwhile_stays() -> None:
+    before = transformers_logging.get_verbosity()
+    try:
+        with quiet_transformers():
+            transformers_logging.set_verbosity_info()
+        assert transformers_logging.get_verbosity() == logging.INFO
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def test_nothing_is_printed(zoo: Zoo, capfd: pytest.CaptureFixture[str]) -> None:

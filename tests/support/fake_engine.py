@@ -17,6 +17,7 @@ from edgemoe.plan.plan import Plan
 from edgemoe.results import Progress, Stats, TokenLogprob
 
 if TYPE_CHECKING:
+    from edgemoe.checkpoint.chat_template import Messages
     from edgemoe.checkpoint.tokenizer import Prompt
 
 
@@ -25,10 +26,10 @@ class FakePlan(Plan):
 
     _simulation: str | None
 
-    def __init__(self, *, simulation: str | None = None, lossy: str = "") -> None:
+    def __init__(self, *, simulation: str | None = None, lossy: str = "", context: int = 512) -> None:
         numbers: dict[str, Any] = {field.name: 0 for field in fields(Plan)}
         words = {"model": "fake", "device": "cpu", "dtype": "float32", "lossy": lossy}
-        super().__init__(**numbers | words | {"context": 512})
+        super().__init__(**numbers | words | {"context": context})
         object.__setattr__(self, "_simulation", simulation)
 
     @property
@@ -88,6 +89,9 @@ class FakeEngine:
         assert sampling is not None
         self.cancelled = False
         yield from self._reply(self._text(prompt), sampling)
+
+    def chat_prompt(self, messages: Messages, template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
+        return [ord(character) for character in self._text(messages)]
 
     def generate_batch(
         self, requests: Iterable[tuple[Prompt, Sampling]]
@@ -155,7 +159,7 @@ class FakeEngine:
 
     def _words(self, reply: str, prompt_tokens: int, sampling: Sampling) -> Iterator[Chunk]:
         words = reply.split(" ")
-        limit = sampling.max_tokens or len(words)
+        limit = min(sampling.max_tokens or len(words), max(1, self.plan.context - prompt_tokens))
         for number, word in enumerate(words[:limit]):
             self.before_word(number)
             piece = word if number == 0 else f" {word}"

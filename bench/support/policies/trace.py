@@ -19,15 +19,21 @@ prompt's, stream through the slots: experts that are resident at its start are h
 
 def replay(trace: Trace, policy: EvictionPolicy, slots: int) -> int:
     """The misses of `policy` on `trace` with `slots` slots. Calls the policy as `ExpertCache` does."""
+    return sum(misses_by_entry(trace, policy, slots))
+
+
+def misses_by_entry(trace: Trace, policy: EvictionPolicy, slots: int) -> list[int]:
+    """As `replay`, for each entry of `trace`."""
     resident: set[ExpertId] = set()
-    misses = 0
+    misses = []
     for requested in trace:
         if not requested:
+            misses.append(0)
             continue
         policy.requested(requested[0].layer, [expert.number for expert in requested])
         pinned = set(requested) if len(requested) <= slots else set()
         missing = [expert for expert in requested if expert not in resident]
-        misses += len(missing)
+        misses.append(len(missing))
         for expert in requested:
             if expert in resident:
                 policy.used(expert)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from edgemoe.sampling import Sampling
+from edgemoe.values import shown
 
 
 class FieldError(ValueError):
@@ -95,7 +96,7 @@ def choices(body: Mapping[str, Any]) -> int:
     """How many replies the body asks for."""
     count = whole("n", body["n"]) if body.get("n") is not None else 1
     if not 1 <= count <= MAX_CHOICES:
-        raise FieldError(f"n is {count}; give 1 to {MAX_CHOICES}")
+        raise FieldError(f"n is {shown(count)}; give 1 to {MAX_CHOICES}")
     if body.get("best_of") is not None and not _equal(body["best_of"], count):
         raise FieldError(f"best_of is {_shown(body['best_of'])}, but only as many as n ({count}) are served")
     return count

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from edgemoe.results import Chunk, Completion, TokenLogprob, named_lossy
+from edgemoe.results import LOWEST_LOGPROB, Chunk, Completion, TokenLogprob, named_lossy
 from edgemoe.sampling import Sampling
 from edgemoe.server.protocols import fields
 from edgemoe.server.protocols.openai_chat import OpenAIReply, usage_of, without_stream
@@ -82,8 +82,8 @@ def completion_logprobs(entries: Iterable[TokenLogprob], offset: int = 0) -> dic
     for entry in entries:
         names = _names(entry)
         shape["tokens"].append(names[entry.token_id])
-        shape["token_logprobs"].append(entry.logprob)
-        shape["top_logprobs"].append({names[token_id]: logprob for token_id, _, logprob in entry.top})
+        shape["token_logprobs"].append(max(entry.logprob, LOWEST_LOGPROB))
+        shape["top_logprobs"].append({names[token]: max(value, LOWEST_LOGPROB) for token, _, value in entry.top})
         shape["text_offset"].append(offset)
         offset += len(entry.token)
     return shape

@@ -1,12 +1,9 @@
 from __future__ import annotations
 
 import os
-import pty
-import select
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,6 +34,88 @@ def test_the_message_is_the_prompt_then_the_file_then_what_is_piped_in(
     pipe_in(b"piped\n")
     assert main(["chat", "-p", "prompt", "-f", str(tmp_path / "file"), "-sys", "s"], engine=factory) == 0
     assert factory.engine.prompts == ["<system>s<user>prompt\nfile\npiped"]
+
+
+def test_a_question_is_answered_and_what_is_piped_in_goes_before_it(
+    factory: FakeFactory, pipe_in: PipeIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe_in(b"a long text\n")
+    assert main(["chat", "Summarise", "that", "--temp", "0"], engine=factory) == 0
+    assert factory.engine.prompts == ["<user>a long text\nSummarise that"]
+    assert capsys.readouterr().out == "You said a long text\nSummarise that\n"
+    pipe_in(b"")
+    assert main(["chat", "--temp", "0", "Why?", "-m", "x"], engine=factory) == 0
+    assert factory.engine.prompts[-1] == "<user>Why?"
+
+
+def test_an_empty_question_is_wrong_usage(
+    factory: FakeFactory, pipe_in: PipeIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe_in(b"")
+    assert main(["chat", " "], engine=factory) == 2
+    assert "the question is empty" in capsys.readouterr().err
+    assert factory.asked == []
+
+
+def test_an_endless_input_is_refused_before_loading(
+    factory: FakeFactory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("edgemoe.cli.chat.text_file.MAX_BYTES", 1000)
+    with open("/dev/zero") as endless:
+        monkeypatch.setattr(sys, "stdin", endless)
+        assert main(["chat"], engine=factory) == 5
+        assert main(["chat", "-f", "/dev/zero"], engine=factory) == 5
+    assert factory.asked == []
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("edgemoe: error: standard input has more than 1000 B, too much for a prompt")
+    assert said[1].startswith("edgemoe: error: /dev/zero has more than")
+
+
+def test_a_reply_that_the_context_cuts_is_told_of(pipe_in: PipeIn, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe_in(b"count")
+    engine = FakeEngine(plan=FakePlan(context=15), replies={"count": "1 2 3 4 5 6"})
+    assert main(["chat", "-m", "x"], engine=FakeFactory(engine)) == 0
+    assert capsys.readouterr() == (
+        "1 2 3 4\n",
+        "edgemoe: (the reply was cut: context full, 15 of 15 tokens; start with a larger --ctx-size)\n",
+    )
+
+
+def test_a_message_that_does_not_fit_is_refused(pipe_in: PipeIn, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe_in(b"a message of some length")
+    engine = FakeEngine(plan=FakePlan(context=20))
+    assert main(["chat", "-m", "x"], engine=FakeFactory(engine)) == 1
+    assert capsys.readouterr() == (
+        "",
+        "edgemoe: error: context full: this message would make it 30 of 20 tokens, the reply not counted: send a "
+        "shorter one, or start with a larger --ctx-size\n",
+    )
+    assert engine.prompts == []
+
+
+def test_a_reply_that_is_piped_on_is_as_the_model_made_it(pipe_in: PipeIn, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe_in(b"evil")
+    engine = FakeEngine(replies={"evil": "a\x1b]0;x\x07\tb"})
+    assert main(["chat", "-m", "x"], engine=FakeFactory(engine)) == 0
+    assert capsys.readouterr().out == "a\x1b]0;x\x07\tb\n"
+
+
+def test_no_message_sends_escape_sequences(pipe_in: PipeIn, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe_in(b"Hi")
+    assert main(["chat", "-f", "/no/\x1b[31m\n\u202e"], engine=FakeFactory()) == 5
+    assert capsys.readouterr().err.startswith("edgemoe: error: cannot read /no/\\x1b[31m\\n\\u202e: no such")
+
+
+def test_a_misspelt_variable_is_told_of(
+    factory: FakeFactory, pipe_in: PipeIn, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EDGEMOE_TEMPERATURE", "1")
+    pipe_in(b"Hi")
+    assert main(["chat", "-m", "x"], engine=factory) == 0
+    assert capsys.readouterr() == (
+        "You said Hi\n",
+        "edgemoe: the variable EDGEMOE_TEMPERATURE is not known and does nothing (did you mean EDGEMOE_TEMP?)\n",
+    )
 
 
 def test_with_a_prompt_nothing_need_be_piped_in(
@@ -118,94 +197,3 @@ def test_characters_that_the_terminal_cannot_show_do_not_end_the_reply() -> None
         env={**os.environ, "PYTHONIOENCODING": "ascii"}, timeout=60,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, b"You said caf? ? ok\n"), done.stderr
-
-
-# --- on a terminal -------------------------------------------------------------------------------
-
-SLOW_CHAT = """
-import sys, time
-from tests.support.fake_engine import FakeEngine, FakeFactory
-from edgemoe.cli.main import main
-def slowly(word):
-    if word: time.sleep(0.05)
-engine = FakeEngine(replies={"count": " ".join(map(str, range(600)))}, before_word=slowly)
-sys.exit(main(["chat", "-m", "x", *sys.argv[1:]], engine=FakeFactory(engine)))
-"""
-
-
-class Pty:
-    """A chat on a terminal of its own, with a keyboard and a screen."""
-
-    def __init__(self, *argv: str) -> None:
-        keyboard, terminal = pty.openpty()
-        self._fd = keyboard
-        self._screen = ""
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SLOW_CHAT, *argv], cwd=ROOT, stdin=terminal, stdout=terminal, stderr=terminal,
-            start_new_session=True, preexec_fn=lambda: _take_terminal(terminal),
-            env={**os.environ, "TERM": "dumb"},
-        )  # fmt: skip
-        os.close(terminal)
-
-    def press(self, keys: str) -> None:
-        os.write(self._fd, keys.encode())
-
-    def wait_for(self, text: str) -> str:
-        """What the screen shows up to and with a text; the next wait begins after it."""
-        deadline = time.monotonic() + 20
-        while text not in self._screen:
-            ready, _, _ = select.select([self._fd], [], [], max(0.0, deadline - time.monotonic()))
-            assert ready, f"no {text!r} in {self._screen!r}"
-            self._screen += os.read(self._fd, 4096).decode().replace("\r\n", "\n")
-        before, _, self._screen = self._screen.partition(text)
-        return before + text
-
-    def close(self) -> int:
-        code = self.process.wait(timeout=20)
-        os.close(self._fd)
-        return code
-
-
-def _take_terminal(terminal: int) -> None:
-    import fcntl
-    import termios
-
-    fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
-
-
-def test_a_chat_on_a_terminal(tmp_path: Path) -> None:
-    chat = Pty()
-    assert "/help lists the commands, Ctrl-D leaves" in chat.wait_for(">>> ")
-    chat.press("Hello\n")
-    assert chat.wait_for(">>> ").endswith("Hello\nYou said Hello\n>>> ")
-    chat.press("count\n")
-    chat.wait_for(" 2 3")
-    chat.press("\x03")
-    stopped = chat.wait_for(">>> ")
-    assert "599" not in stopped
-    chat.press("half a line")
-    chat.wait_for("half a line")
-    time.sleep(0.1)  # until readline waits for the next key again
-    chat.press("\x03")
-    chat.wait_for(">>> ")
-    chat.press("/show\n")
-    assert "messages            4\n" in chat.wait_for(">>> ")
-    chat.press("\x04")
-    assert chat.close() == 0
-    history = (tmp_path / "state" / "edgemoe" / "history").read_text().splitlines()
-    assert history == ["Hello", "count", "/show"]
-
-
-def test_a_terminal_chat_may_start_with_a_message() -> None:
-    chat = Pty("-p", "Good morning")
-    assert "You said Good morning\n" in chat.wait_for(">>> ")
-    chat.press("/bye\n")
-    assert chat.close() == 0
-
-
-def test_a_history_that_cannot_be_kept_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", "/dev/null")
-    chat = Pty()
-    chat.wait_for(">>> ")
-    chat.press("\x04")
-    assert chat.close() == 0

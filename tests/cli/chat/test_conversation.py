@@ -124,5 +124,5 @@ def test_loading_what_is_not_there_or_not_text(tmp_path: Path) -> None:
     with pytest.raises(FileTrouble, match="cannot read .*no such file"):
         Conversation().load(str(tmp_path / "missing"))
     (tmp_path / "bytes").write_bytes(b"\xff")
-    with pytest.raises(FileTrouble, match="is no JSON text"):
+    with pytest.raises(FileTrouble, match="bytes is not UTF-8 text"):
         Conversation().load(str(tmp_path / "bytes"))

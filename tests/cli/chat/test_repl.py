@@ -12,7 +12,7 @@ import pytest
 
 from edgemoe.cli.chat.conversation import Conversation
 from edgemoe.cli.chat.repl import Repl
-from edgemoe.cli.chat.slash import Session
+from edgemoe.cli.chat.session import Session
 from edgemoe.errors import CheckpointError, RequestError
 from edgemoe.sampling import Sampling
 from tests.support.fake_engine import FakeEngine
@@ -272,6 +272,7 @@ def test_verbose_adds_the_timings_outside_standard_output() -> None:
         "prompt 8 tokens at 10.0/s, generated 3 tokens at 4.0/s, hit rate 75.0%, 1.0 KiB a token\n"
         "3 steps, each 512 B demanded, 256 B prefetched in time, 192 B late, 64 B in vain, link wait 1.00 ms\n"
         "speculation off: asked for\n"
+        "context: 11 of 512 tokens\n"
         ">>> \n"
     )
     assert terminal.out.getvalue() == "You said Hi\n"

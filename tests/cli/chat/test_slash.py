@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from edgemoe.cli.chat.conversation import Conversation
-from edgemoe.cli.chat.slash import COMMANDS, CommandResult, Next, Session, SlashError, execute
+from edgemoe.cli.chat.session import Session
+from edgemoe.cli.chat.slash import COMMANDS, CommandResult, Next, SlashError, execute
 from edgemoe.errors import EdgeMoEError
 from edgemoe.sampling import Sampling
 from tests.support.fake_engine import FakeEngine, FakeStats, timings
@@ -134,7 +135,7 @@ def test_show(session: Session) -> None:
         "model               fake",
         "device              cpu",
         "dtype               float32",
-        "context             512 tokens",
+        "context             41 of 512 tokens",
         "messages            3",
         "system              Be brief.",
         "temperature         default",
@@ -168,6 +169,7 @@ def test_stats(session: Session) -> None:
         "filled              1.0 MiB    brought at the start, and asked for or evicted since",
         "link wait           0.25 s     2.50 ms a step",
         "speculation         off        asked for",
+        "context: 24 of 512 tokens",
     ]
     session.timings = timings(10, 4)
     assert execute("/stats", session).text.splitlines()[-2:] == [
@@ -207,6 +209,7 @@ def test_stats_of_what_was_drafted_and_foretold(session: Session) -> None:
         "budget               12.5%           of the experts chosen in verifications of drafts were left out: lossy",
         "forecast             50.0%           of the missing experts foretold, 25.0% of the foretold asked for",
         "brought for it       3.0 MiB         3.0 MiB in time, 0 B late, 0 B in vain",
+        "context: 24 of 512 tokens",
     ]
     session.engine = FakeEngine(stats=replace(drafted, utility=0.0))
     assert not any(line.startswith("utility") for line in execute("/stats", session).text.splitlines())

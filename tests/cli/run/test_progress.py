@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from edgemoe.cli.main import main
 from edgemoe.cli.render import columns, duration, milliseconds
+from edgemoe.cli.run import progress
 from edgemoe.cli.run.progress import RunTally
 from tests.support import ROOT
-from tests.support.fake_engine import FakeEngine, FakeStats
+from tests.support.fake_engine import FakeEngine, FakeFactory, FakeStats
 
 RUN = """
 import sys, time
@@ -123,3 +127,36 @@ def test_short_durations(seconds: float, text: str) -> None:
 def test_columns() -> None:
     assert columns([]) == ""
     assert columns([("a", "bb", "c"), ("aaa", "b", "")]) == "a    bb  c\naaa  b"
+
+
+def test_a_file_of_notes_gets_a_line_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "FIRST_LINE", 0.05)
+    monkeypatch.setattr(progress, "NEXT_LINES", 0.05)
+    (tmp_path / "p.txt").write_text("one\ntwo\n")
+    engine = FakeEngine(before_word=lambda word: time.sleep(0.1))
+    assert main(["run", str(tmp_path / "p.txt"), "-m", "x", "-o", str(tmp_path / "o")], engine=FakeFactory(engine)) == 0
+    *lines, summary, _, _, _ = capsys.readouterr().err.splitlines()
+    assert lines[0] == "edgemoe: 0 of 2 answered"
+    assert len(lines) >= 3
+    assert summary.startswith("edgemoe: 2 requests, 0 failed")
+    assert all(line.isprintable() for line in lines)
+
+
+def test_such_a_line_tells_what_failed_and_how_fast_it_goes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "FIRST_LINE", 0.01)
+    monkeypatch.setattr(progress, "NEXT_LINES", 60.0)
+    engine = FakeEngine(stats=FakeStats())
+    tally = RunTally(engine)
+    engine.stats = FakeStats(tokens_generated=50)
+    tally.add(failed=True)
+    with progress.display(tally, None, verbose=False, shares_terminal=False):
+        deadline = time.monotonic() + 5
+        said = ""
+        while not said and time.monotonic() < deadline:
+            time.sleep(0.01)
+            said = capsys.readouterr().err
+    assert re.fullmatch(r"edgemoe: 1 answered, 1 failed, [\d.]+ tokens/s, hit rate 0\.0%\n", said)

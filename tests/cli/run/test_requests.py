@@ -173,8 +173,11 @@ def test_content_may_be_text_parts() -> None:
         ("{", "line 1 is not JSON"),
         ('{"prompt": "p", "temperature": NaN}', "NaN is no JSON number"),
         ("[1]", "line 1 is JSON but no object"),
-        ("[" * 100_000, "line 1 is not JSON"),
-        ('{"seed": ' + "1" * 5000 + "}", "line 1 is not JSON"),
+        ("[" * 100_000, "line 1 has too many brackets inside of one another"),
+        ('{"a":' * 100_000, "line 1 has too many brackets inside of one another"),
+        ('{"prompt": "a", "prompt": "b"}', "line 1 is not JSON: the name 'prompt' is there twice in an object"),
+        ('{"prompt": "a", "logit_bias": {"1": 1, "1": 2}}', "the name '1' is there twice"),
+        ('{"seed": ' + "1" * 5000 + "}", "line 1 is not JSON: a number has too many digits"),
     ],
 )
 def test_lines_that_are_no_json_object(entry: str, said: str) -> None:
@@ -231,7 +234,8 @@ def test_lines_that_are_no_json_object(entry: str, said: str) -> None:
         ({"messages": [{**USER, "name": "Al"}]}, 'name is "Al", but only null is served'),
         ({"messages": [{**USER, "user": "Al"}]}, "unknown field user; known are content, reasoning_content, role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "text parts only"),
-        ({"prompt": "p", "custom_id": 7}, "custom_id must be a text"),
+        ({"prompt": "p", "custom_id": 7.5}, "custom_id must be a text or a whole number"),
+        ({"prompt": "p", "id": True}, "id must be a text or a whole number"),
         ({"prompt": "p", "custom_id": "a", "id": "b"}, "the same thing"),
         (batch("/v1/embeddings", input="x"), "url '/v1/embeddings' is not served; give /v1/chat/completions"),
         ({**batch(messages=[USER]), "method": "GET"}, "method 'GET' is not served; give POST"),

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -116,3 +119,42 @@ def test_standard_output(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
         results.write(b"1\n")
         results.close()
     assert capfdbinary.readouterr().out == b"1\n1\n"
+
+
+def test_a_pipe_that_nobody_reads_is_refused_at_once(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(FileTrouble, match=r"^cannot write .*: nobody reads this pipe; give another file with -o"):
+        Results.open(str(pipe))
+
+
+def test_a_pipe_may_be_read_slowly(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    line = 300_000 * b"x" + b"\n"
+    read: list[bytes] = []
+
+    def consume() -> None:
+        with pipe.open("rb") as file:
+            time.sleep(0.2)
+            read.append(file.read())
+
+    reader = threading.Thread(target=consume)
+    reader.start()
+    deadline = time.monotonic() + 5
+    while True:
+        try:
+            results = Results.open(str(pipe))
+            break
+        except FileTrouble:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    results.write(line)
+    results.close()
+    reader.join()
+    assert read == [line]
+
+
+def test_a_folder_takes_no_results(tmp_path: Path) -> None:
+    with pytest.raises(FileTrouble, match="^cannot write .*: is a directory"):
+        Results.open(str(tmp_path))

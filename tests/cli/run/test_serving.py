@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from edgemoe.cli.main import main
 from edgemoe.cli.run import outbox
+from edgemoe.cli.run import source as source_module
 from edgemoe.cli.run.outbox import Outbox, Outcome
 from edgemoe.cli.run.source import Line, Source
 from tests.support import ROOT
@@ -270,3 +271,69 @@ def test_a_run_that_ignores_ctrl_c_goes_on_ignoring_it(tmp_path: Path, out: Path
     finally:
         signal.signal(signal.SIGINT, before)
     assert len(ids(out)) == 2
+
+
+@pytest.mark.parametrize("flags", [[], ["--order", "input"]])
+def test_an_interrupted_run_that_wrote_everything_is_a_run_like_any_other(
+    flags: list[str], tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = interrupted(FakeEngine(stats=FakeStats(batch=4)), 3)
+    assert run(write(tmp_path, "a", "b", "c d e"), out, *flags, engine=engine) == 0
+    assert sorted(ids(out)) == ["line-1", "line-2", "line-3"]
+    said = capsys.readouterr().err
+    assert "interrupted" not in said
+    assert "edgemoe: 3 requests, 0 failed" in said
+
+
+def test_what_was_read_before_the_input_fails_is_answered(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(source_module, "MAX_LINE", 1000)
+    prompts = write(tmp_path, "a", "b")
+    with open(prompts, "ab") as file:
+        file.write(b"x" * 200_000)
+    counted = Source.open
+
+    def opened(path: str) -> Source:
+        found = counted(path)
+        # As of a pipe: what is wrong with the end shows once it is read.
+        monkeypatch.setattr(source_module, "MAX_SKIPPED", 100_000)
+        return found
+
+    monkeypatch.setattr(Source, "open", opened)
+    assert run(prompts, out, engine=FakeEngine()) == 5
+    assert ids(out) == ["line-1", "line-2"]
+    assert "line 3 of" in capsys.readouterr().err
+
+
+POISON = [
+    b'{"prompt": "a", "max_tokens": 1' + b"0" * 400 + b"}",
+    b'{"prompt": "a", "temperature": 1' + b"0" * 400 + b"}",
+    b'{"prompt": "a", "seed": 1' + b"0" * 5000 + b"}",
+    b'{"prompt": "a", "n": 1' + b"0" * 400 + b"}",
+    b'{"prompt": "a", "temperature": 1e999}',
+    b"[" * 100_000,
+    b'{"prompt": "\\ud800"}',
+    b"\xff\xfe",
+    b"\0\0",
+    b'{"messages": [[[]]]}',
+]
+
+
+def test_no_line_poisons_a_run_or_its_resumption(
+    out: Path, monkeypatch: pytest.MonkeyPatch, pipe_in: Callable[[bytes], None]
+) -> None:
+    monkeypatch.setattr(source_module, "MAX_LINE", 200_000)
+    long = b'{"prompt": "' + b"x" * 200_000 + b'"}'
+    lines = [b'{"prompt": "first"}', *POISON, long, b'{"prompt": "last", "custom_id": 5}']
+    data = b"".join(line + b"\n" for line in lines)
+    for flags in ([], ["--resume"]):
+        pipe_in(data)
+        engine = FakeEngine()
+        assert run("-", out, *flags, engine=engine) == (0 if flags else 1)
+        found = [json.loads(line) for line in out.read_text().splitlines()]
+        assert len(found) == len(lines)
+        answered = {record["custom_id"] for record in found if record["error"] is None}
+        assert answered == {"line-1", "5"}
+        assert engine.prompts == ([] if flags else ["first", "last"])
+        assert max(len(record["error"]["message"]) for record in found if record["error"]) < 300

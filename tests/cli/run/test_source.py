@@ -3,12 +3,14 @@ from __future__ import annotations
 import io
 import os
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from edgemoe.cli.exits import FileTrouble
+from edgemoe.cli.run import source as source_module
 from edgemoe.cli.run.source import Line, Source
 
 
@@ -60,13 +62,14 @@ def test_text_that_is_not_utf8_is_told_at_once_with_its_line(tmp_path: Path) -> 
 
 
 def test_standard_input_is_read_as_it_comes(pipe_in: Callable[[bytes], None]) -> None:
-    pipe_in(b"one\nbad \xff\n")
+    pipe_in(b"one\nbad \xff\nthree")
     opened = Source.open("-")
     assert (opened.name, opened.total, opened.is_jsonl) == ("standard input", None, False)
     lines = opened.lines()
     assert next(lines) == Line(1, "one")
-    with pytest.raises(FileTrouble, match=r"standard input is not UTF-8 text \(line 2\)"):
-        next(lines)
+    bad = next(lines)
+    assert (bad.number, bad.trouble[:22]) == (2, "it is not UTF-8 text; ")
+    assert list(lines) == [Line(3, "three")]
     opened.close()
     assert isinstance(sys.stdin, io.TextIOWrapper)
     assert not sys.stdin.buffer.closed
@@ -131,3 +134,37 @@ def test_a_closed_standard_input_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(FileTrouble, match="standard input is closed; give a file of requests"):
         Source.open("-")
+
+
+def test_of_a_line_that_is_too_long_the_beginning_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_module, "MAX_LINE", 200_000)
+    long = b"<" + 300_000 * b"x"
+    opened = source(tmp_path, b"a\n" + long + b"\nb\n" + long)
+    first, second, third, fourth = opened.lines()
+    assert (first, third) == (Line(1, "a"), Line(3, "b"))
+    for line in (second, fourth):
+        assert line.text == "<" + 255 * "x"
+        assert line.trouble == "it has 293.0 KiB, more than the 195.3 KiB that a line may have"
+    assert opened.total == 4
+    opened.close()
+
+
+def test_a_line_of_the_longest_length_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_module, "MAX_LINE", 200_000)
+    opened = source(tmp_path, 200_000 * b"x" + b"\n")
+    assert [(len(line.text), line.trouble) for line in opened.lines()] == [(200_000, "")]
+    opened.close()
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="there is no endless device")
+def test_an_input_without_a_line_feed_is_given_up() -> None:
+    opened = Source.open("/dev/zero")
+    tracemalloc.start()
+    with pytest.raises(
+        FileTrouble, match=r"^line 1 of /dev/zero has no end within 1\.0 GiB; give a file with a request"
+    ):
+        list(opened.lines())
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 64 << 20
+    opened.close()

@@ -1,0 +1,1 @@
+"""Parsers to be fed with anything."""

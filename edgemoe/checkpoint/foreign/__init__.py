@@ -1,0 +1,1 @@
+"""What others wrote is checked here before it is believed: files, JSON, configurations, templates, tokenizers."""

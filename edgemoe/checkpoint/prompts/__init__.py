@@ -1,0 +1,1 @@
+"""Prompts as callers give them, checked before they are tokenized."""
