@@ -66,9 +66,6 @@ MEASUREMENTS = {
         "batch-resume": "a run that is killed twenty times and resumed, against one that is left alone",
         "batch-memory": "peak memory of a run on 100,000 lines against one on 100",
     },
-    "guest": {
-        "serve-clients": "the server's clients, 64 at once, slow ones and leavers, against the library's replies",
-    },
     "speculation": {
         "spec-forecast": "what a self-draft's routing says of the verification, and of the bytes moved for it",
         "spec-tree": "draws a real draft tree of the shipped model with its experts",
@@ -87,6 +84,7 @@ MEASUREMENTS = {
         "inverted-u": "speed-up over batch, all experts resident, for sparse and dense routing",
     },
     "guest": {
+        "serve-clients": "the server's clients, 64 at once, slow ones and leavers, against the library's replies",
         "give-back": "another process takes memory in steps, and gives it back: the cache and the replies meanwhile",
     },
     "no_card": {

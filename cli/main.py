@@ -13,6 +13,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import TypeAlias
 
 from edgemoe import __version__
@@ -190,38 +191,40 @@ def _add_serve(commands: _Commands) -> None:
         description="Serve a model over HTTP, in the protocols of OpenAI and Anthropic, and as a web page "
         "(needs edgemoe[server]).",
     )
-    parser.option("--host", convert=options.text, metavar="ADDRESS", help="listen here (127.0.0.1)")
-    parser.option("--port", convert=options.port, metavar="N", help="listen at this port (8080); 0 takes a free one")
-    parser.option(
+    option = partial(parser.option, section="server")
+    option("--host", convert=options.text, metavar="ADDRESS", help="listen here (default: 127.0.0.1)")
+    option("--port", convert=options.port, metavar="N", help="listen at this port; 0 takes a free one (default: 8080)")
+    option(
         "--api-key",
         convert=options.text,
         metavar="KEY",
         help="serve only requests with this key; repeatable; any address but 127.0.0.1 needs one",
         repeated=True,
     )
-    parser.option("--api-key-file", convert=options.text, metavar="FILE", help="the same keys, one on each line")
-    parser.option(
+    option("--api-key-file", convert=options.text, metavar="FILE", help="the same keys, one on each line")
+    option(
         "--keep-alive",
         convert=options.decimal,
         metavar="SECONDS",
         help="load at the first request, and unload after so many seconds without one; without it, the model is "
         "loaded at once and stays",
     )
-    parser.option(
-        "--alias", convert=options.text, metavar="NAME", help="another name of the model; repeatable", repeated=True
-    )
-    parser.option(
+    option("--alias", convert=options.text, metavar="NAME", help="another name of the model; repeatable", repeated=True)
+    option(
         "--allow-origin",
         convert=options.text,
         metavar="ORIGIN",
         help="let web pages of this origin use the server; repeatable",
         repeated=True,
     )
-    parser.option("--max-running", convert=options.counted, metavar="N", help="work at N replies at most (64)")
-    parser.option(
-        "--max-queue", convert=options.counted, metavar="N", help="refuse requests when N are open already (512)"
+    option("--max-running", convert=options.counted, metavar="N", help="work at N replies at most (default: 64)")
+    option(
+        "--max-queue",
+        convert=options.counted,
+        metavar="N",
+        help="refuse requests when N are open already (default: 512)",
     )
-    parser.option("--max-body", convert=options.counted, metavar="BYTES", help="refuse larger requests (8388608)")
+    option("--max-body", convert=options.counted, metavar="BYTES", help="refuse larger requests (default: 8388608)")
     options.add_model_options(parser)
     options.add_settings(parser, "batch", "state")
     parser.switch("-v", "--verbose", help="show the plan on standard error")
