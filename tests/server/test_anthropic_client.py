@@ -93,8 +93,8 @@ def test_the_models(client: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"extra_body": {"temperature": -1}}, "temperature must be at least 0"),
-        ({"max_tokens": 0}, "max_tokens must be an integer of at least 1"),
+        ({"extra_body": {"temperature": -1}}, "temperature must be from 0"),
+        ({"max_tokens": 0}, "max_tokens must be an integer from 1"),
         ({"messages": []}, "messages"),
         ({"messages": [*QUESTION, {"role": "assistant", "content": "It is"}]}, "not continued"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "the role 'wizard'"),
