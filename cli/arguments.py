@@ -27,6 +27,7 @@ from edgemoe.cli.options.values import (
 from edgemoe.cli.options.values import counted as counted
 from edgemoe.cli.options.values import decimal as decimal
 from edgemoe.cli.options.values import one_of as one_of
+from edgemoe.cli.options.values import port as port
 from edgemoe.cli.options.values import text as text
 from edgemoe.cli.options.values import whole as whole
 from edgemoe.cli.options.values import words as words

@@ -13,6 +13,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import TypeAlias
 
 from edgemoe import __version__
@@ -84,6 +85,7 @@ def build_parser() -> options.Parser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", prog="edgemoe")
     _add_run(commands)
     _add_chat(commands)
+    _add_serve(commands)
     _add_plan(commands)
     _add_models(commands)
     _add_pack(commands)
@@ -179,6 +181,47 @@ def _add_chat(commands: _Commands) -> None:
         section="request",
     )
     options.add_generation_options(parser)
+
+
+def _add_serve(commands: _Commands) -> None:
+    parser = _add_command(
+        commands,
+        "serve",
+        help="serve a model over HTTP",
+        description="Serve a model over HTTP, in the protocols of OpenAI and Anthropic, and as a web page "
+        "(needs edgemoe[server]).",
+    )
+    option = partial(parser.option, section="server")
+    option("--host", convert=options.text, metavar="ADDRESS", help="listen here (default: 127.0.0.1)")
+    option("--port", convert=options.port, metavar="N", help="listen at this port; 0 takes a free one (default: 8080)")
+    option(
+        "--api-key", convert=options.text, metavar="KEY", repeated=True,
+        help="serve only requests with this key; repeatable; any address but 127.0.0.1 needs one",
+    )  # fmt: skip
+    option("--api-key-file", convert=options.text, metavar="FILE", help="the same keys, one on each line")
+    option(
+        "--keep-alive",
+        convert=options.decimal,
+        metavar="SECONDS",
+        help="load at the first request, and unload after so many seconds without one; without it, the model is "
+        "loaded at once and stays",
+    )
+    option("--alias", convert=options.text, metavar="NAME", help="another name of the model; repeatable", repeated=True)
+    option(
+        "--allow-origin", convert=options.text, metavar="ORIGIN", repeated=True,
+        help="let web pages of this origin use the server; repeatable",
+    )  # fmt: skip
+    option("--max-running", convert=options.counted, metavar="N", help="work at N replies at most (default: 64)")
+    option(
+        "--max-queue",
+        convert=options.counted,
+        metavar="N",
+        help="refuse requests when N are open already (default: 512)",
+    )
+    option("--max-body", convert=options.counted, metavar="BYTES", help="refuse larger requests (default: 8388608)")
+    options.add_model_options(parser)
+    options.add_settings(parser, "batch", "state")
+    parser.switch("-v", "--verbose", help="show the plan on standard error")
 
 
 def _add_plan(commands: _Commands) -> None:
@@ -324,6 +367,8 @@ def _dispatch(argv: Sequence[str] | None, engine: EngineFactory | None) -> int:
         from edgemoe.cli.run.run import run as command
     elif arguments.command == "chat":
         from edgemoe.cli.chat.chat import chat as command
+    elif arguments.command == "serve":
+        from edgemoe.cli.serve import serve as command
     elif arguments.command == "plan":
         from edgemoe.cli.plan import plan as command
     elif arguments.command == "pack":

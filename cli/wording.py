@@ -7,7 +7,17 @@ import re
 from edgemoe.cli.arguments import flags_of
 from edgemoe.config import settings_of
 
-_OTHERS = {"model": "-m", "against": "--against", "tokens": "--tokens", "address": "--ray", "resume": "--resume"}
+_OTHERS = {
+    "model": "-m",
+    "against": "--against",
+    "tokens": "--tokens",
+    "address": "--ray",
+    "resume": "--resume",
+    "api_key": "--api-key",
+    "host": "--host",
+    "port": "--port",
+    "max_body": "--max-body",
+}
 """Arguments of the library that are no settings of an engine."""
 
 

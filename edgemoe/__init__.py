@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from edgemoe.config import EngineConfig
     from edgemoe.engine import Engine
     from edgemoe.found_model import FoundModel, find_models
+    from edgemoe.model_host import ModelHost
     from edgemoe.plan.plan import Plan
     from edgemoe.results import Chunk, Completion, Progress, Stats, Timings, TokenLogprob, ToolCall
     from edgemoe.stream import Stream
@@ -34,6 +35,7 @@ __all__ = [
     "EngineConfig",
     "FoundModel",
     "LogitsError",
+    "ModelHost",
     "Plan",
     "PlanError",
     "Progress",
@@ -57,6 +59,7 @@ _LAZY = {
     "AsyncEngine": "async_engine",
     "ChatPrompt": "checkpoint.chat_template",
     "Engine": "engine",
+    "ModelHost": "model_host",
     "EngineConfig": "config",
     "FoundModel": "found_model",
     "find_models": "found_model",

@@ -115,6 +115,8 @@ class Completion:
     """The settings that make replies differ from the model's own (see `Plan.lossy`); empty for none."""
     tool_calls: tuple[ToolCall, ...] = ()
     """The calls in the reply, of tools that the prompt offers; no part of `text`."""
+    stop_text: str = ""
+    """The stop text that the reply ended before; empty where it ended otherwise."""
 
     @classmethod
     def from_chunks(cls, chunks: Sequence[Chunk], prompt_token_ids: Sequence[int], lossy: str = "") -> Completion:
@@ -130,6 +132,7 @@ class Completion:
             reasoning="".join(chunk.reasoning for chunk in chunks),
             lossy=lossy,
             tool_calls=tuple(call for chunk in chunks for call in chunk.tool_calls),
+            stop_text=chunks[-1].stop_text,
         )
 
 
@@ -146,6 +149,8 @@ class Chunk:
     """A piece of the reasoning; `text` is what the user is told."""
     tool_calls: tuple[ToolCall, ...] = ()
     """The calls in the reply, all of them in the last chunk."""
+    stop_text: str = ""
+    """Of the last chunk: the stop text that the reply ended before; empty where it ended otherwise."""
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any
 
 from edgemoe.cli.chat.text_file import place_of, read_text
 from edgemoe.cli.exits import FileTrouble, why
-from edgemoe.cli.fields import FieldError
-from edgemoe.cli.fields import messages as checked
 from edgemoe.errors import EdgeMoEError
+from edgemoe.server.protocols.fields import FieldError
+from edgemoe.server.protocols.fields import messages as checked
 
 Message = dict[str, str]
 

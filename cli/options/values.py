@@ -67,6 +67,14 @@ def counted(value: str) -> int:
     return number
 
 
+def port(value: str) -> int:
+    """A TCP port; 0 is any."""
+    number = whole(value)
+    if not 0 <= number <= 65535:
+        raise argparse.ArgumentTypeError(f"{number} is no port; give one from 0 to 65535")
+    return number
+
+
 def decimal(value: str) -> float:
     """A finite number; narrower limits are the library's."""
     try:

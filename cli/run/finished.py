@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from edgemoe.cli.exits import FileTrouble, why
-from edgemoe.cli.fields import FieldError, words
 from edgemoe.cli.run.ledger import Ledger
 from edgemoe.cli.run.records import RECORD_START
+from edgemoe.server.protocols.fields import FieldError, words
 from edgemoe.sizes import format_bytes
 
 MAX_RECORD = 1 << 30

@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from edgemoe.cli.run.requests import BadLine, RequestLine
-from edgemoe.results import LOWEST_LOGPROB
 
 if TYPE_CHECKING:
     from edgemoe import Completion
-    from edgemoe.results import TokenLogprob
 
 Record = dict[str, Any]
 RECORD_START = b'{"id": "batch_req_'
@@ -52,24 +49,16 @@ def _chat_completion(answers: Sequence[Completion], model: str) -> Record:
 def _text_completion(answers: Sequence[Completion], model: str, has_tokenizer: bool) -> Record:
     """Finished completions in the shape of OpenAI's text_completion object."""
     from edgemoe.results import named_lossy
+    from edgemoe.server.protocols.openai_completions import text_choice
 
     return {
         "id": f"cmpl-{uuid.uuid4().hex}",
         "object": "text_completion",
         "created": int(time.time()),
         "model": model,
-        "choices": [_text_choice(index, answer, has_tokenizer) for index, answer in enumerate(answers)],
+        "choices": [text_choice(index, answer, has_tokenizer=has_tokenizer) for index, answer in enumerate(answers)],
         "usage": _usage(answers),
     } | named_lossy(answers[0])
-
-
-def _text_choice(index: int, answer: Completion, has_tokenizer: bool) -> Record:
-    choice: Record = {"index": index, "text": answer.text, "finish_reason": answer.finish_reason, "logprobs": None}
-    if answer.logprobs is not None:
-        choice["logprobs"] = _completion_logprobs(answer.logprobs)
-    if not has_tokenizer:
-        choice["token_ids"] = list(answer.token_ids)
-    return choice
 
 
 def _usage(answers: Sequence[Completion]) -> dict[str, int]:
@@ -77,23 +66,3 @@ def _usage(answers: Sequence[Completion]) -> dict[str, int]:
     prompt = answers[0].timings.prompt_tokens
     generated = sum(answer.timings.generated_tokens for answer in answers)
     return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
-
-
-def _completion_logprobs(entries: Iterable[TokenLogprob]) -> Record:
-    shape: Record = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    offset = 0
-    for entry in entries:
-        names = _names(entry)
-        shape["tokens"].append(names[entry.token_id])
-        shape["token_logprobs"].append(max(entry.logprob, LOWEST_LOGPROB))
-        shape["top_logprobs"].append({names[token]: max(value, LOWEST_LOGPROB) for token, _, value in entry.top})
-        shape["text_offset"].append(offset)
-        offset += len(entry.token)
-    return shape
-
-
-def _names(entry: TokenLogprob) -> dict[int, str]:
-    """What each token is called: its text, or its id where another one has the same text, as parts of characters do."""
-    texts = {token_id: text for token_id, text, _ in entry.top} | {entry.token_id: entry.token}
-    count = Counter(texts.values())
-    return {token_id: text if count[text] == 1 else f"token_id:{token_id}" for token_id, text in texts.items()}

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
 from edgemoe.checkpoint.chat_template import ChatPrompt
 from edgemoe.checkpoint.prompts.chat_messages import check_chat
-from edgemoe.cli import fields
-from edgemoe.cli.fields import FieldError
 from edgemoe.cli.run.source import Line
 from edgemoe.errors import RequestError
 from edgemoe.sampling import Sampling
+from edgemoe.server.protocols import fields
+from edgemoe.server.protocols.fields import FieldError
 from edgemoe.values import shown
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 CHAT_URL = "/v1/chat/completions"
 COMPLETION_URL = "/v1/completions"
 _ENVELOPE = ("custom_id", "method", "url", "body")
-_SEEDS = 1 << 63
 
 Message = dict[str, Any]
 
@@ -50,10 +49,7 @@ class RequestLine:
 
     def samplings(self) -> list[Sampling]:
         """The sampling of each choice. Where a seed is given, each has one of its own, counted up from it."""
-        if self.sampling.seed is None:
-            return [self.sampling] * self.choices
-        seeds = (self.sampling.seed + choice for choice in range(self.choices))
-        return [replace(self.sampling, seed=seed % _SEEDS) for seed in seeds]
+        return fields.samplings(self.sampling, self.choices)
 
 
 @dataclass(frozen=True)

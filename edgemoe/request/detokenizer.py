@@ -99,6 +99,8 @@ class StopTexts:
         self._held = ""
         self.found = False
         """Whether a stop text was found."""
+        self.match = ""
+        """The one that was found first in the text; the longest of several there."""
 
     def push(self, text: str) -> str:
         """Appends `text` and returns the text that can be released; empty once a stop text was found."""
@@ -108,7 +110,9 @@ class StopTexts:
         starts = [at for at in map(self._held.find, self._stops) if at >= 0]
         if starts:
             self.found = True
-            return self._release(min(starts))
+            first = min(starts)
+            self.match = max((stop for stop in self._stops if self._held.startswith(stop, first)), key=len)
+            return self._release(first)
         return self._release(len(self._held) - begun(self._held, self._stops))
 
     def finish(self) -> str:

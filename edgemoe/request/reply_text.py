@@ -49,14 +49,19 @@ class ReplyText:
         self._calls = calls
         self.calls: tuple[ToolCall, ...] = ()
         """The calls of tools in the reply, once it is finished."""
-        named = {texts.id_of(stop) for stop in stops} if texts is not None else set()
-        self.ends = frozenset(end for end in named if end is not None) | ends
+        named = {texts.id_of(stop): stop for stop in stops} if texts is not None else {}
+        self._named = {end: stop for end, stop in named.items() if end is not None}
+        self.ends = frozenset(self._named) | ends
         """Tokens that end the reply by their ids: special ones among the stop texts have no text in it."""
 
     @property
     def stopped(self) -> bool:
         """Whether a stop text was found. Only what the user is told is searched."""
         return self._stops.found
+
+    def stop_text(self, token: int) -> str:
+        """The stop text that ended the reply, whose last token is `token`; empty where none did."""
+        return self._stops.match or self._named.get(token, "")
 
     def push(self, token: int) -> Piece:
         """Appends `token`; returns the new text, without what may be the beginning of a stop text."""

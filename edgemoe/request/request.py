@@ -232,6 +232,6 @@ class Request:
             drafted=self._drafted,
             accepted=self._accepted,
         )
-        self.chunks.append(
-            Chunk(piece.content, tokens, self._reason, logprobs, timings, piece.reasoning, self._text.calls)
-        )
+        stop = self._text.stop_text(tokens[-1]) if self._reason == "stop" and tokens else ""
+        calls = self._text.calls
+        self.chunks.append(Chunk(piece.content, tokens, self._reason, logprobs, timings, piece.reasoning, calls, stop))

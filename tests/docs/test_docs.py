@@ -124,7 +124,7 @@ def test_every_slash_command_is_documented() -> None:
 
 
 def test_every_field_of_a_request_is_documented() -> None:
-    from edgemoe.cli.fields import CHAT_FIELDS, COMPLETION_FIELDS
+    from edgemoe.server.protocols.fields import CHAT_FIELDS, COMPLETION_FIELDS
 
     words = {name.strip("` ") for cell in listed(COMMAND_LINE) for name in cell.split(",")}
     assert set(CHAT_FIELDS) | set(COMPLETION_FIELDS) <= words

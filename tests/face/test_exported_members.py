@@ -19,6 +19,7 @@ EXPORTED = [
     "EngineConfig",
     "FoundModel",
     "LogitsError",
+    "ModelHost",
     "Plan",
     "PlanError",
     "Progress",

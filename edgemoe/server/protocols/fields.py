@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
+from edgemoe.sampling import Sampling
 from edgemoe.values import shown
 
 
@@ -14,6 +16,7 @@ class FieldError(ValueError):
 
 
 MAX_CHOICES = 128
+_SEEDS = 1 << 63
 _MAX_SHOWN = 60
 
 _NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -22,7 +25,10 @@ _SHARED = (
     "n", "stop", "ignore_eos", "skip_special_tokens", "logprobs", "logit_bias", "response_format", *_NUMBERS,
     *_WHOLE_NUMBERS,
 )  # fmt: skip
-_LABELS = ("model", "user", "metadata", "safety_identifier", "prompt_cache_key")
+_LABELS = (
+    "model", "user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "prompt_cache_options", "prediction", "verbosity",
+)  # fmt: skip
 """Fields that do not bear on the reply, whatever they hold."""
 
 _PLAIN_SHARED: dict[str, tuple[Any, ...]] = {
@@ -58,12 +64,13 @@ def check(body: Mapping[str, Any], *, chat: bool) -> None:
     """Raise FieldError naming every field that is not known, or one whose value asks for what is not served."""
     body = {name: value for name, value in body.items() if name not in _LABELS}
     if chat:
-        _check(body, _CHAT, _PLAIN_CHAT)
+        check_fields(body, _CHAT, _PLAIN_CHAT)
     else:
-        _check(body, _COMPLETION, _PLAIN_COMPLETION)
+        check_fields(body, _COMPLETION, _PLAIN_COMPLETION)
 
 
-def _check(entry: Mapping[str, Any], known: Iterable[str], plain: Mapping[str, tuple[Any, ...]]) -> None:
+def check_fields(entry: Mapping[str, Any], known: Iterable[str], plain: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raise FieldError for a field that is neither in `known` nor in `plain`, or whose value `plain` does not have."""
     refuse_unknown({name: value for name, value in entry.items() if name not in plain}, known)
     for name, values in plain.items():
         value = entry.get(name)
@@ -97,6 +104,13 @@ def choices(body: Mapping[str, Any]) -> int:
     if body.get("best_of") is not None and not _equal(body["best_of"], count):
         raise FieldError(f"best_of is {_shown(body['best_of'])}, but only as many as n ({count}) are served")
     return count
+
+
+def samplings(sampling: Sampling, choices: int) -> list[Sampling]:
+    """The sampling of each choice. Where a seed is given, each has one of its own, counted up from it."""
+    if sampling.seed is None:
+        return [sampling] * choices
+    return [replace(sampling, seed=(sampling.seed + choice) % _SEEDS) for choice in range(choices)]
 
 
 def sampling_changes(body: Mapping[str, Any], *, chat: bool) -> dict[str, Any]:
@@ -180,7 +194,7 @@ def _message(value: Any) -> dict[str, Any]:
     role = value.get("role")
     own = _FIELDS_OF.get(role, ()) if isinstance(role, str) else ()
     plain = {name: values for name, values in _PLAIN_MESSAGE.items() if name not in own}
-    _check(value, (*_MESSAGE_FIELDS, *own), plain)
+    check_fields(value, (*_MESSAGE_FIELDS, *own), plain)
     more = {name: value[name] for name in own if value.get(name)}
     calls = "tool_calls" in more and value.get("content") is None
     content = None if calls else _content(value.get("content"))

@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+
+from edgemoe import CheckpointError, EdgeMoEError, Engine, ModelHost, Sampling
+from edgemoe.results import Progress
+from tests.support.running_server import until
+
+SETTINGS: dict[str, Any] = {"threads": 1, "context": 128, "expert_cache": 8, "state_folder": "none"}
+
+
+class Loader:
+    """Makes engines that only count; `gate` holds loading up until it is set, `error` ends it."""
+
+    def __init__(self) -> None:
+        self.loaded = self.closed = 0
+        self.together = 0
+        self.gate = threading.Event()
+        self.gate.set()
+        self.error: Exception | None = None
+
+    def __call__(
+        self, model: Any, config: Any, *, on_progress: Callable[[Progress], None], stop: threading.Event
+    ) -> Any:
+        on_progress(Progress("weights", 1, 2))
+        while not self.gate.wait(0.005):
+            if stop.is_set():
+                raise EdgeMoEError("stopped")
+        if self.error is not None:
+            raise self.error
+        self.loaded += 1
+        assert self.loaded - self.closed == 1, "two engines are in memory"
+        return FakeEngine(self)
+
+
+class FakeEngine:
+    plan = "a plan"
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def close(self) -> None:
+        self.loader.closed += 1
+
+
+def host(loader: Loader, keep_alive: float | None = None) -> ModelHost:
+    return ModelHost(keep_alive=keep_alive, loader=loader)
+
+
+def test_it_loads_when_it_is_first_asked_for_and_says_the_librarys_words() -> None:
+    greedy = Sampling(temperature=0, max_tokens=4)
+    with ModelHost(**SETTINGS) as made:
+        assert (made.state, made.engine) == ("unloaded", None)
+        assert made.plan().context == 128
+        with made.lease() as engine:
+            assert made.state == "ready"
+            assert made.engine is engine
+            assert made.plan() is engine.plan
+            said = engine.generate("Once upon", greedy)
+        assert made.state == "ready"
+        assert made.unload()
+        assert made.state == "unloaded"
+    with Engine.load(**SETTINGS) as engine:
+        assert engine.generate("Once upon", greedy).token_ids == said.token_ids
+
+
+def test_an_unknown_setting_is_refused_at_once() -> None:
+    with pytest.raises(TypeError, match="no setting"):
+        ModelHost(wishes=3)
+
+
+def test_leases_share_one_engine_and_zero_seconds_unload_it_after_the_last() -> None:
+    loader = Loader()
+    with host(loader, keep_alive=0) as made:
+        first, second = made.lease(), made.lease()
+        with first as one, second as other:
+            assert one is other
+        first.release()
+        assert made.leases == 0
+        until(lambda: loader.closed == 1)
+        assert made.state == "unloaded"
+        with made.lease():
+            pass
+    assert (loader.loaded, loader.closed) == (2, 2)
+
+
+def test_it_unloads_after_some_seconds_without_a_lease() -> None:
+    loader = Loader()
+    with host(loader, keep_alive=0.15) as made:
+        for _ in range(3):
+            with made.lease():
+                time.sleep(0.02)
+            time.sleep(0.05)
+        assert (loader.loaded, loader.closed) == (1, 0)
+        with made.lease():
+            time.sleep(0.3)
+            assert loader.closed == 0
+        until(lambda: loader.closed == 1)
+        made.load().result()
+        until(lambda: loader.closed == 2)
+
+
+@pytest.mark.parametrize("keep_alive", [None, -1])
+def test_it_stays_for_ever(keep_alive: float | None) -> None:
+    loader = Loader()
+    with host(loader, keep_alive) as made:
+        with made.lease():
+            pass
+        time.sleep(0.05)
+        assert made.state == "ready"
+    assert loader.closed == 1
+
+
+def test_unloading_waits_for_leases() -> None:
+    loader = Loader()
+    with host(loader) as made:
+        lease = made.lease()
+        with lease:
+            assert not made.unload()
+            assert made.state == "ready"
+        until(lambda: loader.closed == 1)
+        assert made.unload()
+
+
+def test_an_error_of_loading_reaches_everybody_and_the_next_one_tries_again() -> None:
+    loader = Loader()
+    loader.error = CheckpointError("it is damaged")
+    loader.gate.clear()
+    with host(loader) as made:
+        leases = [made.lease() for _ in range(3)]
+        until(lambda: made.progress is not None)
+        assert made.state == "loading"
+        loader.gate.set()
+        for lease in leases:
+            with pytest.raises(CheckpointError, match="damaged"), lease:
+                pass
+        assert (made.state, made.leases, str(made.error)) == ("unloaded", 0, "it is damaged")
+        loader.error = None
+        with made.lease():
+            assert made.error is None
+
+
+@pytest.mark.parametrize("end", ["close", "unload"])
+def test_loading_is_stopped(end: str) -> None:
+    loader = Loader()
+    loader.gate.clear()
+    made = host(loader)
+    loading: Future[Engine] = made.load()
+    until(lambda: made.progress is not None)
+    began = time.monotonic()
+    getattr(made, end)()
+    with pytest.raises(EdgeMoEError):
+        loading.result(5)
+    assert time.monotonic() - began < 2
+    assert made.state == "unloaded"
+    made.close()
+    assert loader.loaded == loader.closed
+
+
+def test_a_real_loading_is_stopped() -> None:
+    before = set(threading.enumerate())
+    made = ModelHost(**SETTINGS)
+    loading = made.load()
+    made.close()
+    with pytest.raises(EdgeMoEError):
+        loading.result(30)
+    # What was read is given back soon after.
+    until(lambda: not [each for each in set(threading.enumerate()) - before if each.name.startswith("edgemoe")])
+
+
+def test_after_the_end_it_refuses() -> None:
+    made = host(Loader())
+    made.close()
+    made.close()
+    for ask in (made.lease, made.load, made.plan):
+        with pytest.raises(EdgeMoEError, match="closed"):
+            ask()
+
+
+def test_many_threads_never_see_a_closed_engine_nor_two() -> None:
+    loader = Loader()
+    wrong: list[str] = []
+
+    def work(made: ModelHost, number: int) -> None:
+        for turn in range(40):
+            with made.lease() as engine:
+                closed = loader.closed
+                time.sleep(0.0005)
+                if made.engine is not engine or loader.closed != closed:
+                    wrong.append("it was unloaded under a lease")
+            time.sleep(0.002 * (number + turn % 3))
+            if (turn + number) % 7 == 0:
+                made.unload()
+
+    with host(loader, keep_alive=0.001) as made:
+        threads = [threading.Thread(target=work, args=(made, number)) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+    assert loader.loaded == loader.closed > 1
