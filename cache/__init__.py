@@ -6,9 +6,9 @@ This package knows bytes and memory tiers. It does not know tokens, routers, dra
 from __future__ import annotations
 
 from edgemoe.cache.counters import CacheCounters
+from edgemoe.cache.eviction.policy import EvictionPolicy
 from edgemoe.cache.expert_cache import ExpertCache
 from edgemoe.cache.link import Link, Throttle, Transfer
-from edgemoe.cache.policy import EvictionPolicy
 from edgemoe.cache.record import ExpertId, Part, RecordLayout
 from edgemoe.cache.resident import Loan
 from edgemoe.cache.slot_classes import SlotClass

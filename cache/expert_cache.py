@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import numpy as np
 
 from edgemoe.cache.counters import CacheCounters
+from edgemoe.cache.eviction.policy import EvictionPolicy
 from edgemoe.cache.link import Link, Priority, Transfer
-from edgemoe.cache.policy import EvictionPolicy
 from edgemoe.cache.record import ExpertId
 from edgemoe.cache.resident import LoadReason, Loan, Residency, Resident
 from edgemoe.cache.slot_allocator import SlotAllocator

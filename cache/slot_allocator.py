@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 from edgemoe.cache.counters import CacheCounters
+from edgemoe.cache.eviction.policy import EvictionPolicy
 from edgemoe.cache.link import Link
-from edgemoe.cache.policy import EvictionPolicy
 from edgemoe.cache.record import ExpertId
 from edgemoe.cache.resident import LoadReason, Residency
 from edgemoe.cache.slots import SlotRegion

@@ -17,13 +17,13 @@ from edgemoe.cache.slot_classes import SlotClass
 class SlotRegion:
     """The slots of one size. Slots are numbered from 0 here, and from `first` among all slots of the pool."""
 
-    def __init__(self, memory: torch.Tensor, first: int, count: int) -> None:
-        """`memory` is uint8 [slots, slot bytes], part of the pool's allocation; `count` of the slots are used."""
+    def __init__(self, memory: torch.Tensor, first: int, count: int | None = None) -> None:
+        """`memory` is uint8 [slots, slot bytes], part of the pool's allocation; `count` slots are used, or all."""
         self.memory = memory
         """The slots, uint8 [slots, slot_nbytes], contiguous; valid until the pool is closed."""
-        self.count = count
-        """How many of the slots are used."""
         slots, self.slot_nbytes = memory.shape
+        self.count = slots if count is None else count
+        """How many of the slots are used."""
         self.first = first
         self.numbers = range(first, first + slots)
         """The numbers of the slots among all slots of the pool."""

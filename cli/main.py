@@ -195,12 +195,9 @@ def _add_serve(commands: _Commands) -> None:
     option("--host", convert=options.text, metavar="ADDRESS", help="listen here (default: 127.0.0.1)")
     option("--port", convert=options.port, metavar="N", help="listen at this port; 0 takes a free one (default: 8080)")
     option(
-        "--api-key",
-        convert=options.text,
-        metavar="KEY",
+        "--api-key", convert=options.text, metavar="KEY", repeated=True,
         help="serve only requests with this key; repeatable; any address but 127.0.0.1 needs one",
-        repeated=True,
-    )
+    )  # fmt: skip
     option("--api-key-file", convert=options.text, metavar="FILE", help="the same keys, one on each line")
     option(
         "--keep-alive",
@@ -211,12 +208,9 @@ def _add_serve(commands: _Commands) -> None:
     )
     option("--alias", convert=options.text, metavar="NAME", help="another name of the model; repeatable", repeated=True)
     option(
-        "--allow-origin",
-        convert=options.text,
-        metavar="ORIGIN",
+        "--allow-origin", convert=options.text, metavar="ORIGIN", repeated=True,
         help="let web pages of this origin use the server; repeatable",
-        repeated=True,
-    )
+    )  # fmt: skip
     option("--max-running", convert=options.counted, metavar="N", help="work at N replies at most (default: 64)")
     option(
         "--max-queue",

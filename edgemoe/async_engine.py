@@ -7,7 +7,6 @@ import os
 import threading
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
-from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -42,8 +41,12 @@ class AsyncEngine:
     ) -> AsyncEngine:
         """As `Engine.load`. `on_progress` is called in the event loop. Cancelling the task stops the loading."""
         loop, stop = asyncio.get_running_loop(), threading.Event()
-        told = None if on_progress is None else partial(loop.call_soon_threadsafe, on_progress)
-        loading = asyncio.to_thread(Engine.load, model, config, on_progress=told, stop=stop, **settings)
+
+        def tell(progress: Progress) -> None:
+            if on_progress is not None:
+                loop.call_soon_threadsafe(on_progress, progress)
+
+        loading = asyncio.to_thread(Engine.load, model, config, on_progress=tell, stop=stop, **settings)
         try:
             return cls(await loading)
         except asyncio.CancelledError:

@@ -6,7 +6,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import count
 from types import TracebackType
@@ -279,6 +279,9 @@ class Engine:
     def _loop(self) -> StepLoop:
         return self._worker.check().loop
 
+    def _loaded(self) -> Runtime:
+        return self._worker.check().runtime
+
     @property
     def _runtime(self) -> Runtime | None:
         loaded = self._worker.loaded
@@ -334,7 +337,7 @@ def _outcome(stream: Stream, lossy: str) -> Completion | RequestError:
         return error
 
 
-def _chat_chunks(stream: Stream, chunks: ChatChunks) -> Iterator[dict[str, Any]]:
+def _chat_chunks(stream: Stream, chunks: ChatChunks) -> Generator[dict[str, Any], None, None]:
     with stream:
         for chunk in stream:
             yield from chunks.of(chunk)

@@ -12,8 +12,8 @@ import torch
 
 from edgemoe.cache import ExpertCache, ExpertId, Link, SlotPool, Throttle, accelerator
 from edgemoe.cache.cuda_link import CudaLink, CudaStreams
+from edgemoe.cache.eviction.hot_temporal import HotTemporal
 from edgemoe.cache.host_store import HostStore
-from edgemoe.cache.hot_temporal import HotTemporal
 from edgemoe.cache.reader_link import ReaderLink
 from edgemoe.cache.safetensors_store import SafetensorsStore
 from edgemoe.cache.slot_classes import SlotClass

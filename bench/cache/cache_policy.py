@@ -15,8 +15,8 @@ from bench.support.policies.lru import BalancedLRU, GlobalLRU
 from bench.support.policies.rivals import LRFU, BalancedLRFU
 from bench.support.policies.trace import belady_misses, replay
 from edgemoe import Engine, Sampling
-from edgemoe.cache.hot_temporal import HotTemporal
-from edgemoe.cache.policy import EvictionPolicy
+from edgemoe.cache.eviction.hot_temporal import HotTemporal
+from edgemoe.cache.eviction.policy import EvictionPolicy
 from edgemoe.cache.record import ExpertId
 from edgemoe.demo.tasks import HELD_OUT_SEED, TASKS
 

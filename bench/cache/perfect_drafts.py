@@ -12,7 +12,7 @@ from bench.cache.cache_policy import Entries, recorded
 from bench.cache.cache_policy import Size as Recording
 from bench.measurement import BaseSize, Measurement
 from bench.support.policies.trace import misses_by_entry
-from edgemoe.cache.hot_temporal import HotTemporal
+from edgemoe.cache.eviction.hot_temporal import HotTemporal
 from edgemoe.cache.record import ExpertId
 
 NAME = "perfect-drafts"

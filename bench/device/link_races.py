@@ -16,8 +16,8 @@ from bench.device.section import Found, Target
 from bench.device.timing import MIB
 from edgemoe.cache import ExpertCache, ExpertId, SlotClass, SlotPool
 from edgemoe.cache.cuda_link import CudaLink, CudaStreams, Streams
+from edgemoe.cache.eviction.hot_temporal import HotTemporal
 from edgemoe.cache.host_store import HostStore
-from edgemoe.cache.hot_temporal import HotTemporal
 from tests.support.cache_fakes import FakeStore, FakeStreams, LockedStore, pattern
 
 EXPERTS = [8] * 3

@@ -192,12 +192,14 @@ def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> tuple[float, int
 def first_child(request: Request, tree: DraftTree, node: int, logits: torch.Tensor) -> int:
     """Takes what was drafted first, whatever is drawn."""
     drawn, children = request._draw(logits), tree.children(node)
+    assert drawn is not None
     return tree.tokens[children[0]] if children else drawn
 
 
 def likely_child(request: Request, tree: DraftTree, node: int, logits: torch.Tensor) -> int:
     """Takes what was drafted first where the model finds it likely, too, as lossy speculation does."""
     drawn, children = request._draw(logits), tree.children(node)
+    assert drawn is not None
     if not children:
         return drawn
     first = tree.tokens[children[0]]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from bench.measurement import BaseSize, Measurement
 from bench.support.checkpoints import SMALL_FACTOR, inflated
 from edgemoe import Engine, Sampling
+from edgemoe.config import EngineConfig
 from edgemoe.plan.machine import ram_free
 
 NAME = "give-back"
@@ -44,8 +45,8 @@ def run(size: Size = FULL) -> Measurement:
         whole = engine.plan.slots
     keep = ram_free() - engine.plan.cache_nbytes - size.steps * size.step_mib * MIB // 3
     wrong, rows = 0, []
-    settings = {"expert_cache": "100%", "device": "cpu", "state_folder": "none", "keep_free": keep}
-    with Engine.load(inflated(size.factor), **settings) as engine, _hog() as other:
+    config = EngineConfig(expert_cache="100%", device="cpu", state_folder="none", keep_free=keep)
+    with Engine.load(inflated(size.factor), config) as engine, _hog() as other:
         wrong += engine.generate("Once upon a time", sampling).token_ids != expected
         for step in range(size.steps):
             _take(other, size.step_mib * MIB)

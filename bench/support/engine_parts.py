@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from transformers import GenerationConfig
@@ -78,14 +79,14 @@ def _weight(layer: Any) -> Any:
 @contextmanager
 def generation_defaults(engine: Engine, defaults: GenerationConfig) -> Iterator[None]:
     """In the block requests are submitted as if the checkpoint of `engine` had `defaults`."""
-    before, engine._defaults = engine._defaults, defaults
+    before, engine._texts = engine._texts, replace(engine._texts, defaults=defaults)
     try:
         yield
     finally:
-        engine._defaults = before
+        engine._texts = before
 
 
 def token_texts(engine: Engine, tokens: Sequence[int]) -> list[str]:
     """What each of `tokens` is as text, with signs for white space."""
     signs = str.maketrans(" \n", "\N{OPEN BOX}\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}")
-    return [str(engine._tokenizer.decode([token])).translate(signs) for token in tokens]
+    return [str(engine._texts.tokenizer.decode([token])).translate(signs) for token in tokens]

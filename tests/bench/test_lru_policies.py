@@ -6,7 +6,7 @@ import pytest
 
 from bench.support.policies.lru import BalancedLRU, GlobalLRU, ReferenceLRU
 from bench.support.policies.rivals import LRFU, BalancedLRFU
-from edgemoe.cache.policy import EvictionPolicy
+from edgemoe.cache.eviction.policy import EvictionPolicy
 from edgemoe.cache.record import ExpertId
 
 POLICIES = [GlobalLRU, ReferenceLRU, lambda: BalancedLRU(3, 6), lambda: LRFU(4), lambda: BalancedLRFU(3, 6, 4)]

@@ -10,8 +10,8 @@ import pytest
 from bench.support.policies.lru import BalancedLRU, GlobalLRU, ReferenceLRU
 from bench.support.policies.rivals import LRFU
 from bench.support.policies.trace import belady_misses, replay
-from edgemoe.cache.hot_temporal import HotTemporal
-from edgemoe.cache.policy import EvictionPolicy
+from edgemoe.cache.eviction.hot_temporal import HotTemporal
+from edgemoe.cache.eviction.policy import EvictionPolicy
 from edgemoe.cache.record import ExpertId
 
 A, B, C, D = (ExpertId(0, number) for number in range(4))

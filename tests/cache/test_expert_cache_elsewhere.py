@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bench.support.policies.lru import GlobalLRU
-from edgemoe.cache.hot_temporal import HotTemporal
+from edgemoe.cache.eviction.hot_temporal import HotTemporal
 from edgemoe.cache.record import ExpertId
 from tests.support.driven_cache import NBYTES, ids, link_of, make, use
 

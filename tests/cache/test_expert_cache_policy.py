@@ -12,7 +12,7 @@ import torch
 from bench.support.policies.lru import GlobalLRU
 from bench.support.policies.trace import replay
 from edgemoe.cache import EvictionPolicy, ExpertCache, ExpertId, SlotClass, SlotPool
-from edgemoe.cache.hot_temporal import HotTemporal
+from edgemoe.cache.eviction.hot_temporal import HotTemporal
 from tests.support.cache_fakes import FakeLink, FakeStore, holds
 
 NBYTES = 128

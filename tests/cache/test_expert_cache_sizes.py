@@ -9,8 +9,8 @@ import torch
 
 from bench.support.policies.lru import GlobalLRU
 from edgemoe.cache import ExpertCache, ExpertId, Loan, SlotClass, SlotPool
-from edgemoe.cache.hot_temporal import HotTemporal
-from edgemoe.cache.policy import EvictionPolicy
+from edgemoe.cache.eviction.hot_temporal import HotTemporal
+from edgemoe.cache.eviction.policy import EvictionPolicy
 from tests.support.cache_fakes import FakeLink, FakeStore, holds
 from tests.support.driven_cache import ids, link_of
 

@@ -11,10 +11,17 @@ import pytest
 from bench.support.policies.lru import BalancedLRU, GlobalLRU
 from bench.support.policies.rivals import LRFU, BalancedLRFU
 from bench.support.policies.trace import belady_misses, replay
-from edgemoe.cache.hot_temporal import AVERAGE_PASSES, AVERAGE_WEIGHT, DECAY, RECENT_WEIGHT, WARM_PASSES, HotTemporal
-from edgemoe.cache.policy import EvictionPolicy
+from edgemoe.cache.eviction.hot_temporal import (
+    AVERAGE_PASSES,
+    AVERAGE_WEIGHT,
+    DECAY,
+    RECENT_WEIGHT,
+    WARM_PASSES,
+    HotTemporal,
+)
+from edgemoe.cache.eviction.policy import EvictionPolicy
+from edgemoe.cache.eviction.routing_history import RoutingHistory
 from edgemoe.cache.record import ExpertId
-from edgemoe.cache.routing_history import RoutingHistory
 
 Steps = list[list[ExpertId]]
 

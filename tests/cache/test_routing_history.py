@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from edgemoe.cache.routing_history import HORIZON, LAYER_DECAY, NEIGHBOURS, SHARPNESS, RoutingHistory
+from edgemoe.cache.eviction.routing_history import HORIZON, LAYER_DECAY, NEIGHBOURS, SHARPNESS, RoutingHistory
 
 LayerPass = tuple[int, list[int]]
 F = np.float32

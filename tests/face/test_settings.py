@@ -52,7 +52,7 @@ def test_a_refusal_says_what_to_give(name: str, value: Any, give: str) -> None:
 
 
 def test_numbers_of_numpy_and_paths_are_taken() -> None:
-    config = EngineConfig(threads=np.int64(3), link_gbps=np.float32(0.5), state_folder=Path("x"))  # type: ignore[arg-type]
+    config = EngineConfig(threads=np.int64(3), link_gbps=np.float32(0.5), state_folder=Path("x"))
     assert (config.threads, config.link_gbps, config.state_folder) == (3, 0.5, Path("x"))
     assert type(config.threads) is int
 

@@ -14,7 +14,7 @@ from edgemoe import Plan, PlanError
 from edgemoe.checkpoint.blueprint import Blueprint, read_blueprint
 from edgemoe.checkpoint.checkpoint import open_checkpoint
 from edgemoe.checkpoint.state_folder import StateFolder
-from edgemoe.cli.arguments import cpu_share as option
+from edgemoe.cli.options.values import cpu_share as option
 from edgemoe.cli.wording import in_options
 from edgemoe.config import EngineConfig
 from edgemoe.experts.expert_ffn import FastExperts

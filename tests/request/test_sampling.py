@@ -328,8 +328,8 @@ def test_numbers_of_numpy_are_numbers() -> None:
     settings = Sampling(
         temperature=np.float32(0.5),
         top_k=np.int64(3),
-        max_tokens=5.0,
-        logit_bias={np.int32(3): np.float64(-2)},  # type: ignore[arg-type, dict-item]
+        max_tokens=5.0,  # type: ignore[arg-type]
+        logit_bias={np.int32(3): np.float64(-2)},
     )
     assert settings == Sampling(temperature=0.5, top_k=3, max_tokens=5, logit_bias={3: -2.0})
     assert type(settings.top_k) is type(settings.max_tokens) is int

@@ -172,10 +172,10 @@ def test_the_models(client: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "param", "says"),
     [
-        ({"temperature": -1}, "temperature", "at least 0"),
+        ({"temperature": -1}, "temperature", "from 0"),
         ({"top_p": 2}, "top_p", "at most 1"),
         ({"n": 1000}, "n", "1 to 128"),
-        ({"max_tokens": 0}, "max_tokens", "at least 1"),
+        ({"max_tokens": 0}, "max_tokens", "from 1"),
         ({"stop": [1]}, "stop", "text"),
         ({"logit_bias": {"x": 1}}, "logit_bias", "by token id"),
         ({"logit_bias": {"99999999": 1}}, "logit_bias", "outside the vocabulary"),

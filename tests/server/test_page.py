@@ -69,7 +69,7 @@ def test_stop_ends_the_reply_at_once(server: RunningServer, browser: Browser) ->
     browser.until("document.querySelector('.assistant .text')?.textContent.length > 20")
     assert browser.run("find('send').disabled") is True
     browser.run("find('stop').click()")
-    until(server.is_idle, seconds=3)
+    until(server.is_idle, seconds=15)
     browser.until("!asking")
     assert last(browser, "note") == "stopped"
     assert browser.run("find('send').disabled") is False

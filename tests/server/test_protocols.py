@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,7 +119,8 @@ def test_prompts_of_completions() -> None:
     assert asked(["a", "b"], n=2) == ["a", "a", "b", "b"]
     assert asked([1, 2]) == [(1, 2)]
     assert asked([[1, 2], [3]]) == [(1, 2), (3,)]
-    for wrong in ([[]] * 3000, [None], {"a": 1}, [1, "a"]):
+    refused: list[Any] = [[[]] * 3000, [None], {"a": 1}, [1, "a"]]
+    for wrong in refused:
         with pytest.raises(FieldError):
             asked(wrong)
 
@@ -243,7 +244,7 @@ def test_blocks_of_a_message_become_messages() -> None:
         (ChatReply, {"model": 3}, "model must be a text"),
     ],
 )
-def test_what_is_not_served_is_refused(kind: type[Any], change: Mapping[str, Any], says: str) -> None:
+def test_what_is_not_served_is_refused(kind: type[Any], change: dict[str, Any], says: str) -> None:
     with pytest.raises((FieldError, ApiError), match=says):
         kind(BODIES[kind] | change, SERVED)
 

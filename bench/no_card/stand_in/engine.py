@@ -14,7 +14,7 @@ from torch import nn
 from bench.no_card.stand_in.kernels import StandInKernels
 from bench.no_card.stand_in.lanes import Device, StandInReads, StandInStreams, TurnLink, Turns
 from edgemoe.cache import ExpertCache, ExpertId, SlotClass, SlotPool
-from edgemoe.cache.policy import Evictable, EvictionPolicy
+from edgemoe.cache.eviction.policy import Evictable, EvictionPolicy
 from edgemoe.cache.slots import SlotTable
 from edgemoe.cache.store import Piece
 from edgemoe.experts.expert_layer import ExpertLayers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from edgemoe.cache.policy import Evictable, EvictionPolicy
+from edgemoe.cache.eviction.policy import Evictable, EvictionPolicy
 from edgemoe.cache.record import ExpertId
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from bench.support.policies.lru import BalancedLRU
-from edgemoe.cache.policy import Evictable, EvictionPolicy
+from edgemoe.cache.eviction.policy import Evictable, EvictionPolicy
 from edgemoe.cache.record import ExpertId
 
 

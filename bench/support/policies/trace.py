@@ -6,7 +6,7 @@ import heapq
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 
-from edgemoe.cache.policy import EvictionPolicy
+from edgemoe.cache.eviction.policy import EvictionPolicy
 from edgemoe.cache.record import ExpertId
 
 Trace = Sequence[Sequence[ExpertId]]

@@ -11,7 +11,7 @@ import torch
 
 from edgemoe.cache import ExpertCache, ExpertId, SlotClass, SlotPool, Transfer, accelerator
 from edgemoe.cache.cuda_link import CudaLink, CudaStreams
-from edgemoe.cache.hot_temporal import HotTemporal
+from edgemoe.cache.eviction.hot_temporal import HotTemporal
 from edgemoe.cache.link import Priority
 from edgemoe.cache.store import Piece
 from tests.support.cache_fakes import FakeStore, FakeStreams, LockedStore, wait_until

@@ -11,7 +11,7 @@ import torch
 
 from edgemoe.cache import ExpertCache, ExpertId, SlotClass, SlotPool, Throttle, Transfer
 from edgemoe.cache.cuda_link import CudaLink, CudaStreams
-from edgemoe.cache.hot_temporal import HotTemporal
+from edgemoe.cache.eviction.hot_temporal import HotTemporal
 from edgemoe.cache.link import Priority
 from tests.support.cache_fakes import FakeStore, FakeStreams, LockedStore, wait_until
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from edgemoe.cache.compiled import compiled
-from edgemoe.cache.policy import Evictable, EvictionPolicy
+from edgemoe.cache.eviction.policy import Evictable, EvictionPolicy
+from edgemoe.cache.eviction.routing_history import RoutingHistory
 from edgemoe.cache.record import ExpertId
-from edgemoe.cache.routing_history import RoutingHistory
 
 DECAY = 0.75
 """Decay per pass of a past use. Also the upper bound of the discount for a use one pass ahead."""
