@@ -85,6 +85,7 @@ MEASUREMENTS = {
     },
     "guest": {
         "serve-clients": "the server's clients, 64 at once, slow ones and leavers, against the library's replies",
+        "fuzz": "a million mutated and broken inputs of every reader of foreign files: errors, hangs, memory",
         "give-back": "another process takes memory in steps, and gives it back: the cache and the replies meanwhile",
     },
     "no_card": {

@@ -8,6 +8,7 @@ import threading
 from abc import ABC, abstractmethod
 from io import FileIO
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,8 +16,36 @@ BLOCK = 4096
 """Alignment in bytes of a direct read: of its offset, its length and its buffer."""
 
 
+class FileIdentity(NamedTuple):
+    """By what a file is known to be the same, with the same content: writing to it changes the time."""
+
+    nbytes: int
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path | int) -> FileIdentity:
+        """The identity of a file, by its path or its descriptor. Raises OSError where there is none."""
+        status = os.stat(path)
+        return cls(status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+class FileChanged(OSError):
+    """A file that is being read from has another content than when it was opened."""
+
+    mend = "load it again"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"{path} changed since it was loaded")
+
+
 class FileReader(ABC):
     """An open file. Reads are thread-safe."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> FileIdentity:
+        """That of the open file now. Takes a microsecond: it may be looked at after every read."""
 
     @abstractmethod
     def read(self, offset: int, into: memoryview) -> int:
@@ -32,6 +61,11 @@ class PositionedReader(FileReader):
 
     def __init__(self, path: Path) -> None:
         self._handle = os.open(path, os.O_RDONLY)
+
+    @property
+    def identity(self) -> FileIdentity:
+        """See the base class."""
+        return FileIdentity.of(self._handle)
 
     def read(self, offset: int, into: memoryview) -> int:
         """See the base class."""
@@ -56,6 +90,11 @@ class CachedReader(FileReader):
         self._local = threading.local()
         self._lock = threading.Lock()
         self._opened: list[FileIO] = []
+
+    @property
+    def identity(self) -> FileIdentity:
+        """See the base class."""
+        return FileIdentity.of(self._file().fileno())
 
     def read(self, offset: int, into: memoryview) -> int:
         """See the base class."""
@@ -93,6 +132,11 @@ class DirectReader(FileReader):
     def __init__(self, handle: int) -> None:
         self._handle = handle
         self._local = threading.local()
+
+    @property
+    def identity(self) -> FileIdentity:
+        """See the base class."""
+        return FileIdentity.of(self._handle)
 
     def read(self, offset: int, into: memoryview) -> int:
         """See the base class."""

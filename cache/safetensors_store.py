@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from edgemoe.cache.file_reader import open_file
+from edgemoe.cache.file_reader import FileChanged, FileIdentity, open_file
 from edgemoe.cache.record import ExpertId, RecordLayout, host_bytes
 from edgemoe.cache.store import ExpertStore, Piece
 
@@ -50,6 +50,9 @@ class SafetensorsStore(ExpertStore):
 
     `direct` bypasses the page cache where the file system supports it. It is for experts larger than the page cache,
     where caching only costs time and evicts the pages of other processes.
+
+    A file that is written to while it is open is noticed at the next read from it, which raises FileChanged: no read
+    ever returns a mix of two checkpoints. A file that is replaced by another one of its name is read on as it was.
     """
 
     def __init__(
@@ -59,7 +62,12 @@ class SafetensorsStore(ExpertStore):
         sources: Mapping[ExpertId, RecordSource],
         *,
         direct: bool = False,
+        identities: Sequence[FileIdentity] = (),
     ) -> None:
+        """`identities` are those of the files when their headers were read; without them, those that they have now.
+
+        Raises OSError for a file that cannot be opened, and FileChanged, which is one, for a file that has changed.
+        """
         self.layouts = tuple(layouts)
         counts = [0] * len(self.layouts)
         for expert in sources:
@@ -68,6 +76,13 @@ class SafetensorsStore(ExpertStore):
         self._sources = sources
         self._paths = tuple(files)
         self._files = [open_file(path, direct=direct) for path in files]
+        self._identities = tuple(identities) or tuple(file.identity for file in self._files)
+        try:
+            for number in range(len(self._files)):
+                self._check(number)
+        except OSError:
+            self.close()
+            raise
 
     def pieces(self, expert: ExpertId, slot: torch.Tensor) -> Sequence[Piece]:
         """See the base class. A record that must be assembled is one piece; any other is split for parallel reads."""
@@ -116,6 +131,12 @@ class SafetensorsStore(ExpertStore):
     def _read(self, file: int, offset: int, into: memoryview) -> None:
         if self._files[file].read(offset, into) < len(into):
             raise OSError(f"{self._paths[file]} ends before byte {offset + len(into)}, in the middle of an expert")
+        # After the read: what was written to the file before it has changed its time.
+        self._check(file)
+
+    def _check(self, file: int) -> None:
+        if self._files[file].identity != self._identities[file]:
+            raise FileChanged(self._paths[file])
 
     def _assemble(self, source: RecordSource, layout: RecordLayout, slot: torch.Tensor) -> None:
         assert source.assemble is not None

@@ -37,14 +37,16 @@ class LogitsError(RequestError):
 
 
 def reason(error: BaseException) -> str:
-    """The first line of the error's text; the name of its type where it has no text."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    """The first line of the error's text, with the next one where it ends in a colon; else the name of its type."""
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    return f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
 
 
 def unreadable(name: str, error: OSError) -> CheckpointError:
     """The error to raise where the files of the checkpoint called `name` could be read before and now raise `error`."""
-    return CheckpointError(f"{name} cannot be read any more ({error}): fetch it again")
+    return CheckpointError(f"{name} cannot be read any more ({error}): {getattr(error, 'mend', 'fetch it again')}")
 
 
 @contextmanager

@@ -49,11 +49,14 @@ class Texts:
     """Number of ids that the model predicts."""
 
     @classmethod
-    def of(cls, blueprint: Blueprint) -> Texts:
-        """Raises CheckpointError for a tokenizer or generation settings that cannot be used."""
+    def of(cls, blueprint: Blueprint, context: int) -> Texts:
+        """For prompts of at most `context` tokens.
+
+        Raises CheckpointError for a tokenizer, a chat template or generation settings that cannot be used.
+        """
         checkpoint, vocabulary = blueprint.checkpoint, blueprint.config.get_text_config().vocab_size
         tokenizer = load_tokenizer(checkpoint)
-        template = ChatTemplate(tokenizer, checkpoint.name)
+        template = ChatTemplate(tokenizer, checkpoint.name, context)
         defaults = load_generation_defaults(blueprint)
         check_defaults(defaults, generation_source(blueprint), vocabulary)
         return cls(checkpoint, tokenizer, template, ReplyTexts(tokenizer, template), defaults, vocabulary)
@@ -75,7 +78,7 @@ class Loaded:
         """What is in memory now."""
         self._every = slots_for_all(blueprint)
         self._keeper = _memory_keeper(self.plan, config)
-        self.texts = Texts.of(blueprint)
+        self.texts = Texts.of(blueprint, self.plan.context)
         self.runtime = Runtime(blueprint, self.plan, config, on_progress)
         try:
             self.loop = self._new_loop(config, drafts, draft_model)

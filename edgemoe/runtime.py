@@ -25,7 +25,7 @@ from edgemoe.checkpoint.dense_loader import load_dense
 from edgemoe.checkpoint.experts_module import ExpertsModule
 from edgemoe.checkpoint.state_folder import StateFolder
 from edgemoe.config import EngineConfig
-from edgemoe.errors import PlanError, reason
+from edgemoe.errors import PlanError, reading, reason
 from edgemoe.experts import expert_layer
 from edgemoe.experts.expert_predictor import ExpertPredictor
 from edgemoe.experts.host_experts import CpuHelp
@@ -88,7 +88,16 @@ class Runtime:
         device = torch.device(plan.device)
         self.model = load_dense(blueprint, device, lambda done, total: on_progress(Progress("weights", done, total)))
         layouts = [moe.layout for moe in blueprint.experts_modules]
-        files = SafetensorsStore(blueprint.checkpoint.files, layouts, blueprint.records, direct=plan.direct_reads)
+        checkpoint = blueprint.checkpoint
+        # The dense weights were read just now, by other handles.
+        with reading(checkpoint.name):
+            files = SafetensorsStore(
+                checkpoint.files,
+                layouts,
+                blueprint.records,
+                direct=plan.direct_reads,
+                identities=checkpoint.identities,
+            )
         self._stack.callback(files.close)
         throttle = Throttle(config.link_gbps * 1e9) if config.link_gbps else None
         pool = self._stack.enter_context(SlotPool(plan.slot_classes, device, slots_for_all(blueprint)))

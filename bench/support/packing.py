@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from edgemoe.checkpoint.checkpoint import open_checkpoint, read_table
+from edgemoe.checkpoint.checkpoint import open_checkpoint
+from edgemoe.checkpoint.foreign.safetensors_table import read_table
 from edgemoe.formats.codes import E2M1
 
 Stored = dict[str, torch.Tensor]

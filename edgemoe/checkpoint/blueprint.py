@@ -10,6 +10,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from edgemoe.checkpoint.default_dtype import DefaultDtype
 from edgemoe.checkpoint.draft_head import FoundHead, HeadShape, attach_head, find_head, of_head
 from edgemoe.checkpoint.expert_sources import ExpertSources
 from edgemoe.checkpoint.experts_module import ExpertsModule, require_experts_modules
+from edgemoe.checkpoint.foreign.config_values import check_layers, faulty_field
 from edgemoe.checkpoint.packed.packed_modules import PackedModule, find_packed_modules
 from edgemoe.checkpoint.renaming import Renaming
 from edgemoe.checkpoint.rope_context import context_limit
@@ -160,11 +162,12 @@ def read_blueprint(
     found = find_head(checkpoint, config.get_text_config(), wanted=head)
     chosen, note = _dtype_for_device(_dtype(checkpoint, dtype), bf16=bf16 or dtype != "auto")
     reader = _Reader(config, model_class, chosen, made, made_dense, quick)
+    check_layers(checkpoint.config, checkpoint.weights, _source(checkpoint))
     if found.shape is None:
         return replace(reader.read(found), dtype_note=note, head_refusal=found.refusal)
     try:
         return replace(reader.read(found), dtype_note=note)
-    except (LookupError, CheckpointError) as error:
+    except CheckpointError as error:
         # The model runs without the head, if it is the head that does not fit.
         bare = find_head(checkpoint, config.get_text_config(), wanted=False)
         return replace(reader.read(bare), dtype_note=note, head_refusal=reason(error))
@@ -181,9 +184,9 @@ class _Reader(NamedTuple):
     quick: bool
 
     def read(self, found: FoundHead) -> Blueprint:
-        """The blueprint of a checkpoint; raises as `read_blueprint`, and LookupError where the head cannot be built."""
+        """The blueprint of a checkpoint; raises as `read_blueprint`, with a head the reason alone."""
         checkpoint = found.checkpoint
-        with quiet_transformers():
+        with quiet_transformers(), _told_of_family(checkpoint, self.config, head=found.shape is not None):
             model = build_skeleton(self.model_class, self.config, self.dtype, found.shape)
             experts_modules = require_experts_modules(model, self.config, checkpoint.name)
             renaming = Renaming(model, _mapping(model))
@@ -226,8 +229,30 @@ def _made(setting: str, name: str) -> str | None:
 def check_family(checkpoint: Checkpoint) -> None:
     """Raises CheckpointError unless the configuration of `checkpoint`, whose weights are not there yet, can be run."""
     config, model_class = _family(checkpoint)
-    with quiet_transformers():
+    with quiet_transformers(), _told_of_family(checkpoint, config):
         require_experts_modules(build_skeleton(model_class, config, torch.bfloat16), config, checkpoint.name)
+
+
+def _told_of_family(checkpoint: Checkpoint, config: Any, *, head: bool = False) -> AbstractContextManager[None]:
+    """Raises what transformers raises over a configuration as a CheckpointError with the value that it fails at.
+
+    With a `head`, which it may be the fault of, the message is the reason alone.
+    """
+
+    def told(why: str) -> CheckpointError:
+        if head:
+            return CheckpointError(why)
+        named = faulty_field(config.to_dict(), why)
+        return CheckpointError(
+            f"{_source(checkpoint)} does not describe a {config.model_type} model ({named}{why}): fetch it again"
+        )
+
+    return told_as(told)
+
+
+def _source(checkpoint: Checkpoint) -> str:
+    """Where the configuration comes from, for messages."""
+    return checkpoint.name if checkpoint.gguf is not None else str(checkpoint.folder / "config.json")
 
 
 def build_skeleton(model_class: Any, config: Any, dtype: torch.dtype, head: HeadShape | None = None) -> Any:
@@ -274,8 +299,7 @@ def _family(checkpoint: Checkpoint) -> tuple[Any, Any]:
                 "use a family that transformers itself has"
             )
         raise CheckpointError(f"{checkpoint.name} is of the family {family}, unknown to this transformers: upgrade it")
-    source = checkpoint.folder / "config.json" if checkpoint.gguf is None else checkpoint.name
-    invalid = f"{source} is not a valid {family} configuration"
+    invalid = f"{_source(checkpoint)} is not a valid {family} configuration"
     with quiet_transformers(), told_as(lambda why: CheckpointError(f"{invalid}: {why}"), of_files=True):
         if checkpoint.gguf is not None:
             config = CONFIG_MAPPING[family].from_dict(dict(checkpoint.config))

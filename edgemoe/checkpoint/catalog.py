@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -12,6 +11,7 @@ from pathlib import Path
 from edgemoe.checkpoint import hub
 from edgemoe.checkpoint.blueprint import Blueprint, check_family, read_blueprint
 from edgemoe.checkpoint.checkpoint import Checkpoint, open_checkpoint, read_config
+from edgemoe.checkpoint.foreign.foreign_json import read_json
 from edgemoe.checkpoint.gguf.gguf_variant import GgufVariant, variants
 from edgemoe.errors import CheckpointError, told_as
 
@@ -167,8 +167,8 @@ def _nbytes(files: Iterable[Path]) -> int:
 def _family(folder: Path) -> str | None:
     """What the configuration in `folder` says, read by itself."""
     try:
-        config = json.loads((folder / hub.CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        config = read_json(folder / hub.CONFIG)
+    except CheckpointError:
         return None
     family = config.get("model_type") if isinstance(config, dict) else None
     return family if isinstance(family, str) else None

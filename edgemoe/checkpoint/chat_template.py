@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from edgemoe.checkpoint.foreign.template_budget import TemplateLimit
+from edgemoe.checkpoint.foreign.template_limits import LimitedTemplates
+from edgemoe.checkpoint.foreign.text_length import check_text_length
 from edgemoe.checkpoint.prompts.conversation import check_messages, check_variables
-from edgemoe.errors import RequestError, is_device_or_memory_error, told_as
+from edgemoe.errors import CheckpointError, RequestError, is_device_or_memory_error, told_as
 from edgemoe.quiet import quiet_transformers
 from edgemoe.values import shown
 
@@ -36,10 +39,17 @@ class ChatPrompt:
 class ChatTemplate:
     """The template of one tokenizer."""
 
-    def __init__(self, tokenizer: Any, name: str) -> None:
-        """`tokenizer` is transformers', or None; `name` is the checkpoint's, for messages."""
+    def __init__(self, tokenizer: Any, name: str, context: int | None = None) -> None:
+        """`tokenizer` is transformers', or None; `name` is the checkpoint's, for messages.
+
+        With `context`, in tokens, a conversation that is far longer is refused before it is tokenized. Raises
+        CheckpointError where the template takes more than it may for the shortest conversation.
+        """
         self._tokenizer = tokenizer
         self._name = name
+        self._context = context
+        self._templates = LimitedTemplates(tokenizer) if self.source else None
+        self._try()
 
     @property
     def source(self) -> str:
@@ -55,8 +65,10 @@ class ChatTemplate:
         self._check(chat)
         refused = f"the chat template of {self._name} refuses this conversation"
         with quiet_transformers(), told_as(lambda why: RequestError(f"{refused}: {why}")):
-            rendered = self._apply(chat, tokenize=True, return_dict=True)
-        return [int(token) for token in rendered["input_ids"]]
+            text = self._apply(chat, tokenize=False)
+            check_text_length(text, self._context, self._tokenizer)
+            tokens = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [int(token) for token in tokens]
 
     def opening(self, chat: ChatPrompt) -> list[int]:
         """The token ids that the template begins a reply with, at the end of the prompt of a conversation."""
@@ -86,10 +98,27 @@ class ChatTemplate:
         after = self._encode(text.rpartition(PROBE)[2].lstrip())
         return after[0] if after else None
 
+    def _try(self) -> None:
+        """Renders the shortest conversation, since a template may take all time and memory for any."""
+        if not self.source:
+            return
+        try:
+            with quiet_transformers():
+                self._apply(ChatPrompt([{"role": "user", "content": "a"}]), tokenize=False)
+        except TemplateLimit as error:
+            raise CheckpointError(
+                f"the chat template of {self._name} cannot be used, since {error}: give another tokenizer"
+            ) from error
+        except Exception as error:
+            # A template that wants other messages.
+            if is_device_or_memory_error(error):
+                raise
+
     def _apply(self, chat: ChatPrompt, **how: Any) -> Any:
         messages = [self._as_wanted(message) for message in chat.messages]
         how = {"add_generation_prompt": True, **how, **chat.template_kwargs}
-        return self._tokenizer.apply_chat_template(messages, **how)
+        assert self._templates is not None
+        return self._templates(messages, **how)
 
     def _encode(self, text: str) -> list[int]:
         return [int(token) for token in self._tokenizer.encode(text, add_special_tokens=False)] if text else []

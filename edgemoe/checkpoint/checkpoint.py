@@ -2,39 +2,36 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import stat
-import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from edgemoe.cache.file_reader import FileIdentity
+from edgemoe.checkpoint.foreign.config_values import check_config
+from edgemoe.checkpoint.foreign.foreign_file import check_file
+from edgemoe.checkpoint.foreign.foreign_json import MAX_INDEX, read_json, read_object
+from edgemoe.checkpoint.foreign.safetensors_table import read_table
 from edgemoe.checkpoint.gguf.gguf_checkpoint import gguf_config, gguf_weights
 from edgemoe.checkpoint.gguf.gguf_file import GgufFile, read_gguf
 from edgemoe.checkpoint.gguf.gguf_tokenizer import has_vocabulary
 from edgemoe.checkpoint.hub import Repository
-from edgemoe.checkpoint.model_place import find_place, place_name
+from edgemoe.checkpoint.model_place import find_place, path_of, place_name
 from edgemoe.checkpoint.packed import quantization
 from edgemoe.checkpoint.packed.packed_tensor import MergedTensor, PackedTensor, Weight
 from edgemoe.checkpoint.tensor_entry import TensorEntry
 from edgemoe.errors import CheckpointError
+from edgemoe.values import shown
 
-DTYPES = {
-    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-"""The supported dtypes of safetensors files; those of weights are `WEIGHT_DTYPES`."""
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-HEADER_LIMIT = 100 << 20
-"""The safetensors format's limit of a header, in bytes; a larger one means a damaged file or another format."""
+"""The dtypes of weights that are not packed."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """The file of all weights, and the one that says which shard has which tensor."""
+MAX_FILE_NAME = 255
+"""Characters of a file's name, as file systems limit it."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +50,8 @@ class Checkpoint:
     packed: Mapping[str, PackedTensor | MergedTensor] = field(default_factory=dict)
     gguf: GgufFile | None = None
     """The file that the configuration and the tokenizer come from; None where the folder has them."""
+    identities: tuple[FileIdentity, ...] = ()
+    """Those of `files` before their headers were read."""
 
     @property
     def weights(self) -> dict[str, Weight]:
@@ -70,7 +69,7 @@ class Checkpoint:
         if self.gguf is not None and has_vocabulary(self.gguf):
             return True
         names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
-        return any((self.folder / name).exists() for name in names)
+        return any(os.path.lexists(self.folder / name) for name in names)
 
 
 def open_checkpoint(
@@ -107,6 +106,7 @@ def open_checkpoint(
     config = read_config(folder, name, setting)
     files, owners = _weight_files(folder, name)
     tensors: dict[str, TensorEntry] = {}
+    identities = _identities(files)
     for number, file in enumerate(files):
         for key, entry in read_table(file, number):
             first = tensors.get(key)
@@ -119,14 +119,20 @@ def open_checkpoint(
                 tensors[key] = entry
     quantised = config.get("quantization_config")
     if not quantised:
-        return Checkpoint(folder, name, config, tuple(files), tensors)
+        return Checkpoint(folder, name, config, tuple(files), tensors, identities=identities)
     found = quantization.unpack(tensors, quantised, name, _reader(files))
-    return Checkpoint(folder, name, config, tuple(files), found.tensors, found.packed)
+    return Checkpoint(folder, name, config, tuple(files), found.tensors, found.packed, identities=identities)
+
+
+def _identities(files: Sequence[Path]) -> tuple[FileIdentity, ...]:
+    for file in files:
+        check_file(file)
+    return tuple(FileIdentity.of(file) for file in files)
 
 
 def _config_folder(name: str, offline: bool) -> Path:
     """The folder with a configuration and a tokenizer: without weights, where it comes from a hub."""
-    folder = Path(name).expanduser()
+    folder = path_of(name, "model_config")
     if folder.is_dir():
         return folder
     return Repository(name, offline, "model_config").fetch(lambda folder: None)
@@ -135,7 +141,7 @@ def _config_folder(name: str, offline: bool) -> Path:
 def _open_gguf(path: Path, name: str, folder: Path | None) -> Checkpoint:
     """The checkpoint in a GGUF file, or in a split one whose first file is `path`; `folder` has its configuration."""
     file = read_gguf(path)
-    config = gguf_config(file, name) if folder is None else read_config(folder, str(folder), "model_config")
+    config = _gguf_config(file, name) if folder is None else read_config(folder, str(folder), "model_config")
     weights = gguf_weights(file, name)
     tensors, packed = dict[str, TensorEntry](), dict[str, PackedTensor | MergedTensor]()
     for key, weight in weights.items():
@@ -143,9 +149,15 @@ def _open_gguf(path: Path, name: str, folder: Path | None) -> Checkpoint:
             tensors[key] = weight
         else:
             packed[key] = weight
-    found = Checkpoint(folder or path.parent, name, config, file.files, tensors, packed)
+    found = Checkpoint(folder or path.parent, name, config, file.files, tensors, packed, identities=file.identities)
     # A tokenizer beside the configuration counts before that of the file.
     return found if folder is not None and found.has_tokenizer else replace(found, gguf=file)
+
+
+def _gguf_config(file: GgufFile, name: str) -> dict[str, Any]:
+    config = gguf_config(file, name)
+    check_config(config, name)
+    return config
 
 
 def _reader(files: Sequence[Path]) -> Callable[[int, int, int], bytes]:
@@ -162,7 +174,7 @@ def _chosen_weights(folder: Path, names: list[str]) -> list[str]:
     if SINGLE in names:
         return [SINGLE]
     if INDEX in names:
-        return sorted(set(_owners(folder / INDEX).values()))
+        return sorted(set(read_index(folder / INDEX).values()))
     return [name for name in names if "/" not in name and name.endswith(".safetensors") and not _is_other_format(name)]
 
 
@@ -177,23 +189,19 @@ def read_config(folder: Path, name: str, setting: str) -> dict[str, Any]:
     Raises CheckpointError where it cannot be read, names no family, or says a quantisation that is not read.
     """
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if path.is_symlink():
-            raise CheckpointError(f"{path} is a link to nowhere: fetch the checkpoint again") from None
+    if not os.path.lexists(path) and os.access(folder, os.X_OK):
         raise CheckpointError(
             f"{name} has no config.json: {setting}= must name the folder of a transformers checkpoint"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}): fetch the checkpoint again") from error
+        )
+    config = read_json(path)
     if not isinstance(config, dict) or "model_type" not in config:
         raise CheckpointError(
             f"{path} names no model_type: {setting}= must name the folder of a transformers checkpoint"
         )
+    check_config(config, str(path))
     quantised = config.get("quantization_config")
     if quantised is not None and not isinstance(quantised, dict):
-        raise CheckpointError(f"{path}: quantization_config is {quantised!r}, not an object: fetch it again")
+        raise CheckpointError(f"{path}: quantization_config is {shown(quantised)}, not an object: fetch it again")
     if quantised:
         quantization.check_method(quantised, name)
     return config
@@ -205,12 +213,12 @@ def _weight_files(folder: Path, name: str) -> tuple[list[Path], dict[str, str]]:
     As in transformers, one file of all weights counts before an index, which may be left from another checkpoint.
     """
     index, single = folder / INDEX, folder / SINGLE
-    if single.exists():
+    if os.path.lexists(single):
         return [single], {}
-    if index.exists():
-        owners = _owners(index)
+    if os.path.lexists(index):
+        owners = read_index(index)
         files = [folder / shard for shard in sorted(set(owners.values()))]
-        missing = [file.name for file in files if not file.exists()]
+        missing = [file.name for file in files if not os.path.lexists(file)]
         if missing:
             raise CheckpointError(
                 f"{name} lacks {len(missing)} of {len(files)} shards, {missing[0]} first: fetch it again"
@@ -228,67 +236,22 @@ def _weight_files(folder: Path, name: str) -> tuple[list[Path], dict[str, str]]:
     raise CheckpointError(f"{name} has no *.safetensors file: fetch the weights as well as the configuration")
 
 
-def _owners(index: Path) -> dict[str, str]:
-    """The file's name for each tensor's, of an index."""
-    try:
-        owners = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if all(isinstance(file, str) and file == Path(file).name and file for file in owners.values()):
-            return dict(owners)
-        raise ValueError("a shard that is no file's name")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index} cannot be read ({error}): fetch the checkpoint again") from error
-
-
-def read_table(file: Path, number: int) -> Iterator[tuple[str, TensorEntry]]:
-    """Yields the name and entry of each tensor of a safetensors file, which is number `number` of its checkpoint.
-
-    Raises CheckpointError for a damaged or truncated file, and for a tensor of an unsupported dtype.
-    """
-    again = "fetch it again"
-    size, text = _header(file)
-    try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} has a damaged header ({error}): {again}") from error
-    data = 8 + len(text)
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{file} has a damaged header (no table): {again}")
-    for key, record in header.items():
-        if key == "__metadata__":
-            continue
-        try:
-            start, stop = record["data_offsets"]
-            shape, name = tuple(record["shape"]), record["dtype"]
-            sound = 0 <= start <= stop and all(isinstance(side, int) and side >= 0 for side in shape)
-            if name in DTYPES:
-                sound = sound and stop - start == math.prod(shape) * DTYPES[name].itemsize
-        except (KeyError, TypeError, ValueError):
-            sound = False
-        if not sound:
-            raise CheckpointError(f"{file} has a damaged header (at {key}): {again}")
-        if data + stop > size:
+def read_index(index: Path) -> dict[str, str]:
+    """The file's name for each tensor's, of an index. Raises CheckpointError for a name that leads elsewhere."""
+    owners = read_object(index, MAX_INDEX, unique=True).get("weight_map")
+    if not isinstance(owners, dict) or not owners:
+        raise CheckpointError(f"{index} cannot be read (its weight_map is no table): fetch the checkpoint again")
+    for tensor, file in owners.items():
+        if not _is_file_name(file):
             raise CheckpointError(
-                f"{file} is truncated: {key} ends at byte {data + stop} and the file at {size}: {again}"
+                f"{index} cannot be read (the shard of {shown(tensor)} is {shown(file)}, which is no file beside it): "
+                "fetch the checkpoint again"
             )
-        if record["dtype"] not in DTYPES:
-            raise CheckpointError(
-                f"{file}: {key} has dtype {record['dtype']}: only bf16, fp16 and fp32 weights and packed ones are read"
-            )
-        dtype = DTYPES[record["dtype"]]
-        yield key, TensorEntry(number, data + start, stop - start, tuple(record["shape"]), dtype)
+    return owners
 
 
-def _header(file: Path) -> tuple[int, bytes]:
-    """The size of a safetensors file, and the text of its header."""
-    try:
-        status = file.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{file} is no file: fetch it again")
-        with file.open("rb") as stream:
-            head = stream.read(8)
-            length = struct.unpack("<Q", head)[0] if len(head) == 8 else HEADER_LIMIT + 1
-            if length <= min(HEADER_LIMIT, max(0, status.st_size - 8)):
-                return status.st_size, stream.read(length)
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read ({error.strerror or error}): give it to this user") from error
-    raise CheckpointError(f"{file} is truncated or no safetensors file ({status.st_size} bytes): fetch it again")
+def _is_file_name(name: object) -> bool:
+    """Whether `name` is that of a file in the folder itself."""
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_FILE_NAME or name in (".", ".."):
+        return False
+    return not set(name) & set("/\\\0")

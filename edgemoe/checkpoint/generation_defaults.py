@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from edgemoe.checkpoint.blueprint import Blueprint
+from edgemoe.checkpoint.foreign.generation_values import check_generation, check_generation_file
 from edgemoe.errors import CheckpointError, told_as
 from edgemoe.quiet import quiet_transformers
 
@@ -41,13 +43,16 @@ def load_generation_defaults(blueprint: Blueprint) -> Any:
 
     file = _file(blueprint)
     with quiet_transformers():
-        if file.exists() and blueprint.checkpoint.gguf is None:
+        if os.path.lexists(file) and blueprint.checkpoint.gguf is None:
+            check_generation_file(file)
             with told_as(
                 lambda why: CheckpointError(f"{file} cannot be read ({why}): fetch it again, or remove it"),
                 of_files=True,
             ):
                 return GenerationConfig.from_pretrained(file.parent, local_files_only=True)
-        return GenerationConfig.from_model_config(blueprint.config)
+        implied = GenerationConfig.from_model_config(blueprint.config)
+    check_generation(implied.to_dict(), generation_source(blueprint))
+    return implied
 
 
 def generation_source(blueprint: Blueprint) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgemoe.cache.record import ExpertId
+from edgemoe.checkpoint.foreign.foreign_json import parse_json
 from edgemoe.checkpoint.state_folder import StateFolder
 
 NAME = "heat.json"
@@ -28,8 +29,8 @@ def read(state: StateFolder, experts: Sequence[int]) -> dict[ExpertId, float]:
     if data is None:
         return {}
     try:
-        kept = json.loads(data)
-    except (ValueError, RecursionError):
+        kept = parse_json(data, finite=True)
+    except ValueError:
         return {}
     header = {"format": FORMAT, "version": VERSION}
     if not isinstance(kept, dict) or {key: kept.get(key) for key in header} != header:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -25,14 +26,14 @@ def find_place(
     `name` is a path, a Hugging Face id, or either one with the quantisation or the name of a GGUF file behind a colon.
     `check` and `weights` are those of `Repository.fetch`. Raises CheckpointError where nothing is found or several are.
     """
-    path = _path(name, setting)
+    path = path_of(name, setting)
     if path.is_dir():
         return _gguf_in(path, name, None, setting) or path
     if path.suffix == ".gguf" and path.exists():
         return path
     folder, _, wanted = name.rpartition(":")
-    if folder and _is_file_or_tag(wanted) and _path(folder, setting).is_dir():
-        return _gguf_in(_path(folder, setting), folder, wanted, setting) or path
+    if folder and _is_file_or_tag(wanted) and path_of(folder, setting).is_dir():
+        return _gguf_in(path_of(folder, setting), folder, wanted, setting) or path
     repository, _, wanted = name.partition(":")
     if not path.exists() and _is_id(repository):
         found = Repository(repository, offline, setting)
@@ -62,11 +63,22 @@ def gguf_names(folder: Path) -> list[str]:
     return sorted(file.relative_to(folder).as_posix() for file in files)
 
 
-def _path(name: str, setting: str) -> Path:
+def path_of(name: str, setting: str) -> Path:
+    """The path that `name` is, with the home folder in place of "~"; there need not be anything.
+
+    Raises CheckpointError, with the argument `setting`, for what no system can have or this user may not look at.
+    """
     try:
-        return Path(name).expanduser()
-    except RuntimeError as error:
-        raise CheckpointError(f"{name} is no folder ({reason(error)}): give the whole path as {setting}=") from error
+        path = Path(name).expanduser()
+        os.stat(path)
+    except FileNotFoundError:
+        return path
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOTDIR, errno.ELOOP):
+            return path
+        why = getattr(error, "strerror", None) or reason(error)
+        raise CheckpointError(f"{shown(name)} is no folder ({why}): give the whole path as {setting}=") from error
+    return path
 
 
 def _gguf_in(folder: Path, name: str, wanted: str | None, setting: str) -> Path | None:

@@ -9,11 +9,13 @@ import contextlib
 import hashlib
 import os
 import re
-import stat
 import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from edgemoe.checkpoint.foreign.foreign_file import read_file
+from edgemoe.errors import CheckpointError
 
 if TYPE_CHECKING:
     from edgemoe.checkpoint.checkpoint import Checkpoint
@@ -50,12 +52,8 @@ class StateFolder:
         """The content of the file `name`; None if it cannot be read or is larger than `max_nbytes`."""
         if self.path is None:
             return None
-        with contextlib.suppress(OSError, ValueError):
-            file = self.path / name
-            status = file.stat()
-            # Only regular files: opening a pipe would block.
-            if stat.S_ISREG(status.st_mode) and status.st_size <= max_nbytes:
-                return file.read_bytes()
+        with contextlib.suppress(CheckpointError, OSError, ValueError):
+            return read_file(self.path / name, max_nbytes)
         return None
 
     def write(self, name: str, data: bytes) -> None:

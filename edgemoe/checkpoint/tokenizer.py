@@ -9,6 +9,7 @@ from typing import Any, cast
 from edgemoe.checkpoint.chat_template import ChatPrompt, Messages
 from edgemoe.checkpoint.checkpoint import Checkpoint
 from edgemoe.checkpoint.foreign.text_length import check_text_length
+from edgemoe.checkpoint.foreign.tokenizer_values import check_tokenizer_files
 from edgemoe.checkpoint.gguf.gguf_tokenizer import tokenizer_of
 from edgemoe.checkpoint.prompts.token_ids import check_token_ids, read_token_ids
 from edgemoe.errors import CheckpointError, RequestError, told_as
@@ -66,6 +67,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
             "work with token ids"
         )
 
+    check_tokenizer_files(checkpoint.folder)
     with quiet_transformers(), told_as(unusable, of_files=True):
         return AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import load, save
 
 from edgemoe.cache.safetensors_store import SafetensorsStore
 from edgemoe.checkpoint.blueprint import Blueprint
+from edgemoe.checkpoint.foreign.foreign_json import parse_json
 from edgemoe.checkpoint.state_folder import StateFolder
 from edgemoe.draft.affinity import Affinity, compute
 from edgemoe.errors import reading
@@ -42,7 +42,7 @@ def read(state: StateFolder, experts: Sequence[int]) -> Affinity | None:
         return None
     try:
         tensors = load(data)
-    except (SafetensorError, ValueError, KeyError):
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError):
         return None
     if set(tensors) != {str(layer) for layer in range(len(experts))}:
         return None
@@ -76,7 +76,10 @@ def prepare(
     state.probe()
     with reading(blueprint.checkpoint.name):
         # Every byte is read once, so the page cache is bypassed.
-        store = SafetensorsStore(blueprint.checkpoint.files, layouts, blueprint.records, direct=True)
+        checkpoint = blueprint.checkpoint
+        store = SafetensorsStore(
+            checkpoint.files, layouts, blueprint.records, direct=True, identities=checkpoint.identities
+        )
         try:
             made = compute(store, on_progress, cancelled)
         finally:
@@ -91,8 +94,8 @@ def _metadata(data: bytes) -> object:
     """The metadata in the header of a safetensors file; None for a broken header."""
     length = int.from_bytes(data[:8], "little")
     try:
-        header = json.loads(data[8 : 8 + length])
-    except (ValueError, RecursionError):
+        header = parse_json(data[8 : 8 + length], unique=True)
+    except ValueError:
         return None
     return header.get("__metadata__") if isinstance(header, dict) else None
 

@@ -12,10 +12,12 @@ import psutil
 import torch
 
 from edgemoe.cache import accelerator
+from edgemoe.checkpoint.foreign.foreign_json import parse_json
 from edgemoe.checkpoint.state_folder import StateFolder
-from edgemoe.errors import PlanError
+from edgemoe.errors import PlanError, reason
 from edgemoe.plan.machine import cores, gpu_nbytes, processor_name
 from edgemoe.plan.performance_model import Locality, MachineSpeed, ModelShape, PerformanceModel, Routing, Times
+from edgemoe.values import shown
 
 if TYPE_CHECKING:
     from edgemoe.plan.plan import Plan
@@ -145,6 +147,8 @@ VERSION = 5
 """Version 4 did not record how much times differed. Files of other versions are ignored."""
 MAX_NBYTES = 1 << 20
 """Upper bound of a file's size; a larger one is ignored."""
+MAX_NUMBER, MAX_TEXT = 1e18, 200
+"""Of any number in it, and characters of any text."""
 _PARTS = {"shape": ModelShape, "speed": MachineSpeed, "routing": Routing, "locality": Locality, "times": Times}
 Part = TypeVar("Part")
 
@@ -204,12 +208,17 @@ def write_profile(state: StateFolder, profile: Profile) -> None:
 
 
 def read_profile(state: StateFolder, here: ProfileConditions) -> Profile | None:
-    """The stored profile; None without a valid one.
+    """The stored profile; None without one of this version.
 
-    Raises ForeignProfile if it was taken under other conditions than `here`: its times do not hold then.
+    Raises ForeignProfile if it is damaged, or was taken under other conditions than `here`: its times do not hold then.
     """
     data = state.read(NAME, MAX_NBYTES)
-    profile = _parsed(data) if data is not None else None
+    try:
+        profile = parse_profile(data) if data is not None else None
+    except ValueError as error:
+        raise ForeignProfile(
+            f"the profile in {state.path} is damaged ({error}) and is not used: take one with edgemoe profile"
+        ) from error
     if profile is None:
         return None
     difference = profile.conditions.difference(here)
@@ -221,23 +230,57 @@ def read_profile(state: StateFolder, here: ProfileConditions) -> Profile | None:
     return profile
 
 
-def _parsed(data: bytes) -> Profile | None:
+def parse_profile(data: bytes) -> Profile | None:
+    """The profile in the file's content `data`; None for another version.
+
+    Raises ValueError for anything that cannot be computed with.
+    """
+    kept = parse_json(data, finite=True)
+    if not isinstance(kept, dict) or (kept.get("format"), kept.get("version")) != (FORMAT, VERSION):
+        return None
     try:
-        kept = json.loads(data)
-        if not isinstance(kept, dict) or (kept.get("format"), kept.get("version")) != (FORMAT, VERSION):
-            return None
         parts: dict[str, Any] = {name: _part(kind, kept[name]) for name, kind in _PARTS.items()}
         points = tuple(_part(ProfilePoint, point) for point in kept["points"])
-        conditions = ProfileConditions(**kept["conditions"])
         card = None if kept["card"] is None else _part(CardSpeed, kept["card"])
-        return Profile(str(kept["taken"]), conditions, PerformanceModel(**parts), points, card)
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None
+        conditions = _conditions(kept["conditions"])
+        model = PerformanceModel(**parts)
+        _try(model)
+        taken = str(kept["taken"])[:MAX_TEXT]
+    except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
+        raise ValueError(reason(error)) from error
+    return Profile(taken, conditions, model, points, card)
+
+
+def _conditions(values: Mapping[str, Any]) -> ProfileConditions:
+    """The conditions in a file. Raises ValueError or TypeError unless each has its type."""
+    found = ProfileConditions(**values)
+    texts = (str, type(None))
+    for entry in fields(found):
+        value = getattr(found, entry.name)
+        # Annotations are texts here.
+        kinds = {"int": (int,), "str": (str,), "str | None": texts}.get(str(entry.type), (int, float, bool, type(None)))
+        if not isinstance(value, kinds) or (isinstance(value, str) and len(value) > MAX_TEXT):
+            raise ValueError(f"{entry.name} is {shown(value)}")
+    return found
+
+
+def _try(model: PerformanceModel) -> None:
+    """Raises ValueError or ArithmeticError unless the model gives times."""
+    for batch in (1, 1024):
+        for share in (0.0, 0.5, 1.0):
+            rate = model.hit_rate(share, batch)
+            found = [model.token_cost(batch, rate), model.tokens_per_second(batch, rate, 8, 2.0)]
+            if not all(math.isfinite(value) and value > 0 for value in found):
+                raise ValueError("its model gives no times")
 
 
 def _part(kind: type[Part], values: Mapping[str, Any]) -> Part:
-    """A dataclass of finite numbers, each at least 0. Raises ValueError, TypeError or KeyError for anything else."""
-    numbers = {entry.name: values[entry.name] for entry in fields(kind)}  # type: ignore[arg-type]
-    if not all(type(value) in (int, float) and math.isfinite(value) and value >= 0 for value in numbers.values()):
-        raise ValueError("a profile has finite numbers, each at least 0")
+    """A dataclass of numbers from 0 to 1e18. Raises ValueError, TypeError or KeyError for anything else."""
+    numbers: dict[str, Any] = {}
+    for entry in fields(kind):  # type: ignore[arg-type]
+        value = values[entry.name]
+        if type(value) not in (int, float) or not 0 <= value <= MAX_NUMBER:
+            raise ValueError(f"{entry.name} is {shown(value)}")
+        # Integers raised to the power of large ones take no end of time. Annotations are texts here.
+        numbers[entry.name] = float(value) if str(entry.type) == "float" else int(value)
     return kind(**numbers)

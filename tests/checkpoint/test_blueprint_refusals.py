@@ -142,7 +142,7 @@ def test_code_from_the_folder_is_never_run(folder: Path) -> None:
 
 def test_a_configuration_that_its_family_refuses(folder: Path) -> None:
     edit(folder / "config.json", lambda config: config.update(hidden_size="wide"))
-    refusal(folder, "config.json is not a valid mixtral configuration", "hidden_size")
+    refusal(folder, "config.json: hidden_size is 'wide'", "an integer from 1")
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float64, torch.uint8])

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from edgemoe import Engine, Plan
+from edgemoe.checkpoint.checkpoint import open_checkpoint
 from edgemoe.checkpoint.state_folder import StateFolder
+from edgemoe.demo import DEMO_NAME, demo_folder
 from edgemoe.plan.machine import Gpu
 from edgemoe.plan.profile import NAME, VERSION, ForeignProfile, ProfileConditions, read_profile, write_profile
 from tests.support.profiles import CARD, CONDITIONS, known_profile
@@ -109,16 +111,22 @@ def test_a_profile_of_an_older_version_is_ignored(state: StateFolder) -> None:
     older = known_profile().to_dict() | {"version": 1}
     for name in ("direct_reads", "host_tier"):
         del older["conditions"][name]
-    for version in (1, VERSION):
-        write_raw(state, older | {"version": version})
-        assert read_profile(state, CONDITIONS) is None
+    write_raw(state, older)
+    assert read_profile(state, CONDITIONS) is None
+    write_raw(state, older | {"version": VERSION})
+    with pytest.raises(ForeignProfile, match="is damaged"):
+        read_profile(state, CONDITIONS)
+
+
+@pytest.mark.parametrize("change", [{"format": "edgemoe heat"}, {"version": VERSION + 1}])
+def test_a_profile_of_another_format_is_ignored(state: StateFolder, change: dict[str, Any]) -> None:
+    write_raw(state, known_profile().to_dict() | change)
+    assert read_profile(state, CONDITIONS) is None
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"format": "edgemoe heat"},
-        {"version": VERSION + 1},
         {"times": {}},
         {"times": None},
         {"points": [{"batch": 1}]},
@@ -130,15 +138,42 @@ def test_a_profile_of_an_older_version_is_ignored(state: StateFolder) -> None:
         {"speed": {"memory": "fast", "arithmetic": 1, "link": 1}},
         {"speed": {"memory": 1, "arithmetic": 1, "link": -1}},
         {"speed": {"memory": float("nan"), "arithmetic": 1, "link": 1}},
+        {"speed": {"memory": 1, "arithmetic": 1, "link": 10**400}},
+        {"speed": {"memory": 0, "arithmetic": 1, "link": 1}},
+        {"speed": {"memory": 1, "arithmetic": 1, "link": 0}},
+        {"routing": {"experts": 8, "among": 1e18, "within": 1}},
+        {"routing": {"experts": 8, "among": 10**18, "within": 1}},
+        {"conditions": {**asdict(CONDITIONS), "link_gbps": "fast"}},
+        {"conditions": {**asdict(CONDITIONS), "cores": [4]}},
     ],
 )
-def test_an_invalid_profile_is_ignored(state: StateFolder, change: dict[str, Any]) -> None:
+def test_a_damaged_profile_is_not_used_and_the_plan_says_so(state: StateFolder, change: dict[str, Any]) -> None:
     write_raw(state, known_profile().to_dict() | change)
-    assert read_profile(state, CONDITIONS) is None
+    with pytest.raises(ForeignProfile, match=r"is damaged .* and is not used: take one with edgemoe profile"):
+        read_profile(state, CONDITIONS)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000])
-def test_a_file_that_is_no_profile_is_ignored(state: StateFolder, text: str) -> None:
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\xff", "[1" + "0" * 5000 + "]"])
+def test_a_file_that_is_no_json_is_damaged(state: StateFolder, text: str) -> None:
     assert state.path is not None
-    (state.path / NAME).write_text(text)
+    (state.path / NAME).write_text(text, encoding="latin-1")
+    with pytest.raises(ForeignProfile, match="is damaged"):
+        read_profile(state, CONDITIONS)
+
+
+def test_a_file_that_holds_something_else_is_ignored(state: StateFolder) -> None:
+    assert state.path is not None
+    (state.path / NAME).write_text("[]")
     assert read_profile(state, CONDITIONS) is None
+
+
+def test_a_plan_says_that_the_profile_is_damaged(tmp_path: Path) -> None:
+    plan = Engine.plan_for(None, device="cpu", state_folder=str(tmp_path))
+    assert plan.predicted is None
+    folder = StateFolder.of(open_checkpoint(demo_folder(), name=DEMO_NAME), tmp_path).path
+    assert folder is not None
+    folder.mkdir(parents=True)
+    (folder / NAME).write_text("{")
+    told = Engine.plan_for(None, device="cpu", state_folder=str(tmp_path)).predicted
+    assert told is not None
+    assert "is damaged" in told.refused

@@ -8,16 +8,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from edgemoe.checkpoint.foreign.config_values import MAX_LAYERS
 from edgemoe.checkpoint.gguf.gguf_config import config_of
 from edgemoe.checkpoint.gguf.gguf_file import GgufFile, GgufTensor
 from edgemoe.checkpoint.gguf.gguf_names import ARCHITECTURES, IGNORED, NEXTN, TOP, Names
 from edgemoe.checkpoint.packed.packed_tensor import MergedTensor, PackedTensor, Weight
 from edgemoe.checkpoint.tensor_entry import TensorEntry
-from edgemoe.errors import CheckpointError
+from edgemoe.errors import CheckpointError, told_as
 from edgemoe.formats.float_format import FloatFormat
 from edgemoe.formats.stacked_format import StackedFormat
+from edgemoe.values import shown
 
-LAYER = re.compile(r"^blk\.(\d+)\.(.+)$")
+LAYER = re.compile(r"^blk\.(\d{1,6})\.(.+)$")
 OLD_EXPERT = re.compile(r"^ffn_(gate|up|down)\.(\d+)\.weight$")
 """Mixtral's experts one by one, in files of early 2024."""
 OLD_NAMES = {"gate": "w1", "down": "w2", "up": "w3"}
@@ -35,10 +37,15 @@ def gguf_config(file: GgufFile, name: str) -> dict[str, Any]:
             f"{name} is not a Mixture-of-Experts model ({file.architecture} without experts): "
             "edgemoe reads no other GGUF files"
         )
-    try:
+    layers = file.get("block_count")
+    if layers is not None and not (type(layers) is int and 1 <= layers <= MAX_LAYERS):
+        raise CheckpointError(
+            f"{name}: block_count is {shown(layers)}, and must be an integer from 1 to {MAX_LAYERS}: "
+            "fetch the file again"
+        )
+    incomplete = f"{name} ({file.architecture}) does not say its configuration"
+    with told_as(lambda why: CheckpointError(f"{incomplete}: {why}")):
         found = config_of(file)
-    except (KeyError, ValueError, TypeError, StopIteration, ZeroDivisionError, OverflowError) as error:
-        raise CheckpointError(f"{name} ({file.architecture}) does not say its configuration: {error}") from error
     if found is None:
         raise _unknown(file, name)
     return found

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import stat
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +16,13 @@ from typing import Any, BinaryIO
 
 import torch
 
+from edgemoe.cache.file_reader import FileIdentity
+from edgemoe.checkpoint.foreign.foreign_file import check_file, open_file
 from edgemoe.errors import CheckpointError
 from edgemoe.formats.float_format import FloatFormat
 from edgemoe.formats.gguf_format import BLOCKS, IDS, GgufFormat
 from edgemoe.formats.weight_format import WeightFormat
+from edgemoe.values import shown
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 SCALARS = {
@@ -35,9 +37,13 @@ OTHER_TYPES = {
     40: "NVFP4",
 }  # fmt: skip
 """Types that are not read, for messages."""
-MAX_HEADER = 256 << 20
+MAX_HEADER = 64 << 20
 """Bytes that a header may take: those of the largest vocabularies take 20 MB."""
-MAX_DIMENSIONS, MAX_ENTRIES, MAX_NESTING = 4, 1 << 20, 2
+MAX_DIMENSIONS, MAX_ENTRIES, MAX_NESTING = 4, 1 << 17, 2
+MAX_VALUES = 1 << 22
+"""Values of all arrays: tokens, scores, types and merges of the largest vocabularies are 2 million."""
+MAX_NAME = 1000
+"""Characters of a name."""
 ALIGNMENT = 32
 SPLIT = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.gguf$")
 
@@ -60,6 +66,8 @@ class GgufFile:
     files: tuple[Path, ...]
     metadata: Mapping[str, Any]
     tensors: Mapping[str, GgufTensor]
+    identities: tuple[FileIdentity, ...] = ()
+    """Those of `files` before their headers were read."""
 
     @property
     def architecture(self) -> str:
@@ -80,7 +88,10 @@ def read_gguf(path: Path) -> GgufFile:
     paths = _parts(path)
     metadata: dict[str, Any] = {}
     tensors: dict[str, GgufTensor] = {}
+    identities = []
     for number, file in enumerate(paths):
+        check_file(file)
+        identities.append(FileIdentity.of(file))
         found, own = _read(file, number)
         metadata = metadata or found
         for name, tensor in own.items():
@@ -90,7 +101,7 @@ def read_gguf(path: Path) -> GgufFile:
     count = metadata.get("split.count", len(paths))
     if isinstance(count, int) and count > 1 and count != len(paths):
         raise CheckpointError(f"{path} is one of {count} files: give the first one, named …-00001-of-{count:05}.gguf")
-    return GgufFile(tuple(paths), metadata, tensors)
+    return GgufFile(tuple(paths), metadata, tensors, tuple(identities))
 
 
 def _parts(path: Path) -> list[Path]:
@@ -109,12 +120,10 @@ def _parts(path: Path) -> list[Path]:
 
 
 def _read(path: Path, number: int) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
+    stream, size = open_file(path)
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{path} is no file: give a GGUF file")
-        with path.open("rb") as stream:
-            return _Header(path, stream, status.st_size).read(number)
+        with stream:
+            return _Header(path, stream, size).read(number)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror or error}): give it to this user") from error
 
@@ -128,6 +137,8 @@ class _Header:
         self._size = size
         self._limit = min(size, MAX_HEADER)
         self._at = 0
+        self._values = 0
+        """Values of arrays read so far."""
 
     def read(self, number: int) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
         """The metadata and the tensors of file `number`."""
@@ -141,7 +152,9 @@ class _Header:
             raise self._damaged(f"{tensors} tensors and {entries} entries")
         metadata = {}
         for _ in range(entries):
-            key = self._text()
+            key = self._name()
+            if key in metadata:
+                raise self._damaged(f"{shown(key)} twice")
             metadata[key] = self._value(self._number("<I"), 0)
         table = [self._tensor() for _ in range(tensors)]
         alignment = metadata.get("general.alignment", ALIGNMENT)
@@ -169,7 +182,7 @@ class _Header:
         return found
 
     def _tensor(self) -> tuple[str, tuple[int, ...], WeightFormat, int, int]:
-        name = self._text()
+        name = self._name()
         dimensions = self._number("<I")
         if not 1 <= dimensions <= MAX_DIMENSIONS:
             raise self._damaged(f"{name} with {dimensions} dimensions")
@@ -196,13 +209,20 @@ class _Header:
         if kind != ARRAY or depth >= MAX_NESTING:
             raise self._damaged(f"metadata of the type {kind}")
         inner, count = self._number("<I"), self._number("<Q")
-        if count > self._limit - self._at:
+        self._values += count
+        if count > self._limit - self._at or self._values > MAX_VALUES:
             raise self._damaged(f"an array of {count} entries")
         if inner in SCALARS:
             code = SCALARS[inner]
             return list(struct.unpack(f"<{count}{code[1:]}", self._take(count * struct.calcsize(code))))
         read: Callable[[], Any] = self._text if inner == TEXT else lambda: self._value(inner, depth + 1)
         return [read() for _ in range(count)]
+
+    def _name(self) -> str:
+        found = self._text()
+        if len(found) > MAX_NAME:
+            raise self._damaged(f"a name of {len(found)} characters")
+        return found
 
     def _text(self) -> str:
         return self._take(self._number("<Q")).decode("utf-8", errors="replace")

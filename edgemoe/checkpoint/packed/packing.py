@@ -17,8 +17,9 @@ import torch
 
 from edgemoe.cache.record import host_bytes
 from edgemoe.checkpoint.blueprint import Blueprint
-from edgemoe.checkpoint.checkpoint import DTYPES, INDEX
+from edgemoe.checkpoint.checkpoint import INDEX
 from edgemoe.checkpoint.dense_loader import LazyTensor
+from edgemoe.checkpoint.foreign.safetensors_table import DTYPES
 from edgemoe.checkpoint.packed.packed_names import StoredTensor, description, quantization_config, stored_tensors
 from edgemoe.checkpoint.packed.packing_choice import Chosen, chosen_weights
 from edgemoe.checkpoint.tensor_entry import TensorEntry

@@ -5,7 +5,6 @@ Names and layouts are those of the libraries that write them. What cannot be rea
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,10 +12,11 @@ from typing import Any
 
 import torch
 
+from edgemoe.checkpoint.foreign.foreign_json import parse_json
 from edgemoe.checkpoint.packed.packed_names import TRANSPOSED
 from edgemoe.checkpoint.packed.packed_tensor import PackedTensor, fits
 from edgemoe.checkpoint.tensor_entry import TensorEntry
-from edgemoe.errors import CheckpointError
+from edgemoe.errors import CheckpointError, told_as
 from edgemoe.formats.bnb_format import BnbFourBitFormat, BnbInt8Format
 from edgemoe.formats.fp8_format import Fp8Format
 from edgemoe.formats.gptq_format import GptqFormat
@@ -27,6 +27,8 @@ from edgemoe.formats.nvfp4_format import Nvfp4Format
 
 Tensors = Mapping[str, TensorEntry]
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+MAX_STATE = 1 << 20
+"""Bytes of what bitsandbytes says of one weight."""
 WIDTHS = (2, 4, 8)
 """Bits of integers that fill their words."""
 
@@ -60,16 +62,13 @@ def unpack(tensors: Tensors, config: Mapping[str, Any], name: str, read: Read) -
     method = check_method(config, name)
     reader = METHODS[method]
     left, packed = dict(tensors), {}
-    try:
+    unreadable = f"{name} says of its quantisation ({method}) what cannot be read"
+    with told_as(lambda why: CheckpointError(f"{unreadable}: {why}"), of_files=True):
         for found in reader(tensors, config, read):
             _check(found)
             packed[found.name] = found.weight
             for key in found.used:
                 left.pop(key, None)
-    except CheckpointError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
-        raise CheckpointError(f"{name} says of its quantisation ({method}) what cannot be read: {error}") from error
     if not packed:
         raise CheckpointError(f"{name} says that it is quantised ({method}), and has no packed weights: fetch it again")
     return Unpacked(left, packed)
@@ -280,7 +279,7 @@ def _four_bit(
     key: str, entry: TensorEntry, state: str, tensors: Tensors, read: Read, config: Mapping[str, Any]
 ) -> Found:
     place = tensors[state]
-    said: dict[str, Any] = json.loads(read(place.file, place.offset, place.nbytes))
+    said: dict[str, Any] = parse_json(read(place.file, place.offset, min(place.nbytes, MAX_STATE)))
     *stack, rows, columns = (int(side) for side in said["shape"])
     kind = BnbFourBitFormat(state.rpartition("__")[2], columns, int(said["blocksize"]))
     table = tensors[f"{key}.quant_map"]
