@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -242,3 +243,26 @@ def test_sixty_four_at_once_are_one_batch_and_say_what_single_ones_say(server: R
     assert asyncio.run(all_at_once()) == wanted
     # One by one they would take a step for every token.
     assert server.engine.stats.steps - before < 64 * 24 / 4
+
+
+def test_a_reply_has_the_form_that_is_asked_for(client: Any) -> None:
+    schema = {
+        "type": "object", "properties": {"sum": {"type": "integer"}}, "required": ["sum"],
+        "additionalProperties": False,
+    }  # fmt: skip
+    form: Any = {"type": "json_schema", "json_schema": {"name": "sum", "schema": schema, "strict": True}}
+    reply = client.chat.completions.create(
+        model=NAME, messages=QUESTION, temperature=0, max_tokens=64, response_format=form
+    )
+    assert isinstance(json.loads(reply.choices[0].message.content)["sum"], int)
+    text: Any = {"format": {"type": "json_schema", "name": "sum", "schema": schema, "strict": True}}
+    response = client.responses.create(model=NAME, input=QUESTION, temperature=0, max_output_tokens=64, text=text)
+    assert response.output_text == reply.choices[0].message.content
+    with pytest.raises(openai.BadRequestError, match="response_format"):
+        client.chat.completions.create(model=NAME, messages=QUESTION, response_format={"type": "xml"})
+
+
+def test_tools_that_the_template_does_not_read_are_refused(client: Any) -> None:
+    tools: Any = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    with pytest.raises(openai.BadRequestError, match="does not read tools"):
+        client.chat.completions.create(model=NAME, messages=QUESTION, tools=tools)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from edgemoe import ChatPrompt, Chunk, Completion
-from edgemoe.results import TokenLogprob
+from edgemoe.results import TokenLogprob, ToolCall
 from edgemoe.server.protocols import anthropic_input, responses_input
 from edgemoe.server.protocols.anthropic_messages import MessageReply
 from edgemoe.server.protocols.errors import ApiError, api_error
@@ -301,3 +301,64 @@ def test_errors_have_the_types_of_each_protocol() -> None:
         error = ApiError(status, "x")
         assert error.openai()["error"]["type"] == openai
         assert error.anthropic()["error"]["type"] == anthropic
+
+
+# --- calls of tools ------------------------------------------------------------------------------
+
+CALLS = (ToolCall("c1", "f", '{"x": 1}'), ToolCall("c2", "g", "{}"))
+CALLING = [chunk("Let me see.", number=1), chunk(end="stop", number=2, tool_calls=CALLS)]
+
+
+def test_calls_in_a_chat() -> None:
+    told = events(ChatReply({"messages": USER, "stream": True}, SERVED), CALLING)
+    last = told[-1]["choices"][0]
+    assert last["finish_reason"] == "tool_calls"
+    assert [(call["index"], call["id"], call["function"]["arguments"]) for call in last["delta"]["tool_calls"]] == [
+        (0, "c1", '{"x": 1}'),
+        (1, "c2", "{}"),
+    ]
+    whole = ChatReply({"messages": USER}, SERVED).whole([Completion.from_chunks(CALLING, ())])
+    assert whole["choices"][0]["finish_reason"] == "tool_calls"
+    assert [call["function"]["name"] for call in whole["choices"][0]["message"]["tool_calls"]] == ["f", "g"]
+
+
+def test_calls_in_a_response() -> None:
+    told = events(ResponseReply({"input": "Hi", "stream": True}, SERVED), CALLING)
+    output = told[-1]["response"]["output"]
+    assert [item["type"] for item in output] == ["message", "function_call", "function_call"]
+    assert output[1]["arguments"] == '{"x": 1}'
+    done = [event for event in told if event["type"] == "response.function_call_arguments.done"]
+    assert [(event["output_index"], event["name"]) for event in done] == [(1, "f"), (2, "g")]
+    whole = ResponseReply({"input": "Hi"}, SERVED).whole([Completion.from_chunks(CALLING, ())])
+    assert [item["type"] for item in whole["output"]] == ["message", "function_call", "function_call"]
+
+
+def test_calls_in_a_message() -> None:
+    told = events(MessageReply({"messages": USER, "max_tokens": 9, "stream": True}, SERVED), CALLING)
+    begun = [event["content_block"] for event in told if event["type"] == "content_block_start"]
+    assert [(block["type"], block.get("name")) for block in begun] == [
+        ("text", None),
+        ("tool_use", "f"),
+        ("tool_use", "g"),
+    ]
+    given = [
+        event["delta"]["partial_json"] for event in told if event.get("delta", {}).get("type") == "input_json_delta"
+    ]
+    assert given == ['{"x": 1}', "{}"]
+    assert told[-2]["delta"]["stop_reason"] == "tool_use"
+    whole = MessageReply({"messages": USER, "max_tokens": 9}, SERVED).whole([Completion.from_chunks(CALLING, ())])
+    assert [block.get("input") for block in whole["content"]] == [None, {"x": 1}, {}]
+
+
+def test_tools_reach_the_prompt() -> None:
+    function = {"name": "f", "parameters": {"type": "object"}}
+    tools = [{"type": "function", "function": function}]
+    bodies: list[tuple[type[Any], dict[str, Any]]] = [
+        (ChatReply, {"tools": tools, "tool_choice": "required"}),
+        (ResponseReply, {"tools": [{"type": "function", **function}], "tool_choice": "required"}),
+        (MessageReply, {"tools": [{"name": "f", "input_schema": {"type": "object"}}], "tool_choice": {"type": "any"}}),
+    ]
+    for kind, more in bodies:
+        (prompt, _) = kind(BODIES[kind] | more, SERVED).asked[0]
+        assert [dict(tool) for tool in prompt.tools] == tools
+        assert prompt.tool_choice == "required"

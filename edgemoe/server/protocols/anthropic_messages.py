@@ -55,7 +55,7 @@ class MessageReply(Reply):
             events += self._add("thinking", "thinking_delta", chunk.reasoning)
         if chunk.text:
             events += self._add("text", "text_delta", chunk.text)
-        for call in getattr(chunk, "tool_calls", ()):
+        for call in chunk.tool_calls:
             events += self._end_block()
             events += self._begin_block("tool_use", {"id": call.id, "name": call.name, "input": {}})
             events += self._add("tool_use", "input_json_delta", call.arguments)
@@ -78,7 +78,7 @@ class MessageReply(Reply):
             content.append({"type": "thinking", "thinking": completion.reasoning, "signature": ""})
         if completion.text:
             content.append({"type": "text", "text": completion.text})
-        for call in getattr(completion, "tool_calls", ()):
+        for call in completion.tool_calls:
             content.append({"type": "tool_use", "id": call.id, "name": call.name, "input": json.loads(call.arguments)})
         timings = completion.timings
         usage = Usage(timings.prompt_tokens, timings.shared_tokens, timings.generated_tokens)
@@ -98,7 +98,7 @@ class MessageReply(Reply):
 
     def _stop_reason(self, end: Chunk | Completion) -> tuple[str, str | None]:
         """Why the message ended, and the stop sequence of the request that it ended before."""
-        if getattr(end, "tool_calls", ()):
+        if end.tool_calls:
             return "tool_use", None
         if end.stop_text in self._stops:
             return "stop_sequence", end.stop_text

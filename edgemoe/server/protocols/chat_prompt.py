@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from edgemoe.checkpoint.chat_messages import check_chat
 from edgemoe.checkpoint.chat_template import ChatPrompt
 from edgemoe.server.protocols import fields
 
 
 def chat_prompt(body: Mapping[str, Any]) -> ChatPrompt:
-    """The conversation of `body`, with its tools and the variables of the template. Raises FieldError."""
+    """The conversation of `body`, its tools and the variables of the template. Raises FieldError and RequestError."""
     messages = [_as_known(message) for message in fields.messages(body.get("messages"))]
-    return ChatPrompt(messages, fields.template_kwargs(body))
+    tools = fields.tools(body)
+    check_chat(messages, **tools)
+    return ChatPrompt(messages, fields.template_kwargs(body), **tools)
 
 
 def _as_known(message: dict[str, Any]) -> dict[str, Any]:

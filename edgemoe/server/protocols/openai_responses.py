@@ -53,7 +53,7 @@ class ResponseReply(Reply):
         events = self._add("reasoning", chunk.reasoning, None) if chunk.reasoning else []
         if chunk.text or chunk.logprobs:
             events += self._add("message", chunk.text, chunk.logprobs)
-        for call in getattr(chunk, "tool_calls", ()):
+        for call in chunk.tool_calls:
             events += self._end_item() + self._call(call)
         return events
 
@@ -72,7 +72,7 @@ class ResponseReply(Reply):
             self._add("reasoning", completion.reasoning, None)
         if completion.text or completion.logprobs:
             self._add("message", completion.text, completion.logprobs)
-        for call in getattr(completion, "tool_calls", ()):
+        for call in completion.tool_calls:
             self._end_item()
             self._call(call)
         self._reason = completion.finish_reason
