@@ -36,7 +36,7 @@ def cache_of(engine: Engine) -> ExpertCache:
 def test_replies_are_the_same_while_the_cache_shrinks_and_grows(engine: Engine, expected: tuple[int, ...]) -> None:
     stream = engine.stream("abc", SETTINGS)
     tokens = list(next(stream).token_ids)
-    sizes = iter([4, 20, "10%", "100%", 5, 32] * 10)
+    sizes: Iterator[str | int] = iter([4, 20, "10%", "100%", 5, 32] * 10)
     for chunk in stream:
         tokens += chunk.token_ids
         plan = engine.resize(next(sizes))
