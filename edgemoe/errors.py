@@ -12,6 +12,7 @@ Each message is one sentence for the user: the value, the limit, and the option 
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -45,6 +46,23 @@ def reason(error: BaseException) -> str:
 def unreadable(name: str, error: OSError) -> CheckpointError:
     """The error to raise where the files of the checkpoint called `name` could be read before and now raise `error`."""
     return CheckpointError(f"{name} cannot be read any more ({error}): fetch it again")
+
+
+class TracebackText(Exception):
+    """The traceback of an error that had one, as text."""
+
+    def __str__(self) -> str:
+        return f"\n\n{self.args[0]}"
+
+
+def without_frames(error: BaseException) -> None:
+    """Replaces the traceback of `error`, and what it was raised from, by their text.
+
+    Whoever keeps the error would keep all that the functions held which it has left or passed, such as a model.
+    """
+    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    error.__traceback__ = error.__context__ = None
+    error.__cause__ = TracebackText(text)
 
 
 @contextmanager

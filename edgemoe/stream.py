@@ -18,8 +18,6 @@ class Stream(Iterator[Chunk]):
     manager it closes itself, and so it does when nobody has it any more.
     """
 
-    _over = True
-
     def __init__(self, worker: Worker, request: Request, model: str, engine: object) -> None:
         """`request` is the worker's. `model` is its name, for messages; `engine` lives as long as the stream."""
         self._worker = worker
@@ -28,6 +26,7 @@ class Stream(Iterator[Chunk]):
         self._engine = engine
         self._prompt_done = 0
         self._over = False
+        worker.watch(self, request)
 
     @property
     def prompt_tokens(self) -> int:
@@ -75,14 +74,14 @@ class Stream(Iterator[Chunk]):
             raise StopIteration
         try:
             chunk = self._next_chunk()
+            if self._over:
+                # Another thread has closed it.
+                raise StopIteration
+            self._over = chunk.finish_reason is not None
+            return chunk
         except BaseException:
             self.close()
             raise
-        if self._over:
-            # Another thread has closed it.
-            raise StopIteration
-        self._over = chunk.finish_reason is not None
-        return chunk
 
     def completion(self, lossy: str = "") -> Completion:
         """The whole reply, once it has ended. No chunk may have been taken. Raises as `__next__` does.
@@ -125,9 +124,6 @@ class Stream(Iterator[Chunk]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
         self.close()
 
     def _next_chunk(self) -> Chunk:

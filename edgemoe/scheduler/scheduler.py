@@ -149,9 +149,11 @@ class Scheduler:
         return Committed(generated, verified)
 
     def fail(self, step: ScheduledStep, error: BaseException) -> None:
-        """Ends every request of `step` with `error`."""
+        """Ends every request of `step` with `error`; one that was cancelled meanwhile ends as in `abort`."""
         for request, _ in step.parts:
             request.fail(error)
+            if request.error is None:
+                self._take_back(request)
 
     def fail_all(self, error: BaseException) -> None:
         """Ends every request with `error`."""
@@ -168,9 +170,7 @@ class Scheduler:
         """
         for request, _ in step.parts:
             request.cancel()
-            if request.cache is not None and not request.cache.restore():
-                self._leave(request)
-                self.kv.release(request.release_cache())
+            self._take_back(request)
 
     def release(self) -> None:
         """Takes finished requests out of the batch and keeps their KV caches for those that come next."""
@@ -281,6 +281,12 @@ class Scheduler:
         self.kv.release(request.release_cache())
         self._waiting.put_back(request)
         self.totals.preemptions += 1
+
+    def _take_back(self, request: Request) -> None:
+        """Takes the KV cache of a request that has ended back to the step before, or frees it."""
+        if request.cache is not None and not request.cache.restore():
+            self._leave(request)
+            self.kv.release(request.release_cache())
 
     def _leave(self, request: Request) -> None:
         self._running.remove(request)

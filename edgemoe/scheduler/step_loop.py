@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from edgemoe.draft.proposal import StepReport
 from edgemoe.draft.speculation import Speculation
+from edgemoe.errors import without_frames
 from edgemoe.request.request import Request
 from edgemoe.scheduler.scheduler import Scheduler
 from edgemoe.scheduler.step import Committed, ScheduledStep, StepOutputs
@@ -52,6 +53,7 @@ class StepLoop:
             self.scheduler.abort(step)
             self.speculation.abandon()
         except BaseException as error:
+            without_frames(error)
             self.scheduler.fail(step, error)
             self.speculation.abandon()
             if not isinstance(error, Exception):
