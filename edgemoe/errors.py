@@ -76,8 +76,16 @@ def reading(name: str) -> Iterator[None]:
 
 _DEVICE_ERRORS = ("OutOfMemoryError", "AcceleratorError")
 """Names in torch; an older torch lacks the second."""
-_DEVICE_TEXTS = ("out of memory", "CUDA error", "can't allocate memory", "DefaultCPUAllocator")
+_MEMORY_TEXTS = ("out of memory", "can't allocate memory", "DefaultCPUAllocator")
+_DEVICE_TEXTS = (*_MEMORY_TEXTS, "CUDA error")
 """In the text of the plain RuntimeErrors that torch raises for the same faults."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the host or a device had no memory left."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _MEMORY_TEXTS)
 
 
 def is_device_or_memory_error(error: BaseException) -> bool:

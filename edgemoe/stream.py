@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from types import TracebackType
 
-from edgemoe.errors import EdgeMoEError, LogitsError, unreadable
+from edgemoe.errors import EdgeMoEError, LogitsError, is_out_of_memory, reason, unreadable
 from edgemoe.request.request import Request
 from edgemoe.results import Chunk, Completion
 from edgemoe.worker import Worker
@@ -141,6 +141,11 @@ class Stream(Iterator[Chunk]):
             return error
         if isinstance(error, OSError):
             told: EdgeMoEError = unreadable(self._model, error)
+        elif error is not None and is_out_of_memory(error):
+            told = EdgeMoEError(
+                f"there was no memory for a step, with half as many sequences and tokens either ({reason(error)}): "
+                "give a smaller expert_cache=, batch=, prefill_chunk= or context="
+            )
         else:
             told = EdgeMoEError(f"a step that this request was part of failed ({error!r}): ask again")
         told.__cause__ = error
