@@ -92,6 +92,13 @@ MEASUREMENTS = {
         "device-order": "table patches, copies, evictions and launches over random schedules of a stand-in device",
         "device-plan": "bytes that loading and decoding take of a card, counted without one, against the plan",
     },
+    "guest": {
+        "cancel": "how long replies and engines take to end at random moments, against one layer's time",
+        "interrupt": "KeyboardInterrupt at random moments of library calls and chats: what hangs, is lost or wrong",
+        "faults": "faults of disks, links, memory and files in every phase: a clear error or the right reply",
+        "soak": "an hour of everything at once, with the laws of slots, pins, bytes and replies",
+        "close": "memory, threads and files after twenty engines that were closed or dropped",
+    },
     "device": {
         "device": "what the CUDA path does on a card: whether it is right, and the figures that decide its design",
     },

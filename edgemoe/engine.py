@@ -25,7 +25,7 @@ from edgemoe.plan.plan import Plan
 from edgemoe.planner import make_plan
 from edgemoe.request.request import Request
 from edgemoe.results import ChatChunks, Completion, Progress, Stats, chat_completion
-from edgemoe.runtime import Runtime
+from edgemoe.runtime import Runtime, Transports
 from edgemoe.sampling import ResolvedSampling, Sampling, given_sampling, read_pair, resolve
 from edgemoe.scheduler.step_loop import StepLoop
 from edgemoe.stream import Stream
@@ -56,11 +56,12 @@ class Engine:
         config: EngineConfig,
         on_progress: Callable[[Progress], None],
         stop: threading.Event | None = None,
+        transports: Transports | None = None,
     ) -> None:
-        """Loads the model of `blueprint`, or of what it returns; see `load`."""
+        """Loads the model of `blueprint`, or of what it returns; see `load`. `transports` are for trying faults."""
         open_blueprint = blueprint if callable(blueprint) else lambda: blueprint
         self._config = config
-        self._worker = Worker(partial(_load, open_blueprint, config, on_progress), self)
+        self._worker = Worker(partial(_load, open_blueprint, config, on_progress, transports), self)
         self._finalizer = weakref.finalize(self, _close_forgotten, self._worker)
         try:
             self._worker.start()
@@ -325,6 +326,7 @@ def _load(
     open_blueprint: Callable[[], Blueprint],
     config: EngineConfig,
     on_progress: Callable[[Progress], None],
+    transports: Transports | None,
     poll: Callable[[], None],
 ) -> Loaded:
     """Loads a model, and calls `poll` on the way."""
@@ -335,7 +337,7 @@ def _load(
 
     blueprint = open_blueprint()
     poll()
-    loaded = Loaded(blueprint, config, progressed)
+    loaded = Loaded(blueprint, config, progressed, transports)
     try:
         poll()
     except BaseException:
