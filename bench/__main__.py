@@ -85,19 +85,17 @@ MEASUREMENTS = {
     },
     "guest": {
         "give-back": "another process takes memory in steps, and gives it back: the cache and the replies meanwhile",
+        "cancel": "how long replies and engines take to end at random moments, against one layer's time",
+        "interrupt": "KeyboardInterrupt at random moments of library calls and chats: what hangs, is lost or wrong",
+        "faults": "faults of disks, links, memory and files in every phase: a clear error or the right reply",
+        "soak": "an hour of everything at once, with the laws of slots, pins, bytes and replies",
+        "close": "memory, threads and files after twenty engines that were closed or dropped",
     },
     "no_card": {
         "device-census": "what a step queues on a card and what the host waits for, counted without one",
         "device-kernels": "every format's kernels for cards against the plain form, in Triton's interpreter",
         "device-order": "table patches, copies, evictions and launches over random schedules of a stand-in device",
         "device-plan": "bytes that loading and decoding take of a card, counted without one, against the plan",
-    },
-    "guest": {
-        "cancel": "how long replies and engines take to end at random moments, against one layer's time",
-        "interrupt": "KeyboardInterrupt at random moments of library calls and chats: what hangs, is lost or wrong",
-        "faults": "faults of disks, links, memory and files in every phase: a clear error or the right reply",
-        "soak": "an hour of everything at once, with the laws of slots, pins, bytes and replies",
-        "close": "memory, threads and files after twenty engines that were closed or dropped",
     },
     "device": {
         "device": "what the CUDA path does on a card: whether it is right, and the figures that decide its design",

@@ -30,6 +30,8 @@ class Faults:
         """The error of every transfer that starts."""
         self.after = 0
         """Reads or transfers that go well before the fault."""
+        self.hung: threading.Event | None = None
+        """What lets reads that hang return."""
 
     def lift(self) -> None:
         """No fault from now on."""

@@ -160,19 +160,14 @@ class Scheduler:
                 self._take_back(request)
 
     def relieve(self, step: ScheduledStep) -> bool:
-        """Has `step`, whose pass found no memory, begin again with more: no cached prefix, half of the sequences.
-
-        Its requests give their KV caches up. Returns False, and does nothing, where that was tried without success.
-        """
+        """Has `step`, whose pass found no memory, begin again with more; False where that was tried before."""
         if not self._relief.tighten():
             return False
         self._prefixes.clear()
         in_step = {request for request, _ in step.parts}
         for request in [each for each in reversed(self._running) if each in in_step]:
-            if request.finished:
-                self._take_back(request)
-            else:
-                self._preempt(request)
+            # Its KV cache is half written, and takes memory.
+            (self._take_back if request.finished else self._preempt)(request)
         return True
 
     def fail_all(self, error: BaseException) -> None:
