@@ -1,4 +1,4 @@
-"""`faults`: faults of disks, links, memory and files in every phase of a request; what its replies are, during and after.
+"""`faults`: faults of disks, links, memory and files in every phase of a request: its replies, during and after.
 
 The faults are put around the store and the link that the engine makes; no part of the engine is replaced.
 """
