@@ -87,6 +87,11 @@ MEASUREMENTS = {
         "serve-clients": "the server's clients, 64 at once, slow ones and leavers, against the library's replies",
         "fuzz": "a million mutated and broken inputs of every reader of foreign files: errors, hangs, memory",
         "give-back": "another process takes memory in steps, and gives it back: the cache and the replies meanwhile",
+        "cancel": "how long replies and engines take to end at random moments, against one layer's time",
+        "interrupt": "KeyboardInterrupt at random moments of library calls and chats: what hangs, is lost or wrong",
+        "faults": "faults of disks, links, memory and files in every phase: a clear error or the right reply",
+        "soak": "an hour of everything at once, with the laws of slots, pins, bytes and replies",
+        "close": "memory, threads and files after twenty engines that were closed or dropped",
     },
     "no_card": {
         "device-census": "what a step queues on a card and what the host waits for, counted without one",

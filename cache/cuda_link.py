@@ -13,7 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ import torch
 from edgemoe.cache import accelerator
 from edgemoe.cache.host_buffer import HostBuffer
 from edgemoe.cache.host_store import HostStore
-from edgemoe.cache.link import Link, Priority, Throttle, Transfer
+from edgemoe.cache.link import CLOSE_SECONDS, Link, Priority, ReaderThreads, Throttle, Transfer, read_error
 from edgemoe.cache.record import ExpertId
 from edgemoe.cache.store import ExpertStore
 
@@ -156,7 +156,7 @@ class CudaLink(Link):
         self._store = store
         self._streams = streams
         self._throttle = throttle
-        self._readers = ThreadPoolExecutor(readers, "edgemoe-read")
+        self._readers = ReaderThreads(readers, "edgemoe-read")
         self._ring: list[tuple[HostBuffer, Any]] = [(streams.staging(store.slot_nbytes), None) for _ in range(staging)]
         self._last_use: dict[int, Any] = {}
         self._last_use_of_others: Any = None
@@ -178,6 +178,8 @@ class CudaLink(Link):
         """Prefetches on the device's queue whose end the dispatching thread has not seen."""
         self._order = itertools.count()
         self._closed = False
+        self._left_alone = False
+        """Whether `close` has not waited for the dispatching thread: slots and buffers may be gone."""
         self._thread = self._start_dispatching()
 
     def start(self, expert: ExpertId, slot: int, memory: torch.Tensor, priority: Priority) -> Transfer:
@@ -250,8 +252,10 @@ class CudaLink(Link):
             for queue in self._queues.values():
                 queue.clear()
             self._work.notify()
-        self._thread.join()
-        self._readers.shutdown()
+        self._thread.join(CLOSE_SECONDS)
+        # Where that waits for a read, its buffer and a thread stay with the read until it returns.
+        self._left_alone = self._thread.is_alive()
+        self._readers.shutdown(0 if self._left_alone else CLOSE_SECONDS)
         for copy in self._in_flight:
             self._streams.block(copy.event)
         with self._lock:
@@ -312,8 +316,8 @@ class CudaLink(Link):
             copy, memory = entry
             try:
                 self._serve(copy, memory)
-            except Exception as error:
-                copy.error = error
+            except BaseException as error:
+                copy.error = read_error(error)
                 copy.done = True
             with self._lock:
                 self._issued.notify_all()
@@ -367,6 +371,8 @@ class CudaLink(Link):
                     self._leave_bus()
             for read in reads:
                 read.result()
+            if self._left_alone:
+                raise RuntimeError("a read returned after the end of its link")
             Throttle.sleep_until(arrival)
             copy.fetched = time.perf_counter() - started
             self._issue(copy, memory, buffer.memory)

@@ -1,12 +1,14 @@
-"""The interface of links, which move records into slots; their transfers; and a simulated bandwidth."""
+"""The interface of links, which move records into slots; their transfers and readers; and a simulated bandwidth."""
 
 from __future__ import annotations
 
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from enum import IntEnum
+from queue import SimpleQueue
 
 import torch
 
@@ -51,7 +53,7 @@ class Link(ABC):
 
     @abstractmethod
     def start(self, expert: ExpertId, slot: int, memory: torch.Tensor, priority: Priority) -> Transfer:
-        """Starts to load the record of `expert` into `memory`, the slot `slot`. Never blocks on the data.
+        """Starts to load the record of `expert` into `memory`, the slot `slot`. Never blocks on the data or raises.
 
         `memory` is uint8 [slot bytes] on the device. Only the link may write it until the transfer is done.
         """
@@ -87,6 +89,52 @@ class Link(ABC):
         A read that has not returned after `CLOSE_SECONDS` is left alone with its thread, a daemon: the memory that it
         writes to stays its own, and is freed when it returns.
         """
+
+
+class ReaderThreads:
+    """Daemon threads that call functions: at its end a process does not wait for a read that never returns."""
+
+    def __init__(self, count: int, name: str) -> None:
+        self._calls: SimpleQueue[tuple[Future[None], Callable[[], None]] | None] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        try:
+            for number in range(count):
+                thread = threading.Thread(target=self._serve, name=f"{name}-{number}", daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        except BaseException:
+            self.shutdown(0)
+            raise
+
+    def submit(self, function: Callable[[], None]) -> Future[None]:
+        """Has a thread call `function`; the future has its end, or its error."""
+        future: Future[None] = Future()
+        self._calls.put((future, function))
+        return future
+
+    def shutdown(self, seconds: float) -> None:
+        """Ends the threads once they have done what was submitted, and waits for them `seconds` at most."""
+        for _ in self._threads:
+            self._calls.put(None)
+        end = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+
+    def _serve(self) -> None:
+        while (call := self._calls.get()) is not None:
+            future, function = call
+            try:
+                function()
+            except BaseException as error:
+                future.set_exception(read_error(error))
+            else:
+                future.set_result(None)
+            del call, future, function
+
+
+def read_error(error: BaseException) -> Exception:
+    """`error` as a link tells it to who waits. What would end a thread, such as SystemExit, is not for that one."""
+    return error if isinstance(error, Exception) else RuntimeError(f"a read of an expert was ended by {error!r}")
 
 
 class Throttle:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from edgemoe.cache.link import CLOSE_SECONDS, Link, Priority, Throttle, Transfer
+from edgemoe.cache.link import CLOSE_SECONDS, Link, Priority, Throttle, Transfer, read_error
 from edgemoe.cache.record import ExpertId
 from edgemoe.cache.store import ExpertStore, Piece
 
@@ -42,16 +42,24 @@ class ReaderLink(Link):
         self._closed = False
         self._outstanding = 0
         self._busy_since = 0.0
-        self._threads = [
-            threading.Thread(target=self._serve, name=f"edgemoe-read-{number}", daemon=True)
-            for number in range(threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        try:
+            for number in range(threads):
+                thread = threading.Thread(target=self._serve, name=f"edgemoe-read-{number}", daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        except BaseException:
+            self.close()
+            raise
 
     def start(self, expert: ExpertId, slot: int, memory: torch.Tensor, priority: Priority) -> Transfer:
         """See the base class."""
-        pieces = self._store.pieces(expert, memory)
+        error: BaseException | None = None
+        try:
+            pieces = self._store.pieces(expert, memory)
+        except Exception as caught:
+            # The caller has given the slot away: it learns of the failure where it waits for the transfer.
+            pieces, error = [], caught
         job = _Job(expert, slot, self._store.record_nbytes(expert), priority, pieces)
         with self._lock:
             if self._outstanding == 0:
@@ -59,6 +67,9 @@ class ReaderLink(Link):
             self._outstanding += 1
             heapq.heappush(self._queue, (priority, next(self._order), job))
             self._work.notify(len(pieces))
+        if error is not None:
+            job.unfinished = 1
+            self._finish(job, error)
         return job
 
     def promote(self, transfer: Transfer) -> None:
@@ -118,8 +129,9 @@ class ReaderLink(Link):
                 arrival = self._throttle.book(nbytes) if self._throttle else 0.0
                 move()
                 Throttle.sleep_until(arrival)
-            except Exception as caught:
-                error = caught
+            except BaseException as caught:
+                # Whatever it is: a thread that ended would leave who waits without an answer.
+                error = read_error(caught)
             self._finish(job, error)
 
     def _take(self) -> tuple[_Job, Piece] | None:

@@ -6,7 +6,7 @@ import asyncio
 import os
 import threading
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from types import TracebackType
 from typing import Any
 
@@ -46,9 +46,15 @@ class AsyncEngine:
             if on_progress is not None:
                 loop.call_soon_threadsafe(on_progress, progress)
 
-        loading = asyncio.to_thread(Engine.load, model, config, on_progress=tell, stop=stop, **settings)
+        def load() -> Engine:
+            engine = Engine.load(model, config, on_progress=tell, stop=stop, **settings)
+            if stop.is_set():
+                # Nobody takes it any more.
+                engine.close()
+            return engine
+
         try:
-            return cls(await loading)
+            return cls(await asyncio.to_thread(load))
         except asyncio.CancelledError:
             stop.set()
             raise
@@ -117,7 +123,7 @@ class AsyncEngine:
 
         def tell_loop() -> None:
             # In the engine's thread, maybe after the event loop's end.
-            if not loop.is_closed():
+            with suppress(RuntimeError):
                 loop.call_soon_threadsafe(tell)
 
         stream.when_ready(tell_loop)

@@ -25,7 +25,7 @@ from edgemoe.plan.plan import Plan
 from edgemoe.planner import make_plan
 from edgemoe.request.request import Request
 from edgemoe.results import ChatChunks, Completion, Progress, Stats, chat_completion
-from edgemoe.runtime import Runtime
+from edgemoe.runtime import Runtime, Transports
 from edgemoe.sampling import ResolvedSampling, Sampling, given_sampling, read_pair, resolve
 from edgemoe.scheduler.step_loop import StepLoop
 from edgemoe.stream import Stream
@@ -37,6 +37,8 @@ READ_AHEAD_BATCHES = 16
 """How many batches of requests to read ahead, so that requests with a common prefix can run together."""
 MAX_READ_AHEAD = 1024
 """Most requests to read ahead; two batches are always read."""
+EXIT_SECONDS = 6.0
+"""How long the end of the process waits for an engine that is still open: a little longer than for a dead disk."""
 
 
 class Engine:
@@ -54,12 +56,15 @@ class Engine:
         config: EngineConfig,
         on_progress: Callable[[Progress], None],
         stop: threading.Event | None = None,
+        transports: Transports | None = None,
     ) -> None:
-        """Loads the model of `blueprint`, or of what it returns; see `load`."""
+        """Loads the model of `blueprint`, or of what it returns; see `load`. `transports` are for trying faults."""
         open_blueprint = blueprint if callable(blueprint) else lambda: blueprint
         self._config = config
-        self._worker = Worker(partial(_load, open_blueprint, config, on_progress))
+        self._worker = Worker(partial(_load, open_blueprint, config, on_progress, transports), self)
+        self._finalizer = weakref.finalize(self, _close_forgotten, self._worker)
         try:
+            self._worker.start()
             loaded = self._worker.wait_loaded(stop)
         except BaseException:
             self._worker.abandon()
@@ -67,7 +72,6 @@ class Engine:
         self._texts = loaded.texts
         self._text_lock = threading.RLock()
         self._numbers = count()
-        self._finalizer = weakref.finalize(self, _close_forgotten, self._worker, loaded.plan.model)
 
     @classmethod
     def load(
@@ -122,6 +126,14 @@ class Engine:
     def stats(self) -> Stats:
         """Totals since loading, requests in flight included. Readable from any thread, until `close`."""
         loaded = self._worker.check()
+        try:
+            return self._stats(loaded)
+        except AttributeError:
+            # What is asked was taken apart meanwhile.
+            self._worker.check()
+            raise
+
+    def _stats(self, loaded: Loaded) -> Stats:
         runtime, loop = loaded.runtime, loaded.loop
         totals, size, budget = loop.scheduler.totals, loop.scheduler.size, loop.runner.budget
         return Stats(
@@ -189,7 +201,11 @@ class Engine:
 
     def generate(self, prompt: Prompt, sampling: Sampling | None = None) -> Completion:
         """The whole reply to `prompt`; see `stream`."""
-        return self.stream(prompt, sampling).completion(self.plan.lossy)
+        stream = self.stream(prompt, sampling)
+        try:
+            return stream.completion(self.plan.lossy)
+        finally:
+            stream.close()
 
     def generate_batch(
         self, requests: Iterable[tuple[Prompt, Sampling]]
@@ -271,8 +287,8 @@ class Engine:
 
         A stream that is still open ends with EdgeMoEError at its next chunk.
         """
-        self._finalizer.detach()
         self._worker.close()
+        self._finalizer.detach()
 
     def __enter__(self) -> Engine:
         return self
@@ -317,6 +333,7 @@ def _load(
     open_blueprint: Callable[[], Blueprint],
     config: EngineConfig,
     on_progress: Callable[[Progress], None],
+    transports: Transports | None,
     poll: Callable[[], None],
 ) -> Loaded:
     """Loads a model, and calls `poll` on the way."""
@@ -327,7 +344,7 @@ def _load(
 
     blueprint = open_blueprint()
     poll()
-    loaded = Loaded(blueprint, config, progressed)
+    loaded = Loaded(blueprint, config, progressed, transports)
     try:
         poll()
     except BaseException:
@@ -350,15 +367,19 @@ def _chat_chunks(stream: Stream, chunks: ChatChunks) -> Generator[dict[str, Any]
             yield from chunks.of(chunk)
 
 
-def _close_forgotten(worker: Worker, model: str) -> None:
+def _close_forgotten(worker: Worker) -> None:
     """What an engine that nobody has any more leaves to be done; at the end of the process as well."""
-    if worker.closing:
-        return
-    if threading.main_thread().is_alive():
-        warnings.warn(
-            f"an engine with {model} was not closed: call close, or use it in a with block", ResourceWarning, 2
-        )
+    closing, loaded = worker.closing, worker.loaded
     worker.abandon()
+    if not threading.main_thread().is_alive():
+        # The process ends: a thread that is still in a model's code then may abort it.
+        worker.join(EXIT_SECONDS)
+    elif loaded is not None and not closing:
+        warnings.warn(
+            f"an engine with {loaded.plan.model} was not closed: call close, or use it in a with block",
+            ResourceWarning,
+            2,
+        )
 
 
 def _ignore(progress: Progress) -> None:

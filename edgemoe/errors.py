@@ -12,6 +12,7 @@ Each message is one sentence for the user: the value, the limit, and the option 
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -49,6 +50,23 @@ def unreadable(name: str, error: OSError) -> CheckpointError:
     return CheckpointError(f"{name} cannot be read any more ({error}): {getattr(error, 'mend', 'fetch it again')}")
 
 
+class TracebackText(Exception):
+    """The traceback of an error that had one, as text."""
+
+    def __str__(self) -> str:
+        return f"\n\n{self.args[0]}"
+
+
+def without_frames(error: BaseException) -> None:
+    """Replaces the traceback of `error`, and what it was raised from, by their text.
+
+    Whoever keeps the error would keep all that the functions held which it has left or passed, such as a model.
+    """
+    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    error.__traceback__ = error.__context__ = None
+    error.__cause__ = TracebackText(text)
+
+
 @contextmanager
 def reading(name: str) -> Iterator[None]:
     """Raises an OSError of the block as the CheckpointError `unreadable(name, error)`."""
@@ -60,8 +78,16 @@ def reading(name: str) -> Iterator[None]:
 
 _DEVICE_ERRORS = ("OutOfMemoryError", "AcceleratorError")
 """Names in torch; an older torch lacks the second."""
-_DEVICE_TEXTS = ("out of memory", "CUDA error", "can't allocate memory", "DefaultCPUAllocator")
+_MEMORY_TEXTS = ("out of memory", "can't allocate memory", "DefaultCPUAllocator")
+_DEVICE_TEXTS = (*_MEMORY_TEXTS, "CUDA error")
 """In the text of the plain RuntimeErrors that torch raises for the same faults."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the host or a device had no memory left."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _MEMORY_TEXTS)
 
 
 def is_device_or_memory_error(error: BaseException) -> bool:

@@ -25,7 +25,7 @@ from edgemoe.planner import drafts_of, make_plan, resized, slots_for_all, with_s
 from edgemoe.request.reply_text import ReplyTexts
 from edgemoe.request.sampler import check_defaults
 from edgemoe.results import Progress
-from edgemoe.runtime import Runtime
+from edgemoe.runtime import Runtime, Transports
 from edgemoe.scheduler.batch_size import BatchSize
 from edgemoe.scheduler.kv_budget import KvBudget
 from edgemoe.scheduler.scheduler import Scheduler
@@ -70,6 +70,7 @@ class Loaded:
         blueprint: Blueprint,
         config: EngineConfig,
         on_progress: Callable[[Progress], None],
+        transports: Transports | None = None,
     ) -> None:
         """Raises CheckpointError or PlanError before any weight is read."""
         drafts = drafts_of(blueprint, config)
@@ -79,7 +80,7 @@ class Loaded:
         self._every = slots_for_all(blueprint)
         self._keeper = _memory_keeper(self.plan, config)
         self.texts = Texts.of(blueprint, self.plan.context)
-        self.runtime = Runtime(blueprint, self.plan, config, on_progress)
+        self.runtime = Runtime(blueprint, self.plan, config, on_progress, transports)
         try:
             self.loop = self._new_loop(config, drafts, draft_model)
         except BaseException:

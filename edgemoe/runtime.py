@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,14 @@ if TYPE_CHECKING:
     from edgemoe.model.pass_graph import DevicePasses
 
 
+@dataclass(frozen=True)
+class Transports:
+    """What a runtime puts around the store and the link that it makes, such as faults to try."""
+
+    store: Callable[[ExpertStore], ExpertStore] = lambda store: store
+    link: Callable[[Link], Link] = lambda link: link
+
+
 class Runtime:
     """A loaded model whose experts live behind a cache. Everything taken is given back by `close`.
 
@@ -62,10 +71,16 @@ class Runtime:
     """
 
     def __init__(
-        self, blueprint: Blueprint, plan: Plan, config: EngineConfig, on_progress: Callable[[Progress], None]
+        self,
+        blueprint: Blueprint,
+        plan: Plan,
+        config: EngineConfig,
+        on_progress: Callable[[Progress], None],
+        transports: Transports | None = None,
     ) -> None:
         self._stack = ExitStack()
         self._plan = plan
+        self._transports = transports or Transports()
         self.model: Any = None
         self._host: HostStore | None = None
         """The records in RAM, where a device has them there."""
@@ -87,21 +102,11 @@ class Runtime:
     ) -> None:
         device = torch.device(plan.device)
         self.model = load_dense(blueprint, device, lambda done, total: on_progress(Progress("weights", done, total)))
-        layouts = [moe.layout for moe in blueprint.experts_modules]
-        checkpoint = blueprint.checkpoint
-        # The dense weights were read just now, by other handles.
-        with reading(checkpoint.name):
-            files = SafetensorsStore(
-                checkpoint.files,
-                layouts,
-                blueprint.records,
-                direct=plan.direct_reads,
-                identities=checkpoint.identities,
-            )
+        files = self._transports.store(_store(blueprint, plan))
         self._stack.callback(files.close)
         throttle = Throttle(config.link_gbps * 1e9) if config.link_gbps else None
         pool = self._stack.enter_context(SlotPool(plan.slot_classes, device, slots_for_all(blueprint)))
-        link = self._link(files, plan, config, throttle, on_progress)
+        link = self._transports.link(self._link(files, plan, config, throttle, on_progress))
         self._stack.callback(link.close)
         self.link = link
         policy = self._policy = HotTemporal(files.experts, len(blueprint.pass_modules))
@@ -209,7 +214,7 @@ class Runtime:
 
     def _link(
         self,
-        files: SafetensorsStore,
+        files: ExpertStore,
         plan: Plan,
         config: EngineConfig,
         throttle: Throttle | None,
@@ -217,7 +222,7 @@ class Runtime:
     ) -> Link:
         if not accelerator.is_accelerator(plan.device):
             return ReaderLink(files, config.reader_threads, throttle)
-        store: ExpertStore = files
+        store = files
         staging = config.staging_records
         if plan.host_tier != "file":
             staged = 0 if plan.host_tier == "pinned" else staging * plan.slot_nbytes
@@ -273,6 +278,20 @@ class Runtime:
             gc.collect()
             accelerator.synchronize(self._plan.device)
             accelerator.release_unused()
+
+
+def _store(blueprint: Blueprint, plan: Plan) -> SafetensorsStore:
+    """The records in the checkpoint's files."""
+    checkpoint, layouts = blueprint.checkpoint, [moe.layout for moe in blueprint.experts_modules]
+    # The dense weights were read just now, by other handles.
+    with reading(checkpoint.name):
+        return SafetensorsStore(
+            checkpoint.files,
+            layouts,
+            blueprint.records,
+            direct=plan.direct_reads,
+            identities=checkpoint.identities,
+        )
 
 
 def _restore_forwards(model: Any) -> None:

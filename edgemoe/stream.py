@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from types import TracebackType
 
-from edgemoe.errors import EdgeMoEError, RequestError, unreadable
+from edgemoe.errors import EdgeMoEError, RequestError, is_out_of_memory, reason, unreadable
 from edgemoe.request.request import Request
 from edgemoe.results import Chunk, Completion
 from edgemoe.worker import Worker
@@ -18,8 +18,6 @@ class Stream(Iterator[Chunk]):
     manager it closes itself, and so it does when nobody has it any more.
     """
 
-    _over = True
-
     def __init__(self, worker: Worker, request: Request, model: str, engine: object) -> None:
         """`request` is the worker's. `model` is its name, for messages; `engine` lives as long as the stream."""
         self._worker = worker
@@ -28,6 +26,7 @@ class Stream(Iterator[Chunk]):
         self._engine = engine
         self._prompt_done = 0
         self._over = False
+        worker.watch(self, request)
 
     @property
     def prompt_tokens(self) -> int:
@@ -75,14 +74,14 @@ class Stream(Iterator[Chunk]):
             raise StopIteration
         try:
             chunk = self._next_chunk()
+            if self._over:
+                # Another thread has closed it.
+                raise StopIteration
+            self._over = chunk.finish_reason is not None
+            return chunk
         except BaseException:
             self.close()
             raise
-        if self._over:
-            # Another thread has closed it.
-            raise StopIteration
-        self._over = chunk.finish_reason is not None
-        return chunk
 
     def completion(self, lossy: str = "") -> Completion:
         """The whole reply, once it has ended. No chunk may have been taken. Raises as `__next__` does.
@@ -127,9 +126,6 @@ class Stream(Iterator[Chunk]):
     ) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        self.close()
-
     def _next_chunk(self) -> Chunk:
         self._worker.check()
         if not self._request.chunks:
@@ -145,6 +141,11 @@ class Stream(Iterator[Chunk]):
             return error
         if isinstance(error, OSError):
             told: EdgeMoEError = unreadable(self._model, error)
+        elif error is not None and is_out_of_memory(error):
+            told = EdgeMoEError(
+                f"there was no memory for a step, with half as many sequences and tokens either ({reason(error)}): "
+                "give a smaller expert_cache=, batch=, prefill_chunk= or context="
+            )
         else:
             told = EdgeMoEError(f"a step that this request was part of failed ({error!r}): ask again")
         told.__cause__ = error

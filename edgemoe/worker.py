@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from edgemoe.errors import EdgeMoEError
+from edgemoe.errors import EdgeMoEError, without_frames
 from edgemoe.loaded import Loaded
 from edgemoe.plan.memory_keeper import CHECK_SECONDS
 from edgemoe.plan.plan import Plan
@@ -37,6 +38,7 @@ class _Call(Generic[Result]):
         try:
             self._result.append(self._function(loaded))
         except BaseException as error:
+            without_frames(error)
             self._error = error
         self.done.put(None)
 
@@ -56,7 +58,14 @@ class _Demand(NamedTuple):
     tell: Callable[[], None]
 
 
-_Message = Callable[[StepLoop], None] | _Demand | _Call[Any]
+class _Holder(weakref.ref[Any]):
+    """What a caller holds of `request`. It tells of its end by a function in C, which no interrupt can end early."""
+
+    __slots__ = ("request",)
+    request: Request
+
+
+_Message = Callable[[StepLoop], None] | _Demand | _Call[Any] | weakref.ref[Any]
 
 
 def closed() -> EdgeMoEError:
@@ -72,8 +81,8 @@ class Worker:
     what ends requests takes effect there, and a pass that nobody waits for any more is left.
     """
 
-    def __init__(self, load: Callable[[Callable[[], None]], Loaded]) -> None:
-        """Starts the thread, which begins with `load`; see `wait_loaded`.
+    def __init__(self, load: Callable[[Callable[[], None]], Loaded], owner: object) -> None:
+        """`start` runs the thread, which begins with `load`. It ends with `owner`, if nobody closes it before.
 
         `load` is given a function to call now and then: it raises once the worker is to end.
         """
@@ -85,17 +94,20 @@ class Worker:
         self._error: BaseException | None = None
         self._process = os.getpid()
         self._inbox: SimpleQueue[_Message] = SimpleQueue()
+        self._owner = weakref.ref(owner, self._inbox.put)
         self._calls: deque[_Call[Any]] = deque()
         self._running_call: _Call[Any] | None = None
         self._demands: list[_Demand] = []
         self._last_plan: Plan | None = None
         self._ready: SimpleQueue[None] = SimpleQueue()
-        self._ended: SimpleQueue[None] = SimpleQueue()
         self._has_ended = False
         self._thread = threading.Thread(target=self._run, name="edgemoe-engine", daemon=True)
-        self._thread.start()
 
     # --- for callers -------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Starts the thread; see `wait_loaded`. Where the caller is interrupted, the thread may have begun."""
+        self._thread.start()
 
     def wait_loaded(self, stop: threading.Event | None) -> Loaded:
         """Waits for the model, and raises what loading it has raised.
@@ -116,7 +128,7 @@ class Worker:
         loaded = self.loaded
         if loaded is not None:
             return loaded
-        self._wait_ended()
+        self.join()
         error, self._error = self._error, None
         try:
             raise error or closed()
@@ -197,6 +209,11 @@ class Worker:
             tell()
         return demand
 
+    def watch(self, holder: object, request: Request) -> None:
+        """Ends `request` once nobody has `holder` any more."""
+        request.holder = reference = _Holder(holder, self._inbox.put)
+        reference.request = request
+
     def prompt_done(self, request: Request) -> int:
         """Tokens of the prompt of `request` that are computed; of those in a pass, in proportion to its layers."""
         loaded, cache = self.loaded, request.cache
@@ -204,7 +221,9 @@ class Worker:
             return request.prompt_length if request.generated else 0
         layers, step = loaded.runtime.layers, loaded.loop.current
         computing = next((part.tokens for part in step.parts if part.request is request), 0) if step else 0
-        return cache.tokens + computing * layers.reached // max(1, layers.in_passes)
+        done = cache.tokens + computing * layers.reached // max(1, layers.in_passes)
+        # A pass that has just ended counts in the cache already.
+        return min(done, request.prompt_length)
 
     def close(self) -> None:
         """Ends the thread, which gives everything back, and waits for it. Idempotent.
@@ -218,17 +237,22 @@ class Worker:
             return
         self.post(_nothing)
         if threading.current_thread() is not self._thread:
-            self._wait_ended()
+            self.join()
 
     def abandon(self) -> None:
         """As `close` without waiting."""
         self.closing = True
         self.post(_nothing)
 
-    def _wait_ended(self) -> None:
-        self._ended.get()
-        # For whoever else waits.
-        self._ended.put(None)
+    def join(self, seconds: float | None = None) -> None:
+        """Waits for the end of the thread, `seconds` at most. Does not wait in a process forked from the first one."""
+        if os.getpid() != self._process or self._thread.ident is None:
+            return
+        # A queue of its own: an interrupt may lose what was taken from a queue.
+        ended: SimpleQueue[None] = SimpleQueue()
+        self.tell_when(lambda: False, lambda: ended.put(None))
+        with suppress(Empty):
+            ended.get(timeout=seconds)
 
     # --- in the thread -----------------------------------------------------------------------------
 
@@ -264,10 +288,9 @@ class Worker:
         self._demands.clear()
         self._calls.clear()
         self._ready.put(None)
-        self._ended.put(None)
 
     def _stop_loading(self) -> None:
-        if self.closing:
+        if self.closing or self._owner() is None:
             raise PassAborted
 
     def _serve(self, loaded: Loaded) -> None:
@@ -316,6 +339,12 @@ class Worker:
             self._demands.append(message)
         elif isinstance(message, _Call):
             self._calls.append(message)
+        elif isinstance(message, _Holder):
+            request = message.request
+            if loop is not None:
+                loop.cancel(lambda each: each is request)
+        elif isinstance(message, weakref.ref):
+            self.closing = True
         elif loop is not None:
             message(loop)
 

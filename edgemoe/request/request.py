@@ -46,6 +46,8 @@ class Request:
         """Its KV cache; None while it waits."""
         self.chunks: deque[Chunk] = deque()
         """The reply, one chunk per token, for the consumer to take. The last one has the finish reason."""
+        self.holder: object = None
+        """Kept for the engine: tells it when no caller has the reply any more."""
         self.error: BaseException | None = None
         """The error that ended it, for the consumer to raise."""
         self.shared_tokens = 0

@@ -33,7 +33,8 @@ class BatchSize:
     def __init__(self, most: int, *, automatic: bool) -> None:
         self.limit = min(START, most) if automatic else most
         self.reason = "not measured yet" if automatic else "as asked for"
-        self._most = most
+        self._most = self._planned = most
+        self._held: tuple[int, str] | None = None
         self._automatic = automatic
         self._climbing = automatic
         self._smaller: tuple[int, float] | None = None
@@ -53,6 +54,18 @@ class BatchSize:
         """Records that the KV budget held no more than the `running` sequences."""
         if running < self.limit:
             self.reason = f"the memory for keys and values holds {running}"
+
+    def hold(self, limit: int | None) -> None:
+        """Bounds the size by `limit`, since a step of more found no memory; None lifts the bound again."""
+        if limit is None:
+            if self._held is not None:
+                self.limit, self.reason = self._held
+            self._most, self._held = self._planned, None
+            return
+        self._held = self._held or (self.limit, self.reason)
+        self._most = self.limit = limit
+        self.reason = "a step of more found no memory"
+        self._window = None
 
     def _measure(self, tokens: int, seconds: float) -> None:
         if self._window is None:

@@ -16,6 +16,7 @@ from edgemoe.model.pass_logits import LogitsRows
 from edgemoe.request.request import Request
 from edgemoe.scheduler.batch_size import BatchSize
 from edgemoe.scheduler.kv_budget import KvBudget
+from edgemoe.scheduler.memory_relief import MemoryRelief
 from edgemoe.scheduler.prefix_cache import PrefixCache, PrefixMatch
 from edgemoe.scheduler.step import Committed, ScheduledStep, ScheduledTokens, StepOutputs
 from edgemoe.scheduler.token_budget import select
@@ -79,7 +80,7 @@ class Scheduler:
         self.size = size
         self.kv = kv
         self._runner = runner
-        self._step_tokens = step_tokens
+        self._relief = MemoryRelief(size, step_tokens)
         self._max_draft_nodes = max_draft_nodes
         self._max_drafted = step_tokens if max_drafted is None else max_drafted
         self._max_states = max_states
@@ -119,7 +120,9 @@ class Scheduler:
         """The next step: admits waiting requests, and reserves KV cache for what will run."""
         self.release()
         self._admit()
-        parts = self._with_capacity(select(self._running, self._step_tokens, self._runner.can_chunk, self._pauses))
+        parts = self._with_capacity(
+            select(self._running, self._relief.step_tokens, self._runner.can_chunk, self._pauses)
+        )
         return ScheduledStep(parts, self._draft_limits(parts))
 
     def commit(self, step: ScheduledStep, drafts: Mapping[Request, DraftTree], outputs: StepOutputs) -> Committed:
@@ -128,6 +131,7 @@ class Scheduler:
         `drafts` are the trees that the pass verified.
         """
         verified, generated = {}, 0
+        self._relief.went_well()
         self._account(step.parts, outputs)
         for (request, _), rows in zip(step.parts, outputs.logits, strict=True):
             if request.cache is not None and request.cache.tokens == self._pauses.get(request):
@@ -149,9 +153,22 @@ class Scheduler:
         return Committed(generated, verified)
 
     def fail(self, step: ScheduledStep, error: BaseException) -> None:
-        """Ends every request of `step` with `error`."""
+        """Ends every request of `step` with `error`; one that was cancelled meanwhile ends as in `abort`."""
         for request, _ in step.parts:
             request.fail(error)
+            if request.error is None:
+                self._take_back(request)
+
+    def relieve(self, step: ScheduledStep) -> bool:
+        """Has `step`, whose pass found no memory, begin again with more; False where that was tried before."""
+        if not self._relief.tighten():
+            return False
+        self._prefixes.clear()
+        in_step = {request for request, _ in step.parts}
+        for request in [each for each in reversed(self._running) if each in in_step]:
+            # Its KV cache is half written, and takes memory.
+            (self._take_back if request.finished else self._preempt)(request)
+        return True
 
     def fail_all(self, error: BaseException) -> None:
         """Ends every request with `error`."""
@@ -168,9 +185,7 @@ class Scheduler:
         """
         for request, _ in step.parts:
             request.cancel()
-            if request.cache is not None and not request.cache.restore():
-                self._leave(request)
-                self.kv.release(request.release_cache())
+            self._take_back(request)
 
     def release(self) -> None:
         """Takes finished requests out of the batch and keeps their KV caches for those that come next."""
@@ -282,6 +297,12 @@ class Scheduler:
         self._waiting.put_back(request)
         self.totals.preemptions += 1
 
+    def _take_back(self, request: Request) -> None:
+        """Takes the KV cache of a request that has ended back to the step before, or frees it."""
+        if request.cache is not None and not request.cache.restore():
+            self._leave(request)
+            self.kv.release(request.release_cache())
+
     def _leave(self, request: Request) -> None:
         self._running.remove(request)
         self._pauses.pop(request, None)
@@ -312,7 +333,7 @@ class Scheduler:
         decoding = [request for request, count in parts if count == 1 == request.uncomputed]
         if not self._max_draft_nodes or not any(each.generated for each in decoding):
             return {}
-        left = max(self._step_tokens - sum(count for _, count in parts), self._step_tokens // 4)
+        left = max(self._relief.step_tokens - sum(count for _, count in parts), self._relief.step_tokens // 4)
         most = min(left, self._max_drafted) // len(decoding)
         if self._max_states is not None:
             most = max(0, min(most, self._max_states // len(decoding) - STATES_BESIDE_NODES))

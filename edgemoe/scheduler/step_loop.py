@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from edgemoe.draft.proposal import StepReport
 from edgemoe.draft.speculation import Speculation
+from edgemoe.errors import is_out_of_memory, without_frames
 from edgemoe.request.request import Request
 from edgemoe.scheduler.scheduler import Scheduler
 from edgemoe.scheduler.step import Committed, ScheduledStep, StepOutputs
@@ -29,6 +30,7 @@ class StepLoop:
         self.runner = runner
         self.current: ScheduledStep | None = None
         """The step that runs now."""
+        self._committing = False
 
     def add(self, request: Request) -> None:
         """Puts a request in the waiting queue."""
@@ -37,22 +39,26 @@ class StepLoop:
     def step(self) -> None:
         """Runs one step, where there is one.
 
-        When it fails, every request of the step gets the error and the others go on. A PassAborted ends the requests
-        with the replies so far. Raised is only what ends the thread.
+        When it fails, every request of the step gets the error and the others go on. Where the pass found no memory,
+        its requests begin again once with more. A PassAborted ends the requests with the replies so far. Raised is only
+        what ends the thread.
         """
         step = self.scheduler.schedule()
         self._forget_departed()
         if not step.parts:
             return
         started = time.perf_counter()
-        self.current = step
+        self.current, self._committing = step, False
         try:
             tokens = self._run(step)
         except PassAborted:
             self.scheduler.abort(step)
             self.speculation.abandon()
         except BaseException as error:
-            self.scheduler.fail(step, error)
+            without_frames(error)
+            # What a step has committed cannot be taken back.
+            if self._committing or not is_out_of_memory(error) or not self.scheduler.relieve(step):
+                self.scheduler.fail(step, error)
             self.speculation.abandon()
             if not isinstance(error, Exception):
                 raise
@@ -100,6 +106,7 @@ class StepLoop:
         proposal = self.speculation.propose(step.draft_limits, mixed=step.mixed)
         started = time.perf_counter()
         outputs = self.runner.run(step, proposal.trees, before)
+        self._committing = True
         committed = self.scheduler.commit(step, proposal.trees, outputs)
         self.speculation.learn(proposal, _report(outputs, committed, time.perf_counter() - started))
         return committed.tokens

@@ -5,6 +5,8 @@ from __future__ import annotations
 import _thread
 import gc
 import signal
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -218,6 +220,68 @@ def test_a_closed_engine_warns_of_nothing(talker: Path) -> None:
         engine.close()
         del engine
         gc.collect()
+
+
+def test_an_error_that_somebody_keeps_keeps_no_model(talker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine.load(talker, expert_cache=8, threads=1, state_folder="none")
+    runtime = engine._runtime
+    assert runtime is not None
+    weights = weakref.ref(runtime.model.get_input_embeddings().weight)
+
+    def fails(*arguments: Any) -> Any:
+        raise ValueError("a fault of the pass")
+
+    monkeypatch.setattr(runtime.layers, "forward", fails)
+    del runtime
+    with pytest.raises(EdgeMoEError, match="a fault of the pass") as kept:
+        engine.generate("abc", SETTINGS)
+    monkeypatch.undo()
+    engine.close()
+    gc.collect()
+    assert isinstance(kept.value.__cause__, ValueError)
+    assert weights() is None
+
+
+def test_what_was_cancelled_in_a_step_that_fails_leaves_no_half_of_a_pass(
+    talker: Path, expected: dict[str, tuple[int, ...]]
+) -> None:
+    with Engine.load(talker, threads=1, batch=4, state_folder="none") as engine:
+        ends, fails = engine.stream(PROMPT, LONG), engine.stream("abc", LONG)
+        next(ends)
+        runtime, loop = engine._runtime, engine._loop
+        assert runtime is not None
+        layers, poll = runtime.layers, runtime.layers.poll
+
+        def breaks() -> None:
+            poll()
+            if layers.reached == 1:
+                loop.cancel(lambda request: request is ends._request)
+                raise OSError("the disk is gone")
+
+        layers.poll = breaks
+        with pytest.raises(EdgeMoEError, match="the disk is gone"):
+            list(fails)
+        layers.poll = poll
+        assert rest(ends)[-1] == "cancelled"
+        kept = engine._between_steps(lambda loop: [each.cache for each in loop.scheduler._prefixes.kept])
+        assert [{layer.get_seq_length() for layer in cache.kv.layers} for cache in kept] == [
+            {cache.tokens} for cache in kept
+        ]
+        assert engine.generate(PROMPT, SETTINGS).token_ids == expected[PROMPT]
+
+
+def test_a_process_ends_while_an_engine_computes(talker: Path) -> None:
+    """The thread has left the model's code by then: PyTorch aborts where it is stopped in the middle."""
+    code = f"""
+import threading, time
+from edgemoe import Engine, Sampling
+engine = Engine.load({str(talker)!r}, threads=1, state_folder="none", link_gbps={SLOW_GBPS}, expert_cache=8)
+settings = Sampling(max_tokens=400, ignore_eos=True)
+threading.Thread(target=engine.generate, args=("abc", settings), daemon=True).start()
+time.sleep(0.1)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_a_stream_that_nobody_has_ends_its_request(engine: Engine) -> None:

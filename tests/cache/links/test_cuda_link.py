@@ -358,3 +358,33 @@ def test_random_work_reads_the_right_bytes(device: str, locked: str, seed: int) 
             assert wrong == []
         else:
             assert not torch.stack([one for one in wrong if isinstance(one, torch.Tensor)]).any()
+
+
+def test_what_ends_a_thread_fails_one_transfer_and_the_threads_go_on(streams: FakeStreams) -> None:
+    store = FakeStore([4], 256, pieces=2)
+    link = CudaLink(store, streams, staging=1, readers=1)
+    slots = torch.zeros(2, store.slot_nbytes, dtype=torch.uint8)
+    store.faults[ExpertId(0, 0)] = SystemExit("the reader is gone")  # type: ignore[assignment]
+    failed, good = (link.start(ExpertId(0, number), number, slots[number], Priority.DEMAND) for number in range(2))
+    wait_until(lambda: failed.done and good.done)
+    assert "the reader is gone" in str(failed.error)
+    assert good.error is None
+
+    link.close()
+
+
+def test_close_leaves_a_read_that_never_returns_alone(streams: FakeStreams, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgemoe.cache.cuda_link.CLOSE_SECONDS", 0.1)
+    store = FakeStore([4], 256)
+    link = CudaLink(store, streams, staging=1, readers=1)
+    expert, slot = ExpertId(0, 0), torch.zeros(store.slot_nbytes, dtype=torch.uint8)
+    store.hold(expert)
+    transfer = link.start(expert, 0, slot, Priority.DEMAND)
+    wait_until(lambda: expert in store.started)
+    started = time.monotonic()
+    link.close()
+    assert time.monotonic() - started < 5
+    store.gates[expert].set()
+    wait_until(lambda: transfer.done)
+    assert transfer.error is not None
+    assert not slot.any()

@@ -243,3 +243,34 @@ def test_random_work_through_a_cache_reads_the_right_bytes(seed: int) -> None:
             cache.check_integrity()
         link.close()
         assert cache.counters.hits + cache.counters.misses > 400
+
+
+def test_what_ends_a_thread_fails_one_transfer_and_the_threads_go_on() -> None:
+    """Nobody waits for ever for a reader that is dead."""
+    store = FakeStore([4], pieces=3)
+    link = ReaderLink(store, 1)
+    store.faults[A] = SystemExit("the reader is gone")  # type: ignore[assignment]
+    failed, good = begin(link, store, A, B, demand=True)
+    wait_all(link, [failed, good])
+    assert "the reader is gone" in str(failed.error)
+    assert isinstance(failed.error, RuntimeError)
+    assert good.arrived()
+    link.close()
+
+
+def test_a_record_whose_reads_cannot_begin_is_a_transfer_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its slot has an owner by then."""
+    store = FakeStore([4])
+    link = ReaderLink(store, 1)
+
+    def fails(expert: ExpertId, slot: torch.Tensor) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(store, "pieces", fails)
+    (failed,) = begin(link, store, A)
+    assert link.wait_any([failed]) == [failed]
+    assert isinstance(failed.error, MemoryError)
+    monkeypatch.undo()
+    wait_all(link, begin(link, store, A))
+    assert link.bytes_moved == store.record_nbytes(A)
+    link.close()

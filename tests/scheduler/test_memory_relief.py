@@ -1,0 +1,86 @@
+"""A step that finds no memory begins again with more, once; then its requests end with an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from edgemoe.quiet import quiet_transformers
+from edgemoe.scheduler.batch_size import BatchSize
+from edgemoe.scheduler.memory_relief import STEPS_UNTIL_PLANNED, MemoryRelief
+from tests.support.checkpoints import Running, Zoo, random_ids, running
+from tests.support.crowd import Crowd, alone, assert_same_reply, completion
+
+
+@pytest.fixture
+def own(zoo: Zoo) -> Iterator[Running]:
+    with running(zoo("mixtral"), slots=12) as loaded, quiet_transformers():
+        yield loaded
+
+
+def test_bounds_are_halved_once_and_are_as_planned_after_many_good_steps() -> None:
+    size = BatchSize(8, automatic=False)
+    relief = MemoryRelief(size, 512)
+    assert relief.tighten()
+    assert (size.limit, relief.step_tokens) == (4, 256)
+    for _ in range(STEPS_UNTIL_PLANNED - 1):
+        assert not relief.tighten()
+        relief.went_well()
+    relief.went_well()
+    assert (size.limit, size.reason, relief.step_tokens) == (8, "as asked for", 512)
+    assert relief.tighten()
+
+
+def test_a_size_that_is_measured_does_not_climb_beyond_what_found_no_memory() -> None:
+    size = BatchSize(64, automatic=True)
+    size.hold(2)
+    for _ in range(100):
+        size.observe(2, 2, 0.1)
+    assert size.limit == 2
+    size.hold(None)
+    assert size.limit == 4
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("of the device")])
+def test_replies_are_the_same_after_a_step_without_memory(error: Exception, own: Running) -> None:
+    crowd = Crowd(own, limit=4)
+    prompts = [random_ids(12 + number, number) for number in range(4)]
+    requests = [crowd.ask(prompt, max_tokens=6) for prompt in prompts]
+    crowd.step()
+    crowd.step()
+    run, most = crowd.joint.run_sampled, list[int]()
+
+    def fails_once(inputs: Any) -> Any:
+        crowd.joint.run_sampled = counts  # type: ignore[method-assign]
+        run(inputs[:2])
+        raise error
+
+    def counts(inputs: Any) -> Any:
+        most.append(len(inputs))
+        return run(inputs)
+
+    crowd.joint.run_sampled = fails_once  # type: ignore[method-assign]
+    crowd.finish()
+    for request, prompt in zip(requests, prompts, strict=True):
+        assert_same_reply(completion(request), alone(own, prompt, max_tokens=6))
+    assert max(most) == 2
+    assert crowd.scheduler.running == crowd.scheduler.waiting == 0
+
+
+def test_a_step_that_finds_none_again_fails_its_requests_and_the_next_ones_go_on(own: Running) -> None:
+    crowd = Crowd(own, limit=4)
+    requests = [crowd.ask(random_ids(12, seed), max_tokens=4) for seed in range(2)]
+    run = crowd.joint.run_sampled
+
+    def fails(inputs: Any) -> Any:
+        raise MemoryError
+
+    crowd.joint.run_sampled = fails  # type: ignore[method-assign]
+    for _ in range(4):
+        crowd.step()
+    assert all(isinstance(request.error, MemoryError) for request in requests)
+    crowd.joint.run_sampled = run  # type: ignore[method-assign]
+    assert_same_reply(crowd.reply(random_ids(9, 5)), alone(own, random_ids(9, 5)))
