@@ -59,7 +59,8 @@ class ReaderLink(Link):
             pieces = self._store.pieces(expert, memory)
         except Exception as caught:
             # The caller has given the slot away: it learns of the failure where it waits for the transfer.
-            pieces, error = [], caught
+            pieces = []
+            error = caught
         job = _Job(expert, slot, self._store.record_nbytes(expert), priority, pieces)
         with self._lock:
             if self._outstanding == 0:

@@ -20,7 +20,6 @@ from edgemoe.checkpoint.tokenizer import Prompt, as_chat, check_prompt, prompt_t
 from edgemoe.config import EngineConfig, checked_setting, chosen_config
 from edgemoe.errors import RequestError, reading
 from edgemoe.experts.budget_routing import BudgetTotals
-from edgemoe.loaded import Loaded, draft_model_for
 from edgemoe.plan.plan import Plan
 from edgemoe.planner import make_plan
 from edgemoe.request.request import Request
@@ -30,7 +29,8 @@ from edgemoe.sampling import ResolvedSampling, Sampling, given_sampling, read_pa
 from edgemoe.scheduler.step_loop import StepLoop
 from edgemoe.stream import Stream
 from edgemoe.values import check_callable
-from edgemoe.worker import Worker
+from edgemoe.worker.loaded import Loaded, draft_model_for
+from edgemoe.worker.worker import Worker
 
 Result = TypeVar("Result")
 READ_AHEAD_BATCHES = 16

@@ -8,7 +8,7 @@ from types import TracebackType
 from edgemoe.errors import EdgeMoEError, RequestError, is_out_of_memory, reason, unreadable
 from edgemoe.request.request import Request
 from edgemoe.results import Chunk, Completion
-from edgemoe.worker import Worker
+from edgemoe.worker.worker import Worker
 
 
 class Stream(Iterator[Chunk]):

@@ -28,7 +28,6 @@ FLOORS = (
         "planner",
         "runtime",
         "drafters",
-        "loaded",
         "worker",
         "stream",
         "engine",

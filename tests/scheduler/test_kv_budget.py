@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from edgemoe import Engine, Sampling, loaded
+from edgemoe import Engine, Sampling
 from edgemoe.model.row_layers import GrowingLayer
+from edgemoe.worker import loaded
 from tests.support.checkpoints import Zoo
 
 LENGTHS = [(3, 200), (20, 90), (7, 40)]

@@ -9,7 +9,7 @@ import random
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from greenlet import getcurrent, greenlet
 
 from edgemoe.cache.cuda_link import CudaLink, Streams
 from edgemoe.cache.host_buffer import HostBuffer
+from edgemoe.cache.link import ReaderThreads
 from edgemoe.cache.store import ExpertStore
 from edgemoe.experts.host_reads import HostRead, HostReads
 
@@ -309,14 +310,15 @@ class TurnThread(threading.Thread):
         self._turns.wait_for_the_end()
 
 
-class Readers(ThreadPoolExecutor):
+class Readers(ReaderThreads):
     """Reads what it is given at once. The dispatcher waits for all reads of a record: it could not tell."""
 
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+    def submit(self, function: Callable[[], None]) -> Future[None]:
         """See the base class."""
-        future: Future[Any] = Future()
+        future: Future[None] = Future()
         try:
-            future.set_result(fn(*args, **kwargs))
+            function()
+            future.set_result(None)
         except Exception as error:
             future.set_exception(error)
         return future
@@ -330,7 +332,7 @@ class TurnLink(CudaLink):
         super().__init__(store, streams, staging, 1)
 
     def _start_dispatching(self) -> threading.Thread:
-        self._readers = Readers(1)
+        self._readers = Readers(0, "none")
         self._work, self._issued = (TurnCondition(self._lock, self._turns) for _ in range(2))
         self._turns.start(self._dispatch, self._lock)
         return TurnThread(self._turns)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edgemoe.checkpoint.prompts.chat_messages import check_chat
 from edgemoe.checkpoint.chat_template import ChatPrompt
+from edgemoe.checkpoint.prompts.chat_messages import check_chat
 from edgemoe.server.protocols import fields
 
 

@@ -12,11 +12,11 @@ from queue import Empty, SimpleQueue
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from edgemoe.errors import EdgeMoEError, without_frames
-from edgemoe.loaded import Loaded
 from edgemoe.plan.memory_keeper import CHECK_SECONDS
 from edgemoe.plan.plan import Plan
 from edgemoe.request.request import Request
 from edgemoe.scheduler.step_loop import PassAborted, StepLoop
+from edgemoe.worker.loaded import Loaded
 
 Result = TypeVar("Result")
 STOP_SECONDS = 0.05

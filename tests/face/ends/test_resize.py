@@ -89,10 +89,10 @@ def test_an_idle_engine_gives_memory_back_and_takes_it_again(
     talker: Path, expected: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = [1 << 40]
-    monkeypatch.setattr("edgemoe.loaded.MemoryKeeper", _keeper_of(free))
+    monkeypatch.setattr("edgemoe.worker.loaded.MemoryKeeper", _keeper_of(free))
     monkeypatch.setattr(memory_keeper, "GROW_SECONDS", 0.5)
     monkeypatch.setattr(memory_keeper, "CHECK_SECONDS", 0.05)
-    monkeypatch.setattr("edgemoe.worker.CHECK_SECONDS", 0.05)
+    monkeypatch.setattr("edgemoe.worker.worker.CHECK_SECONDS", 0.05)
     with Engine.load(talker, threads=1, state_folder="none", keep_free="1GiB") as engine:
         whole = engine.plan.slots
         free[0] = 1 << 20
