@@ -21,7 +21,7 @@ import torch
 from edgemoe.cache import accelerator
 from edgemoe.cache.host_buffer import HostBuffer
 from edgemoe.cache.host_store import HostStore
-from edgemoe.cache.link import CLOSE_SECONDS, Link, Priority, ReaderThreads, Throttle, Transfer, read_error
+from edgemoe.cache.link import CLOSE_SECONDS, Link, Priority, ReaderThreads, Throttle, Transfer
 from edgemoe.cache.record import ExpertId
 from edgemoe.cache.store import ExpertStore
 
@@ -316,8 +316,8 @@ class CudaLink(Link):
             copy, memory = entry
             try:
                 self._serve(copy, memory)
-            except BaseException as error:
-                copy.error = read_error(error)
+            except Exception as error:
+                copy.error = error
                 copy.done = True
             with self._lock:
                 self._issued.notify_all()

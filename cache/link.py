@@ -92,22 +92,23 @@ class Link(ABC):
 
 
 class ReaderThreads:
-    """Daemon threads that call functions: at its end a process does not wait for a read that never returns."""
+    """Daemon threads that call functions: at its end a process does not wait for a read that never returns.
+
+    Used from one thread. At most `count` threads start, when there is something to do.
+    """
 
     def __init__(self, count: int, name: str) -> None:
         self._calls: SimpleQueue[tuple[Future[None], Callable[[], None]] | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
-        try:
-            for number in range(count):
-                thread = threading.Thread(target=self._serve, name=f"{name}-{number}", daemon=True)
-                thread.start()
-                self._threads.append(thread)
-        except BaseException:
-            self.shutdown(0)
-            raise
+        self._count = count
+        self._name = name
 
     def submit(self, function: Callable[[], None]) -> Future[None]:
         """Has a thread call `function`; the future has its end, or its error."""
+        if len(self._threads) < self._count:
+            thread = threading.Thread(target=self._serve, name=f"{self._name}-{len(self._threads)}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
         future: Future[None] = Future()
         self._calls.put((future, function))
         return future

@@ -14,7 +14,10 @@ import torch
 from bench.__main__ import NAMES, load, measure
 from bench.measurement import BaseSize, Measurement
 
-SLOW = {"batch-memory", "batch-resume", "before-after", "larger-than-memory", "speedup-model", "start"}
+SLOW = {
+    "batch-memory", "batch-resume", "before-after", "faults", "interrupt", "larger-than-memory", "soak",
+    "speedup-model", "start",
+}  # fmt: skip
 """About ten seconds each: most of them start processes."""
 
 
