@@ -111,6 +111,11 @@ class Turns:
         self._lock = lock
         self._dispatcher = greenlet(work)
 
+    @property
+    def dispatching(self) -> bool:
+        """Whether the caller is the dispatcher."""
+        return getcurrent() is self._dispatcher
+
     def pause(self) -> None:
         """Between two operations of the host or of the dispatcher."""
         draw = self._draw
@@ -282,10 +287,13 @@ class TurnCondition(threading.Condition):
         self._held, self._turns, self._told = lock, turns, False
 
     def wait(self, timeout: float | None = None) -> bool:
-        """See the base class. A time-out may be over at any moment."""
+        """See the base class. A time-out of the dispatcher may be over at any moment.
+
+        The host's is for what other threads want of it, and here are none: it waits until it is told, or for ever.
+        """
         self._told = False
         self._held.release()
-        self._turns.wait(_always if timeout is not None else lambda: self._told)
+        self._turns.wait(_always if timeout is not None and self._turns.dispatching else lambda: self._told)
         assert self._held.acquire(blocking=False), "a turn was given while the lock was held"
         return self._told
 
