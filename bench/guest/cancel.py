@@ -46,10 +46,15 @@ class Round:
     def __init__(self, size: Size, draw: random.Random) -> None:
         self._draw = draw
         self._tokens = size.tokens
-        self.engine = Engine.load(inflated(size.factor), **SETTINGS)
+        self._factor = size.factor
+        self.load()
         self.expected = self.engine.generate(QUESTION, NEXT).token_ids
         self.prompt_seconds, self.prompt_layer = self._timed(self.prompt(), 1)
         _, self.decode_layer = self._timed(QUESTION, 24)
+
+    def load(self) -> None:
+        """Loads the model, for the first time or again."""
+        self.engine = Engine.load(inflated(self._factor), **SETTINGS)
 
     def prompt(self) -> list[int]:
         """A prompt that begins like no other one."""
@@ -121,7 +126,6 @@ def run(size: Size = FULL) -> Measurement:
     draw = random.Random(0)
     now = Round(size, draw)
     late, wrong, waits = list[dict[str, Any]](), list[str](), list[float]()
-    layers = [(now.prompt_layer, now.decode_layer)]
     for number in range(size.moments):
         phase = draw.choice(["prompt", "decode"])
         how = draw.choice(["cancel", "stream.close", "engine.cancel", "task"])
@@ -132,9 +136,7 @@ def run(size: Size = FULL) -> Measurement:
         if seconds > layer + SLACK:
             late.append({"how": how, "phase": phase, "seconds": round(seconds, 3), "layer": round(layer, 3)})
         if how == "engine.close":
-            now = Round(size, draw)
-            layers.append((now.prompt_layer, now.decode_layer))
-            continue
+            now.load()
         wrong += broken_laws(now.engine)
         if now.engine.generate(QUESTION, NEXT).token_ids != now.expected:
             wrong.append(f"the reply after {how} in {phase}")
@@ -147,8 +149,9 @@ def run(size: Size = FULL) -> Measurement:
         "worst_ms": round(1e3 * max(waits), 1),
     }
     detail = {
-        "prompt_layer_ms": [round(1e3 * each, 1) for each, _ in layers],
-        "decode_layer_ms": [round(1e3 * each, 1) for _, each in layers],
+        "prompt_seconds": round(now.prompt_seconds, 1),
+        "prompt_layer_ms": round(1e3 * now.prompt_layer, 1),
+        "decode_layer_ms": round(1e3 * now.decode_layer, 1),
         "late": late,
         "wrong": wrong,
     }

@@ -28,6 +28,7 @@ from edgemoe import Engine, Sampling
 NAME = "interrupt"
 BAR = "no hang, no slot or pin lost, every next reply exact"
 HANG_SECONDS = 90.0
+IDLE_SECONDS = 1.5
 QUESTION = "What is 48 + 31?"
 SETTINGS = Sampling(max_tokens=4, temperature=0, ignore_eos=True)
 LONG = Sampling(max_tokens=200, temperature=0, ignore_eos=True)
@@ -46,10 +47,10 @@ COMMON: dict[str, Any] = {"device": "cpu", "threads": 1, "batch": 4, "context": 
 class Size(BaseSize):
     """Interrupts of calls for each engine, of loads among them, and chats with the interrupts of each."""
 
-    calls: int = 1150
+    calls: int = 1190
     loads: int = 25
     chats: int = 20
-    presses: int = 20
+    presses: int = 10
 
 
 FULL, SMALL = Size(), Size(small=True, calls=12, loads=1, chats=1, presses=3)
@@ -200,20 +201,17 @@ class Chat:
             for _ in range(self._draw.choice([1, 1, 2, 3])):
                 time.sleep(0.4 * self._draw.random() ** 2)
                 self._process.send_signal(signal.SIGINT)
-            # An empty line brings a prompt, whatever the chat is at.
-            time.sleep(0.2)
-            if self._ask() != expected:
-                return number, [f"the reply after press {number}, or none"]
+            if not self._settled():
+                return number, [f"no prompt after press {number}"]
+            if (told := self._ask()) != expected:
+                return number, [f"the reply after press {number}: {told!r} for {expected!r}"]
         return presses, []
 
     def _ask(self) -> str | None:
-        """The reply to the question in a new conversation."""
-        self._drain()
-        for line in ("", "/clear"):
-            self._type(line)
-            if self._until_prompt() is None:
-                return None
-        self._drain()
+        """The reply to the question in a new conversation, at a prompt."""
+        self._type("/clear")
+        if self._until_prompt() is None:
+            return None
         self._type(QUESTION)
         told = self._until_prompt()
         return None if told is None else told.partition(QUESTION)[2].strip()
@@ -221,9 +219,15 @@ class Chat:
     def _type(self, line: str) -> None:
         os.write(self._terminal, line.encode() + b"\n")
 
-    def _drain(self) -> None:
-        while select.select([self._terminal], [], [], 0.3)[0]:
-            os.read(self._terminal, 1 << 16)
+    def _settled(self) -> bool:
+        """Waits until the chat shows a prompt and nothing more for a while: it may have lines to read."""
+        shown, end = b"", time.monotonic() + HANG_SECONDS
+        while time.monotonic() < end and self._process.poll() is None:
+            if select.select([self._terminal], [], [], IDLE_SECONDS)[0]:
+                shown += os.read(self._terminal, 1 << 16)
+            elif shown.rstrip(b" ").endswith(b">>>"):
+                return True
+        return False
 
     def _until_prompt(self) -> str | None:
         """What is shown up to the next prompt; None where none comes."""
@@ -235,4 +239,4 @@ class Chat:
                 continue
             with suppress(OSError):
                 shown += os.read(self._terminal, 1 << 16)
-        return shown.decode(errors="replace").removesuffix(">>> ")
+        return shown.decode(errors="replace").rstrip().removesuffix(">>>")
