@@ -176,6 +176,8 @@ class Chat:
             "none",
             *given,
         ]
+        self.shown = b""
+        """The last of what it has shown."""
         self._terminal, end = pty.openpty()
         self._process = subprocess.Popen(
             command, stdin=end, stdout=end, stderr=end, cwd=CHECKOUT, start_new_session=True,
@@ -202,9 +204,9 @@ class Chat:
                 time.sleep(0.4 * self._draw.random() ** 2)
                 self._process.send_signal(signal.SIGINT)
             if not self._settled():
-                return number, [f"no prompt after press {number}"]
+                return number, [f"no prompt after press {number}: {self._process.poll()}, {self.shown[-300:]!r}"]
             if (told := self._ask()) != expected:
-                return number, [f"the reply after press {number}: {told!r} for {expected!r}"]
+                return number, [f"the reply after press {number}: {told!r} for {expected!r}, {self.shown[-300:]!r}"]
         return presses, []
 
     def _ask(self) -> str | None:
@@ -219,24 +221,33 @@ class Chat:
     def _type(self, line: str) -> None:
         os.write(self._terminal, line.encode() + b"\n")
 
+    def _read(self) -> bytes:
+        try:
+            read = os.read(self._terminal, 1 << 16)
+        except OSError:
+            # The chat has left its terminal.
+            read = b""
+            time.sleep(0.1)
+        self.shown = (self.shown + read)[-2000:]
+        return read
+
     def _settled(self) -> bool:
         """Waits until the chat shows a prompt and nothing more for a while: it may have lines to read."""
         shown, end = b"", time.monotonic() + HANG_SECONDS
         while time.monotonic() < end and self._process.poll() is None:
             if select.select([self._terminal], [], [], IDLE_SECONDS)[0]:
-                shown += os.read(self._terminal, 1 << 16)
-            elif shown.rstrip(b" ").endswith(b">>>"):
+                shown += self._read()
+            elif shown.rstrip().endswith(b">>>"):
                 return True
         return False
 
     def _until_prompt(self) -> str | None:
         """What is shown up to the next prompt; None where none comes."""
         shown, end = b"", time.monotonic() + HANG_SECONDS
-        while not shown.rstrip(b" ").endswith(b">>>"):
+        while not shown.rstrip().endswith(b">>>"):
             if time.monotonic() > end or not select.select([self._terminal], [], [], 1.0)[0]:
                 if time.monotonic() > end or self._process.poll() is not None:
                     return None
                 continue
-            with suppress(OSError):
-                shown += os.read(self._terminal, 1 << 16)
+            shown += self._read()
         return shown.decode(errors="replace").rstrip().removesuffix(">>>")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
 
 from edgemoe.cli.chat.answer import ask
@@ -55,7 +56,9 @@ class Repl:
                     text, opening = opening, None
                     self.send(text)
             except KeyboardInterrupt:
-                self._note("")
+                # One Ctrl-C more meanwhile is meant for the same thing.
+                with suppress(KeyboardInterrupt):
+                    self._note("")
             except EOFError:
                 self._note("")
                 return

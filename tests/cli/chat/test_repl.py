@@ -296,3 +296,18 @@ def test_stats_tell_of_the_last_reply() -> None:
     transcript, _, _ = chat(FakeEngine(), "Hi", "/stats")
     assert re.search("^hit rate +75.0% +9 of 12 experts asked for$", transcript, re.MULTILINE)
     assert "\nlast reply: prompt 8 tokens" in transcript
+
+
+def test_a_second_ctrl_c_at_once_does_not_end_the_chat(monkeypatch: pytest.MonkeyPatch) -> None:
+    write, pressed = _Tee.write, list[str]()
+
+    def pressed_again(tee: _Tee, text: str) -> int:
+        if text == "\n" and not pressed:
+            pressed.append(text)
+            raise CTRL_C
+        return write(tee, text)
+
+    monkeypatch.setattr(_Tee, "write", pressed_again)
+    transcript, _, _ = chat(FakeEngine(replies={"Hello": "Hi!"}), CTRL_C, "Hello")
+    assert pressed
+    assert "Hi!" in transcript
