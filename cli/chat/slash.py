@@ -166,7 +166,7 @@ COMMANDS = (
 
 # --- settings ------------------------------------------------------------------------------------
 
-_NOT_SET = ("logprobs", "logit_bias", "skip_special_tokens")
+_NOT_SET = ("logprobs", "logit_bias", "skip_special_tokens", "response_format")
 """What a chat has no place to show, ids of tokens, and what would mix the reply with its marks."""
 SETTINGS = tuple(entry.name for entry in fields(Sampling) if entry.name not in _NOT_SET)
 """What /set changes."""

@@ -96,8 +96,9 @@ class FiguresView(QWidget):
 
     def add(self, stats: Stats, now: float) -> None:
         """Shows `stats`, read at the time `now`, seconds. While nothing is generated the last figures stay."""
-        last, self._last = self._last, (now, stats)
-        if last is None or stats.steps == last[1].steps:
+        # A first reply may be over before the first look.
+        last, self._last = self._last or (now - stats.seconds, Stats()), (now, stats)
+        if stats.steps == last[1].steps:
             if stats.steps == 0:
                 self.hits.of.setText(f"{stats.slots} of {stats.experts} experts fit")
             return

@@ -26,7 +26,7 @@ def test_help_names_the_commands_and_every_exit_code(capsys: pytest.CaptureFixtu
     out, err = capsys.readouterr()
     assert err == ""
     assert re.findall(r"^    (\w+) ", out, re.MULTILINE) == [
-        "run", "chat", "plan", "models", "pack", "eval", "profile", "affinity", "doctor",
+        "run", "chat", "serve", "plan", "models", "pack", "eval", "profile", "affinity", "doctor",
     ]  # fmt: skip
     assert [int(number) for number in re.findall(r"^  (\d+) ", DESCRIPTION, re.MULTILINE)] == sorted(Exit)
     assert DESCRIPTION in out

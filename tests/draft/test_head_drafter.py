@@ -254,7 +254,7 @@ def test_a_pass_of_the_head_that_fails_spoils_no_later_request(right: Right, mon
                 nonlocal count
                 count += 1
                 if count == failing:  # noqa: B023
-                    raise MemoryError("no luck")
+                    raise RuntimeError("no luck")
                 return run(inputs)
 
             accepted = engine.stats.accepted
@@ -280,7 +280,7 @@ def test_a_step_that_fails_after_drafting_spoils_no_later_request(
             nonlocal count
             count += 1
             if count == 4:
-                raise MemoryError("no luck")
+                raise RuntimeError("no luck")
             return run(inputs)
 
         with monkeypatch.context() as patch:

@@ -37,6 +37,8 @@ from examples.desktop.message_view import MessageView
 from examples.desktop.style import STYLE
 from examples.desktop.window import Window
 
+OTHERS: set[threading.Thread] = set()
+"""Threads that were there before the first window."""
 LONG = Sampling(temperature=0, ignore_eos=True)
 """Replies as long as the context is."""
 STORY = "Tell me a story about an owl named Hugo and a lamp."
@@ -70,6 +72,7 @@ Opened = Callable[..., Window]
 def opened(application: QApplication) -> Iterator[Opened]:
     """Opens windows; at the end each is closed, and its threads have ended."""
     windows: list[Window] = []
+    OTHERS.update(threading.enumerate())
 
     def open_window(sampling: Sampling | None = None) -> Window:
         windows.append(Window(sampling))
@@ -90,7 +93,8 @@ def opened(application: QApplication) -> Iterator[Opened]:
 
 
 def engine_threads() -> list[str]:
-    return [each.name for each in threading.enumerate() if each.name.startswith("edgemoe")]
+    """The threads of engines, without those that other tests of this process still have."""
+    return [each.name for each in set(threading.enumerate()) - OTHERS if each.name.startswith("edgemoe")]
 
 
 def load(window: Window, cache: str = "50%") -> None:

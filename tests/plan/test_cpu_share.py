@@ -82,7 +82,7 @@ def test_it_is_off_unless_asked_for() -> None:
         (1.5, "cpu_share=1.5 is not from 0 to 1"),
         ("-10%", "cpu_share=-10% is not from 0 to 1"),
         ("nan", "cpu_share=nan is not from 0 to 1"),
-        (True, "cpu_share='true' is no share"),
+        (True, "cpu_share=True is not possible"),
     ],
 )
 @pytest.mark.parametrize("card", [True, False])

@@ -163,7 +163,7 @@ def test_memory_that_is_gone_since_the_plan_is_refused_with_what_to_lower(
 ) -> None:
     plan = make_plan(blueprint, EngineConfig(device="cpu", context=256, threads=1))
 
-    def refuse(classes: object, device: object) -> None:
+    def refuse(*arguments: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 6.00 GiB.\nMore lines")
 
     monkeypatch.setattr(runtime, "SlotPool", refuse)

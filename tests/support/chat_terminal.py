@@ -44,10 +44,12 @@ class ChatTerminal:
         fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         self._fd = keyboard
         self._screen = ""
+        # The width of a terminal around the tests is none of this one's.
+        inherited = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
         self.process = subprocess.Popen(
             [*command, *argv], cwd=ROOT, stdin=terminal, stdout=terminal, stderr=terminal,
             start_new_session=True, preexec_fn=lambda: fcntl.ioctl(terminal, termios.TIOCSCTTY, 0),
-            env={**os.environ, "TERM": term, **environment},
+            env={**inherited, "TERM": term, **environment},
         )  # fmt: skip
         os.close(terminal)
 

@@ -59,11 +59,11 @@ def test_a_broken_checkpoint_is_refused(case: Hostile, folder: Path) -> None:
         ("a" * 5000, "File name too long"),
         ("/" + "b/" * 2500, "ile name too long"),
         ("~nosuchuser/x", "home"),
-        ("a\0b", "null"),
+        ("a\0b", "\\x00"),
     ],
 )
 def test_paths_that_no_system_has(name: str, part: str) -> None:
-    with pytest.raises(CheckpointError, match="is no folder") as caught:
+    with pytest.raises(CheckpointError, match="is no folder|names no model") as caught:
         open_blueprint(name, offline=True)
     assert part in str(caught.value)
     assert len(str(caught.value)) < 600

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -161,7 +162,7 @@ def test_the_bar_of_loading_stays_on_one_line(columns: int) -> None:
     # One line up at most, where the bar is taken away.
     assert "\x1b[2A" not in shown
     lines = shown.replace("\r", "\n").split("\n")
-    assert max(len(line.replace("\x1b[2K", "").replace("\x1b[?25l", "")) for line in lines) <= columns
+    assert max(len(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line)) for line in lines) <= columns
 
 
 @pytest.mark.parametrize("columns", [40, 60])
