@@ -38,7 +38,7 @@ FULL, SMALL = Size(), Size(small=True, factor=SMALL_FACTOR, steps=2, step_mib=1,
 
 
 def run(size: Size = FULL) -> Measurement:
-    """Replies go on all the while; what must stay free is what is free with the model loaded, less a third of the cache."""
+    """Replies go on; what must stay free is what is free with the model loaded, less a third of the cache."""
     sampling = Sampling(temperature=0, max_tokens=48, ignore_eos=True)
     with Engine.load(inflated(size.factor), device="cpu", state_folder="none", keep_free="off") as engine:
         expected = engine.generate("Once upon a time", sampling).token_ids
