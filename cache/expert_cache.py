@@ -78,7 +78,8 @@ class ExpertCache:
         requested = self._request(layer, experts, elsewhere)
         held = [self._held.get(expert) for expert in requested]
         if requested and all(each is not None and each.transfer is None for each in held):
-            return (yield from self._borrow_hits(requested, [each for each in held if each is not None], meanwhile))
+            yield from self._borrow_hits(requested, [each for each in held if each is not None], meanwhile)
+            return
         # Checked once per expert: a prefetch that arrives in between must be either a hit or a miss.
         resident = {expert: self.is_resident(expert) for expert in requested}
         hits = [expert for expert in requested if resident[expert]]

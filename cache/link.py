@@ -117,9 +117,7 @@ class ReaderThreads:
         """Ends the threads once they have done what was submitted, and waits for them `seconds` at most."""
         for _ in self._threads:
             self._calls.put(None)
-        end = time.monotonic() + seconds
-        for thread in self._threads:
-            thread.join(max(0.0, end - time.monotonic()))
+        join_all(self._threads, seconds)
 
     def _serve(self) -> None:
         while (call := self._calls.get()) is not None:
@@ -131,6 +129,13 @@ class ReaderThreads:
             else:
                 future.set_result(None)
             del call, future, function
+
+
+def join_all(threads: Sequence[threading.Thread], seconds: float) -> None:
+    """Waits for the end of `threads`, `seconds` at most for all of them together."""
+    end = time.monotonic() + seconds
+    for thread in threads:
+        thread.join(max(0.0, end - time.monotonic()))
 
 
 def read_error(error: BaseException) -> Exception:

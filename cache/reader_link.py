@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from edgemoe.cache.link import CLOSE_SECONDS, Link, Priority, Throttle, Transfer, read_error
+from edgemoe.cache.link import CLOSE_SECONDS, Link, Priority, Throttle, Transfer, join_all, read_error
 from edgemoe.cache.record import ExpertId
 from edgemoe.cache.store import ExpertStore, Piece
 
@@ -111,9 +111,7 @@ class ReaderLink(Link):
             self._closed = True
             self._queue.clear()
             self._work.notify_all()
-        end = time.monotonic() + CLOSE_SECONDS
-        for thread in self._threads:
-            thread.join(max(0.0, end - time.monotonic()))
+        join_all(self._threads, CLOSE_SECONDS)
 
     def _serve(self) -> None:
         while True:

@@ -97,8 +97,7 @@ class AsyncEngine:
         made = ChatChunks(self.engine.model_name)
         async with aclosing(self.stream(ChatPrompt.of(messages, template_kwargs), sampling)) as chunks:
             async for chunk in chunks:
-                for each in made.of(chunk):
-                    yield each
+                yield made.of(chunk)
 
     async def close(self) -> None:
         """As `Engine.close`, without holding the event loop up."""

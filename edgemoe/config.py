@@ -228,7 +228,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for entry in fields(self):
             given = getattr(self, entry.name)
-            value = checked_setting(entry.name, str(entry.type), given)
+            value = checked_setting(entry.name, given)
             if value is not given:
                 object.__setattr__(self, entry.name, value)
 
@@ -279,16 +279,16 @@ LIMITS = {
     ("context", "expert_cache", "keep_free", "batch", "draft_nodes", "draft_depth", "budget"), (-MAX_COUNT, MAX_COUNT)
 )
 """Ranges of whole numbers that are not from 1. Those of the last ones are checked beside a checkpoint."""
-WORDS = {"prefetch": ("auto", "off"), "file_reads": ("auto", "direct", "cached")}
+WORDS = {"prefetch": choices_of("prefetch"), "file_reads": ("auto", "direct", "cached")}
 """Words that are checked here; those of other settings are checked where they are read."""
 
 
-def checked_setting(name: str, kind: str, value: Any) -> Any:
-    """`value` of the setting `name`, whose annotation is `kind`; numbers of numpy become Python's.
+def checked_setting(name: str, value: Any) -> Any:
+    """`value` of the setting `name`, a field of `EngineConfig`; numbers of numpy become Python's.
 
     Raises PlanError for a value of another type, a number out of its range, and a text that is no path and no word.
     """
-    kinds = kind.split(" | ")
+    kinds = str(EngineConfig.__dataclass_fields__[name].type).split(" | ")
     if value is None and "None" in kinds:
         return value
     allowed = []
@@ -326,7 +326,7 @@ def _decimal(name: str, value: Any) -> Read:
 
 
 def _text(name: str, value: Any) -> Read:
-    entry = next(entry for entry in fields(EngineConfig) if entry.name == name)
+    entry = EngineConfig.__dataclass_fields__[name]
     most = MAX_PATH if "PathLike" in str(entry.type) else MAX_WORD
     what = f"one of {', '.join(WORDS[name])}" if name in WORDS else f"a text of at most {most} characters"
     if isinstance(entry.default, str):

@@ -201,11 +201,8 @@ class Engine:
 
     def generate(self, prompt: Prompt, sampling: Sampling | None = None) -> Completion:
         """The whole reply to `prompt`; see `stream`."""
-        stream = self.stream(prompt, sampling)
-        try:
+        with self.stream(prompt, sampling) as stream:
             return stream.completion(self.plan.lossy)
-        finally:
-            stream.close()
 
     def generate_batch(
         self, requests: Iterable[tuple[Prompt, Sampling]]
@@ -279,7 +276,7 @@ class Engine:
         Replies go on and stay the same. A smaller cache gives its memory back at once, a larger one takes it as it is
         filled. Raises PlanError for a size that does not fit, and on a CUDA device, where the cache keeps its size.
         """
-        size = checked_setting("expert_cache", "str | int", expert_cache)
+        size = checked_setting("expert_cache", expert_cache)
         return self._worker.call(lambda loaded: loaded.resize(size))
 
     def close(self) -> None:
@@ -364,7 +361,7 @@ def _outcome(stream: Stream, lossy: str) -> Completion | RequestError:
 def _chat_chunks(stream: Stream, chunks: ChatChunks) -> Generator[dict[str, Any], None, None]:
     with stream:
         for chunk in stream:
-            yield from chunks.of(chunk)
+            yield chunks.of(chunk)
 
 
 def _close_forgotten(worker: Worker) -> None:

@@ -296,24 +296,21 @@ def with_slots(plan: Plan, every: tuple[SlotClass, ...], slots: int) -> Plan:
     return replace(plan, slots=slots, slot_classes=classes, cache_nbytes=total_nbytes(classes))
 
 
-def resized(plan: Plan, every: tuple[SlotClass, ...], asked: str | int, filled: int) -> Plan:
-    """The plan of a loaded model whose cache becomes `asked`, of the slots for `every` expert.
+def resized(plan: Plan, most: tuple[SlotClass, ...], asked: str | int, filled: int) -> Plan:
+    """The plan of a loaded model whose cache becomes `asked`, of the slots `most`, which have addresses.
 
     `filled` are the bytes of slots that have records now; what else is free now may be taken. Raises PlanError for a
     size that does not fit, and for fewer slots than there are sizes of slots.
     """
-    if len(every) != len(plan.slot_classes):
-        # The slots that there were at the start are all that have addresses.
-        every = plan.slot_classes
     bare = replace(plan, cache_nbytes=0)
     bare = replace(bare, device_free=ram_free() + filled + bare.total_nbytes)
-    slots = _slots(bare, every, asked)
-    if slots < len(every):
+    slots = _slots(bare, most, asked)
+    if slots < len(most):
         raise PlanError(
-            f"an expert cache of {slots} slots has none for some sizes of experts: give expert_cache={len(every)} or "
+            f"an expert cache of {slots} slots has none for some sizes of experts: give expert_cache={len(most)} or "
             "more"
         )
-    return with_slots(plan, every, slots)
+    return with_slots(plan, most, slots)
 
 
 def _slots(plan: Plan, every: tuple[SlotClass, ...], asked: str | int) -> int:

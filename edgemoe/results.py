@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -295,7 +295,7 @@ class ChatChunks:
         }
         self._begun = False
 
-    def of(self, chunk: Chunk) -> Iterator[dict[str, Any]]:
+    def of(self, chunk: Chunk) -> dict[str, Any]:
         """The object of `chunk`: the first one has the role, the last one `finish_reason` and `usage`."""
         delta: dict[str, Any] = {} if self._begun else {"role": "assistant"}
         delta |= {"content": chunk.text} if chunk.text or not self._begun else {}
@@ -310,7 +310,7 @@ class ChatChunks:
             "logprobs": chat_logprobs(chunk.logprobs),
         }
         last = {} if chunk.finish_reason is None else {"usage": usage(chunk.timings)}
-        yield self._head | {"choices": [choice]} | last
+        return self._head | {"choices": [choice]} | last
 
 
 def usage(timings: Timings) -> dict[str, int]:

@@ -14,11 +14,11 @@ from bench.measurement import BaseSize, Measurement
 from bench.support.checkpoints import SMALL_FACTOR, inflated
 from bench.support.faults import open_files, own_threads
 from edgemoe import Engine, Sampling
+from edgemoe.config import MIB
 
 NAME = "close"
 BAR = "after 20 engines within 50 MiB of the first; threads and files as before"
 WAIT_SECONDS = 20.0
-MIB = 1 << 20
 SETTINGS: dict[str, Any] = {"device": "cpu", "state_folder": "none", "context": 1024, "batch": 2}
 
 

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from bench.measurement import BaseSize, Measurement
 from bench.support.checkpoints import SMALL_FACTOR, inflated
 from edgemoe import Engine, Sampling
-from edgemoe.config import EngineConfig
+from edgemoe.config import MIB, EngineConfig
 from edgemoe.plan.machine import ram_free
 
 NAME = "give-back"
 BAR = "the cache shrinks, what is kept free is free again within 5 s of each step, and it grows back; exact output"
-MIB = 1 << 20
 HOG = "import sys\nheld = []\nfor line in sys.stdin:\n    held.append(b'x' * int(line))\n    print(flush=True)\n"
 """Takes as many bytes as each line says, and keeps them."""
 SETTLED_SECONDS = 5.0

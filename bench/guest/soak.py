@@ -14,10 +14,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from bench.guest.close import MIB, resident_nbytes
+from bench.guest.close import resident_nbytes
 from bench.measurement import BaseSize, Measurement
 from bench.support.faults import Faults, broken_laws, load, open_files, own_threads
 from edgemoe import AsyncEngine, Completion, EdgeMoEError, Engine, RequestError, Sampling
+from edgemoe.config import MIB
 
 NAME = "soak"
 BAR = "all laws hold all the time; every sample exact; RSS grows by less than 1 MiB a minute"

@@ -34,9 +34,11 @@ class Faults:
         """What lets reads that hang return."""
 
     def lift(self) -> None:
-        """No fault from now on."""
+        """No fault from now on; reads that hang return."""
         self.read = self.transfer = None
         self.after = 0
+        if self.hung is not None:
+            self.hung.set()
 
     def due(self) -> bool:
         """Whether the fault takes effect now."""

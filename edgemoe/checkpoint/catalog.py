@@ -11,7 +11,7 @@ from pathlib import Path
 from edgemoe.checkpoint import hub
 from edgemoe.checkpoint.blueprint import Blueprint, check_family, read_blueprint
 from edgemoe.checkpoint.checkpoint import Checkpoint, open_checkpoint, read_config
-from edgemoe.checkpoint.foreign.foreign_json import read_json
+from edgemoe.checkpoint.foreign.foreign_json import read_object
 from edgemoe.checkpoint.gguf.gguf_variant import GgufVariant, variants
 from edgemoe.errors import CheckpointError, told_as
 
@@ -167,8 +167,7 @@ def _nbytes(files: Iterable[Path]) -> int:
 def _family(folder: Path) -> str | None:
     """What the configuration in `folder` says, read by itself."""
     try:
-        config = read_json(folder / hub.CONFIG)
+        family = read_object(folder / hub.CONFIG).get("model_type")
     except CheckpointError:
         return None
-    family = config.get("model_type") if isinstance(config, dict) else None
     return family if isinstance(family, str) else None

@@ -104,9 +104,9 @@ class ChatTemplate:
         offered, _ = chosen_tools(chat.tools, chat.tool_choice)
         refused = f"the chat template of {self._name} refuses this conversation"
         with quiet_transformers(), told_as(lambda why: RequestError(f"{refused}: {why}")):
-            if offered and not self._reads(offered, chat):
-                raise RequestError(f"the chat template of {self._name} does not read tools: leave them out")
             text = self._apply(chat, tokenize=False)
+            if offered and text == self._apply(replace(chat, tools=(), tool_choice="auto"), tokenize=False):
+                raise RequestError(f"the chat template of {self._name} does not read tools: leave them out")
             check_text_length(text, self._context, self._tokenizer)
             tokens = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return [int(token) for token in tokens]
@@ -154,11 +154,6 @@ class ChatTemplate:
             # A template that wants other messages.
             if is_device_or_memory_error(error):
                 raise
-
-    def _reads(self, tools: Sequence[Mapping[str, Any]], chat: ChatPrompt) -> bool:
-        """Whether the prompt of `chat` depends on its `tools`."""
-        without = replace(chat, tools=(), tool_choice="auto")
-        return bool(self._apply(chat, tokenize=False) != self._apply(without, tokenize=False))
 
     def _apply(self, chat: ChatPrompt, **how: Any) -> Any:
         messages = checked_messages(chat.messages)

@@ -213,7 +213,7 @@ def measure(
     required = max(len(todo) // 2, min_shapes)
     slots = f"{at.plan.slots / at.plan.experts:.0%} of the experts"
     started = time.perf_counter()
-    for turn in range(max(ROUNDS, MAX_ROUNDS)):
+    for turn in range(MAX_ROUNDS):
         for number, (batch, tokens) in enumerate(todo):
             if turn >= ROUNDS and spread(readings.get((batch, tokens), ())) <= MAX_SPREAD:
                 continue

@@ -128,6 +128,12 @@ def json_at(text: str, at: int) -> tuple[Any, int] | None:
     return value, end
 
 
+def whole_json(text: str) -> tuple[Any] | None:
+    """The JSON value that all of `text` is, white space aside; None where it is none."""
+    found = json_at(text, 0)
+    return None if found is None or text[found[1] :].strip() else (found[0],)
+
+
 def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is no JSON")
 
@@ -143,8 +149,8 @@ def _call_of(item: Any, tools: Tools) -> Call | None:
     name = function.get("name", function.get("tool_name"))
     arguments = function.get("arguments", function.get("parameters"))
     if isinstance(arguments, str):
-        found = json_at(arguments, 0)
-        arguments = found[0] if found is not None and not arguments[found[1] :].strip() else arguments
+        found = whole_json(arguments)
+        arguments = found[0] if found is not None else arguments
     arguments = {} if arguments is None else arguments
     if not isinstance(name, str) or name not in tools or not isinstance(arguments, dict):
         return None
@@ -157,7 +163,7 @@ def _value(text: str, schema: Any) -> Any:
     kinds = schema.get("type") if isinstance(schema, Mapping) else None
     if kinds == "string":
         return text
-    found = json_at(text, 0)
-    if found is not None and not text[found[1] :].strip():
+    found = whole_json(text)
+    if found is not None:
         return found[0]
     return {"True": True, "False": False, "None": None}.get(text.strip(), text)

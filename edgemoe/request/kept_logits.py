@@ -31,11 +31,6 @@ class Kept(NamedTuple):
     scores: torch.Tensor
     ids: torch.Tensor | None = None
 
-    @property
-    def best(self) -> int:
-        """The token of the largest score."""
-        return self.token(int(self.scores.argmax()))
-
     def token(self, place: int) -> int:
         """The token that the score number `place` belongs to."""
         return place if self.ids is None else int(self.ids[place])

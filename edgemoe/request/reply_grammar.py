@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgemoe.request.call_formats import ARGUMENTS, NAME, CallFormat
-from edgemoe.request.reply_parts import FINAL, HARMONY, ReplyFormat
+from edgemoe.request.reply_parts import FINAL, HARMONY, ReplyFormat, span_at
 from edgemoe.request.token_texts import TokenTexts
 from edgemoe.response_format import json_rule
 
@@ -63,16 +63,16 @@ def symbol(text: str, texts: TokenTexts) -> str:
 def _span(body: str, span: tuple[str, str], texts: TokenTexts, opening: Sequence[int]) -> list[str]:
     """The rules for a reply that may have its reasoning between two markers, and then `body`."""
     begin, end = span
-    before = texts.decode(opening, shown=texts.special)
+    is_open, has_ended = span_at(texts, span, opening)
     closing = symbol(end, texts)
     if closing.startswith("<["):
         # Spelt in several tokens it would be taken for the marker, too.
         rules = [f"thought: THOUGHT {closing}", f"THOUGHT: {_without(end)}"]
     else:
         rules = [f"thought[lazy]: /{_ANY}{_escaped(end)}/"]
-    if before.rfind(begin) > before.rfind(end):
+    if is_open:
         return [f"start: thought space? {body}", *rules]
-    if end in before or not symbol(begin, texts).startswith("<["):
+    if has_ended or not symbol(begin, texts).startswith("<["):
         return [f"start: space? {body}"]
     return [f"start: ({symbol(begin, texts)} thought)? space? {body}", *rules]
 

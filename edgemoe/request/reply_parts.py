@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
-from edgemoe.request.call_readers import Call, Tools, json_at
+from edgemoe.request.call_readers import Call, Tools, whole_json
 from edgemoe.request.detokenizer import Detokenizer, begun
 from edgemoe.request.token_texts import TokenTexts
 from edgemoe.request.tool_calls import tool_call
@@ -140,6 +140,13 @@ class NoParts(ReplyParts):
         return Piece()
 
 
+def span_at(texts: TokenTexts, span: tuple[str, str], opening: Sequence[int]) -> tuple[bool, bool]:
+    """Whether `opening`, the end of a prompt, leaves `span` open, and whether one has ended in it with none open."""
+    before = texts.decode(opening, shown=texts.special)
+    is_open = before.rfind(span[0]) > before.rfind(span[1])
+    return is_open, span[1] in before and not is_open
+
+
 class SpanParts(ReplyParts):
     """A reply with spans of reasoning. White space around the text of a span belongs to neither part."""
 
@@ -158,13 +165,11 @@ class SpanParts(ReplyParts):
         markers = frozenset(token for token in map(texts.id_of, span) if token is not None)
         self._detokenizer = Detokenizer(texts, prompt, shown=markers | shown)
         self._span = span
-        before = texts.decode(opening, shown=texts.special)
-        self._reasons = before.rfind(span[0]) > before.rfind(span[1])
+        self._reasons, self._is_over = span_at(texts, span, opening)
+        """Whether a span is open, and whether one has ended."""
         self._trims = self._reasons
         """Whether white space that comes next is left out."""
         self._one_span = one_span
-        self._is_over = span[1] in before and not self._reasons
-        """Whether a span has ended."""
         self._held = ""
 
     def push(self, token: int) -> Piece:
@@ -285,8 +290,8 @@ class HarmonyParts(ReplyParts):
         if not self._tool:
             return piece
         asked, self._asked = self._asked, ""
-        found = json_at(asked.strip() or "{}", 0)
-        if found is None or not isinstance(found[0], dict) or asked.strip()[found[1] :]:
+        found = whole_json(asked.strip() or "{}")
+        if found is None or not isinstance(found[0], dict):
             return Piece(asked)
         self.calls += (tool_call(Call(self._tool, found[0])),)
         return Piece()

@@ -116,7 +116,7 @@ class ReplyTexts:
         ends = self._turn_ends if chat is not None and not settings.ignore_eos else frozenset[int]()
         if offered and self._format.harmony and not settings.ignore_eos:
             ends |= {token for token in [texts.id_of(CALLED)] if token is not None}
-        calls = CallText(form, tools) if form is not None and form.readers and not self._format.harmony else None
+        calls = CallText(form, tools) if form is not None and not self._format.harmony else None
         return ReplyText(texts, parts, settings.stop, ends, constraint, calls)
 
     def _constraint(

@@ -77,7 +77,9 @@ class Loaded:
         draft_model = draft_model_for(blueprint, config)
         self.plan: Plan = make_plan(blueprint, config, draft_model)
         """What is in memory now."""
-        self._every = slots_for_all(blueprint)
+        every = slots_for_all(blueprint)
+        self._most = every if len(every) == len(self.plan.slot_classes) else self.plan.slot_classes
+        """The slots that have addresses: fewer than all where there are fewer sizes of slots than of experts."""
         self._keeper = _memory_keeper(self.plan, config)
         self.texts = Texts.of(blueprint, self.plan.context)
         self.runtime = Runtime(blueprint, self.plan, config, on_progress, transports)
@@ -116,8 +118,7 @@ class Loaded:
             return
         slots = self._keeper.wanted(self.plan.slots)
         if slots != self.plan.slots:
-            every = self._every if len(self._every) == len(self.plan.slot_classes) else self.plan.slot_classes
-            self._resize(with_slots(self.plan, every, slots))
+            self._resize(with_slots(self.plan, self._most, slots))
 
     def resize(self, expert_cache: str | int) -> Plan:
         """Makes the expert cache `expert_cache`, and returns the new plan. To be called between steps.
@@ -130,7 +131,7 @@ class Loaded:
             )
         pool = self.runtime.cache.pool
         filled = sum(region.count * region.slot_nbytes for region in pool.regions)
-        plan = resized(self.plan, self._every, expert_cache, filled)
+        plan = resized(self.plan, self._most, expert_cache, filled)
         self._resize(plan)
         # What was asked for by name is kept.
         self._keeper = self._keeper and self._keeper.with_planned(plan.slots)

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.cache_fakes import FakeStreams, wait_until
+from tests.support.cache_fakes import FakeStreams
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,8 @@ from edgemoe.cache.safetensors_store import Extent, RecordSource, SafetensorsSto
 from edgemoe.cache.store import Piece
 from edgemoe.prefetch.link_gauge import LinkGauge
 from edgemoe.prefetch.prefetcher import Prefetcher
-from tests.support.cache_fakes import holds, pattern, wait_until
+from tests.support.cache_fakes import holds, pattern
+from tests.support.waiting import wait_until
 
 EXPERTS = (8, 5, 12)
 PARTS = (1024, 2048)

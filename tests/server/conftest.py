@@ -6,7 +6,8 @@ import pytest
 
 from edgemoe import Sampling
 from edgemoe.server.settings import ServerSettings
-from tests.support.running_server import RunningServer, running_server, until
+from tests.support.running_server import RunningServer, running_server
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture(scope="session")
@@ -22,4 +23,4 @@ def session_server() -> Iterator[RunningServer]:
 def server(session_server: RunningServer) -> Iterator[RunningServer]:
     """A server of the shipped model; nothing of a test's requests is left in it afterwards."""
     yield session_server
-    until(session_server.is_idle)
+    wait_until(session_server.is_idle)

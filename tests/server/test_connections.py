@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from edgemoe import Sampling
-from tests.support.running_server import NAME, RunningServer, until
+from tests.support.running_server import NAME, RunningServer
+from tests.support.waiting import wait_until
 
 QUESTION = [{"role": "user", "content": "What is 48 + 31?"}]
 LONG: dict[str, Any] = {"model": NAME, "messages": QUESTION, "max_tokens": 1500, "ignore_eos": True, "temperature": 0}
@@ -36,18 +37,18 @@ def test_who_goes_while_it_is_answered_is_not_answered_any_more(
 ) -> None:
     before = server.engine.stats.tokens_generated
     connection = server.begin("/v1/chat/completions", LONG | {"stream": stream})
-    until(lambda: server.engine.stats.tokens_generated > before + 3)
+    wait_until(lambda: server.engine.stats.tokens_generated > before + 3)
     connection.close()
-    until(server.is_idle, seconds=5)
+    wait_until(server.is_idle, seconds=5)
     assert server.engine.stats.tokens_generated < before + 1500
     assert answer(server) == expected
 
 
 def test_who_goes_while_the_prompt_is_computed_is_not_answered_any_more(server: RunningServer, expected: str) -> None:
     connection = server.begin("/v1/completions", PROMPT | {"stream": True})
-    until(lambda: server.engine._loop.scheduler.running > 0)
+    wait_until(lambda: server.engine._loop.scheduler.running > 0)
     connection.close()
-    until(server.is_idle, seconds=5)
+    wait_until(server.is_idle, seconds=5)
     assert answer(server) == expected
 
 
@@ -63,9 +64,9 @@ def test_disconnects_at_random_moments_leave_nothing(server: RunningServer, expe
         for connection in connections:
             time.sleep(draw.random() * 0.05)
             connection.close()
-    until(server.is_idle)
+    wait_until(server.is_idle)
     assert answer(server) == expected
-    until(lambda: open_threads() <= threads and open_files() <= files)
+    wait_until(lambda: open_threads() <= threads and open_files() <= files)
 
 
 def open_threads() -> int:
@@ -86,10 +87,10 @@ def test_a_client_that_does_not_read_is_cut_off_and_holds_nobody_up(server: Runn
         body = json.dumps(LONG | {"stream": True, "n": 24, "logprobs": True, "top_logprobs": 20}).encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
-        until(lambda: server.replier.turns.running > 0)
+        wait_until(lambda: server.replier.turns.running > 0)
         assert answer(server) == expected
         # Of 36,000 chunks of a few KiB, the connection takes a part.
-        until(server.is_idle, seconds=60)
+        wait_until(server.is_idle, seconds=60)
         assert server.engine.stats.tokens_generated < 24 * 1500
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from edgemoe import CheckpointError, EdgeMoEError, Engine, ModelHost, Sampling
 from edgemoe.results import Progress
-from tests.support.running_server import until
+from tests.support.waiting import wait_until
 
 SETTINGS: dict[str, Any] = {"threads": 1, "context": 128, "expert_cache": 8, "state_folder": "none"}
 
@@ -83,7 +83,7 @@ def test_leases_share_one_engine_and_zero_seconds_unload_it_after_the_last() -> 
             assert one is other
         first.release()
         assert made.leases == 0
-        until(lambda: loader.closed == 1)
+        wait_until(lambda: loader.closed == 1)
         assert made.state == "unloaded"
         with made.lease():
             pass
@@ -101,9 +101,9 @@ def test_it_unloads_after_some_seconds_without_a_lease() -> None:
         with made.lease():
             time.sleep(0.3)
             assert loader.closed == 0
-        until(lambda: loader.closed == 1)
+        wait_until(lambda: loader.closed == 1)
         made.load().result()
-        until(lambda: loader.closed == 2)
+        wait_until(lambda: loader.closed == 2)
 
 
 @pytest.mark.parametrize("keep_alive", [None, -1])
@@ -124,7 +124,7 @@ def test_unloading_waits_for_leases() -> None:
         with lease:
             assert not made.unload()
             assert made.state == "ready"
-        until(lambda: loader.closed == 1)
+        wait_until(lambda: loader.closed == 1)
         assert made.unload()
 
 
@@ -134,7 +134,7 @@ def test_an_error_of_loading_reaches_everybody_and_the_next_one_tries_again() ->
     loader.gate.clear()
     with host(loader) as made:
         leases = [made.lease() for _ in range(3)]
-        until(lambda: made.progress is not None)
+        wait_until(lambda: made.progress is not None)
         assert made.state == "loading"
         loader.gate.set()
         for lease in leases:
@@ -152,7 +152,7 @@ def test_loading_is_stopped(end: str) -> None:
     loader.gate.clear()
     made = host(loader)
     loading: Future[Engine] = made.load()
-    until(lambda: made.progress is not None)
+    wait_until(lambda: made.progress is not None)
     began = time.monotonic()
     getattr(made, end)()
     with pytest.raises(EdgeMoEError):
@@ -171,7 +171,7 @@ def test_a_real_loading_is_stopped() -> None:
     with pytest.raises(EdgeMoEError):
         loading.result(30)
     # What was read is given back soon after.
-    until(lambda: not [each for each in set(threading.enumerate()) - before if each.name.startswith("edgemoe")])
+    wait_until(lambda: not [each for each in set(threading.enumerate()) - before if each.name.startswith("edgemoe")])
 
 
 def test_after_the_end_it_refuses() -> None:

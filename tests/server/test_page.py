@@ -12,7 +12,8 @@ from edgemoe import Sampling
 from edgemoe.server.page import page
 from edgemoe.server.settings import ServerSettings
 from tests.support.browser import Browser, find_browser
-from tests.support.running_server import RunningServer, running_server, until
+from tests.support.running_server import RunningServer, running_server
+from tests.support.waiting import wait_until
 
 QUESTION = "What is 48 + 31?"
 PROGRAM = find_browser()
@@ -69,7 +70,7 @@ def test_stop_ends_the_reply_at_once(server: RunningServer, browser: Browser) ->
     browser.until("document.querySelector('.assistant .text')?.textContent.length > 20")
     assert browser.run("find('send').disabled") is True
     browser.run("find('stop').click()")
-    until(server.is_idle, seconds=15)
+    wait_until(server.is_idle, seconds=15)
     browser.until("!asking")
     assert last(browser, "note") == "stopped"
     assert browser.run("find('send').disabled") is False

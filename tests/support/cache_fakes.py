@@ -16,9 +16,7 @@ from edgemoe.cache.host_buffer import HostBuffer
 from edgemoe.cache.host_store import HostStore
 from edgemoe.cache.link import Priority
 from edgemoe.cache.store import Piece
-
-PATIENCE = 20.0
-"""Timeout in seconds of a test that waits for a thread."""
+from tests.support.waiting import PATIENCE
 
 
 def pattern(expert: ExpertId) -> int:
@@ -29,14 +27,6 @@ def pattern(expert: ExpertId) -> int:
 def holds(memory: torch.Tensor, expert: ExpertId, nbytes: int) -> bool:
     """Whether the first `nbytes` of `memory` are the record of `expert`."""
     return bool((memory[:nbytes] == pattern(expert)).all())
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
-    """Waits until `condition` holds. Raises AssertionError after `seconds`."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "the condition does not become true in time"
-        time.sleep(0.0005)
 
 
 class FakeStore(ExpertStore):

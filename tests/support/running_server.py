@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,14 +68,6 @@ class RunningServer:
         turns, loop = self.replier.turns, self.engine._loop
         waiting = loop.scheduler.running or loop.scheduler.waiting
         return not (turns.requests or turns.running or turns.waiting or self.host.leases or waiting)
-
-
-def until(holds: Callable[[], bool], seconds: float = 10.0) -> None:
-    """Waits until `holds`, which must come true."""
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "it did not come true in time"
-        time.sleep(0.01)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 
 from edgemoe.checkpoint.foreign.foreign_json import MAX_DEPTH, is_deeper
 from edgemoe.errors import CheckpointError
-from edgemoe.values import shown
+from edgemoe.values import shown, whole_number
 
 MAX_NUMBER = 1 << 53
 """Magnitude of any number: what a float holds exactly."""
@@ -114,8 +114,8 @@ def _whole_fault(name: str, value: Any, limit: int) -> str:
 
 
 def _whole(value: Any, least: int, most: int) -> bool:
-    whole = type(value) is int or (isinstance(value, float) and value.is_integer())
-    return whole and least <= value <= most
+    read = whole_number(value)
+    return read is not None and least <= read <= most
 
 
 def _sane(value: Any) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from edgemoe.checkpoint.foreign.foreign_json import read_object
 from edgemoe.errors import CheckpointError
-from edgemoe.values import shown
+from edgemoe.values import number, shown
 
 MAX_FACTOR = 1e4
 """Of temperatures, penalties and scales: beyond it float32 has no use for the result."""
@@ -21,9 +20,8 @@ Check = tuple[str, Callable[[Any], bool]]
 
 def _number(least: float, most: float, *, above: bool = False) -> Check:
     def holds(value: Any) -> bool:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            return False
-        return (least < value if above else least <= value) and value <= most
+        read = number(value)
+        return read is not None and (least < read if above else least <= read) and read <= most
 
     return f"a number {'above' if above else 'from'} {least:g} {'and at most' if above else 'to'} {most:g}", holds
 

@@ -83,8 +83,8 @@ class ChatReply(OpenAIReply):
         """See the base class. The first event of a choice has the role."""
         self.usages.setdefault(index, Usage()).add(chunk)
         made = self._made.setdefault(index, ChatChunks(self.served.name))
-        choices = [each["choices"][0] | {"index": index} for each in made.of(chunk)]
-        return [self.choice_event(choice) for choice in choices if choice["delta"] or _tells(choice)]
+        choice = made.of(chunk)["choices"][0] | {"index": index}
+        return [self.choice_event(choice)] if choice["delta"] or _tells(choice) else []
 
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """See the base class."""

@@ -15,7 +15,8 @@ from edgemoe.cache import ExpertCache, ExpertId, ExpertStore, SlotClass, SlotPoo
 from edgemoe.cache.cuda_link import CudaLink, CudaStreams, Streams
 from edgemoe.cache.link import Priority
 from edgemoe.cache.store import Piece
-from tests.support.cache_fakes import FakeStore, FakeStreams, LockedStore, holds, pattern, wait_until
+from tests.support.cache_fakes import FakeStore, FakeStreams, LockedStore, holds, pattern
+from tests.support.waiting import wait_until
 
 CPU = torch.device("cpu")
 NBYTES = 128

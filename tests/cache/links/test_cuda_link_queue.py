@@ -14,7 +14,8 @@ from edgemoe.cache.cuda_link import CudaLink, CudaStreams
 from edgemoe.cache.eviction.hot_temporal import HotTemporal
 from edgemoe.cache.link import Priority
 from edgemoe.cache.store import Piece
-from tests.support.cache_fakes import FakeStore, FakeStreams, LockedStore, wait_until
+from tests.support.cache_fakes import FakeStore, FakeStreams, LockedStore
+from tests.support.waiting import wait_until
 
 NBYTES = 128
 MANY = 8000

@@ -13,7 +13,8 @@ from edgemoe.cache import ExpertCache, ExpertId, SlotClass, SlotPool, Throttle, 
 from edgemoe.cache.cuda_link import CudaLink, CudaStreams
 from edgemoe.cache.eviction.hot_temporal import HotTemporal
 from edgemoe.cache.link import Priority
-from tests.support.cache_fakes import FakeStore, FakeStreams, LockedStore, wait_until
+from tests.support.cache_fakes import FakeStore, FakeStreams, LockedStore
+from tests.support.waiting import wait_until
 
 NBYTES = 1024
 COPY = 0.02

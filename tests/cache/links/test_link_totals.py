@@ -12,7 +12,8 @@ from edgemoe.cache import ExpertId, Link, Throttle
 from edgemoe.cache.cuda_link import CudaLink
 from edgemoe.cache.link import Priority
 from edgemoe.cache.reader_link import ReaderLink
-from tests.support.cache_fakes import FakeStore, FakeStreams, wait_until
+from tests.support.cache_fakes import FakeStore, FakeStreams
+from tests.support.waiting import wait_until
 
 NBYTES = 1024
 

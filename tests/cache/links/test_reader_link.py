@@ -13,7 +13,8 @@ from bench.support.policies.lru import BalancedLRU
 from edgemoe.cache import ExpertCache, ExpertId, SlotClass, SlotPool, Throttle, Transfer
 from edgemoe.cache.link import Priority
 from edgemoe.cache.reader_link import ReaderLink
-from tests.support.cache_fakes import FakeStore, holds, wait_until
+from tests.support.cache_fakes import FakeStore, holds
+from tests.support.waiting import wait_until
 
 CPU = torch.device("cpu")
 A, B, C, D = (ExpertId(0, number) for number in range(4))

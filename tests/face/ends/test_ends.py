@@ -20,6 +20,7 @@ import pytest
 
 from edgemoe import EdgeMoEError, Engine, Sampling, Stream
 from edgemoe.results import Progress
+from tests.support.clean import check_clean
 
 SETTINGS = Sampling(max_tokens=8, ignore_eos=True, temperature=0)
 LONG = Sampling(max_tokens=400, ignore_eos=True, temperature=0)
@@ -38,17 +39,6 @@ def engine(talker: Path) -> Iterator[Engine]:
 def expected(talker: Path) -> dict[str, tuple[int, ...]]:
     with Engine.load(talker, threads=1, batch=1, state_folder="none") as single:
         return {prompt: single.generate(prompt, SETTINGS).token_ids for prompt in ("abc", "xyz", PROMPT)}
-
-
-def check_clean(engine: Engine) -> None:
-    """Nothing is pinned, no slot is lost, and nobody runs or waits."""
-    found = engine._between_steps(lambda loop: (loop.scheduler.running, loop.scheduler.waiting))
-    assert found == (0, 0)
-    runtime = engine._runtime
-    assert runtime is not None
-    cache = runtime.cache
-    engine._between_steps(lambda loop: cache.check_integrity())
-    assert all(held.pins == 0 for held in cache._held.values())
 
 
 @contextmanager

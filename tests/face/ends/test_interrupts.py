@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from edgemoe import Engine, Sampling
+from tests.support.clean import check_clean
 
 SETTINGS = Sampling(max_tokens=3, ignore_eos=True, temperature=0)
 POINTS = 16
@@ -57,18 +58,6 @@ def instructions(call: Callable[[], object]) -> int:
 
 def points(count: int) -> list[int]:
     return sorted({1 + number * (count - 1) // POINTS for number in range(POINTS + 1)})
-
-
-def check_clean(engine: Engine) -> None:
-    loop = engine._loop
-    found = engine._between_steps(lambda loop: (loop.scheduler.running, loop.scheduler.waiting))
-    assert found == (0, 0)
-    runtime = engine._runtime
-    assert runtime is not None
-    cache = runtime.cache
-    engine._between_steps(lambda loop: cache.check_integrity())
-    assert all(held.pins == 0 for held in cache._held.values())
-    assert not loop.scheduler.running
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import pytest
 from edgemoe import Engine, PlanError, Sampling
 from edgemoe.cache.expert_cache import ExpertCache
 from edgemoe.plan import memory_keeper
+from tests.support.waiting import wait_until
 
 SETTINGS = Sampling(max_tokens=40, ignore_eos=True, temperature=0)
 
@@ -96,12 +97,12 @@ def test_an_idle_engine_gives_memory_back_and_takes_it_again(
     with Engine.load(talker, threads=1, state_folder="none", keep_free="1GiB") as engine:
         whole = engine.plan.slots
         free[0] = 1 << 20
-        assert until(lambda: engine.plan.slots < whole)
+        wait_until(lambda: engine.plan.slots < whole)
         assert engine.generate("abc", SETTINGS).token_ids == expected
-        assert until(lambda: engine.plan.slots == 1)
+        wait_until(lambda: engine.plan.slots == 1)
         assert engine.generate("abc", SETTINGS).token_ids == expected
         free[0] = 1 << 40
-        assert until(lambda: engine.plan.slots == whole)
+        wait_until(lambda: engine.plan.slots == whole)
         assert engine.generate("abc", SETTINGS).token_ids == expected
         assert engine.stats.slots == whole
 
@@ -112,15 +113,6 @@ def _keeper_of(free: list[int]) -> type[memory_keeper.MemoryKeeper]:
             super().__init__(keep_free, planned, least, slot_nbytes, lambda: free[0])
 
     return Keeper
-
-
-def until(holds: object) -> bool:
-    end = time.monotonic() + 10
-    while time.monotonic() < end:
-        if holds():  # type: ignore[operator]
-            return True
-        time.sleep(0.02)
-    return False
 
 
 @pytest.mark.parametrize("keep", ["much", "-1GiB"])
