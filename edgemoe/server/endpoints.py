@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
 from datetime import datetime, timezone
 from typing import Any
 
@@ -26,6 +27,9 @@ from edgemoe.server.protocols.openai_responses import ResponseReply
 from edgemoe.server.protocols.reply import Reply, ServedModel
 from edgemoe.server.replying import Replier, ReplyResponse, leased
 
+DISCARDED_NBYTES = 64 << 20
+DISCARD_SECONDS = 1.0
+"""How much of a body that is refused is read, and for how long."""
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -81,14 +85,16 @@ class Endpoints:
         settings = self._replier.settings
         too_large = ApiError(413, f"the body has more than {settings.max_body} bytes: send less")
         length = request.headers.get("content-length", "0")
-        if not length.isdecimal() or int(length) > settings.max_body:
-            raise too_large
         parts, size = [], 0
         stream = request.stream()
+        if not length.isdecimal() or int(length) > settings.max_body:
+            await _discard(stream)
+            raise too_large
         try:
             while part := await asyncio.wait_for(anext(stream, b""), settings.stall_timeout):
                 size += len(part)
                 if size > settings.max_body:
+                    await _discard(stream)
                     raise too_large
                 parts.append(part)
         except asyncio.TimeoutError:
@@ -197,3 +203,20 @@ class Endpoints:
 
 def _totals(engine: Engine | None) -> dict[str, Any] | None:
     return None if engine is None else engine.stats.to_dict()
+
+
+async def _discard(body: AsyncIterator[bytes]) -> None:
+    """Reads the rest of a body that is refused, as far as the bounds allow.
+
+    A connection that is closed while the client still sends is reset, and the answer is lost with it.
+    """
+
+    async def read() -> None:
+        size = 0
+        async for part in body:
+            size += len(part)
+            if size > DISCARDED_NBYTES:
+                return
+
+    with suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(read(), DISCARD_SECONDS)
