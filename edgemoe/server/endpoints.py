@@ -14,6 +14,7 @@ from starlette.routing import Route
 
 from edgemoe.engine import Engine
 from edgemoe.server import metrics
+from edgemoe.server.deadline import within
 from edgemoe.server.page import page
 from edgemoe.server.protocols import fields
 from edgemoe.server.protocols.anthropic_input import chat_body
@@ -91,7 +92,7 @@ class Endpoints:
             await _discard(stream)
             raise too_large
         try:
-            while part := await asyncio.wait_for(anext(stream, b""), settings.stall_timeout):
+            while part := await within(settings.stall_timeout, anext(stream, b"")):
                 size += len(part)
                 if size > settings.max_body:
                     await _discard(stream)
@@ -219,4 +220,4 @@ async def _discard(body: AsyncIterator[bytes]) -> None:
                 return
 
     with suppress(asyncio.TimeoutError):
-        await asyncio.wait_for(read(), DISCARD_SECONDS)
+        await within(DISCARD_SECONDS, read())

@@ -8,6 +8,7 @@ from contextlib import aclosing, asynccontextmanager
 
 from edgemoe.async_engine import AsyncEngine
 from edgemoe.results import Chunk, Completion
+from edgemoe.server.deadline import within
 from edgemoe.server.protocols.errors import ApiError
 from edgemoe.server.protocols.reply import Reply
 from edgemoe.server.turns import Turns
@@ -49,7 +50,7 @@ class Generation:
         if self._failure is not None:
             raise self._failure
         try:
-            item = await asyncio.wait_for(self._chunks.get(), timeout)
+            item = await within(timeout, self._chunks.get())
         except asyncio.TimeoutError:
             return None
         if self._failure is not None:

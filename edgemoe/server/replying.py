@@ -13,6 +13,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from edgemoe.async_engine import AsyncEngine
 from edgemoe.model_host import ModelHost
+from edgemoe.server.deadline import within
 from edgemoe.server.generation import Generation
 from edgemoe.server.protocols import sse
 from edgemoe.server.protocols.errors import ApiError, api_error
@@ -125,7 +126,7 @@ class ReplyResponse(Response):
         async def bounded(message: Message) -> None:
             nonlocal begun
             begun = True
-            await asyncio.wait_for(send(message), self._replier.settings.stall_timeout)
+            await within(self._replier.settings.stall_timeout, send(message))
 
         try:
             async with self._replier.generating(self._reply) as generation:
