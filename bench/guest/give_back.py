@@ -29,7 +29,7 @@ class Size(BaseSize):
 
     factor: int = 32
     steps: int = 6
-    step_mib: int = 100
+    step_mib: int = 150
     settle_seconds: float = SETTLED_SECONDS
 
 
@@ -37,13 +37,13 @@ FULL, SMALL = Size(), Size(small=True, factor=SMALL_FACTOR, steps=2, step_mib=1,
 
 
 def run(size: Size = FULL) -> Measurement:
-    """Replies go on; what must stay free is what is free with the model loaded, less a third of the cache."""
+    """Replies go on; what must stay free is what is free with the model loaded, less half of the cache."""
     sampling = Sampling(temperature=0, max_tokens=48, ignore_eos=True)
     with Engine.load(inflated(size.factor), device="cpu", state_folder="none", keep_free="off") as engine:
         expected = engine.generate("Once upon a time", sampling).token_ids
         whole = engine.plan.slots
-        # With the whole cache, what is free is enough for it to grow back.
-        keep = ram_free() - engine.plan.cache_nbytes // 3
+        # It grows back to the whole while a quarter of it is free beyond that (MemoryKeeper); the rest is for others.
+        keep = ram_free() - engine.plan.cache_nbytes // 2
     wrong, rows = 0, []
     config = EngineConfig(expert_cache="100%", device="cpu", state_folder="none", keep_free=keep)
     with Engine.load(inflated(size.factor), config) as engine, _hog() as other:
