@@ -6,24 +6,30 @@ The faults are put around the store and the link that the engine makes; no part 
 from __future__ import annotations
 
 import asyncio
+import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench.measurement import BaseSize, Measurement
+from bench.support.fault_kinds import CHANGES, HANG, KINDS, ONCE
 from bench.support.faults import Faults, broken_laws, load
-from edgemoe import AsyncEngine, Completion, EdgeMoEError, Engine, RequestError, Sampling
+from bench.support.serving import serving
+from edgemoe import AsyncEngine, Completion, EdgeMoEError, Engine, ModelHost, Sampling
 from edgemoe.checkpoint.tokenizer import Prompt
+from edgemoe.demo import demo_folder
 
 NAME = "faults"
 BAR = "a clear error or the right reply, none later than 5 s; the next request exact; nothing wrong in a finished reply"
@@ -34,7 +40,7 @@ LONG_SETTINGS = Sampling(max_tokens=4, temperature=0, ignore_eos=True)
 SETTINGS = Sampling(max_tokens=24, temperature=0, ignore_eos=True)
 SLOTS = 40
 """Few of the shipped model's experts: every pass reads some."""
-PHASES = ("load", "prefill", "decode", "draft", "verify", "batch", "async")
+PHASES = ("load", "prefill", "decode", "draft", "verify", "batch", "async", "serve")
 DRAFTS: dict[str, dict[str, Any]] = {
     "decode": {"speculate": "off"}, "draft": {"speculate": "self"},
     "verify": {"speculate": "ngram"},
@@ -49,67 +55,36 @@ class Size(BaseSize):
     phases: tuple[str, ...] = PHASES
 
 
-FULL, SMALL = Size(), Size(small=True, rounds=1, phases=("load", "decode", "batch"))
+FULL, SMALL = Size(), Size(small=True, rounds=1, phases=("decode", "batch", "serve"))
 
 
-def _raises(error: Callable[[], BaseException]) -> Callable[[Faults], None]:
-    def fault(faults: Faults) -> None:
-        def read() -> None:
-            raise error()
+@dataclass(frozen=True)
+class Served:
+    """A reply over HTTP, of which nobody knows the tokens."""
 
-        faults.read = read
-
-    return fault
+    text: str
+    finish_reason: str
 
 
-def _hangs(faults: Faults) -> None:
-    returns = threading.Event()
-    faults.hung = returns
-    faults.read = lambda: _wait(returns)
-
-
-def _wait(returns: threading.Event) -> None:
-    returns.wait(60)
-
-
-def _no_memory_once(faults: Faults) -> None:
-    def read() -> None:
-        faults.lift()
-        raise MemoryError
-
-    faults.read = read
-
-
-def _link_fails(faults: Faults) -> None:
-    faults.transfer = RuntimeError("the link is down")
-
-
-FAULTS: dict[str, Callable[[Faults], None]] = {
-    "read error": _raises(lambda: OSError(5, "Input/output error")),
-    "short read": _raises(lambda: OSError("the file ends in the middle of an expert")),
-    "wrong length": _raises(lambda: ValueError("buffer size does not match")),
-    "no memory": _raises(MemoryError),
-    "no memory once": _no_memory_once,
-    "no device memory": _raises(lambda: torch.OutOfMemoryError("CUDA out of memory")),
-    "reader dies": _raises(lambda: SystemExit("the reader is gone")),
-    "link fails": _link_fails,
-    "hang": _hangs,
-}
+class ServedError(EdgeMoEError):
+    """The error that a server tells its client."""
 
 
 class Trial:
     """One fault in one phase."""
 
-    def __init__(self, phase: str, kind: str, after: int) -> None:
+    def __init__(self, phase: str, kind: str, after: int, folder: Path) -> None:
+        """`folder` has a checkpoint that the fault may change."""
         self._phase = phase
         self._kind = kind
         self._after = after
+        self._folder = folder
         self._faults = Faults()
         self.wrong: list[str] = []
         self.ended = ""
 
-    def run(self, expected: dict[str, tuple[int, ...]]) -> None:
-        """Tries it, and holds what came of it against `expected`, the tokens of undisturbed replies."""
+    def run(self, expected: dict[str, Completion]) -> None:
+        """Tries it, and holds what came of it against `expected`, undisturbed replies."""
         if self._phase == "load":
             self._arm()
             # Experts are filled after loading: a fault shows when they are asked for.
@@ -117,41 +92,54 @@ class Trial:
         else:
             engine = self._engine()
             self._arm()
-        try:
-            self._during(engine, expected)
-            self._faults.lift()
-            self.wrong += broken_laws(engine)
-            if engine.generate(QUESTION, SETTINGS).token_ids != expected["question"]:
-                self.wrong.append("the next reply")
-        finally:
-            self._faults.lift()
-            started = time.monotonic()
-            engine.close()
-            if time.monotonic() - started > HANG_SECONDS + 1:
-                self.wrong.append("close took too long")
+        with self._serving(engine) as url:
+            try:
+                self._during(engine, url, expected)
+                self._faults.lift()
+                self.wrong += broken_laws(engine)
+                self._afterwards(engine, expected["question"])
+            finally:
+                self._faults.lift()
+                started = time.monotonic()
+                engine.close()
+                if time.monotonic() - started > HANG_SECONDS + 1:
+                    self.wrong.append("close took too long")
+
+    @contextmanager
+    def _serving(self, engine: Engine) -> Iterator[str]:
+        """Where the engine is served in that phase; "" in all others."""
+        if self._phase == "serve":
+            with ModelHost(loader=lambda *_, **__: engine) as host, serving(host, running=4) as url:
+                yield url
+        else:
+            yield ""
 
     def _engine(self) -> Engine:
         drafts = DRAFTS.get(self._phase, {})
-        return load(None, self._faults, expert_cache=SLOTS, threads=1, batch=4, context=512, **drafts)
+        model = self._folder if self._kind in CHANGES else None
+        return load(model, self._faults, expert_cache=SLOTS, threads=1, batch=4, context=512, **drafts)
 
     def _arm(self) -> None:
         self._faults.after = self._after
-        FAULTS[self._kind](self._faults)
+        if self._kind in CHANGES:
+            CHANGES[self._kind](self._faults, self._folder)
+        else:
+            KINDS[self._kind](self._faults)
 
-    def _during(self, engine: Engine, expected: dict[str, tuple[int, ...]]) -> None:
+    def _during(self, engine: Engine, url: str, expected: dict[str, Completion]) -> None:
         """A request while the fault is there. One that waits for a read that hangs is ended by its caller."""
         told = list[BaseException]()
-        replies: dict[str, Completion] = {}
+        replies: dict[str, Completion | Served] = {}
 
         def ask() -> None:
             try:
-                replies.update(self._replies(engine))
+                replies.update(self._replies(engine, url))
             except BaseException as error:
                 told.append(error)
 
         thread = threading.Thread(target=ask)
         thread.start()
-        if self._kind == "hang":
+        if self._kind == HANG:
             thread.join(0.5)
             engine.cancel()
         thread.join(HANG_SECONDS)
@@ -160,47 +148,82 @@ class Trial:
             self._faults.lift()
             thread.join()
         for name, reply in replies.items():
-            if reply.token_ids != expected[name][: len(reply.token_ids)]:
-                self.wrong.append(f"the reply to {name}")
-            elif reply.finish_reason != "cancelled" and reply.token_ids != expected[name]:
-                self.wrong.append(f"the length of the reply to {name}")
+            self.wrong += [f"the reply to {name}"] if _differs(reply, expected[name]) else []
         self.ended = type(told[0]).__name__ if told else "reply"
-        if self._kind == "no memory once" and told:
+        if self._kind == ONCE and told:
             self.wrong.append(f"no recovery: {told[0]}")
+        self._check_clear(told)
+
+    def _afterwards(self, engine: Engine, expected: Completion) -> None:
+        """The next reply is right. Where the checkpoint has changed for good, an error that says so is right too."""
+        try:
+            if engine.generate(QUESTION, SETTINGS).token_ids != expected.token_ids:
+                self.wrong.append("the next reply")
+        except EdgeMoEError as error:
+            if self._kind not in CHANGES or "changed" not in str(error):
+                self.wrong.append(f"the next reply is an error: {error}")
+
+    def _check_clear(self, told: list[BaseException]) -> None:
         if told and not (isinstance(told[0], EdgeMoEError) and str(told[0])):
             self.wrong.append(f"not a clear error: {told[0]!r}")
+        elif told and self._kind in CHANGES and "changed" not in str(told[0]):
+            self.wrong.append(f"the error does not say that a file has changed: {told[0]}")
 
-    @staticmethod
-    def _named(found: dict[int, Completion | RequestError]) -> list[tuple[str, Completion | RequestError]]:
-        return [("question", found[0]), ("long", found[1])]
-
-    def _replies(self, engine: Engine) -> dict[str, Completion]:
+    def _replies(self, engine: Engine, url: str) -> dict[str, Completion | Served]:
         if self._phase == "prefill":
             return {"long": engine.generate(LONG_PROMPT, LONG_SETTINGS)}
         if self._phase == "batch":
             asked: list[tuple[Prompt, Sampling]] = [(QUESTION, SETTINGS), (LONG_PROMPT, LONG_SETTINGS)]
             found = dict(engine.generate_batch(asked))
-            return {name: reply for name, reply in self._named(found) if isinstance(reply, Completion)}
+            named = {"question": found[0], "long": found[1]}
+            return {name: reply for name, reply in named.items() if isinstance(reply, Completion)}
         if self._phase == "async":
             return {"question": asyncio.run(AsyncEngine(engine).generate(QUESTION, SETTINGS))}
+        if self._phase == "serve":
+            return {"question": _served(url)}
         return {"question": engine.generate(QUESTION, SETTINGS)}
+
+
+def _served(url: str) -> Served:
+    """The reply to the question over HTTP. Raises ServedError for an error of the API."""
+    body = {"prompt": QUESTION, "temperature": 0, "max_tokens": SETTINGS.max_tokens, "ignore_eos": True}
+    request = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=2 * HANG_SECONDS) as answer:
+            choice = json.load(answer)["choices"][0]
+    except urllib.error.HTTPError as error:
+        raise ServedError(json.load(error)["error"]["message"]) from error
+    return Served(choice["text"], choice["finish_reason"])
+
+
+def _differs(reply: Completion | Served, expected: Completion) -> bool:
+    """Whether a reply is another one, or is cut without saying so."""
+    if isinstance(reply, Served):
+        return reply.text != expected.text
+    if reply.finish_reason == "cancelled":
+        return reply.token_ids != expected.token_ids[: len(reply.token_ids)]
+    return reply.token_ids != expected.token_ids
 
 
 def run(size: Size = FULL) -> Measurement:
     """Every fault in every phase, then what concerns whole processes: full disks and SIGTERM."""
     with load(None, Faults(), threads=1, batch=1, context=512, speculate="off") as engine:
         expected = {
-            "question": engine.generate(QUESTION, SETTINGS).token_ids,
-            "long": engine.generate(LONG_PROMPT, LONG_SETTINGS).token_ids,
+            "question": engine.generate(QUESTION, SETTINGS),
+            "long": engine.generate(LONG_PROMPT, LONG_SETTINGS),
         }
     found: dict[str, dict[str, str]] = {}
     wrong = list[str]()
     trials = 0
     for phase in size.phases:
-        for kind in FAULTS:
+        for kind in (*KINDS, *CHANGES):
             for number in range(size.rounds):
-                trial = Trial(phase, kind, 7 * number)
-                trial.run(expected)
+                with tempfile.TemporaryDirectory() as folder:
+                    copy = Path(shutil.copytree(demo_folder(), Path(folder) / "model"))
+                    trial = Trial(phase, kind, 7 * number, copy)
+                    trial.run(expected)
                 trials += 1
                 wrong += [f"{kind} in {phase}: {each}" for each in trial.wrong]
                 found.setdefault(kind, {})[phase] = trial.ended

@@ -11,8 +11,6 @@ import statistics
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,18 +19,20 @@ import openai
 import psutil
 
 from bench.measurement import BaseSize, Measurement
+from bench.support.serving import MODEL, serving
 from edgemoe import ModelHost, Sampling
-from edgemoe.server.lifecycle import Server
-from edgemoe.server.settings import ServerSettings
 
 NAME = "serve-clients"
 BAR = (
     "every reply has the library's tokens; no request, thread, file or 50 MiB are left; "
     "the slowest of equal requests takes at most twice the median"
 )
-MODEL = "edgemoe-demo"
 MAX_GROWTH = 50
 """MiB."""
+SETTINGS: dict[str, Any] = {
+    "device": "cpu", "dtype": "float32", "context": 1024, "batch": 64, "state_folder": "none",
+}  # fmt: skip
+"""In bf16 passes of more than 64 tokens may round another way than those of one sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class Found:
 
 def run(size: Size = FULL) -> Measurement:
     """The shipped model, greedy; what every client is told against `Engine.generate` of the same messages."""
-    with serving() as (host, url):
+    with ModelHost(**SETTINGS) as host, serving(host, running=64) as url:
         wanted = _replies(host, size)
         # Caches fill up in the first ones.
         for number in range(min(2, size.rounds)):
@@ -82,25 +82,6 @@ def run(size: Size = FULL) -> Measurement:
     detail = {"wrong": found.wrong[:5], "median_seconds": round(statistics.median(found.seconds), 3)}
     detail |= {"curl": bool(shutil.which("curl")), "together": size.together}
     return Measurement(NAME, value, BAR, not found.wrong and clean and spread <= 2, detail)
-
-
-@contextmanager
-def serving() -> Iterator[tuple[ModelHost, str]]:
-    """A server of the shipped model in a thread, and where it is.
-
-    In float32: in bf16 passes of more than 64 tokens may round another way than those of one sequence.
-    """
-    settings: Any = {"device": "cpu", "dtype": "float32", "context": 1024, "batch": 64, "state_folder": "none"}
-    with ModelHost(**settings) as host:
-        server = Server(host, MODEL, ServerSettings(port=0, max_running=64))
-        thread = threading.Thread(target=server.run, name="serve-clients")
-        thread.start()
-        try:
-            host.load().result()
-            yield host, server.url
-        finally:
-            server.stop()
-            thread.join()
 
 
 def messages(number: int) -> list[dict[str, str]]:
