@@ -238,12 +238,15 @@ class ExpertCache:
         """Has so many slots of each region used, at least 1 and at most those that its memory has; between requests.
 
         Experts that lose their slots do so in the policy's order. On a CPU the memory of unused slots is the system's
-        again; used ones take memory when they are filled.
+        again; used ones take memory when they are filled. Where `poll` raises meanwhile, it is left with the slots that
+        are used then.
         """
-        for region, count in counts.items():
-            for slot in self._allocator.limit(region, count, self._wait_for_prefetch):
-                self.pool.release(region, slot)
-        self._max_kept = self._shares()
+        try:
+            for region, count in counts.items():
+                for slot in self._allocator.limit(region, count, self._wait_for_prefetch):
+                    self.pool.release(region, slot)
+        finally:
+            self._max_kept = self._shares()
 
     def _shares(self) -> list[int]:
         """For each layer, how many experts of a request its share of the slots keeps; others stream through."""

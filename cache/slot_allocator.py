@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 
 from edgemoe.cache.counters import CacheCounters
 from edgemoe.cache.eviction.policy import EvictionPolicy
@@ -69,14 +69,14 @@ class SlotAllocator:
         self._on_drop()
         self._policy.removed(expert)
 
-    def limit(self, region: SlotRegion, count: int, wait: Callable[[int], int | None]) -> list[int]:
-        """Has `count` slots of `region` used, at least 1 and at most those that its memory has.
+    def limit(self, region: SlotRegion, count: int, wait: Callable[[int], int | None]) -> Iterator[int]:
+        """Has `count` slots of `region` used, at least 1 and at most those that its memory has, once it is exhausted.
 
         Experts lose theirs in the policy's order; nothing may be pinned. `wait` is called with a layer of the region
-        where all of its slots are being loaded: it waits for one and takes it. Returns the slots that are used no more,
-        by their numbers among all slots: their memory may be released.
+        where all of its slots are being loaded: it waits for one and takes it. What it raises passes. Yields the slots
+        that are used no more, by their numbers among all slots: their memory may be released.
         """
-        layer, given = self._residency.layers_of[region][0], list[int]()
+        layer = self._residency.layers_of[region][0]
         while region.count < count:
             self._residency.admit(region)
         while region.count > count:
@@ -85,8 +85,7 @@ class SlotAllocator:
                 slot = wait(layer)
             assert slot is not None, "nothing is pinned, and what is in flight ends"
             self._residency.withhold(region, slot)
-            given.append(slot)
-        return given
+            yield slot
 
     def _cancel_latest_prefetch(self, region: SlotRegion) -> int | None:
         """Cancels the latest prefetch into `region` that has not started to move, and takes its slot; or None."""

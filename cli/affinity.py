@@ -6,8 +6,9 @@ import argparse
 
 from edgemoe.checkpoint.state_folder import NONE, keeps_nothing
 from edgemoe.cli.exits import Exit, FileTrouble, UsageError, why
-from edgemoe.cli.loading import progress_bar, say_which_model
+from edgemoe.cli.loading import say_which_model
 from edgemoe.cli.output import put
+from edgemoe.cli.progress_bar import progress_bar
 from edgemoe.cli.render import counted
 from edgemoe.cli.surface import EngineFactory
 from edgemoe.sizes import format_bytes

@@ -16,6 +16,7 @@ from edgemoe.cli.loading import open_engine
 from edgemoe.cli.output import put
 from edgemoe.cli.render import columns
 from edgemoe.cli.surface import EngineFactory
+from edgemoe.cli.timed_notes import TimedNotes
 from edgemoe.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -99,10 +100,11 @@ def _open(arguments: argparse.Namespace, engine: EngineFactory | None, questions
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None] | None]:
-    """A bar on standard error within the block, when that is a terminal."""
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on standard error within the block, when that is a terminal, else a line now and then."""
     if not sys.stderr.isatty():
-        yield None
+        notes = TimedNotes()
+        yield lambda what, done, total: notes.offer(lambda: f"{what}: {done} of {total}")
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -14,7 +13,9 @@ from edgemoe.cli.arguments import model_settings
 from edgemoe.cli.exits import UsageError
 from edgemoe.cli.interruption import leaving_at_once
 from edgemoe.cli.options.parser import cut
-from edgemoe.cli.render import columns, harmless_line
+from edgemoe.cli.output import say
+from edgemoe.cli.progress_bar import progress_bar
+from edgemoe.cli.render import columns
 from edgemoe.cli.surface import BatchEngineView, EngineFactory, EngineView
 from edgemoe.cli.wording import in_options
 from edgemoe.errors import CheckpointError
@@ -23,17 +24,7 @@ from edgemoe.results import Progress
 if TYPE_CHECKING:
     from edgemoe.plan.plan import Plan
 
-_MIN_BAR, _MAX_BAR = 4, 40
-"""Columns of the bar of loading."""
-_BESIDE_BAR = 56
-"""Columns for what stands beside it: the stage, bytes of bytes, and the speed."""
 Loaded = TypeVar("Loaded", bound=BatchEngineView)
-
-
-def say(sentence: str) -> None:
-    """One line on standard error."""
-    sys.stderr.write(f"edgemoe: {harmless_line(sentence)}\n")
-    sys.stderr.flush()
 
 
 def factory(engine: EngineFactory | None) -> EngineFactory:
@@ -114,55 +105,10 @@ def _open(arguments: argparse.Namespace, loader: Callable[[], Callable[..., Load
     say_which_model(arguments)
     with progress_bar("importing PyTorch") as on_progress:
         load = loader()
-        if on_progress is not None:
-            on_progress(Progress("reading the checkpoint", 0, 0))
+        on_progress(Progress("reading the checkpoint", 0, 0))
         loaded = load(**model_settings(arguments), on_progress=on_progress)
     say_simulation(loaded.plan)
     say_not_served(loaded.plan)
     if arguments.verbose:
         sys.stderr.write(columns(loaded.plan.lines()) + "\n")
     return loaded
-
-
-@contextlib.contextmanager
-def progress_bar(first: str = "loading") -> Iterator[Callable[[Progress], None] | None]:
-    """A bar on standard error within the block, when that is a terminal. It begins with the stage `first`.
-
-    A stage without a total has a bar that only moves.
-    """
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, ProgressColumn, Task, TextColumn, TransferSpeedColumn
-    from rich.progress import Progress as ProgressBar
-    from rich.table import Column
-    from rich.text import Text
-
-    class Bytes(DownloadColumn):
-        """Nothing, where there is no total to compare with."""
-
-        def render(self, task: Task) -> Text:
-            return Text() if task.total is None else super().render(task)
-
-    class Speed(TransferSpeedColumn):
-        """Nothing, where it is not known."""
-
-        def render(self, task: Task) -> Text:
-            return Text() if task.total is None or task.speed is None else super().render(task)
-
-    console = Console(stderr=True)
-    parts: list[ProgressColumn] = [
-        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
-        BarColumn(bar_width=max(_MIN_BAR, min(_MAX_BAR, console.width - _BESIDE_BAR))),
-        Bytes(binary_units=True, table_column=Column(no_wrap=True)),
-    ]
-    if console.width > _BESIDE_BAR:
-        parts.append(Speed(table_column=Column(no_wrap=True)))
-    with ProgressBar(*parts, console=console, transient=True) as bar:
-        task = bar.add_task(first, total=None)
-
-        def show(progress: Progress) -> None:
-            bar.update(task, description=progress.stage, completed=progress.done, total=progress.total or None)
-
-        yield show

@@ -1,4 +1,4 @@
-"""Standard output: what carries the answer, and what to do when it cannot be written any more."""
+"""Standard output, which carries the answer, and notes on standard error, beside it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import sys
 
 from edgemoe.cli.exits import FileTrouble, why
+from edgemoe.cli.render import harmless_line
 
 
 def put(text: str) -> None:
@@ -17,6 +18,12 @@ def put(text: str) -> None:
         raise
     except OSError as error:
         raise FileTrouble(f"cannot write to standard output: {why(error)}") from error
+
+
+def say(sentence: str) -> None:
+    """One line on standard error."""
+    sys.stderr.write(f"edgemoe: {harmless_line(sentence)}\n")
+    sys.stderr.flush()
 
 
 def settle() -> None:

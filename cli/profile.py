@@ -17,8 +17,8 @@ from edgemoe.checkpoint.state_folder import NONE, keeps_nothing
 from edgemoe.cli.arguments import model_settings
 from edgemoe.cli.exits import Exit, FileTrouble, UsageError, why
 from edgemoe.cli.interruption import Interruption
-from edgemoe.cli.loading import say, say_which_model
-from edgemoe.cli.output import put
+from edgemoe.cli.loading import say_which_model
+from edgemoe.cli.output import put, say
 from edgemoe.cli.render import columns
 from edgemoe.cli.surface import EngineFactory
 from edgemoe.cli.wording import in_options

@@ -11,7 +11,8 @@ from typing import Any, cast
 
 from edgemoe.cli.arguments import model_settings
 from edgemoe.cli.exits import Exit, FileTrouble, UsageError, why
-from edgemoe.cli.loading import factory, say, say_lossy, say_not_served, say_simulation, say_which_model
+from edgemoe.cli.loading import factory, say_lossy, say_not_served, say_simulation, say_which_model
+from edgemoe.cli.output import say
 from edgemoe.cli.render import columns
 from edgemoe.cli.surface import EngineFactory
 from edgemoe.cli.wording import in_options

@@ -292,7 +292,12 @@ def _room_for_sequences(plan: Plan, every: tuple[SlotClass, ...], config: Engine
 
 def with_slots(plan: Plan, every: tuple[SlotClass, ...], slots: int) -> Plan:
     """The plan with `slots` of the slots for `every` expert."""
-    classes = limit_slots(every, slots)
+    return with_classes(plan, limit_slots(every, slots))
+
+
+def with_classes(plan: Plan, classes: tuple[SlotClass, ...]) -> Plan:
+    """The plan with these slots."""
+    slots = sum(each.count for each in classes)
     return replace(plan, slots=slots, slot_classes=classes, cache_nbytes=total_nbytes(classes))
 
 

@@ -19,8 +19,8 @@ from edgemoe.cli.chat.reply_view import ReplyView
 from edgemoe.cli.chat.session import Session
 from edgemoe.cli.chat.text_file import piped_text, read_text
 from edgemoe.cli.exits import Exit, UsageError
-from edgemoe.cli.loading import open_engine, say, say_lossy
-from edgemoe.cli.output import put
+from edgemoe.cli.loading import open_engine, say_lossy
+from edgemoe.cli.output import put, say
 from edgemoe.cli.render import Counts, measured
 from edgemoe.cli.surface import EngineFactory
 from edgemoe.errors import CheckpointError

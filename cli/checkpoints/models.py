@@ -8,8 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from edgemoe.cli.exits import Exit
-from edgemoe.cli.loading import say
-from edgemoe.cli.output import put
+from edgemoe.cli.output import put, say
 from edgemoe.cli.render import columns, print_table
 from edgemoe.cli.surface import EngineFactory
 from edgemoe.cli.wording import in_options

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from edgemoe.cli.exits import Exit, FileTrouble, UsageError, why
-from edgemoe.cli.loading import progress_bar, say
-from edgemoe.cli.output import put
+from edgemoe.cli.output import put, say
+from edgemoe.cli.progress_bar import progress_bar
 from edgemoe.cli.surface import EngineFactory
 from edgemoe.results import Progress
 from edgemoe.sizes import format_bytes
@@ -55,7 +55,7 @@ def _files(out: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _progress(stage: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on standard error within the block, when that is a terminal."""
+def _progress(stage: str) -> Iterator[Callable[[int, int], None]]:
+    """How far it is, on standard error within the block."""
     with progress_bar() as show:
-        yield None if show is None else lambda done, total: show(Progress(stage, done, total))
+        yield lambda done, total: show(Progress(stage, done, total))

@@ -9,18 +9,16 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
-from edgemoe.cli.loading import say
+from edgemoe.cli.output import say
 from edgemoe.cli.render import Counts, counted, drafts, duration, harmless_line, steps
 from edgemoe.cli.run.outbox import Outcome
 from edgemoe.cli.surface import BatchEngineView
+from edgemoe.cli.timed_notes import FIRST_NOTE, NEXT_NOTES
 from edgemoe.results import hit_rate
 from edgemoe.sizes import format_bytes
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
-
-FIRST_LINE, NEXT_LINES = 10.0, 30.0
-"""Seconds until the first line on a standard error that is no terminal, and from each one to the next."""
 
 
 class RunTally:
@@ -116,12 +114,12 @@ def _lines(tally: RunTally, total_requests: int | None) -> Iterator[None]:
     over = threading.Event()
 
     def tell() -> None:
-        wait = FIRST_LINE
+        wait = FIRST_NOTE
         while not over.wait(wait):
             known = "" if total_requests is None else f" of {total_requests}"
             parts = [f"{tally.finished}{known} answered", f"{tally.failed} failed" if tally.failed else "", tally.now()]
             say(", ".join(part for part in parts if part))
-            wait = NEXT_LINES
+            wait = NEXT_NOTES
 
     thread = threading.Thread(target=tell, name="edgemoe-progress", daemon=True)
     thread.start()

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from edgemoe.cli.arguments import sampling_from
 from edgemoe.cli.exits import Exit, FileTrouble, UsageError
-from edgemoe.cli.loading import open_engine, open_ray_engines, say, say_lossy
+from edgemoe.cli.loading import open_engine, open_ray_engines, say_lossy
+from edgemoe.cli.output import say
 from edgemoe.cli.render import counted
 from edgemoe.cli.run.finished import Finished, read_finished
 from edgemoe.cli.run.jobs import Jobs, settings_key

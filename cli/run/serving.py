@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from edgemoe.cli.exits import FileTrouble
 from edgemoe.cli.interruption import Interruption
-from edgemoe.cli.loading import say
+from edgemoe.cli.output import say
 from edgemoe.cli.render import counted, speeds
 from edgemoe.cli.run.jobs import Job, Jobs
 from edgemoe.cli.run.outbox import Outbox, Outcome

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from edgemoe.cache.accelerator import is_accelerator
+from edgemoe.cache.slot_classes import SlotClass
 from edgemoe.checkpoint.blueprint import Blueprint
 from edgemoe.checkpoint.chat_template import ChatTemplate
 from edgemoe.checkpoint.checkpoint import Checkpoint
@@ -17,11 +19,11 @@ from edgemoe.draft.draft_model import DraftModel
 from edgemoe.draft.expert_budget import expert_budget_for
 from edgemoe.draft.settings import DraftSettings
 from edgemoe.drafters import speculation_for
-from edgemoe.errors import PlanError
+from edgemoe.errors import PlanError, reason
 from edgemoe.model.model_runner import ModelRunner
 from edgemoe.plan.memory_keeper import MemoryKeeper
 from edgemoe.plan.plan import Plan
-from edgemoe.planner import drafts_of, make_plan, resized, slots_for_all, with_slots
+from edgemoe.planner import drafts_of, make_plan, resized, slots_for_all, with_classes, with_slots
 from edgemoe.request.reply_text import ReplyTexts
 from edgemoe.request.sampler import check_defaults
 from edgemoe.results import Progress
@@ -32,6 +34,8 @@ from edgemoe.scheduler.scheduler import Scheduler
 from edgemoe.scheduler.step_loop import StepLoop
 from edgemoe.scheduler.step_runner import StepRunner
 from edgemoe.sizes import parse_bytes
+
+LOG = logging.getLogger("edgemoe")
 
 
 @dataclass(frozen=True)
@@ -113,12 +117,20 @@ class Loaded:
         return self._keeper is not None
 
     def tend(self) -> None:
-        """Shrinks or grows the expert cache as other programs take and give memory. To be called between steps."""
+        """Shrinks or grows the expert cache as other programs take and give memory. To be called between steps.
+
+        Where the system refuses, it says so in the log, and the cache keeps the size that it has then.
+        """
         if self._keeper is None:
             return
         slots = self._keeper.wanted(self.plan.slots)
-        if slots != self.plan.slots:
+        if slots == self.plan.slots:
+            return
+        try:
             self._resize(with_slots(self.plan, self._most, slots))
+        except (OSError, MemoryError) as error:
+            self._keeper = None
+            LOG.warning("the expert cache keeps its %d slots, whatever is free (%s)", self.plan.slots, reason(error))
 
     def resize(self, expert_cache: str | int) -> Plan:
         """Makes the expert cache `expert_cache`, and returns the new plan. To be called between steps.
@@ -138,8 +150,13 @@ class Loaded:
         return plan
 
     def _resize(self, plan: Plan) -> None:
-        self.runtime.resize(plan.slot_classes)
-        self.plan = plan
+        try:
+            self.runtime.resize(plan.slot_classes)
+        finally:
+            # A wait for the link may have been left.
+            regions = self.runtime.cache.pool.regions
+            used = tuple(SlotClass(region.slot_nbytes, region.count) for region in regions)
+            self.plan = with_classes(self.plan, used)
 
     def close(self) -> None:
         """Ends the threads and gives files and memory back. Idempotent."""

@@ -297,7 +297,9 @@ class Worker:
         loop, seconds = loaded.loop, CHECK_SECONDS if loaded.tends_memory else None
         while not self.closing:
             self._drain(loop, wait=not self._demands and not self._calls, seconds=seconds)
-            loaded.tend()
+            with suppress(PassAborted):
+                # Where it waits for the link and nobody else waits, it is left, and tried again later.
+                loaded.tend()
             while self._calls and not self.closing:
                 self._running_call = self._calls.popleft()
                 self._running_call.run(loaded)

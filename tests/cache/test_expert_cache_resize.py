@@ -59,6 +59,33 @@ def test_what_has_not_begun_to_move_is_cancelled_and_what_moves_is_waited_for() 
     assert cache.residents(0) in ([1], [])
 
 
+class Left(BaseException):
+    """What ends a wait."""
+
+
+def test_one_that_is_left_while_it_waits_uses_the_slots_that_it_has_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = make(6)
+    use(cache, 0, 1, 2)
+    assert cache.prefetch(ids(0, 3, 4, 5, 6)) == 4
+    link = link_of(cache)
+    link.queued.clear()
+    wait_any = link.wait_any
+    monkeypatch.setattr(link, "wait_any", lambda transfers, seconds=None: [])
+
+    def poll() -> None:
+        raise Left
+
+    cache.poll = poll
+    with pytest.raises(Left):
+        cache.resize({cache.region(0): 2})
+    # Those of the two experts that were there are given back; four are being loaded.
+    assert cache.pool.count == 4
+    cache.check_integrity()
+    monkeypatch.setattr(link, "wait_any", wait_any)
+    cache.poll = lambda: None
+    resize(cache, 2)
+
+
 def test_the_memory_of_unused_slots_is_given_back_and_taken_again() -> None:
     nbytes = 8 * mmap.PAGESIZE
     cache = roomy(4, 6, nbytes)

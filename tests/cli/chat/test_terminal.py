@@ -149,7 +149,7 @@ def test_ctrl_c_while_loading_leaves_at_once() -> None:
 @pytest.mark.parametrize("columns", [40, 60, 200])
 def test_the_bar_of_loading_stays_on_one_line(columns: int) -> None:
     code = (
-        "import time; from edgemoe.cli.loading import progress_bar; from edgemoe.results import Progress\n"
+        "import time; from edgemoe.cli.progress_bar import progress_bar; from edgemoe.results import Progress\n"
         "with progress_bar('importing PyTorch') as show:\n"
         "    time.sleep(0.3); show(Progress('experts', 12 << 20, 300 << 20)); time.sleep(0.3)\n"
         "print('done')"

@@ -132,8 +132,8 @@ def test_columns() -> None:
 def test_a_file_of_notes_gets_a_line_now_and_then(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(progress, "FIRST_LINE", 0.05)
-    monkeypatch.setattr(progress, "NEXT_LINES", 0.05)
+    monkeypatch.setattr(progress, "FIRST_NOTE", 0.05)
+    monkeypatch.setattr(progress, "NEXT_NOTES", 0.05)
     (tmp_path / "p.txt").write_text("one\ntwo\n")
     engine = FakeEngine(before_word=lambda word: time.sleep(0.1))
     assert main(["run", str(tmp_path / "p.txt"), "-m", "x", "-o", str(tmp_path / "o")], engine=FakeFactory(engine)) == 0
@@ -147,8 +147,8 @@ def test_a_file_of_notes_gets_a_line_now_and_then(
 def test_such_a_line_tells_what_failed_and_how_fast_it_goes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(progress, "FIRST_LINE", 0.01)
-    monkeypatch.setattr(progress, "NEXT_LINES", 60.0)
+    monkeypatch.setattr(progress, "FIRST_NOTE", 0.01)
+    monkeypatch.setattr(progress, "NEXT_NOTES", 60.0)
     engine = FakeEngine(stats=FakeStats())
     tally = RunTally(engine)
     engine.stats = FakeStats(tokens_generated=50)

@@ -12,6 +12,7 @@ import pytest
 from edgemoe import Engine, PlanError, Sampling
 from edgemoe.cache.expert_cache import ExpertCache
 from edgemoe.plan import memory_keeper
+from edgemoe.scheduler.step_loop import PassAborted
 from tests.support.waiting import wait_until
 
 SETTINGS = Sampling(max_tokens=40, ignore_eos=True, temperature=0)
@@ -105,6 +106,39 @@ def test_an_idle_engine_gives_memory_back_and_takes_it_again(
         wait_until(lambda: engine.plan.slots == whole)
         assert engine.generate("abc", SETTINGS).token_ids == expected
         assert engine.stats.slots == whole
+
+
+@pytest.mark.parametrize("error", [PassAborted(), OSError(12, "Cannot allocate memory")])
+def test_an_engine_whose_cache_cannot_shrink_now_goes_on(
+    talker: Path,
+    expected: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: BaseException,
+) -> None:
+    free = [1 << 40]
+    tried = threading.Event()
+    monkeypatch.setattr("edgemoe.worker.loaded.MemoryKeeper", _keeper_of(free))
+    monkeypatch.setattr(memory_keeper, "CHECK_SECONDS", 0.05)
+    monkeypatch.setattr("edgemoe.worker.worker.CHECK_SECONDS", 0.05)
+    with Engine.load(talker, threads=1, state_folder="none", keep_free="1GiB") as engine:
+        whole = engine.plan.slots
+
+        def resize(counts: object) -> None:
+            tried.set()
+            raise error
+
+        monkeypatch.setattr(cache_of(engine), "resize", resize)
+        free[0] = 1 << 20
+        assert tried.wait(20)
+        assert engine.generate("abc", SETTINGS).token_ids == expected
+        assert engine.plan.slots == whole
+        monkeypatch.undo()
+        if isinstance(error, PassAborted):
+            wait_until(lambda: engine.plan.slots < whole)
+        else:
+            assert "the expert cache keeps its" in caplog.text
+        assert engine.generate("abc", SETTINGS).token_ids == expected
 
 
 def _keeper_of(free: list[int]) -> type[memory_keeper.MemoryKeeper]:
