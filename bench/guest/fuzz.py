@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ from bench.guest.hostile_checkpoints import Hostile, cases
 from bench.guest.mutator import Mutator
 from bench.guest.parser import Parser
 from bench.measurement import BaseSize, Measurement
-from edgemoe import CheckpointError, EdgeMoEError, Engine
+from edgemoe import CheckpointError, Engine
 from edgemoe.quiet import quiet_transformers
 
 NAME = "fuzz"
@@ -98,18 +98,7 @@ def run(size: Size = FULL) -> Measurement:
 def all_parsers() -> Iterator[Parser]:
     """Those of all modules in `bench.guest.parsers`."""
     for module in sorted(each.name for each in pkgutil.iter_modules(parsers.__path__)):
-        found = importlib.import_module(f"{parsers.__name__}.{module}")
-        if isinstance(found.PARSERS, Mapping):
-            yield from (_of_function(name, found.SEEDS[name], parse) for name, parse in found.PARSERS.items())
-        else:
-            yield from found.PARSERS
-
-
-def _of_function(name: str, samples: Sequence[bytes], parse: Callable[[bytes], object]) -> Parser:
-    """The parser of requests that is a function of bytes."""
-    return Parser(
-        name, lambda folder: list(samples), lambda data, folder: parse(data), (EdgeMoEError,), 0.2, sound=False
-    )
+        yield from importlib.import_module(f"{parsers.__name__}.{module}").PARSERS
 
 
 def _fuzz(parser: Parser, folder: Path, size: Size, tally: Tally) -> None:

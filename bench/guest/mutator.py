@@ -14,8 +14,9 @@ VALUES: tuple[Any, ...] = (
     1 << 63, -(1 << 63), 10**30, -(10**30), 0.0, -0.5, 0.5, 1.5, 1e-320, 1e308, -1e308, float("nan"), float("inf"),
     float("-inf"), "", "x", "nosuch", ".", "..", "../x", "/etc/passwd", "\ud800", "\0", "a" * 5000, [], [[]], [1],
     [None], ["x"], [[1]], {}, {"a": 1}, {"type": "nosuch"}, {"rope_type": "yarn", "factor": -1},
+    "bytes:x", "set:ab", "half:a",
 )  # fmt: skip
-"""What stands in the place of any value."""
+"""What stands in the place of any value. The last ones are what JSON has no way to say, to the parsers of requests."""
 TOKENS = (
     b"-1", b"0", b"1e999", b"NaN", b"Infinity", b"-Infinity", b"null", b'"x"', b"[]", b"{}", b"[[1]]", b"9" * 30,
     b"9" * 400, b"9" * 5000, b"2147483648", b"18446744073709551615", b"9223372036854775808", b"0.5", b"1e-320",

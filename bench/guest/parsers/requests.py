@@ -1,6 +1,6 @@
 """The parsers of requests: lines of a run, what an earlier run has written, settings, prompts and conversations.
 
-Each takes bytes and either returns or raises an EdgeMoEError; anything else is a fault. `SEEDS` are valid inputs.
+Each takes bytes and either returns or raises an EdgeMoEError; anything else is a fault.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from bench.guest.parser import Parser
 from edgemoe.checkpoint.chat_template import ChatPrompt
 from edgemoe.checkpoint.prompts.conversation import check_messages, check_variables
 from edgemoe.checkpoint.prompts.token_ids import check_token_ids, read_token_ids
@@ -23,7 +24,7 @@ from edgemoe.cli.run.records import failure, line_of
 from edgemoe.cli.run.requests import BadLine, RequestReader
 from edgemoe.cli.run.source import Source
 from edgemoe.config import EngineConfig, chosen_config
-from edgemoe.errors import RequestError
+from edgemoe.errors import EdgeMoEError, RequestError
 from edgemoe.sampling import Sampling, given_sampling, read_pair
 
 VOCABULARY, CONTEXT = 1000, 512
@@ -133,23 +134,13 @@ def _ask(asked: Any) -> None:
             read_token_ids(asked)
 
 
-PARSERS: Mapping[str, Callable[[bytes], None]] = {
-    "run-lines": run_lines,
-    "run-results": run_results,
-    "sampling": sampling,
-    "settings": settings,
-    "prompt": prompt,
-    "conversation": conversation,
-}
-"""The parsers by name."""
-
 _ENVELOPE = (
     b'{"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": '
     b'[{"role": "system", "content": "b"}, {"role": "user", "content": [{"type": "text", "text": "c"}]}], "n": 2, '
     b'"temperature": 0.5, "logit_bias": {"5": -1.5}, "stop": ["x"], "max_completion_tokens": 5, "logprobs": true, '
     b'"top_logprobs": 3, "chat_template_kwargs": {"enable_thinking": false}, "response_format": {"type": "text"}}}\n'
 )
-SEEDS: Mapping[str, tuple[bytes, ...]] = {
+_SAMPLES: Mapping[str, tuple[bytes, ...]] = {
     "run-lines": (
         _ENVELOPE,
         b'{"prompt": "a", "max_tokens": 5, "seed": 1, "top_k": 3, "top_p": 0.5, "min_p": 0.1, "id": 5}\n\n'
@@ -185,4 +176,20 @@ SEEDS: Mapping[str, tuple[bytes, ...]] = {
         b'[{"role": "user", "content": "a"}]',
     ),
 }
-"""Valid inputs of each parser."""
+"""Inputs of each parser; some have lines that it refuses."""
+
+
+def _parser(read: Callable[[bytes], None]) -> Parser:
+    name = read.__name__.replace("_", "-")
+    return Parser(
+        name,
+        lambda folder: list(_SAMPLES[name]),
+        lambda data, folder: read(data),
+        (EdgeMoEError,),
+        share=0.2,
+        sound=False,
+    )
+
+
+PARSERS = tuple(map(_parser, (run_lines, run_results, sampling, settings, prompt, conversation)))
+"""The parsers of this module."""
