@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,10 @@ from edgemoe.model.sequential_runner import PassInput
 from edgemoe.quiet import quiet_transformers
 
 NAME = "same-bits"
-BAR = "every logit has the bits of a step of its own, in every format and family that shares a pass, on 1 and 2 threads"
+BAR = (
+    "every logit has the bits of a step of its own, and a prompt of many tokens those of a pass of its own, "
+    "in every format and family that shares a pass, on 1 and 2 threads"
+)
 WIDE: dict[str, Any] = {
     "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 256, "head_dim": 64, "mlp_only_layers": [],
     "decoder_sparse_step": 1, "norm_topk_prob": True,
@@ -48,14 +51,23 @@ class Size(BaseSize):
     families: tuple[str, ...] = TESTED
     threads: tuple[int, ...] = (1, 2)
     chains: tuple[int, ...] = (2, 3, 4, 5, 8, 9, 16, 33, 64)
-    batches: tuple[int, ...] = (2, 3, 8, 32)
+    batches: tuple[int, ...] = (2, 3, 8, 32, 96)
+    crowds: tuple[tuple[int, ...], ...] = ((1, 40, 1, 64, 3), (1, 100, 1), (70, 1, 130, 9, 200, 1))
+    """Tokens of sequences that share a pass: steps, short prompts and long ones."""
     tree: int = 8
     """Depth of the tree, each of whose tokens has a sibling before it."""
 
 
 FULL = Size()
 SMALL = Size(
-    small=True, formats=("Q4_K", "bf16"), families=("mixtral",), threads=(1,), chains=(3,), batches=(2,), tree=2
+    small=True,
+    formats=("Q4_K", "bf16"),
+    families=("mixtral",),
+    threads=(1,),
+    chains=(3,),
+    batches=(2,),
+    crowds=((1, 70),),
+    tree=2,
 )
 
 
@@ -63,6 +75,7 @@ def run(size: Size = FULL) -> Measurement:
     """Qwen3-MoE in every format, and every family in bf16 and float32. Tiny checkpoints."""
     wrong: dict[str, Any] = {}
     alone: list[str] = []
+    limited: list[str] = []
     passes = 0
     for name, make_it in _cases(size):
         with tempfile.TemporaryDirectory(prefix="edgemoe-bits-") as folder, quiet_transformers():
@@ -70,11 +83,13 @@ def run(size: Size = FULL) -> Measurement:
         passes += len(found)
         if not found:
             alone.append(name)
+        elif not any(each.startswith("crowd") for each in found):
+            limited.append(name)
         different = sorted(each for each, same in found.items() if not same)
         if different:
             wrong[name] = different
             print(f"{name}: {different}", flush=True)
-    value = {"passes": passes, "wrong": sorted(wrong), "share no pass": alone}
+    value = {"passes": passes, "wrong": sorted(wrong), "share no pass": alone, "share short passes": limited}
     return Measurement(NAME, value, BAR, not wrong, wrong)
 
 
@@ -125,7 +140,7 @@ def _made_here(experts: str) -> Make:
 
 
 def _compared(settings: Mapping[str, Any], size: Size) -> dict[str, bool]:
-    """By pass, whether its logits have the bits of single steps; nothing where no tokens share a pass.
+    """By pass that is said to be so, whether its logits have the bits of single steps; nothing where none is shared.
 
     The single steps are those of the first number of threads.
     """
@@ -163,9 +178,13 @@ def _passes(runner: ModelRunner, expected: _SingleSteps, size: Size) -> Iterator
     if runner.verifies == "tree":
         yield f"tree of depth {size.tree}", _tree_agrees(runner, single.tokens, logits, size.tree)
     for batch in size.batches:
-        sequences = [_begun(runner, number) for number in range(batch)]
-        found = runner.run([PassInput(each.cache, [each.next]) for each in sequences])
-        yield f"batch of {batch}", all(map(torch.equal, expected.of_batch[:batch], found))
+        inputs = _crowd(runner, [1] * batch)
+        if runner.sequential.batch_invariant(inputs):
+            yield f"batch of {batch}", all(map(torch.equal, expected.of_batch[:batch], runner.run(inputs)))
+    for crowd, alone in zip(size.crowds, expected.of_crowds, strict=True):
+        inputs = _crowd(runner, crowd)
+        if runner.sequential.batch_invariant(inputs):
+            yield f"crowd of {crowd}", all(map(torch.equal, alone, runner.run(inputs)))
 
 
 class _Sequence:
@@ -195,6 +214,16 @@ def _begun(runner: ModelRunner, number: int) -> _Sequence:
     return sequence
 
 
+def _crowd(runner: ModelRunner, crowd: Sequence[int]) -> list[PassInput]:
+    """Sequences that are given so many tokens; those with one token have some already."""
+    made = []
+    for number, count in enumerate(crowd):
+        sequence = _begun(runner, number) if count == 1 else _Sequence(runner, number)
+        done = sequence.cache.tokens
+        made.append(PassInput(sequence.cache, sequence.tokens[done : done + count]))
+    return made
+
+
 class _SingleSteps:
     """Logits of tokens that are computed one by one."""
 
@@ -203,6 +232,8 @@ class _SingleSteps:
         self.logits = [self.sequence.step() for _ in range(max(*size.chains, BEGUN + size.tree))]
         self.of_batch = [_begun(runner, number).step() for number in range(max(size.batches))]
         """After one more token of each sequence of the largest batch."""
+        self.of_crowds = [[runner.run([each])[0] for each in _crowd(runner, crowd)] for crowd in size.crowds]
+        """After a pass of its own for each sequence of every crowd."""
 
 
 def _tree_agrees(runner: ModelRunner, tokens: list[int], logits: list[torch.Tensor], depth: int) -> bool:

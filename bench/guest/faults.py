@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.guest.fault_kinds import CHANGES, HANG, KINDS, ONCE
+from bench.guest.serving import serving
 from bench.measurement import BaseSize, Measurement
-from bench.support.fault_kinds import CHANGES, HANG, KINDS, ONCE
 from bench.support.faults import Faults, broken_laws, load
-from bench.support.serving import serving
 from edgemoe import AsyncEngine, Completion, EdgeMoEError, Engine, ModelHost, Sampling
 from edgemoe.checkpoint.tokenizer import Prompt
 from edgemoe.demo import demo_folder

@@ -18,8 +18,8 @@ import anthropic
 import openai
 import psutil
 
+from bench.guest.serving import MODEL, serving
 from bench.measurement import BaseSize, Measurement
-from bench.support.serving import MODEL, serving
 from edgemoe import ModelHost, Sampling
 
 NAME = "serve-clients"

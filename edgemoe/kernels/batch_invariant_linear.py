@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from edgemoe.formats.float_format import FloatFormat
 from edgemoe.kernels.cpu.kernel_choice import widens
@@ -77,52 +75,3 @@ def _matrix(weight: torch.Tensor) -> SlotMatrix | PackedMatrix:
     if widens(weight.dtype, columns):
         return PackedMatrix.of_views(FloatFormat(weight.dtype), {"": weight}, "", columns)
     return SlotMatrix.of_weight(weight)
-
-
-BY_TOKENS = (F.linear, F.silu, F.gelu, F.softplus, torch.sigmoid, torch.Tensor.sigmoid)
-"""What PyTorch sums in another order for several rows than for one, or computes in another way at the end of a tensor
-that does not fill the registers."""
-WHOLE_REGISTERS = 64
-"""Values of a row whose exponentials PyTorch computes in the same way wherever it lies, in every dtype."""
-
-
-class BatchInvariantMode(TorchFunctionMode):
-    """In this mode the functions `BY_TOKENS` get one token at a time, with the shape that it has alone."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """See PyTorch's TorchFunctionMode."""
-        kwargs = kwargs or {}
-        if not args or func not in BY_TOKENS:
-            return func(*args, **kwargs)
-        input, *others = args
-        # [tokens, ...], or [1, tokens, ...].
-        dim = 1 if input.dim() > 2 and len(input) == 1 else 0
-        tokens = input[0] if dim else input
-        # With the strides that the only token of a pass has: PyTorch looks at those of dimensions of one, too.
-        alone = (token.reshape(*[1] * (dim + 1), *token.shape) for token in tokens)
-        return torch.cat([func(token, *others, **kwargs) for token in alone], dim)
-
-
-def install_batch_invariance(model: nn.Module, wanted: Callable[[], bool]) -> None:
-    """Wraps the forward of modules of `model`: batch-invariant whenever `wanted()`.
-
-    They are those with a matrix of their own but no GEMV kernel (`install_gemv`, called before), routers and narrow
-    projections, which are small enough for one product per row, and those with scores or gates of an odd width.
-    """
-    for module in model.modules():
-        matrices = any(parameter.dim() == 2 for parameter in module.parameters(recurse=False))
-        odd = any(getattr(child, "out_features", 0) % WHOLE_REGISTERS for child in module.children())
-        if (matrices or odd) and not isinstance(module, nn.Embedding) and "forward" not in vars(module):
-            module.forward = _batch_invariant(module.forward, wanted)
-
-
-def _batch_invariant(forward: Callable[..., Any], wanted: Callable[[], bool]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if not wanted():
-            return forward(*args, **kwargs)
-        with BatchInvariantMode():
-            return forward(*args, **kwargs)
-
-    return run

@@ -16,16 +16,15 @@ from edgemoe.kernels.batch_invariant_linear import has_kernel
 from edgemoe.kernels.cpu.arrays import Groups
 from edgemoe.kernels.cpu.slot_matrix import SlotMatrix
 from edgemoe.kernels.cpu.threads import KernelThreads, kernels_have_the_cores
-from edgemoe.kernels.row_linear import BATCH_INVARIANT_TOKENS
 
 if TYPE_CHECKING:
     from edgemoe.kernels.cpu.program import Program
 
 
 class KernelWeight(nn.Parameter):
-    """A weight [rows, columns] whose products with few tokens in its own dtype are a kernel's. Other uses are as usual.
+    """A weight [rows, columns] whose products in its own dtype are a kernel's. Other uses are as usual.
 
-    A token's product has the same bits in any company of at most `BATCH_INVARIANT_TOKENS`.
+    A token's product has the same bits in any company, as long as kernels have the cores.
     """
 
     product: _Product
@@ -44,7 +43,7 @@ class KernelWeight(nn.Parameter):
         with torch._C.DisableTorchFunctionSubclass():
             if func is F.linear and len(args) == 2 and not kwargs:
                 input, weight = args
-                if isinstance(weight, KernelWeight) and weight.product.fits(input):
+                if has_product(weight, input):
                     return weight.product.of(input)
             return func(*args, **(kwargs or {}))
 
@@ -63,11 +62,7 @@ class _Product:
     def fits(self, input: Any) -> bool:
         """Whether the kernel computes the product with `input`."""
         usable = isinstance(input, torch.Tensor) and input.dtype is self._dtype and input.shape[-1] == self._columns
-        return (
-            usable
-            and 0 < input.numel() <= self._columns * BATCH_INVARIANT_TOKENS
-            and kernels_have_the_cores(self._threads)
-        )
+        return usable and input.numel() > 0 and kernels_have_the_cores(self._threads)
 
     def of(self, input: torch.Tensor) -> torch.Tensor:
         """The product, [..., rows] in the dtype of `input`."""
@@ -89,6 +84,11 @@ class _Product:
             out, steps = self._matrix.product(Groups.of_one(1), own)
         self._one = self._threads.program(steps), own, out
         return self._one
+
+
+def has_product(weight: Any, input: Any) -> bool:
+    """Whether `weight` is a KernelWeight whose kernel computes the product with `input`."""
+    return isinstance(weight, KernelWeight) and weight.product.fits(input)
 
 
 def install_kernel_weights(model: nn.Module, threads: KernelThreads) -> None:

@@ -18,7 +18,6 @@ from edgemoe.kernels.batch_invariant_linear import has_kernel
 from edgemoe.kernels.cpu.arrays import Groups, Job, address
 from edgemoe.kernels.cpu.slot_matrix import SlotMatrix
 from edgemoe.kernels.cpu.threads import KernelThreads, kernels_have_the_cores
-from edgemoe.kernels.row_linear import BATCH_INVARIANT_TOKENS
 
 if TYPE_CHECKING:
     from edgemoe.kernels.cpu.program import Program, Step
@@ -56,9 +55,8 @@ class Router:
 
     def fits(self, hidden: torch.Tensor) -> bool:
         """Whether `run` takes `hidden`."""
-        few = 0 < hidden.numel() <= self.columns * BATCH_INVARIANT_TOKENS
-        known = hidden.dtype is self.dtype and hidden.shape[-1] == self.columns
-        return few and known and kernels_have_the_cores(self._threads)
+        known = hidden.dtype is self.dtype and hidden.shape[-1] == self.columns and hidden.numel() > 0
+        return known and kernels_have_the_cores(self._threads)
 
     def run(self, hidden: torch.Tensor) -> Routing:
         """That of `hidden`, [..., hidden size]. Each token gets the bits that it has alone."""
@@ -109,7 +107,7 @@ def install_routers(
 ) -> None:
     """Replaces the forward of the routers in MoE blocks with so many experts where a `Router` agrees with it.
 
-    It computes few tokens whenever `wanted()`. The weights must stay where they are.
+    It computes whenever `wanted()` and kernels have the cores. The weights must stay where they are.
     """
     for block, experts in blocks:
         for module in block.children():

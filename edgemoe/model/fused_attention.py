@@ -23,7 +23,6 @@ from edgemoe.kernels.cpu.packed.packed_matrix import PackedMatrix
 from edgemoe.kernels.cpu.slot_matrix import SlotMatrix
 from edgemoe.kernels.cpu.threads import KernelThreads, kernels_have_the_cores, torch_threads
 from edgemoe.kernels.rms_norm import NormArithmetic, arithmetic_of
-from edgemoe.kernels.row_linear import BATCH_INVARIANT_TOKENS
 from edgemoe.kernels.rows import scattered, widened
 from edgemoe.model.kv_cache import SequenceCache
 from edgemoe.model.row_layers import GrowingLayer
@@ -97,7 +96,9 @@ class FusedAttention:
         if not isinstance(position_embeddings, tuple) or not kernels_have_the_cores(self._threads):
             return False
         rows = self.packed.rows
-        if not rows or hidden.dim() != 3 or not hidden.shape[1] == rows[-1].last <= BATCH_INVARIANT_TOKENS:
+        if not rows or hidden.dim() != 3 or hidden.shape[1] != rows[-1].last:
+            return False
+        if hidden.shape[1] > min(matrix.max_tokens for matrix in self.parts.matrices):
             return False
         factors = [each for each in position_embeddings if isinstance(each, torch.Tensor)]
         tokens, width = hidden.shape[1], self.parts.width

@@ -20,6 +20,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from edgemoe.kernels.batch_invariant_mode import Span
 from edgemoe.kernels.cpu import attention
 from edgemoe.kernels.cpu.attention import SeenKeys
 from edgemoe.kernels.cpu.threads import KernelThreads, at_least_torch_threads
@@ -72,6 +73,7 @@ class PackedAttention:
         self._threads = threads
         self.rows: Sequence[Row] = ()
         """Of the pass under way."""
+        self._batch_invariant = False
         self.on_device: AttendOnDevice | None = None
         """Attends in the place of `rows` while a pass is captured, whose rows are only known when it is replayed."""
         self._masks: dict[object, torch.Tensor] = {}
@@ -81,14 +83,20 @@ class PackedAttention:
         self.attached = self._attach(model, others)
 
     @property
-    def batch_invariant(self) -> bool:
-        """Whether the pass under way has several tokens, and some row asks for the bits of single steps."""
-        return bool(self.rows) and self.rows[-1].last > 1 and any(row.batch_invariant for row in self.rows)
+    def spans(self) -> list[Span]:
+        """The tokens of each row, where they get other bits in a pass of their own unless they are split; else none."""
+        rows = self.rows
+        if not self._batch_invariant or not rows or not (len(rows) > 1 or rows[0].batch_invariant):
+            return []
+        return [Span(row.last - row.first, one_by_one=row.batch_invariant) for row in rows]
 
     @contextmanager
-    def running(self, rows: Sequence[Row]) -> Iterator[None]:
-        """In the block the model's attention works on `rows`; afterwards its configurations are as they were."""
-        self.rows = rows
+    def running(self, rows: Sequence[Row], *, batch_invariant: bool = False) -> Iterator[None]:
+        """In the block the model's attention works on `rows`; afterwards its configurations are as they were.
+
+        `batch_invariant` is whether rows get the bits that they have in a pass of their own.
+        """
+        self.rows, self._batch_invariant = rows, batch_invariant
         try:
             for config in self._configs:
                 config._attn_implementation = NAME
@@ -113,7 +121,7 @@ class PackedAttention:
 
     def running_alone(self, kv: DynamicCache, tokens: int) -> AbstractContextManager[None]:
         """As `running` for one sequence with new tokens, each with the bits of a step of its own."""
-        return self.running([Row(kv, 0, tokens, None, batch_invariant=True)])
+        return self.running([Row(kv, 0, tokens, None, batch_invariant=True)], batch_invariant=True)
 
     def is_plain(self, module: Any) -> bool:
         """Whether nothing is added to the scores of an attention module's base, so that kernels may compute it."""

@@ -9,7 +9,8 @@ from functools import partial
 import torch
 
 from edgemoe.errors import is_device_or_memory_error
-from edgemoe.kernels import batch_invariant_linear
+from edgemoe.kernels.batch_invariant_mode import Span, install_batch_invariance
+from edgemoe.kernels.row_linear import BATCH_INVARIANT_TOKENS
 from edgemoe.model import fused_attention, fused_layer
 from edgemoe.model.packed_attention import MIN_THREADED_PAIRS, PackedAttention, Row
 from edgemoe.model.pass_logits import LogitsRows, split_rows
@@ -34,7 +35,7 @@ class PackedRunner:
         self.attention, self._mixers = _attached(runner)
         """The attention of packed passes; None where the family has none such."""
         if self.attention is not None:
-            batch_invariant_linear.install_batch_invariance(runner.model, partial(_batch_invariant, self.attention))
+            install_batch_invariance(runner.model, partial(_spans, self.attention))
             fused_attention.install(runner.model, self.attention, runner.kernel_threads)
             fused_layer.install(runner.model)
         self.works = self.attention is not None and self._agrees()
@@ -57,7 +58,8 @@ class PackedRunner:
             batch_invariant = runner.batch_invariant(inputs)
             for item in inputs:
                 first, last = len(ids), len(ids) + len(item.tokens)
-                one_by_one = batch_invariant and (item.verifies or item.pairs < MIN_THREADED_PAIRS)
+                short = len(item.tokens) <= BATCH_INVARIANT_TOKENS
+                one_by_one = batch_invariant and short and (item.verifies or item.pairs < MIN_THREADED_PAIRS)
                 rows.append(Row(item.cache.kv, first, last, item.tree_mask, one_by_one))
                 positions += item.positions
                 ids += item.tokens
@@ -65,7 +67,7 @@ class PackedRunner:
             device = runner.device
             index = torch.tensor(wanted).to(device, non_blocking=True)
             extra = {"logits_to_keep": index} if runner.keeps_last else {}
-            with self.attention.running(rows), self._mixing(inputs, rows):
+            with self.attention.running(rows, batch_invariant=batch_invariant), self._mixing(inputs, rows):
                 logits = runner.model(
                     # From pageable memory, so that the host may go on at once.
                     input_ids=torch.tensor([ids]).to(device, non_blocking=True),
@@ -132,5 +134,5 @@ def _attached(runner: SequentialRunner) -> tuple[PackedAttention | None, Recurre
     return (attention, mixers) if attention.attached else (None, None)
 
 
-def _batch_invariant(attention: PackedAttention) -> bool:
-    return attention.batch_invariant
+def _spans(attention: PackedAttention) -> list[Span]:
+    return attention.spans

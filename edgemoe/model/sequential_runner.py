@@ -208,11 +208,12 @@ class SequentialRunner:
             yield
 
     def batch_invariant(self, inputs: Sequence[PassInput]) -> bool:
-        """Whether the tokens of a pass get the bits of single steps: where there are few, on a CPU.
+        """Whether short inputs of a pass get the bits of single steps: where kernels multiply all of it, on a CPU.
 
-        For more tokens, and on GPUs, a loop over them would cost more than it is worth.
+        Where PyTorch's products of many tokens are faster than kernels they are taken, whose bits differ; and on GPUs a
+        loop over the tokens would cost more than it is worth.
         """
-        few = 1 < sum(len(item.tokens) for item in inputs) <= BATCH_INVARIANT_TOKENS
+        few = 1 < sum(len(item.tokens) for item in inputs) <= max(BATCH_INVARIANT_TOKENS, self._few_tokens)
         return few and not accelerator.is_accelerator(self.device)
 
     def _spread_thin(self, tokens: int) -> bool:

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from edgemoe.kernels.cpu.threads import KernelThreads
+from edgemoe.kernels.cpu.threads import KernelThreads, torch_threads
 from edgemoe.kernels.router import Router, install_routers, router_of
-from edgemoe.kernels.row_linear import BATCH_INVARIANT_TOKENS
 
 EXPERTS, HIDDEN, TOP_K = 60, 128, 6
+TOKENS = 150
 DTYPES = [torch.bfloat16, torch.float32]
 
 
@@ -83,7 +83,7 @@ def test_it_chooses_what_the_module_chooses(
     router = installed(fast, threads)
     assert router is not None
     assert (router.normalises, router.weights_dtype) == (normalises, weights)
-    x = inputs(BATCH_INVARIANT_TOKENS, dtype)
+    x = inputs(TOKENS, dtype)
     logits, values, index = fast(x[None])
     assert logits.dtype is dtype
     assert values.dtype is weights
@@ -100,8 +100,8 @@ def test_it_chooses_what_the_module_chooses(
 def test_a_token_gets_the_bits_that_it_has_alone(dtype: torch.dtype, threads: KernelThreads) -> None:
     fast = Softmax(dtype)
     assert installed(fast, threads)
-    x = inputs(BATCH_INVARIANT_TOKENS, dtype)
-    for tokens in (2, 5, BATCH_INVARIANT_TOKENS):
+    x = inputs(TOKENS, dtype)
+    for tokens in (2, 5, 64, TOKENS):
         together = fast(x[:tokens])
         alone = [fast(row) for row in x[:tokens].split(1)]
         assert all(map(torch.equal, together, map(torch.cat, zip(*alone, strict=True))))
@@ -130,7 +130,8 @@ def test_other_routers_stay_as_they_are(module: nn.Module, threads: KernelThread
     assert "forward" not in vars(module)
 
 
-def test_the_module_computes_long_passes_and_whenever_another_routing_is_wanted(threads: KernelThreads) -> None:
+def test_the_module_computes_while_pytorch_has_the_cores_and_whenever_another_routing_is_wanted() -> None:
+    threads = KernelThreads(2)
     wanted, called = [True], []
 
     class Counted(Softmax):
@@ -141,9 +142,11 @@ def test_the_module_computes_long_passes_and_whenever_another_routing_is_wanted(
     fast = Counted(torch.float32)
     assert installed(fast, threads, lambda: wanted[0])
     called.clear()
-    fast(inputs(BATCH_INVARIANT_TOKENS, torch.float32))
+    with torch_threads(1):
+        fast(inputs(TOKENS, torch.float32))
     assert called == []
-    fast(inputs(BATCH_INVARIANT_TOKENS + 1, torch.float32))
+    with torch_threads(2):
+        fast(inputs(2, torch.float32))
     wanted[0] = False
     fast(inputs(1, torch.float32))
-    assert called == [BATCH_INVARIANT_TOKENS + 1, 1]
+    assert called == [2, 1]
