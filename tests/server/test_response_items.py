@@ -13,6 +13,7 @@ from edgemoe.results import TokenLogprob, ToolCall
 from edgemoe.server.protocols.openai_responses import ResponseReply
 from edgemoe.server.protocols.reply import ServedModel
 from tests.support.fake_engine import timings
+from tests.support.running_server import RunningServer
 
 SERVED = ServedModel("the-model", 1_700_000_000)
 BODY = {"input": "Hi", "top_logprobs": 1}
@@ -60,3 +61,16 @@ CALLS = {"tool_calls": (ToolCall("c1", "f", "{}"),)}
 )
 def test_log_probabilities_cut_no_item_in_pieces(reply: list[Chunk], items: list[tuple[str, str, str]]) -> None:
     assert told(reply) == [items, items]
+
+
+def test_half_of_a_character_comes_back_as_a_question_mark(server: RunningServer) -> None:
+    for stream in (False, True):
+        asked = {"input": "Hi", "max_output_tokens": 1, "metadata": {"a": "\ud800b"}, "stream": stream}
+        answer = server.raw(_request(json.dumps(asked).encode()))
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert b'"metadata":{"a":"?b"}' in answer
+
+
+def _request(body: bytes) -> bytes:
+    head = f"POST /v1/responses HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
