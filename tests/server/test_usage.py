@@ -9,7 +9,7 @@ import pytest
 
 from edgemoe import Chunk, Completion
 from edgemoe.server.protocols.fields import FieldError
-from edgemoe.server.protocols.openai_chat import ChatReply, OpenAIReply
+from edgemoe.server.protocols.openai_chat import ChatReply
 from edgemoe.server.protocols.openai_completions import MAX_REPLIES, CompletionReply
 from edgemoe.server.protocols.reply import ServedModel
 from tests.support.fake_engine import timings
@@ -22,7 +22,9 @@ def end(prompt: int, shared: int) -> Chunk:
     return Chunk("a", (1,), "length", None, replace(timings(prompt, 1), shared_tokens=shared))
 
 
-def usages(kind: type[OpenAIReply], body: dict[str, Any], ends: list[Chunk]) -> list[dict[str, Any]]:
+def usages(
+    kind: type[ChatReply] | type[CompletionReply], body: dict[str, Any], ends: list[Chunk]
+) -> list[dict[str, Any]]:
     """The usage of the replies `ends`, streamed and whole."""
     streamed = kind({**body, "stream": True, "stream_options": {"include_usage": True}}, SERVED)
     for index, each in reversed(list(enumerate(ends))):
