@@ -7,13 +7,16 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from edgemoe.config import EngineConfig
 from edgemoe.engine import Engine
 from edgemoe.errors import EdgeMoEError
 from edgemoe.plan.plan import Plan
 from edgemoe.results import Progress
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
 
 
 class Lease:
@@ -79,6 +82,8 @@ class ModelHost:
         """Whether the last lease to end unloads, whatever `keep_alive` is."""
         self._timer: threading.Timer | None = None
         self._closed = False
+        self._process: int | None = None
+        """The process whose thread loads; None before the first loading or planning."""
         self._error: BaseException | None = None
         self._progress: Progress | None = None
 
@@ -119,10 +124,11 @@ class ModelHost:
         engine = self.engine
         if engine is not None:
             return engine.plan
+        self._check_process()
         with self._lock:
             self._check()
             # Not beside a loading: transformers changes PyTorch's default type for all threads while it builds.
-            planned = self._worker.submit(self._plan)
+            planned = self._submit(self._plan)
         return planned.result()
 
     def lease(self) -> Lease:
@@ -130,6 +136,7 @@ class ModelHost:
 
         Entering raises what `Engine.load` raises; the next lease tries again. Raises EdgeMoEError after `close`.
         """
+        self._check_process()
         with self._lock:
             ready = self._loading()
             self._leases += 1
@@ -141,14 +148,16 @@ class ModelHost:
 
         Where no lease follows within `keep_alive` seconds, if that is above 0, the engine is unloaded again.
         """
+        self._check_process()
         with self._lock:
             return self._loading()
 
     def unload(self) -> bool:
         """Unloads and waits for it; where there are leases, the end of the last one unloads. Loading is stopped.
 
-        Returns whether it is unloaded now.
+        Returns whether it is unloaded now. Raises EdgeMoEError in a process forked from the one that has used the host.
         """
+        self._check_process()
         with self._lock:
             if self._leases and self._ready is not None:
                 self._unloads = True
@@ -159,7 +168,12 @@ class ModelHost:
         return True
 
     def close(self) -> None:
-        """Ends the loading or the engine, whoever has a lease, and the thread. Idempotent."""
+        """Ends the loading or the engine, whoever has a lease, and the thread. Idempotent.
+
+        In a process forked from the one that has used the host it does nothing: the engine is the other's.
+        """
+        if self._is_forked:
+            return
         with self._lock:
             first, self._closed = not self._closed, True
             timer = self._timer
@@ -178,6 +192,16 @@ class ModelHost:
     ) -> None:
         self.close()
 
+    # A fork has none of the threads, and locks as they were at that moment: it must not wait for either.
+
+    @property
+    def _is_forked(self) -> bool:
+        return self._process not in (None, os.getpid())
+
+    def _check_process(self) -> None:
+        if self._is_forked:
+            raise EdgeMoEError("the model host is another process's: make one in this one, after the fork")
+
     # Below, the lock is held, except where a function is one of the worker's or the timer's.
 
     def _check(self) -> None:
@@ -191,7 +215,7 @@ class ModelHost:
             self._ready.set_running_or_notify_cancel()
             self._error = self._progress = None
             self._unloads = False
-            self._worker.submit(self._load, self._ready, self._stop)
+            self._submit(self._load, self._ready, self._stop)
         return self._ready
 
     def _load(self, ready: Future[Engine], stop: threading.Event) -> None:
@@ -227,6 +251,8 @@ class ModelHost:
         self._progress = progress
 
     def _released(self) -> None:
+        if self._is_forked:
+            return
         with self._lock:
             self._leases -= 1
             if self._leases or self._ready is None or self._closed:
@@ -263,7 +289,12 @@ class ModelHost:
         if ready is None:
             return None
         self._stop.set()
-        return self._worker.submit(_close, ready)
+        return self._submit(_close, ready)
+
+    def _submit(self, function: Callable[P, Result], *arguments: P.args, **named: P.kwargs) -> Future[Result]:
+        """Has the worker call `function`."""
+        self._process = os.getpid()
+        return self._worker.submit(function, *arguments, **named)
 
 
 def _close(ready: Future[Engine]) -> None:

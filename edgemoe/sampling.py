@@ -17,6 +17,8 @@ MIN_TEMPERATURE = 1e-6
 MAX_FACTOR = 1e20
 """Largest number that logits are divided or multiplied by: the results stay within float32's range."""
 FACTORS = "from 1e-20 to 1e20"
+MAX_STOPS = 1024
+"""Most stop texts of a request: each is looked for after every token, and other requests wait meanwhile."""
 GENERATES_TOP_K = 50
 """What `generate` takes where neither the checkpoint nor the caller says anything."""
 
@@ -111,6 +113,8 @@ def _checked_stop(stop: Any) -> tuple[str, ...]:
     texts = (stop,) if isinstance(stop, str) else () if stop is None else stop
     if not isinstance(texts, Sequence | Set) or not all(isinstance(text, str) and text for text in texts):
         raise RequestError(f"stop must be non-empty strings, not {shown(stop)}")
+    if len(texts) > MAX_STOPS:
+        raise RequestError(f"stop must be at most {MAX_STOPS} texts, not {len(texts)}")
     for text in texts:
         check_text(text, "stop")
     return tuple(texts)

@@ -21,7 +21,12 @@ def parameters_of(tools: Sequence[Mapping[str, Any]]) -> Tools:
 def tool_call(call: Call, id_length: int = 0) -> ToolCall:
     """A call as results have it: with its own id, or with a new one of `id_length` characters, where that is not 0."""
     new = uuid.uuid4().hex[:id_length] if id_length else f"call_{uuid.uuid4().hex[:24]}"
-    return ToolCall(call.id or new, call.name, json.dumps(call.arguments, ensure_ascii=False))
+    return ToolCall(_whole(call.id) or new, call.name, _whole(json.dumps(call.arguments, ensure_ascii=False)))
+
+
+def _whole(text: str) -> str:
+    """`text` with a replacement character for each half of a character, which the escapes of JSON can give."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 class CallText:

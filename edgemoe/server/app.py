@@ -68,7 +68,8 @@ class App:
         except ClientDisconnect:
             return
         except HTTPException as error:
-            failure = ApiError(error.status_code, f"{scope['method']} is not served here: {error.detail}")
+            says = f"{scope['method']} is not served here: {error.detail}"
+            failure = ApiError(error.status_code, says, headers=error.headers)
         except Exception as error:
             failure = error
         if failure is None:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from edgemoe.async_engine import AsyncEngine
@@ -175,7 +175,7 @@ async def _gone(receive: Receive) -> None:
 async def _json(
     body: Mapping[str, Any], send: Send, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> None:
-    made = JSONResponse(body, status, headers)
+    made = Response(sse.json_text(body), status, headers, "application/json")
     await send({"type": "http.response.start", "status": status, "headers": made.raw_headers})
     await send(_part(bytes(made.body), last=True))
 

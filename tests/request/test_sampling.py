@@ -111,6 +111,7 @@ def test_logits_are_not_changed() -> None:
         ("stop", ["a", ""]),
         ("stop", ["a", 5]),
         ("stop", 5),
+        ("stop", ["a"] * 1025),
         ("stop", b"a"),
         ("stop", {"a": 1}),
         ("stop", (text for text in "ab")),

@@ -262,6 +262,23 @@ def test_the_models_own_ids_are_kept() -> None:
         assert Model(tokenizer(marks))(said).tool_calls[0].id == own
 
 
+@pytest.mark.parametrize(
+    ("value", "read"),
+    [
+        (r'"\ud83d\ude00"', "\N{GRINNING FACE}"),
+        (r'"\ud83d!"', "\N{REPLACEMENT CHARACTER}!"),
+        ("1e308", 1e308),
+        ("1e309", None),
+    ],
+)
+def test_arguments_are_what_json_and_utf_8_can_hold(value: str, read: Any) -> None:
+    said = f'<tool_call>{{"id": "\\ud83d", "name": "clock", "arguments": {{"at": {value}}}}}</tool_call>'
+    reply = Model(tokenizer(["<tool_call>"]))(said)
+    assert [json.loads(call.arguments) for call in reply.tool_calls] == ([] if read is None else [{"at": read}])
+    assert json.dumps(chat_completion(reply, "m"), ensure_ascii=False, allow_nan=False).encode()
+    assert reply.tool_calls or reply.text == said
+
+
 def test_values_between_tags_have_the_types_of_their_schema() -> None:
     schema = {
         "properties": {name: {"type": kind} for name, kind in [("s", "string"), ("n", "number"), ("b", "boolean")]}

@@ -45,6 +45,15 @@ def test_a_key_is_asked_for_in_the_words_of_each_protocol(guarded: RunningServer
     assert b"edgemoe_model_loaded 0" in text
 
 
+@pytest.mark.parametrize(("path", "served"), [("/health", {"GET", "HEAD"}), ("/v1/messages", {"POST"})])
+def test_a_method_that_is_not_served_is_told_which_are(guarded: RunningServer, path: str, served: set[str]) -> None:
+    head = f"DELETE {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nx-api-key: key\r\n\r\n"
+    answer = guarded.raw(head.encode()).decode()
+    assert answer.startswith("HTTP/1.1 405 ")
+    (allow,) = [line for line in answer.splitlines() if line.lower().startswith("allow: ")]
+    assert set(allow[7:].split(", ")) == served
+
+
 def test_a_page_that_may_ask_first_asks_whether(guarded: RunningServer) -> None:
     head = "OPTIONS /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
     asks = "Access-Control-Request-Method: POST\r\nAccess-Control-Request-Headers: authorization\r\n"

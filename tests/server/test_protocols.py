@@ -242,6 +242,7 @@ def test_blocks_of_a_message_become_messages() -> None:
         (ChatReply, {"stream": True, "stream_options": {"more": 1}}, "unknown field more"),
         (ChatReply, {"stream": "yes"}, "true or false"),
         (ChatReply, {"model": 3}, "model must be a text"),
+        (MessageReply, {"model": ["the-model"]}, "model must be a text"),
     ],
 )
 def test_what_is_not_served_is_refused(kind: type[Any], change: dict[str, Any], says: str) -> None:

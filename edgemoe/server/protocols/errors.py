@@ -21,20 +21,31 @@ class ApiError(EdgeMoEError):
     """A request that is answered with an error."""
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry_after: int = 0
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int = 0,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
-        """`status` is HTTP's, `param` the field that is wrong, `code` a word for programs, `retry_after` seconds."""
+        """`status` is HTTP's, `param` the field that is wrong, `code` a word for programs, `retry_after` seconds.
+
+        `headers` are more headers of the answer.
+        """
         super().__init__(message)
         self.status = status
         self.param = param
         self.code = code if code is not None else _CODES.get(status)
         self.retry_after = retry_after
+        self._headers = dict(headers or {})
 
     @property
     def headers(self) -> dict[str, str]:
         """The headers of the answer."""
         headers = {"retry-after": str(self.retry_after)} if self.retry_after else {}
-        return headers | ({"www-authenticate": "Bearer"} if self.status == 401 else {})
+        return self._headers | headers | ({"www-authenticate": "Bearer"} if self.status == 401 else {})
 
     def openai(self) -> dict[str, Any]:
         """The error object of OpenAI's protocol."""

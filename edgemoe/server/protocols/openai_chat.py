@@ -31,11 +31,15 @@ class OpenAIReply(Reply):
         self.created = int(time.time())
         self.usages: dict[int, Usage] = {}
         self.asked: Sequence[tuple[Prompt, Sampling]] = ()
+        self.choices = 1
+        """Replies to each prompt, which are one after the other in `asked`."""
 
     def usage(self) -> dict[str, Any]:
         """The tokens of all replies; those to one prompt share it."""
-        prompts = {id(prompt): self.usages[index] for index, (prompt, _) in enumerate(self.asked)}
-        return usage_object(list(prompts.values()), list(self.usages.values()))
+        replies = [self.usages[index] for index in range(len(self.asked))]
+        prompts = [replies[first : first + self.choices] for first in range(0, len(replies), self.choices)]
+        # The others have the prompt from the one that computed it.
+        return usage_object([min(each, key=lambda usage: usage.shared) for each in prompts], replies)
 
     def head(self, kind: str) -> dict[str, Any]:
         """What every event begins with."""
@@ -76,7 +80,8 @@ class ChatReply(OpenAIReply):
             raise fields.FieldError("messages is missing: give a list of messages")
         prompt = chat_prompt(body)
         sampling = Sampling(**fields.sampling_changes(body, chat=True))
-        self.asked = [(prompt, each) for each in fields.samplings(sampling, fields.choices(body))]
+        self.choices = fields.choices(body)
+        self.asked = [(prompt, each) for each in fields.samplings(sampling, self.choices)]
         self._made: dict[int, ChatChunks] = {}
 
     def chunk(self, index: int, chunk: Chunk) -> list[bytes]:

@@ -12,8 +12,8 @@ from edgemoe.server.protocols import fields
 from edgemoe.server.protocols.openai_chat import OpenAIReply, usage_of, without_stream
 from edgemoe.server.protocols.reply import ServedModel, Usage
 
-MAX_PROMPTS = 2048
-"""Prompts of one request, as OpenAI has it."""
+MAX_PROMPTS = MAX_REPLIES = 2048
+"""Prompts of one request, as OpenAI has it, and replies to all of them: each is a task of the event loop."""
 
 
 class CompletionReply(OpenAIReply):
@@ -28,8 +28,14 @@ class CompletionReply(OpenAIReply):
         if body.get("prompt") is None:
             raise fields.FieldError("prompt is missing: give a text, a list of texts, or token ids")
         sampling = Sampling(**fields.sampling_changes(body, chat=False))
-        samplings = fields.samplings(sampling, fields.choices(body))
-        self.asked = [(prompt, each) for prompt in prompts(body["prompt"]) for each in samplings]
+        self.choices = fields.choices(body)
+        asked = prompts(body["prompt"])
+        if len(asked) * self.choices > MAX_REPLIES:
+            raise fields.FieldError(
+                f"n is {self.choices} for each of {len(asked)} prompts; give at most {MAX_REPLIES} replies in all"
+            )
+        samplings = fields.samplings(sampling, self.choices)
+        self.asked = [(prompt, each) for prompt in asked for each in samplings]
         self._offsets: dict[int, int] = {}
 
     def chunk(self, index: int, chunk: Chunk) -> list[bytes]:

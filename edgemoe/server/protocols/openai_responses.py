@@ -41,6 +41,8 @@ class ResponseReply(Reply):
         self._number = 0
         """Of the next event."""
         self._reason: str | None = None
+        self._early: tuple[TokenLogprob, ...] = ()
+        """Log-probabilities that came before the message they are told with."""
 
     def opening(self) -> list[bytes]:
         """See the base class."""
@@ -51,8 +53,12 @@ class ResponseReply(Reply):
         self._usage.add(chunk)
         self._reason = chunk.finish_reason
         events = self._add("reasoning", chunk.reasoning, None) if chunk.reasoning else []
-        if chunk.text or chunk.logprobs:
-            events += self._add("message", chunk.text, chunk.logprobs)
+        logprobs, self._early = (*self._early, *(chunk.logprobs or ())), ()
+        if chunk.text or (logprobs and (self._is_open("message") or chunk.finish_reason is not None)):
+            events += self._add("message", chunk.text, logprobs)
+        else:
+            # A message of its own for each token would cut the reasoning in pieces.
+            self._early = logprobs
         for call in chunk.tool_calls:
             events += self._end_item() + self._call(call)
         return events
@@ -91,7 +97,7 @@ class ResponseReply(Reply):
     def _add(self, kind: str, text: str, logprobs: tuple[TokenLogprob, ...] | None) -> list[bytes]:
         """Text of an item of `kind`, which begins with it where the current item is another."""
         events = []
-        if not self._items or self._items[-1]["type"] != kind or self._items[-1]["status"] != "in_progress":
+        if not self._is_open(kind):
             events = self._end_item() + self._begin_item(kind)
         part = self._items[-1]["content"][0]
         part["text"] += text
@@ -101,6 +107,10 @@ class ResponseReply(Reply):
             part["logprobs"] += entries
             more = {"logprobs": entries}
         return [*events, self._of_part(f"response.{part['type']}.delta", delta=text, **more)]
+
+    def _is_open(self, kind: str) -> bool:
+        """Whether the current item is of `kind`, and not ended."""
+        return bool(self._items) and self._items[-1]["type"] == kind and self._items[-1]["status"] == "in_progress"
 
     def _begin_item(self, kind: str) -> list[bytes]:
         more: dict[str, Any] = {"role": "assistant"} if kind == "message" else {"summary": []}

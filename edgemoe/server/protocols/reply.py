@@ -29,10 +29,12 @@ class ServedModel:
 
     def check(self, asked: object) -> None:
         """Raises ApiError, 404, for another model's name. No name is this model's."""
-        if asked in (None, "", self.name) or "*" in self.aliases or asked in self.aliases:
+        if asked is None:
             return
         if not isinstance(asked, str):
             raise ApiError(400, "model must be a text", param="model")
+        if asked in ("", self.name) or "*" in self.aliases or asked in self.aliases:
+            return
         names = " or ".join(sorted({self.name, *self.aliases}))
         raise ApiError(404, f"the model {asked[:100]!r} is not served: ask for {names}", param="model")
 

@@ -1,13 +1,15 @@
-"""A process that forks after it has loaded an engine."""
+"""A process that forks after it has loaded an engine, or has a host that does."""
 
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Callable
 
 import pytest
 
-from edgemoe import EdgeMoEError, Engine, Sampling
+from edgemoe import EdgeMoEError, Engine, ModelHost, Sampling
 from tests.support.checkpoints import PROMPT, Zoo
 
 SAMPLING = Sampling(max_tokens=3, temperature=0)
@@ -25,6 +27,69 @@ def test_a_fork_is_told_instead_of_hanging(zoo: Zoo) -> None:
             os._exit(told(engine))
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert engine.generate(PROMPT, SAMPLING).token_ids == before, "the parent goes on"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+@pytest.mark.parametrize("state", ["unloaded", "loading", "ready"])
+def test_a_fork_does_not_wait_for_a_host(state: str) -> None:
+    gate = threading.Event()
+
+    def load(*_: object, **__: object) -> Engine:
+        gate.wait(20)
+        return FakeEngine()
+
+    with ModelHost(loader=load) as host:
+        loading = host.load()
+        if state != "loading":
+            gate.set()
+            loading.result()
+        if state == "unloaded":
+            host.unload()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(10)
+            os._exit(told_of_a_host(host))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        gate.set()
+        assert host.load().result(), "the parent goes on"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_host_may_be_made_before_the_fork_that_uses_it() -> None:
+    with ModelHost(loader=lambda *_, **__: FakeEngine()) as host:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(10)
+            with host.lease() as engine:
+                os._exit(not engine)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+class FakeEngine(Engine):
+    """An engine that is nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def close(self) -> None:
+        """Ends nothing."""
+
+
+def told_of_a_host(host: ModelHost) -> int:
+    """In the child: 0 where every call says what is wrong, and `close` returns."""
+    calls: list[Callable[[], object]] = [host.lease, host.load, host.unload]
+    for number, call in enumerate(calls):
+        try:
+            call()
+        except EdgeMoEError as error:
+            if "another process" not in str(error):
+                return 10 + number
+        else:
+            return 20 + number
+    host.close()
+    return 0
 
 
 def told(engine: Engine) -> int:
