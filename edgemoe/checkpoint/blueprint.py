@@ -300,7 +300,7 @@ def _family(checkpoint: Checkpoint) -> tuple[Any, Any]:
             )
         raise CheckpointError(f"{checkpoint.name} is of the family {family}, unknown to this transformers: upgrade it")
     invalid = f"{_source(checkpoint)} is not a valid {family} configuration"
-    with quiet_transformers(), told_as(lambda why: CheckpointError(f"{invalid}: {why}"), of_files=True):
+    with quiet_transformers(), told_as(lambda why: CheckpointError(f"{invalid}: {why}: fetch it again"), of_files=True):
         if checkpoint.gguf is not None:
             config = CONFIG_MAPPING[family].from_dict(dict(checkpoint.config))
         else:

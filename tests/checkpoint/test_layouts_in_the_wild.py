@@ -174,3 +174,13 @@ def test_what_a_training_asks_a_pass_for_is_not_made(setting: dict[str, bool], t
     shutil.copytree(demo_folder(), folder)
     edit(folder / "config.json", lambda config: config.update(setting))
     assert reply(folder) == reply(demo_folder())
+
+
+@pytest.mark.parametrize(
+    "setting", [{"tie_word_embeddings": "yes"}, {"quantization_config": {"quant_method": "gptq", "bits": "x"}}]
+)
+def test_a_configuration_that_cannot_be_read_says_what_mends_it(setting: dict[str, Any], tmp_path: Path) -> None:
+    folder = fresh(tmp_path / "broken", "qwen3_moe")
+    edit(folder / "config.json", lambda config: config.update(setting))
+    with pytest.raises(CheckpointError, match=": fetch it again$"):
+        open_blueprint(folder)
