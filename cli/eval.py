@@ -90,7 +90,7 @@ def _open(arguments: argparse.Namespace, engine: EngineFactory | None, questions
     loaded = cast("Engine", open_engine(arguments, engine))
     lacking = None
     if not loaded.has_tokenizer:
-        lacking = "tokenizer, so that it cannot read a text: measure it with edgemoe.evaluation.evaluate on token ids"
+        lacking = "tokenizer, so that it cannot read a text: measure token ids with edgemoe.measure.evaluation.evaluate"
     elif questions and not loaded.has_chat_template:
         lacking = "chat template, so that the tasks cannot be asked: leave --questions out, or give 0"
     if lacking is not None:

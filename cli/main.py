@@ -80,7 +80,7 @@ def build_parser() -> options.Parser:
         description=_DESCRIPTION,
         epilog=_EPILOG,
     )
-    parser.add_argument("--version", action="version", version=f"edgemoe {__version__}")
+    parser.version(f"edgemoe {__version__}")
     parser.set_defaults(parser=parser, command=None)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", prog="edgemoe")
     _add_run(commands)

@@ -37,6 +37,7 @@ def ask(engine: EngineView, chat: ChatPrompt, sampling: Sampling, on_chunk: Call
         progress = PromptProgress(stream)
         try:
             with Interruption(cancel) as interruption:
+                progress.start()
                 for chunk in stream:
                     progress.stop()
                     chunks.append(chunk)

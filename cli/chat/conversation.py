@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 from edgemoe.cli.chat.text_file import place_of, read_text
@@ -86,19 +87,25 @@ class Conversation:
     def save(self, path: str) -> None:
         """Write as JSON, whole or not at all. Raises FileTrouble, also for a file that is no saved conversation."""
         target = place_of(path)
-        if target.exists():
-            try:
-                _read(path)
-            except FileTrouble as error:
-                raise FileTrouble(f"{path} is there and is no saved conversation; give another name") from error
+        try:
+            # A pipe would be waited for, and is nothing to replace.
+            if target.exists() and not (target.is_file() and _is_conversation(path)):
+                raise FileTrouble(f"{path} is there and is no saved conversation; give another name")
+            self._write(target)
+        except OSError as error:
+            raise FileTrouble(f"cannot write {path}: {why(error)}") from error
+        except ValueError as error:  # no name of a file
+            raise FileTrouble(f"cannot write {path}: {error}") from error
+
+    def _write(self, target: Path) -> None:
         unfinished = target.with_name(target.name + ".part")
         try:
             unfinished.write_text(json.dumps({"messages": self.messages}, ensure_ascii=False, indent=2) + "\n", "utf-8")
             os.replace(unfinished, target)
-        except OSError as error:
+        except OSError:
             with contextlib.suppress(OSError):
                 unfinished.unlink()
-            raise FileTrouble(f"cannot write {path}: {why(error)}") from error
+            raise
 
     def load(self, path: str) -> None:
         """Become what `save` wrote. Raises FileTrouble and then stays as it was."""
@@ -107,6 +114,14 @@ class Conversation:
         if messages and messages[0]["role"] == "system":
             self.system = messages.pop(0)["content"]
         self._turns = messages
+
+
+def _is_conversation(path: str) -> bool:
+    try:
+        _read(path)
+    except FileTrouble:
+        return False
+    return True
 
 
 def _read(path: str) -> list[Message]:

@@ -19,16 +19,20 @@ class PromptProgress:
         self._stream = stream
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
-        if sys.stderr.isatty() and hasattr(stream, "prompt_done"):
+
+    def start(self) -> None:
+        """Show it from now on. `stop` must follow, also where this is interrupted."""
+        if sys.stderr.isatty() and hasattr(self._stream, "prompt_done"):
             self._thread = threading.Thread(target=self._show, name="prompt progress", daemon=True)
             self._thread.start()
 
     def stop(self) -> None:
         """Take the bar away. Nothing is written after this."""
         self._over.set()
-        if self._thread is not None:
+        # One that an interrupt kept from being started ends before it shows anything.
+        if self._thread is not None and self._thread.ident is not None:
             self._thread.join()
-            self._thread = None
+        self._thread = None
 
     def _show(self) -> None:
         if self._over.wait(_PATIENCE):
@@ -36,8 +40,11 @@ class PromptProgress:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+        console = Console(stderr=True)
         parts = (TextColumn("prompt"), BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("tokens"))
-        with Progress(*parts, console=Console(stderr=True), transient=True) as bar:
+        # Nothing is redirected: other threads write to the same streams, and this one changes nothing of theirs.
+        with Progress(*parts, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as bar:
             task = bar.add_task("", total=self._stream.prompt_tokens)
-            while not self._over.wait(_REFRESH):
+            # An interrupt may keep `stop` from being called; a stream that is over has no prompt to wait for.
+            while not (self._over.wait(_REFRESH) or self._stream.finished):
                 bar.update(task, completed=self._stream.prompt_done)

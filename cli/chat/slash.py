@@ -187,7 +187,9 @@ def _value(name: str, text: str) -> Any:
         return text == "true"
     try:
         return whole(text) if name in _WHOLE else decimal(text)
-    except ArgumentTypeError:
+    except ArgumentTypeError as error:
+        if text.strip().lstrip("+-").isdecimal():
+            raise SlashError(f"{name}={error}") from None
         kind = "a whole number" if name in _WHOLE else "a number"
         raise SlashError(f"{name} is {kind}, not {cut(text)!r}") from None
 

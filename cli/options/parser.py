@@ -57,6 +57,11 @@ class Parser(argparse.ArgumentParser):
         """Raise UsageError instead of printing the usage and leaving the process."""
         raise UsageError(f"{message}; see '{self.prog} --help'")
 
+    def version(self, text: str) -> None:
+        """Add --version, which prints `text` and leaves."""
+        action = self.add_argument("--version", action="version", version=text, help="show the version")
+        self._sections["options"].append(action)
+
     def option(
         self,
         *names: str,
@@ -120,6 +125,7 @@ class Parser(argparse.ArgumentParser):
         Raises UsageError, which names what was most likely meant.
         """
         words = sys.argv[1:] if argv is None else list(argv)
+        self._check_order(words)
         self._check_command(words)
         arguments, left = self.parse_known_args(words)
         command: Parser = arguments.parser
@@ -134,6 +140,15 @@ class Parser(argparse.ArgumentParser):
             if isinstance(action, argparse._SubParsersAction):
                 return dict(action.choices)
         return {}
+
+    def _check_order(self, words: Sequence[str]) -> None:
+        """Refuses an option of a command before the command."""
+        flag = words[0].partition("=")[0] if words else ""
+        takers = [name for name, command in self.commands().items() if flag in command._option_string_actions]
+        if not takers or flag in self._option_string_actions:
+            return
+        named = next((word for word in words if word in takers), takers[0])
+        self.error(f"{flag} is an option of a command and stands after it: {self.prog} {named} {flag}")
 
     def _check_command(self, words: Sequence[str]) -> None:
         """Refuses what is no command before argparse does, which would list them all."""

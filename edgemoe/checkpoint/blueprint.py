@@ -24,7 +24,7 @@ from edgemoe.checkpoint.default_dtype import DefaultDtype
 from edgemoe.checkpoint.draft_head import FoundHead, HeadShape, attach_head, find_head, of_head
 from edgemoe.checkpoint.expert_sources import ExpertSources
 from edgemoe.checkpoint.experts_module import ExpertsModule, require_experts_modules
-from edgemoe.checkpoint.foreign.config_values import check_layers, faulty_field
+from edgemoe.checkpoint.foreign.config_values import ask_for_logits_alone, check_layers, faulty_field
 from edgemoe.checkpoint.packed.packed_modules import PackedModule, find_packed_modules
 from edgemoe.checkpoint.renaming import Renaming
 from edgemoe.checkpoint.rope_context import context_limit
@@ -300,7 +300,7 @@ def _family(checkpoint: Checkpoint) -> tuple[Any, Any]:
             )
         raise CheckpointError(f"{checkpoint.name} is of the family {family}, unknown to this transformers: upgrade it")
     invalid = f"{_source(checkpoint)} is not a valid {family} configuration"
-    with quiet_transformers(), told_as(lambda why: CheckpointError(f"{invalid}: {why}"), of_files=True):
+    with quiet_transformers(), told_as(lambda why: CheckpointError(f"{invalid}: {why}: fetch it again"), of_files=True):
         if checkpoint.gguf is not None:
             config = CONFIG_MAPPING[family].from_dict(dict(checkpoint.config))
         else:
@@ -315,6 +315,7 @@ def _family(checkpoint: Checkpoint) -> tuple[Any, Any]:
     if getattr(model_class, "config_class", None) is config.sub_configs.get("text_config"):
         # A multimodal checkpoint: only its text model is run, as by transformers' auto class.
         config = config.get_text_config()
+    ask_for_logits_alone(config)
     return config, model_class
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from bench.support.zoo import make
 from edgemoe import CheckpointError, Engine, Sampling
 from edgemoe.checkpoint.blueprint import open_blueprint
 from edgemoe.checkpoint.rope_context import context_limit
+from edgemoe.demo import demo_folder
 from edgemoe.quiet import quiet_transformers
 from tests.support.checkpoints import PROMPT, edit, greedy, reference
 
@@ -164,3 +166,21 @@ def test_a_reply_may_be_longer_than_what_yarn_began_with(tmp_path: Path) -> None
     with Engine.load(folder, device="cpu", context=2048, state_folder="none", threads=1) as engine:
         found = engine.generate(prompt, Sampling(temperature=0, max_tokens=4, ignore_eos=True))
     assert list(found.token_ids) == greedy(reference(folder), prompt, 4)
+
+
+@pytest.mark.parametrize("setting", [{"output_router_logits": True}, {"return_dict": False}])
+def test_what_a_training_asks_a_pass_for_is_not_made(setting: dict[str, bool], tmp_path: Path) -> None:
+    folder = tmp_path / "trained"
+    shutil.copytree(demo_folder(), folder)
+    edit(folder / "config.json", lambda config: config.update(setting))
+    assert reply(folder) == reply(demo_folder())
+
+
+@pytest.mark.parametrize(
+    "setting", [{"tie_word_embeddings": "yes"}, {"quantization_config": {"quant_method": "gptq", "bits": "x"}}]
+)
+def test_a_configuration_that_cannot_be_read_says_what_mends_it(setting: dict[str, Any], tmp_path: Path) -> None:
+    folder = fresh(tmp_path / "broken", "qwen3_moe")
+    edit(folder / "config.json", lambda config: config.update(setting))
+    with pytest.raises(CheckpointError, match=": fetch it again$"):
+        open_blueprint(folder)

@@ -337,6 +337,25 @@ def test_a_misspelt_name_is_told_with_what_was_meant(line: str, meant: str) -> N
     assert "--help'" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("line", "example"),
+    [
+        ("--offline chat hi", "edgemoe chat --offline"),
+        ("-m org/name plan", "edgemoe plan -m"),
+        ("--temp=0 frob", "edgemoe run --temp"),
+        ("--json", "edgemoe plan --json"),
+    ],
+)
+def test_an_option_before_its_command_is_told_where_it_stands(line: str, example: str) -> None:
+    with pytest.raises(UsageError, match="is an option of a command and stands after it") as caught:
+        typed(line)
+    assert f": {example}; see" in str(caught.value)
+
+
+def test_the_help_names_the_version() -> None:
+    assert re.search(r"--version +show the version", build_parser().format_help())
+
+
 def test_what_is_like_nothing_gets_no_suggestion() -> None:
     with pytest.raises(UsageError) as caught:
         typed("chat --xyzzy 1")

@@ -14,6 +14,7 @@ from bench.support.byte_tokenizer import with_tokenizer
 from bench.support.zoo import make
 from edgemoe.cli.main import main
 from edgemoe.demo import demo_folder
+from edgemoe.measure.evaluation import evaluate
 from edgemoe.quiet import quiet_transformers
 from tests.support.fake_engine import FakeEngine, FakeFactory, FakePlan
 
@@ -203,7 +204,9 @@ def test_another_vocabulary_is_refused_before_anything_is_loaded(
 def test_a_model_without_a_tokenizer_or_a_template(factory: FakeFactory, capsys: pytest.CaptureFixture[str]) -> None:
     factory.engine.has_tokenizer = factory.engine.has_chat_template = False
     assert main(["eval", "-m", "x"], engine=factory) == 3
-    assert "fake has no tokenizer, so that it cannot read a text" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "fake has no tokenizer, so that it cannot read a text" in said
+    assert f"with {evaluate.__module__}.{evaluate.__name__}" in said
     factory.engine.has_tokenizer = True
     assert main(["eval", "-m", "x", "--questions", "2"], engine=factory) == 3
     assert "fake has no chat template, so that the tasks cannot be asked" in capsys.readouterr().err

@@ -90,6 +90,9 @@ def test_every_option_is_documented_and_no_other() -> None:
 def test_every_command_is_documented() -> None:
     text = COMMAND_LINE.read_text("utf-8")
     assert set(re.findall(r"^## `edgemoe (\w+)`$", text, re.MULTILINE)) == set(commands())
+    assert {cell.split()[1].strip("`") for cell in listed(COMMAND_LINE) if cell.startswith("edgemoe ")} == set(
+        commands()
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -128,6 +131,14 @@ def test_every_field_of_a_request_is_documented() -> None:
 
     words = {name.strip("` ") for cell in listed(COMMAND_LINE) for name in cell.split(",")}
     assert set(CHAT_FIELDS) | set(COMPLETION_FIELDS) <= words
+
+
+def test_the_shown_error_of_a_request_names_the_fields_that_are_known() -> None:
+    from edgemoe.server.protocols.fields import FieldError, check
+
+    with pytest.raises(FieldError) as caught:
+        check({"prompt": "", "max_token": 8}, chat=False)
+    assert str(caught.value) in COMMAND_LINE.read_text("utf-8")
 
 
 def test_every_key_of_the_plan_is_documented() -> None:

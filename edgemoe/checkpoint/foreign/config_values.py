@@ -170,3 +170,15 @@ def _fields(config: Mapping[str, Any], path: str) -> Iterator[tuple[str, str, An
             yield from _fields({f"{place}": each for place, each in enumerate(value)}, f"{here}.")
         else:
             yield here, str(name), value
+
+
+def ask_for_logits_alone(config: Any) -> None:
+    """Takes back what a transformers configuration has a pass return beside its logits, or in another form.
+
+    The routers' logits are for the loss of a training, and are not kept here.
+    """
+    for each in (config, *(getattr(config, name) for name in config.sub_configs)):
+        if each is not None:
+            each.return_dict = True
+            if hasattr(each, "output_router_logits"):
+                each.output_router_logits = False

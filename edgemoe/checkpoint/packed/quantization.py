@@ -63,7 +63,7 @@ def unpack(tensors: Tensors, config: Mapping[str, Any], name: str, read: Read) -
     reader = METHODS[method]
     left, packed = dict(tensors), {}
     unreadable = f"{name} says of its quantisation ({method}) what cannot be read"
-    with told_as(lambda why: CheckpointError(f"{unreadable}: {why}"), of_files=True):
+    with told_as(lambda why: CheckpointError(f"{unreadable}: {why}: fetch it again"), of_files=True):
         for found in reader(tensors, config, read):
             _check(found)
             packed[found.name] = found.weight

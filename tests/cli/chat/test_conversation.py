@@ -97,9 +97,27 @@ def test_saving_replaces_a_saved_conversation_and_nothing_else(tmp_path: Path) -
     assert notes.read_text() == "mine"
 
 
-def test_saving_where_it_is_not_possible(tmp_path: Path) -> None:
-    with pytest.raises(FileTrouble, match="cannot write .*no such file or directory"):
-        exchange("a").save(str(tmp_path / "missing" / "talk.json"))
+def test_a_pipe_is_not_waited_for_and_stays(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(FileTrouble, match="pipe is there and is no saved conversation"):
+        exchange("a").save(str(pipe))
+    assert pipe.is_fifo()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("missing/talk.json", "no such file or directory"),
+        ("x" * 300, "file name too long"),
+        ("x" * 255, "file name too long"),
+        ("a\0b", "embedded null byte"),
+    ],
+)
+def test_saving_where_it_is_not_possible(tmp_path: Path, name: str, said: str) -> None:
+    with pytest.raises(FileTrouble, match=f"cannot write .*{said}"):
+        exchange("a").save(str(tmp_path / name))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

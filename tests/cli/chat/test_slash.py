@@ -59,6 +59,7 @@ def test_another_reply_is_the_chats_work(session: Session, name: str) -> None:
         ("/set logprobs 3", "there is no setting logprobs"),
         ("/set top_k", "give a value: /set top_k VALUE, or /set top_k default"),
         ("/set top_k 1.5", "top_k is a whole number, not '1.5'"),
+        ("/set seed 99999999999999999999", "seed=99999999999999999999 is too large; give 9223372036854775807 at most"),
         ("/set temperature warm", "temperature is a number, not 'warm'"),
         ("/set temperature -1", "temperature"),
         ("/set ignore_eos maybe", "ignore_eos is true or false, not 'maybe'"),

@@ -17,12 +17,33 @@ PROGRESS = """
 import time
 from edgemoe.cli.chat.prompt_progress import PromptProgress
 class Stream:
-    prompt_tokens, prompt_done = 1900, 475
+    prompt_tokens, prompt_done, finished = 1900, 475, False
 progress = PromptProgress(Stream())
+progress.start()
 time.sleep(float({seconds}))
 progress.stop()
 progress.stop()
 print("reply")
+"""
+INTERRUPTED = """
+import threading, time
+from edgemoe.cli.chat.answer import ask
+class Stream:
+    prompt_tokens, prompt_done, finished = 1900, 475, False
+    def close(self): self.finished = True
+class Engine:
+    def stream(self, prompt, sampling): return Stream()
+    def cancel(self): pass
+def interrupted(thread, start=threading.Thread.start):
+    start(thread)
+    raise KeyboardInterrupt
+threading.Thread.start = interrupted
+try:
+    ask(Engine(), None, None, None)
+except KeyboardInterrupt:
+    print("interrupted")
+time.sleep(1.5)
+print([thread.name for thread in threading.enumerate()])
 """
 
 
@@ -177,4 +198,18 @@ def test_a_slow_prompt_has_a_bar_until_the_reply_begins(columns: int) -> None:
 def test_a_quick_prompt_has_no_bar() -> None:
     chat = ChatTerminal(command=(sys.executable, "-c", PROGRESS.format(seconds=0.1)), term="xterm")
     assert chat.wait_for("reply") == "reply"
+    assert chat.close() == 0
+
+
+def test_a_prompt_that_is_interrupted_as_its_bar_begins_leaves_no_bar() -> None:
+    chat = ChatTerminal(command=(sys.executable, "-c", INTERRUPTED), term="xterm")
+    assert chat.wait_for("]\n") == "interrupted\n['MainThread']\n"
+    assert chat.close() == 0
+
+
+def test_the_bar_of_a_prompt_ends_with_its_stream() -> None:
+    code = PROGRESS.replace("progress.stop()", "Stream.finished = True; time.sleep(1)").format(seconds=1.5)
+    chat = ChatTerminal(command=(sys.executable, "-c", code + "print('end')"), term="xterm")
+    assert chat.wait_for("reply").endswith("\x1b[2Kreply")
+    assert chat.wait_for("end") == "\nend"
     assert chat.close() == 0
