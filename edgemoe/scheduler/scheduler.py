@@ -160,7 +160,7 @@ class Scheduler:
                 self._take_back(request)
 
     def relieve(self, step: ScheduledStep) -> bool:
-        """Has `step`, whose pass found no memory, begin again with more; False where that was tried before."""
+        """Has `step`, whose pass found no memory, begin again with more; False where that was tried often enough."""
         if not self._relief.tighten():
             return False
         self._prefixes.clear()

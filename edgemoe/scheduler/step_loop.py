@@ -40,7 +40,7 @@ class StepLoop:
         """Runs one step, where there is one.
 
         When it fails, every request of the step gets the error and the others go on. Where the pass found no memory,
-        its requests begin again once with more. A PassAborted ends the requests with the replies so far. Raised is only
+        its requests begin again with more, a few times. A PassAborted ends the requests with the replies so far. Raised is only
         what ends the thread.
         """
         step = self.scheduler.schedule()

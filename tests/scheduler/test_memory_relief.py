@@ -1,4 +1,4 @@
-"""A step that finds no memory begins again with more, once; then its requests end with an error."""
+"""A step that finds no memory begins again with more, a few times; then its requests end with an error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from edgemoe.quiet import quiet_transformers
 from edgemoe.scheduler.batch_size import BatchSize
-from edgemoe.scheduler.memory_relief import STEPS_UNTIL_PLANNED, MemoryRelief
+from edgemoe.scheduler.memory_relief import MAX_HALVINGS, STEPS_UNTIL_PLANNED, MemoryRelief
 from tests.support.checkpoints import Running, Zoo, random_ids, running
 from tests.support.crowd import Crowd, alone, assert_same_reply, completion
 
@@ -21,17 +21,20 @@ def own(zoo: Zoo) -> Iterator[Running]:
         yield loaded
 
 
-def test_bounds_are_halved_once_and_are_as_planned_after_many_good_steps() -> None:
+def test_bounds_are_halved_a_few_times_and_are_as_planned_after_many_good_steps() -> None:
     size = BatchSize(8, automatic=False)
     relief = MemoryRelief(size, 512)
-    assert relief.tighten()
-    assert (size.limit, relief.step_tokens) == (4, 256)
+    relief.went_well()
+    for limit, tokens in ((4, 256), (2, 128), (1, 64)):
+        assert relief.tighten()
+        assert (size.limit, relief.step_tokens) == (limit, tokens)
     for _ in range(STEPS_UNTIL_PLANNED - 1):
         assert not relief.tighten()
         relief.went_well()
     relief.went_well()
     assert (size.limit, size.reason, relief.step_tokens) == (8, "as asked for", 512)
     assert relief.tighten()
+    assert (size.limit, relief.step_tokens) == (4, 256)
 
 
 def test_a_size_that_is_measured_does_not_climb_beyond_what_found_no_memory() -> None:
@@ -70,6 +73,22 @@ def test_replies_are_the_same_after_a_step_without_memory(error: Exception, own:
     assert crowd.scheduler.running == crowd.scheduler.waiting == 0
 
 
+def test_reads_that_lack_memory_one_after_the_other_are_borne(own: Running) -> None:
+    crowd = Crowd(own, limit=8)
+    request = crowd.ask(random_ids(12, 3), max_tokens=4)
+    run, failures = crowd.joint.run_sampled, [0]
+
+    def fails(inputs: Any) -> Any:
+        failures[0] += 1
+        if failures[0] <= MAX_HALVINGS:
+            raise MemoryError
+        return run(inputs)
+
+    crowd.joint.run_sampled = fails  # type: ignore[method-assign]
+    crowd.finish()
+    assert_same_reply(completion(request), alone(own, random_ids(12, 3), max_tokens=4))
+
+
 def test_a_step_that_finds_none_again_fails_its_requests_and_the_next_ones_go_on(own: Running) -> None:
     crowd = Crowd(own, limit=4)
     requests = [crowd.ask(random_ids(12, seed), max_tokens=4) for seed in range(2)]
@@ -79,7 +98,7 @@ def test_a_step_that_finds_none_again_fails_its_requests_and_the_next_ones_go_on
         raise MemoryError
 
     crowd.joint.run_sampled = fails  # type: ignore[method-assign]
-    for _ in range(4):
+    for _ in range(2 + MAX_HALVINGS):
         crowd.step()
     assert all(isinstance(request.error, MemoryError) for request in requests)
     crowd.joint.run_sampled = run  # type: ignore[method-assign]
