@@ -32,7 +32,7 @@ MAX_GROWTH = 50
 SETTINGS: dict[str, Any] = {
     "device": "cpu", "dtype": "float32", "context": 1024, "batch": 64, "state_folder": "none",
 }  # fmt: skip
-"""In bf16 passes of more than 64 tokens may round another way than those of one sequence."""
+"""In bf16, a CPU with AMX rounds passes of more than 64 tokens another way than those of one sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,8 +40,8 @@ class StepLoop:
         """Runs one step, where there is one.
 
         When it fails, every request of the step gets the error and the others go on. Where the pass found no memory,
-        its requests begin again with more, a few times. A PassAborted ends the requests with the replies so far. Raised is only
-        what ends the thread.
+        its requests begin again with more, a few times. A PassAborted ends the requests with the replies so far. Raised
+        is only what ends the thread.
         """
         step = self.scheduler.schedule()
         self._forget_departed()

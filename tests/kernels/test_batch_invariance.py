@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from edgemoe.kernels.cpu.kernel_choice import few_tokens
 from edgemoe.kernels.cpu.slot_matrix import SlotMatrix
 from edgemoe.kernels.cpu.threads import KernelThreads
 from edgemoe.model.draft_tree import DraftTree
@@ -21,6 +22,11 @@ PACKED = [
 ]  # fmt: skip
 """Half of them have windows of 6 tokens in some layers, one has values narrower than keys, one transposed experts."""
 DTYPES = ["bfloat16", "float32"]
+
+
+def kernels_multiply_all(dtype: torch.dtype) -> bool:
+    """Whether kernels multiply matrices of `dtype`, however many tokens there are."""
+    return few_tokens(dtype) > 1 << 16
 
 
 class Drafted:
@@ -47,6 +53,30 @@ def test_a_chain(family: str, dtype: str, zoo: Zoo) -> None:
             past = drafted.past()
             found = drafted.runner.run([PassInput(past, drafted.tokens[:length], every=True)])[0]
             assert torch.equal(found, torch.stack(drafted.expected[:length])), length
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", [each for each in PACKED if each != "gpt_oss"])
+def test_a_crowd_of_steps_and_of_short_and_long_prompts(family: str, dtype: str, zoo: Zoo) -> None:
+    """Each has the bits of a pass of its own, also the long prompts."""
+    if dtype == "bfloat16" and not kernels_multiply_all(torch.bfloat16):
+        pytest.skip("bf16 products of many tokens are PyTorch's on this CPU")
+    with running(zoo(family), 40, dtype=dtype) as own:
+        runner = ModelRunner(own.runner())
+
+        def crowd() -> list[PassInput]:
+            made = []
+            for number, tokens in enumerate((1, 70, 9, 1, 130, 64, 1)):
+                cache = runner.start(200)
+                if tokens == 1:
+                    runner.step(cache, random_ids(5 + number, seed=number))
+                made.append(PassInput(cache, random_ids(tokens, seed=10 + number)))
+            return made
+
+        assert runner.packs
+        assert runner.sequential.batch_invariant(crowd())
+        expected = [runner.run([each])[0] for each in crowd()]
+        assert all(map(torch.equal, expected, runner.run(crowd())))
 
 
 @pytest.mark.parametrize("family", PACKED)
