@@ -101,7 +101,7 @@ class Users:
                 self.done[kind.__name__.strip("_")] += 1
             except EdgeMoEError as error:
                 # A fault that another one asked for reaches every request of its step.
-                if "failed" not in str(error) and "cannot be read" not in str(error):
+                if not any(known in str(error) for known in ("failed", "cannot be read", "there was no memory")):
                     self.wrong.append(f"{kind.__name__}: {error!r}")
             except Exception as error:
                 self.wrong.append(f"{kind.__name__}: {error!r}")

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from edgemoe.kernels.kernel_weight import has_product
+from edgemoe.kernels.row_linear import BATCH_INVARIANT_TOKENS
 
 BY_TOKENS = (F.linear, F.silu, F.gelu, F.softplus, torch.sigmoid, torch.Tensor.sigmoid)
 """What PyTorch sums in another order for several rows than for one, or computes in another way at the end of a tensor
@@ -56,10 +57,12 @@ class BatchInvariantMode(TorchFunctionMode):
     def _parts(self, input: torch.Tensor, dim: int) -> Iterator[torch.Tensor]:
         """What is computed by itself, with the strides that it has alone: PyTorch looks at those of dimensions of one.
 
-        What has another number of tokens than the pass, such as those of one expert, is split into single ones.
+        What has another number of tokens than the pass is a part of it, such as one sequence's in a recurrent mixer.
         """
         tokens = input[0] if dim else input
-        spans = self._spans if len(tokens) == self._tokens else [Span(len(tokens), one_by_one=True)]
+        spans = self._spans
+        if len(tokens) != self._tokens:
+            spans = [Span(len(tokens), one_by_one=len(tokens) <= BATCH_INVARIANT_TOKENS)]
         for part, span in zip(tokens.split([each.tokens for each in spans]), spans, strict=True):
             if span.one_by_one:
                 yield from (token.reshape(*[1] * (dim + 1), *token.shape) for token in part)
