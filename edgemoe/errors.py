@@ -39,7 +39,7 @@ class LogitsError(RequestError):
 
 def reason(error: BaseException) -> str:
     """The first line of the error's text, with the next one where it ends in a colon; else the name of its type."""
-    lines = str(error).strip().splitlines()
+    lines = [line.rstrip() for line in str(error).strip().splitlines()]
     if not lines:
         return type(error).__name__
     return f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]

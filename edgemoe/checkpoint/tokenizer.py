@@ -9,7 +9,7 @@ from typing import Any, cast
 from edgemoe.checkpoint.chat_template import ChatPrompt, Messages
 from edgemoe.checkpoint.checkpoint import Checkpoint
 from edgemoe.checkpoint.foreign.text_length import check_text_length
-from edgemoe.checkpoint.foreign.tokenizer_values import check_tokenizer_files
+from edgemoe.checkpoint.foreign.tokenizer_values import check_tokenizer_files, has_vocabulary_files
 from edgemoe.checkpoint.gguf.gguf_tokenizer import tokenizer_of
 from edgemoe.checkpoint.prompts.token_ids import check_token_ids, read_token_ids
 from edgemoe.errors import CheckpointError, RequestError, told_as
@@ -62,8 +62,11 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
             return tokenizer_of(file)
 
     def unusable(why: str) -> CheckpointError:
+        known = (
+            why if has_vocabulary_files(checkpoint.folder) else "its folder has no tokenizer.json or tokenizer.model"
+        )
         return CheckpointError(
-            f"the tokenizer in {checkpoint.folder} cannot be loaded ({why}): fetch it again, or remove its files to "
+            f"the tokenizer in {checkpoint.folder} cannot be loaded ({known}): fetch it again, or remove its files to "
             "work with token ids"
         )
 

@@ -172,6 +172,12 @@ def test_a_tokenizer_that_cannot_be_loaded(folder: Path) -> None:
         Engine.load(folder, expert_cache=4)
 
 
+def test_a_tokenizer_whose_vocabulary_is_missing(folder: Path) -> None:
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    with pytest.raises(CheckpointError, match=r"its folder has no tokenizer\.json or tokenizer\.model\): fetch it"):
+        Engine.load(folder, expert_cache=4)
+
+
 @pytest.mark.parametrize("content", ["{", "[]"])
 def test_generation_settings_that_cannot_be_read(folder: Path, content: str) -> None:
     (folder / "generation_config.json").write_text(content)

@@ -56,9 +56,18 @@ def check_tokenizer_files(folder: Path) -> None:
             read_object(path, limit)
 
 
+def has_vocabulary_files(folder: Path) -> bool:
+    """Whether `folder` has a file of tokens; a few tokenizers, such as those of bytes, need none."""
+    return any(_is_vocabulary(name) for name in os.listdir(folder))
+
+
+def _is_vocabulary(name: str) -> bool:
+    return name == TOKENIZER or name in VOCABULARIES or name.endswith(SUFFIXES)
+
+
 def _limit(name: str) -> int | None:
     """Most bytes of the file `name`; None for a file that is no part of a tokenizer."""
-    if name == TOKENIZER or name in VOCABULARIES or name.endswith(SUFFIXES):
+    if _is_vocabulary(name):
         return MAX_TOKENIZER
     if name in CONFIGS:
         return MAX_CONFIG
