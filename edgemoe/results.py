@@ -117,11 +117,16 @@ class Completion:
     """The calls in the reply, of tools that the prompt offers; no part of `text`."""
     stop_text: str = ""
     """The stop text that the reply ended before; empty where it ended otherwise."""
+    reasoning_tokens: int = 0
+    """How many of `token_ids` are the reasoning's."""
 
     @classmethod
     def from_chunks(cls, chunks: Sequence[Chunk], prompt_token_ids: Sequence[int], lossy: str = "") -> Completion:
         """The reply that consists of `chunks`, at least one."""
         reported = [chunk.logprobs for chunk in chunks if chunk.logprobs is not None]
+        reasoned = ReasoningTokens()
+        for chunk in chunks:
+            reasoned.add(chunk)
         return cls(
             text="".join(chunk.text for chunk in chunks),
             token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
@@ -133,7 +138,23 @@ class Completion:
             lossy=lossy,
             tool_calls=tuple(call for chunk in chunks for call in chunk.tool_calls),
             stop_text=chunks[-1].stop_text,
+            reasoning_tokens=reasoned.count,
         )
+
+
+class ReasoningTokens:
+    """Counts the tokens of a reply that came while the model reasoned."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._reasons = False
+
+    def add(self, chunk: Chunk) -> None:
+        """Counts those of the next chunk."""
+        if chunk.reasoning or chunk.text:
+            # A chunk without text belongs to the part before it.
+            self._reasons = not chunk.text
+        self.count += self._reasons * len(chunk.token_ids)
 
 
 @dataclass(frozen=True)

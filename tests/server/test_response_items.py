@@ -34,6 +34,7 @@ def told(reply: list[Chunk]) -> list[Any]:
     events = [*streamed.opening(), *(event for each in reply for event in streamed.chunk(0, each)), *streamed.closing()]
     final = json.loads(events[-1].decode().partition("data: ")[2])["response"]
     whole = ResponseReply(BODY, SERVED).whole([Completion.from_chunks(reply, ())])
+    assert final["usage"] == whole["usage"]
     return [[_shape(item) for item in response["output"]] for response in (final, whole)]
 
 
@@ -61,6 +62,14 @@ CALLS = {"tool_calls": (ToolCall("c1", "f", "{}"),)}
 )
 def test_log_probabilities_cut_no_item_in_pieces(reply: list[Chunk], items: list[tuple[str, str, str]]) -> None:
     assert told(reply) == [items, items]
+
+
+def test_a_whole_reply_tells_the_tokens_of_its_reasoning() -> None:
+    reply = chunks(("Let me", ""), (" see.", ""), ("", ""), ("", "It is 4."))
+    completion = Completion.from_chunks(reply, ())
+    assert completion.reasoning_tokens == 3
+    usage = ResponseReply(BODY, SERVED).whole([completion])["usage"]
+    assert usage["output_tokens_details"] == {"reasoning_tokens": 3}
 
 
 def test_half_of_a_character_comes_back_as_a_question_mark(server: RunningServer) -> None:

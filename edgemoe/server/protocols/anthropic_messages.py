@@ -80,9 +80,7 @@ class MessageReply(Reply):
             content.append({"type": "text", "text": completion.text})
         for call in completion.tool_calls:
             content.append({"type": "tool_use", "id": call.id, "name": call.name, "input": json.loads(call.arguments)})
-        timings = completion.timings
-        usage = Usage(timings.prompt_tokens, timings.shared_tokens, timings.generated_tokens)
-        return self._message(content, *self._stop_reason(completion), _usage_object(usage))
+        return self._message(content, *self._stop_reason(completion), _usage_object(Usage.of(completion)))
 
     def failure(self, error: ApiError) -> list[bytes]:
         """See the base class."""

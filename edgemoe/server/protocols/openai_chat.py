@@ -94,7 +94,7 @@ class ChatReply(OpenAIReply):
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """See the base class."""
         bodies = [chat_completion(completion, self.served.name) for completion in completions]
-        self.usages = {index: usage_of(completion) for index, completion in enumerate(completions)}
+        self.usages = {index: Usage.of(completion) for index, completion in enumerate(completions)}
         choices = [body["choices"][0] | {"index": index} for index, body in enumerate(bodies)]
         return bodies[0] | {"id": self.id, "choices": choices, "usage": self.usage()}
 
@@ -125,12 +125,6 @@ def without_stream(body: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
 
 
-def usage_of(completion: Completion) -> Usage:
-    """The tokens of a finished reply."""
-    timings = completion.timings
-    return Usage(timings.prompt_tokens, timings.shared_tokens, timings.generated_tokens)
-
-
 def usage_object(prompts: Sequence[Usage], replies: Sequence[Usage]) -> dict[str, Any]:
     """OpenAI's usage: the tokens of each of `prompts` once, and of all `replies`."""
     prompt, generated = sum(each.prompt for each in prompts), sum(each.generated for each in replies)
@@ -139,4 +133,5 @@ def usage_object(prompts: Sequence[Usage], replies: Sequence[Usage]) -> dict[str
         "completion_tokens": generated,
         "total_tokens": prompt + generated,
         "prompt_tokens_details": {"cached_tokens": sum(each.shared for each in prompts)},
+        "completion_tokens_details": {"reasoning_tokens": sum(each.reasoning for each in replies)},
     }

@@ -9,7 +9,7 @@ from typing import Any
 from edgemoe.results import LOWEST_LOGPROB, Chunk, Completion, TokenLogprob, named_lossy
 from edgemoe.sampling import Sampling
 from edgemoe.server.protocols import fields
-from edgemoe.server.protocols.openai_chat import OpenAIReply, usage_of, without_stream
+from edgemoe.server.protocols.openai_chat import OpenAIReply, without_stream
 from edgemoe.server.protocols.reply import ServedModel, Usage
 
 MAX_PROMPTS = MAX_REPLIES = 2048
@@ -50,7 +50,7 @@ class CompletionReply(OpenAIReply):
 
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """See the base class."""
-        self.usages = {index: usage_of(completion) for index, completion in enumerate(completions)}
+        self.usages = {index: Usage.of(completion) for index, completion in enumerate(completions)}
         choices = [self._choice(index, completion) for index, completion in enumerate(completions)]
         return self.head(self.event_kind) | {"choices": choices, "usage": self.usage()} | named_lossy(completions[0])
 

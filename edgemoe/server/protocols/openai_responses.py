@@ -72,8 +72,7 @@ class ResponseReply(Reply):
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """See the base class."""
         (completion,) = completions
-        timings = completion.timings
-        self._usage = Usage(timings.prompt_tokens, timings.shared_tokens, timings.generated_tokens)
+        self._usage = Usage.of(completion)
         if completion.reasoning:
             self._add("reasoning", completion.reasoning, None)
         if completion.text or completion.logprobs:

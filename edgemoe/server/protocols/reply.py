@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from edgemoe.results import Chunk, Completion
+from edgemoe.results import Chunk, Completion, ReasoningTokens
 from edgemoe.sampling import Sampling
 from edgemoe.server.protocols.errors import ApiError
 from edgemoe.server.protocols.sse import COMMENT
@@ -49,16 +49,20 @@ class Usage:
     generated: int = 0
     reasoning: int = 0
     """Those of `generated` that came while the model reasoned."""
-    _reasons: bool = False
+    _reasoned: ReasoningTokens = field(default_factory=ReasoningTokens)
+
+    @classmethod
+    def of(cls, completion: Completion) -> Usage:
+        """The tokens of a finished reply."""
+        timings = completion.timings
+        return cls(timings.prompt_tokens, timings.shared_tokens, timings.generated_tokens, completion.reasoning_tokens)
 
     def add(self, chunk: Chunk) -> None:
         """Counts the next chunk of one reply."""
         self.prompt, self.shared = chunk.timings.prompt_tokens, chunk.timings.shared_tokens
         self.generated = chunk.timings.generated_tokens
-        if chunk.reasoning or chunk.text:
-            # A chunk without text belongs to the part before it.
-            self._reasons = not chunk.text
-        self.reasoning += self._reasons * len(chunk.token_ids)
+        self._reasoned.add(chunk)
+        self.reasoning = self._reasoned.count
 
 
 class Reply(ABC):
