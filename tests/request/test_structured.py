@@ -52,7 +52,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def caller(folder: Path) -> Iterator[Engine]:
-    with Engine.load(folder, threads=1) as loaded:
+    # In bf16 a long prompt that is cached in part may have other last bits, which choose among numbers without a sense.
+    with Engine.load(folder, threads=1, dtype="float32") as loaded:
         yield loaded
 
 
