@@ -164,7 +164,9 @@ def of_form(folder: Path, form: str, number: int, tokens: int) -> list[Found]:
     with Engine.load(folder, speculate="off", prefetch="off", batch=1, **settings) as plain:
         expected = [plain.generate(*request) for request in asked]
         few, every = plain.plan.top_k + 2, plain.plan.experts
-        judged = form != ROUNDED or runner_of(plain).packs
+        together = sum(length for length, _ in PROMPTS)
+        runner = runner_of(plain)
+        judged = form != ROUNDED or (runner.packs and together <= runner.sequential.batch_invariant_tokens)
         cases = [Case(form, drafter, slots, judged) for drafter in DRAFTERS for slots in (few, every)]
         return [case_result(folder, settings, case, asked, expected, plain) for case in cases]
 

@@ -213,8 +213,12 @@ class SequentialRunner:
         Where PyTorch's products of many tokens are faster than kernels they are taken, whose bits differ; and on GPUs a
         loop over the tokens would cost more than it is worth.
         """
-        few = 1 < sum(len(item.tokens) for item in inputs) <= max(BATCH_INVARIANT_TOKENS, self._few_tokens)
-        return few and not accelerator.is_accelerator(self.device)
+        return 1 < sum(len(item.tokens) for item in inputs) <= self.batch_invariant_tokens
+
+    @property
+    def batch_invariant_tokens(self) -> int:
+        """Most tokens of a pass that is `batch_invariant`; 0 on GPUs."""
+        return 0 if accelerator.is_accelerator(self.device) else max(BATCH_INVARIANT_TOKENS, self._few_tokens)
 
     def _spread_thin(self, tokens: int) -> bool:
         """Whether each expert gets so few of `tokens` that kernels gain more on experts than they lose elsewhere."""
