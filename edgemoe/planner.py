@@ -301,14 +301,13 @@ def with_classes(plan: Plan, classes: tuple[SlotClass, ...]) -> Plan:
     return replace(plan, slots=slots, slot_classes=classes, cache_nbytes=total_nbytes(classes))
 
 
-def resized(plan: Plan, most: tuple[SlotClass, ...], asked: str | int, filled: int) -> Plan:
+def resized(plan: Plan, most: tuple[SlotClass, ...], asked: str | int) -> Plan:
     """The plan of a loaded model whose cache becomes `asked`, of the slots `most`, which have addresses.
 
-    `filled` are the bytes of slots that have records now; what else is free now may be taken. Raises PlanError for a
-    size that does not fit, and for fewer slots than there are sizes of slots.
+    The bytes of its slots, and what else is free now, may be taken. Raises PlanError for a size that does not fit, and
+    for fewer slots than there are sizes of slots.
     """
-    bare = replace(plan, cache_nbytes=0)
-    bare = replace(bare, device_free=ram_free() + filled + bare.total_nbytes)
+    bare = replace(plan, cache_nbytes=0, device_free=ram_free() + plan.total_nbytes)
     slots = _slots(bare, most, asked)
     if slots < len(most):
         raise PlanError(

@@ -224,16 +224,20 @@ def _crowd(runner: ModelRunner, crowd: Sequence[int]) -> list[PassInput]:
     return made
 
 
+def _alone(runner: ModelRunner, crowd: Sequence[int]) -> list[torch.Tensor]:
+    """The last logits of each sequence of a crowd, after a pass of its own."""
+    return [runner.run([each])[0] for each in _crowd(runner, crowd)]
+
+
 class _SingleSteps:
     """Logits of tokens that are computed one by one."""
 
     def __init__(self, runner: ModelRunner, size: Size) -> None:
         self.sequence = _Sequence(runner, 0)
         self.logits = [self.sequence.step() for _ in range(max(*size.chains, BEGUN + size.tree))]
-        self.of_batch = [_begun(runner, number).step() for number in range(max(size.batches))]
+        self.of_batch = _alone(runner, [1] * max(size.batches))
         """After one more token of each sequence of the largest batch."""
-        self.of_crowds = [[runner.run([each])[0] for each in _crowd(runner, crowd)] for crowd in size.crowds]
-        """After a pass of its own for each sequence of every crowd."""
+        self.of_crowds = [_alone(runner, crowd) for crowd in size.crowds]
 
 
 def _tree_agrees(runner: ModelRunner, tokens: list[int], logits: list[torch.Tensor], depth: int) -> bool:

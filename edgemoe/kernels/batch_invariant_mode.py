@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -70,8 +71,8 @@ class BatchInvariantMode(TorchFunctionMode):
                 yield part[None] if dim else part
 
 
-def install_batch_invariance(model: nn.Module, spans: Callable[[], Sequence[Span]]) -> None:
-    """Wraps the forward of modules of `model`: batch-invariant for the `spans()` of a pass, where there are any.
+def install_batch_invariance(model: nn.Module, mode: Callable[[], BatchInvariantMode | None]) -> None:
+    """Wraps the forward of modules of `model`, which then compute in the `mode()` of the pass, where it has one.
 
     They are those with a matrix of their own but no GEMV kernel (`install_gemv`, called before), routers and narrow
     projections, which are small enough for one product per row, and those with scores or gates of an odd width.
@@ -80,15 +81,12 @@ def install_batch_invariance(model: nn.Module, spans: Callable[[], Sequence[Span
         matrices = any(parameter.dim() == 2 for parameter in module.parameters(recurse=False))
         odd = any(getattr(child, "out_features", 0) % WHOLE_REGISTERS for child in module.children())
         if (matrices or odd) and not isinstance(module, nn.Embedding) and "forward" not in vars(module):
-            module.forward = _batch_invariant(module.forward, spans)
+            module.forward = _batch_invariant(module.forward, mode)
 
 
-def _batch_invariant(forward: Callable[..., Any], spans: Callable[[], Sequence[Span]]) -> Callable[..., Any]:
+def _batch_invariant(forward: Callable[..., Any], mode: Callable[[], BatchInvariantMode | None]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
-        now = spans()
-        if not now:
-            return forward(*args, **kwargs)
-        with BatchInvariantMode(now):
+        with mode() or nullcontext():
             return forward(*args, **kwargs)
 
     return run

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 BATCH_INVARIANT_TOKENS = 64
-"""Tokens of a pass up to which each of them gets the bits of a step of its own."""
+"""Tokens of a sequence in a pass up to which each of them gets the bits of a step of its own."""
 
 
 def row_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

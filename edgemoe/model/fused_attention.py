@@ -89,6 +89,7 @@ class FusedAttention:
         self.parts = parts
         self._threads = threads
         self._layer = layer
+        self._max_tokens = min(matrix.max_tokens for matrix in parts.matrices)
         self._kept: dict[object, PreparedAttention] = {}
 
     def fits(self, hidden: torch.Tensor, position_embeddings: Any) -> bool:
@@ -96,9 +97,7 @@ class FusedAttention:
         if not isinstance(position_embeddings, tuple) or not kernels_have_the_cores(self._threads):
             return False
         rows = self.packed.rows
-        if not rows or hidden.dim() != 3 or hidden.shape[1] != rows[-1].last:
-            return False
-        if hidden.shape[1] > min(matrix.max_tokens for matrix in self.parts.matrices):
+        if not rows or hidden.dim() != 3 or not hidden.shape[1] == rows[-1].last <= self._max_tokens:
             return False
         factors = [each for each in position_embeddings if isinstance(each, torch.Tensor)]
         tokens, width = hidden.shape[1], self.parts.width

@@ -20,7 +20,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from edgemoe.kernels.batch_invariant_mode import Span
+from edgemoe.kernels.batch_invariant_mode import BatchInvariantMode, Span
 from edgemoe.kernels.cpu import attention
 from edgemoe.kernels.cpu.attention import SeenKeys
 from edgemoe.kernels.cpu.threads import KernelThreads, at_least_torch_threads
@@ -73,7 +73,8 @@ class PackedAttention:
         self._threads = threads
         self.rows: Sequence[Row] = ()
         """Of the pass under way."""
-        self._batch_invariant = False
+        self.batch_invariance: BatchInvariantMode | None = None
+        """What the modules of the pass under way compute in, so that rows have the bits of a pass of their own."""
         self.on_device: AttendOnDevice | None = None
         """Attends in the place of `rows` while a pass is captured, whose rows are only known when it is replayed."""
         self._masks: dict[object, torch.Tensor] = {}
@@ -82,21 +83,17 @@ class PackedAttention:
         self._bases = [config._attn_implementation for config in self._configs]
         self.attached = self._attach(model, others)
 
-    @property
-    def spans(self) -> list[Span]:
-        """The tokens of each row, where they get other bits in a pass of their own unless they are split; else none."""
-        rows = self.rows
-        if not self._batch_invariant or not rows or not (len(rows) > 1 or rows[0].batch_invariant):
-            return []
-        return [Span(row.last - row.first, one_by_one=row.batch_invariant) for row in rows]
-
     @contextmanager
     def running(self, rows: Sequence[Row], *, batch_invariant: bool = False) -> Iterator[None]:
         """In the block the model's attention works on `rows`; afterwards its configurations are as they were.
 
         `batch_invariant` is whether rows get the bits that they have in a pass of their own.
         """
-        self.rows, self._batch_invariant = rows, batch_invariant
+        self.rows = rows
+        # One long row has nothing to be split from.
+        if batch_invariant and (len(rows) > 1 or rows[0].batch_invariant):
+            spans = [Span(row.last - row.first, one_by_one=row.batch_invariant) for row in rows]
+            self.batch_invariance = BatchInvariantMode(spans)
         try:
             for config in self._configs:
                 config._attn_implementation = NAME
@@ -105,7 +102,7 @@ class PackedAttention:
             # Outer configurations come first: setting one sets the inner ones, which are then set again.
             for config, base in zip(self._configs, self._bases, strict=True):
                 config._attn_implementation = base
-            self.rows = ()
+            self.rows, self.batch_invariance = (), None
             self._masks.clear()
             self._seen.clear()
 

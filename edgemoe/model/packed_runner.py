@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from edgemoe.errors import is_device_or_memory_error
-from edgemoe.kernels.batch_invariant_mode import Span, install_batch_invariance
+from edgemoe.kernels.batch_invariant_mode import BatchInvariantMode, install_batch_invariance
 from edgemoe.kernels.row_linear import BATCH_INVARIANT_TOKENS
 from edgemoe.model import fused_attention, fused_layer
 from edgemoe.model.packed_attention import MIN_THREADED_PAIRS, PackedAttention, Row
@@ -35,7 +35,7 @@ class PackedRunner:
         self.attention, self._mixers = _attached(runner)
         """The attention of packed passes; None where the family has none such."""
         if self.attention is not None:
-            install_batch_invariance(runner.model, partial(_spans, self.attention))
+            install_batch_invariance(runner.model, partial(_batch_invariance, self.attention))
             fused_attention.install(runner.model, self.attention, runner.kernel_threads)
             fused_layer.install(runner.model)
         self.works = self.attention is not None and self._agrees()
@@ -134,5 +134,5 @@ def _attached(runner: SequentialRunner) -> tuple[PackedAttention | None, Recurre
     return (attention, mixers) if attention.attached else (None, None)
 
 
-def _spans(attention: PackedAttention) -> list[Span]:
-    return attention.spans
+def _batch_invariance(attention: PackedAttention) -> BatchInvariantMode | None:
+    return attention.batch_invariance

@@ -141,9 +141,7 @@ class Loaded:
             raise PlanError(
                 f"the cache on {self.plan.device} keeps its size: load the model again, with another expert_cache="
             )
-        pool = self.runtime.cache.pool
-        filled = sum(region.count * region.slot_nbytes for region in pool.regions)
-        plan = resized(self.plan, self._most, expert_cache, filled)
+        plan = resized(self.plan, self._most, expert_cache)
         self._resize(plan)
         # What was asked for by name is kept.
         self._keeper = self._keeper and self._keeper.with_planned(plan.slots)

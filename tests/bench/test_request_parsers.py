@@ -34,5 +34,5 @@ def test_a_parser_takes_or_refuses_anything(parser: Parser, tmp_path: Path) -> N
             parser.parse(mutator.draw(), tmp_path)
         except parser.errors as refusal:
             refusals.append(str(refusal))
-    assert len(refusals) < CASES
-    assert all(len(refusal) < 2000 for refusal in refusals)
+    assert refusals
+    assert max(map(len, refusals)) < 2000

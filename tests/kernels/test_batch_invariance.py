@@ -22,11 +22,8 @@ PACKED = [
 ]  # fmt: skip
 """Half of them have windows of 6 tokens in some layers, one has values narrower than keys, one transposed experts."""
 DTYPES = ["bfloat16", "float32"]
-
-
-def kernels_multiply_all(dtype: torch.dtype) -> bool:
-    """Whether kernels multiply matrices of `dtype`, however many tokens there are."""
-    return few_tokens(dtype) > 1 << 16
+CROWD = (1, 70, 9, 1, 130, 64, 1)
+"""Tokens of sequences in one pass."""
 
 
 class Drafted:
@@ -59,14 +56,14 @@ def test_a_chain(family: str, dtype: str, zoo: Zoo) -> None:
 @pytest.mark.parametrize("family", [each for each in PACKED if each != "gpt_oss"])
 def test_a_crowd_of_steps_and_of_short_and_long_prompts(family: str, dtype: str, zoo: Zoo) -> None:
     """Each has the bits of a pass of its own, also the long prompts."""
-    if dtype == "bfloat16" and not kernels_multiply_all(torch.bfloat16):
+    if dtype == "bfloat16" and few_tokens(torch.bfloat16) < sum(CROWD):
         pytest.skip("bf16 products of many tokens are PyTorch's on this CPU")
     with running(zoo(family), 40, dtype=dtype) as own:
         runner = ModelRunner(own.runner())
 
         def crowd() -> list[PassInput]:
             made = []
-            for number, tokens in enumerate((1, 70, 9, 1, 130, 64, 1)):
+            for number, tokens in enumerate(CROWD):
                 cache = runner.start(200)
                 if tokens == 1:
                     runner.step(cache, random_ids(5 + number, seed=number))

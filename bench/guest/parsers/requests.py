@@ -145,6 +145,7 @@ _SAMPLES: Mapping[str, tuple[bytes, ...]] = {
         _ENVELOPE,
         b'{"prompt": "a", "max_tokens": 5, "seed": 1, "top_k": 3, "top_p": 0.5, "min_p": 0.1, "id": 5}\n\n'
         b'{"prompt": [1, 2, 3], "logprobs": 2, "ignore_eos": true, "best_of": 1}\r\n',
+        b'{"prompt": [1, 2, 999], "max_tokens": 5}\n',
         b"a line of text\nand one more\n",
         b'\xef\xbb\xbf{"messages": [{"role": "user", "content": "\\ud83d\\ude00"}]}',
     ),
