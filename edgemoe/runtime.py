@@ -28,13 +28,13 @@ from edgemoe.checkpoint.state_folder import StateFolder
 from edgemoe.config import EngineConfig
 from edgemoe.errors import PlanError, reading, reason
 from edgemoe.experts import expert_layer
+from edgemoe.experts.expert_ffn import FastExperts
 from edgemoe.experts.expert_predictor import ExpertPredictor
 from edgemoe.experts.host_experts import CpuHelp
 from edgemoe.experts.lookahead import Lookahead
 from edgemoe.formats.float_format import FloatFormat
 from edgemoe.kernels import batch_invariant_linear, kernel_weight, rms_norm
 from edgemoe.kernels.cpu.kernel_choice import few_tokens
-from edgemoe.kernels.cpu.packed import packed_matrix
 from edgemoe.kernels.cpu.packed.packed_matrix import PackedMatrix
 from edgemoe.kernels.cpu.threads import KernelThreads
 from edgemoe.kernels.packed_layers import PackedEmbedding, PackedLinear
@@ -127,8 +127,9 @@ class Runtime:
         )
         # Layers refer to the slots' memory.
         self._stack.callback(self.layers.layers.clear)
-        self._kernel_tokens = _kernel_tokens(blueprint.experts_modules, self.model.dtype)
         self._install_kernels(blueprint, device)
+        linears = [module for module in self.model.modules() if isinstance(module, PackedLinear)]
+        self._kernel_tokens = _kernel_tokens(blueprint.experts_modules, linears, self.model.dtype)
         self.state = StateFolder.of(blueprint.checkpoint, config.state_folder)
         heat = heat_file.read(self.state, files.experts)
         policy.warm(heat)
@@ -302,17 +303,17 @@ def _restore_forwards(model: Any) -> None:
             del own[name]
 
 
-def _kernel_tokens(experts_modules: Sequence[ExpertsModule], dtype: torch.dtype) -> int:
+def _kernel_tokens(experts_modules: Sequence[ExpertsModule], packed: Sequence[PackedLinear], dtype: torch.dtype) -> int:
     """Tokens up to which the CPU's kernels multiply experts, and most other matrices."""
+    most = few_tokens(dtype)
+    plain = min(most, BATCH_INVARIANT_TOKENS)
+    if any(linear.matrix is None for linear in packed) or not all(map(FastExperts.fits, experts_modules)):
+        return plain
     if all(_is_packed(moe) for moe in experts_modules):
         return PackedMatrix.max_tokens
-    most = few_tokens(dtype)
-    return min(most, BATCH_INVARIANT_TOKENS) if any(moe.transposed for moe in experts_modules) else most
+    return plain if any(moe.transposed for moe in experts_modules) else most
 
 
 def _is_packed(moe: ExpertsModule) -> bool:
-    """Whether the CPU's kernels multiply the experts of a layer packed."""
-    return all(
-        not isinstance(kind, FloatFormat) and packed_matrix.fits(kind, moe.matrix_shape(name)[1])
-        for name, kind in moe.formats.items()
-    )
+    """Whether the experts of a layer are packed."""
+    return not any(isinstance(kind, FloatFormat) for kind in moe.formats.values())
