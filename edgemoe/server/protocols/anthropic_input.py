@@ -104,7 +104,7 @@ def _thinking(thinking: Any) -> dict[str, Any]:
     if thinking is None:
         return {}
     if not isinstance(thinking, dict) or not isinstance(thinking.get("type"), str):
-        raise FieldError("thinking must be an object with a type")
+        raise fields.mistyped("thinking", "an object with a type", thinking)
     return {"enable_thinking": thinking["type"] != "disabled"}
 
 
@@ -112,14 +112,14 @@ def _output_config(config: Any) -> dict[str, Any]:
     if config is None:
         return {}
     if not isinstance(config, dict):
-        raise FieldError("output_config must be an object")
+        raise fields.mistyped("output_config", "an object", config)
     fields.refuse_unknown(config, ("effort", "format"))
     chat = {} if config.get("effort") is None else {"reasoning_effort": config["effort"]}
     form = config.get("format")
     if form is None:
         return chat
     if not isinstance(form, dict) or form.get("type") != "json_schema" or not isinstance(form.get("schema"), dict):
-        raise FieldError("format must be an object of type json_schema with a schema")
+        raise fields.mistyped("format", "an object of type json_schema with a schema", form)
     schema = {"name": "output", "schema": form["schema"], "strict": True}
     return chat | {"response_format": {"type": "json_schema", "json_schema": schema}}
 
@@ -134,7 +134,7 @@ def _tool(tool: dict[str, Any]) -> dict[str, Any]:
 def _tool_choice(choice: Any) -> dict[str, Any]:
     kind = choice.get("type") if isinstance(choice, dict) else None
     if kind not in ("auto", "any", "none", "tool"):
-        raise FieldError("tool_choice must be an object of type auto, any, tool or none")
+        raise fields.mistyped("tool_choice", "an object of type auto, any, tool or none", choice)
     parallel = {"parallel_tool_calls": False} if choice.get("disable_parallel_tool_use") else {}
     if kind == "tool":
         name = fields.words("name", choice.get("name"))

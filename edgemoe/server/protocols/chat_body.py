@@ -22,7 +22,7 @@ def taken(body: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
 def objects(name: str, value: Any) -> list[dict[str, Any]]:
     """A list of objects. Raises FieldError."""
     if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
-        raise fields.FieldError(f"{name} must be a list of objects")
+        raise fields.mistyped(name, "a list of objects", value)
     return value
 
 

@@ -91,6 +91,11 @@ def _equal(one: Any, other: Any) -> bool:
     return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
 
 
+def mistyped(name: str, wanted: str, value: Any) -> FieldError:
+    """The error of a field whose value is not `wanted`."""
+    return FieldError(f"{name} must be {wanted}, not {_shown(value)}")
+
+
 def _shown(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "…"
@@ -146,7 +151,7 @@ def template_kwargs(body: Mapping[str, Any]) -> dict[str, Any]:
     """The variables of the chat template that the body sets."""
     given = body.get("chat_template_kwargs")
     if given is not None and not isinstance(given, dict):
-        raise FieldError("chat_template_kwargs must be an object")
+        raise mistyped("chat_template_kwargs", "an object", given)
     effort = body.get("reasoning_effort")
     return dict(given or {}) | ({} if effort is None else {"reasoning_effort": words("reasoning_effort", effort)})
 
@@ -165,7 +170,7 @@ def _stop(value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         return (words("stop", value),)
     if not isinstance(value, list):
-        raise FieldError("stop must be a text or a list of texts")
+        raise mistyped("stop", "a text or a list of texts", value)
     return tuple(words("stop", entry) for entry in value)
 
 
@@ -184,13 +189,13 @@ def prompt(value: Any) -> str | tuple[int, ...]:
 def messages(value: Any) -> tuple[dict[str, Any], ...]:
     """The messages of a chat. The shape of calls of tools is checked where prompts are made."""
     if not isinstance(value, list) or not value:
-        raise FieldError("messages must be a list of at least one message")
+        raise mistyped("messages", "a list of at least one message", value)
     return tuple(_message(entry) for entry in value)
 
 
 def _message(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise FieldError("each of messages must be an object with role and content")
+        raise mistyped("each of messages", "an object with role and content", value)
     role = value.get("role")
     own = _FIELDS_OF.get(role, ()) if isinstance(role, str) else ()
     plain = {name: values for name, values in _PLAIN_MESSAGE.items() if name not in own}
@@ -221,7 +226,7 @@ def _content(value: Any) -> str:
 def words(name: str, value: Any) -> str:
     """A text that can be written as UTF-8."""
     if not isinstance(value, str):
-        raise FieldError(f"{name} must be a text")
+        raise mistyped(name, "a text", value)
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -232,7 +237,7 @@ def words(name: str, value: Any) -> str:
 def number(name: str, value: Any) -> float:
     """A number, which true and false are not."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise FieldError(f"{name} must be a number")
+        raise mistyped(name, "a number", value)
     try:
         return float(value)
     except OverflowError:
@@ -242,12 +247,12 @@ def number(name: str, value: Any) -> float:
 def whole(name: str, value: Any) -> int:
     """A whole number, which true and false are not."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise FieldError(f"{name} must be a whole number")
+        raise mistyped(name, "a whole number", value)
     return value
 
 
 def switch(name: str, value: Any) -> bool:
     """True or false."""
     if not isinstance(value, bool):
-        raise FieldError(f"{name} must be true or false")
+        raise mistyped(name, "true or false", value)
     return value

@@ -114,7 +114,7 @@ def streaming(body: Mapping[str, Any]) -> tuple[bool, bool]:
     if not streams:
         raise fields.FieldError("stream_options needs stream to be true")
     if not isinstance(options, dict):
-        raise fields.FieldError("stream_options must be an object")
+        raise fields.mistyped("stream_options", "an object", options)
     fields.refuse_unknown(options, ("include_usage", "include_obfuscation"))
     wanted = options.get("include_usage")
     return streams, wanted is not None and fields.switch("include_usage", wanted)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgemoe.results import Chunk, Completion, ReasoningTokens
 from edgemoe.sampling import Sampling
+from edgemoe.server.protocols import fields
 from edgemoe.server.protocols.errors import ApiError
 from edgemoe.server.protocols.sse import COMMENT
 
@@ -32,7 +33,7 @@ class ServedModel:
         if asked is None:
             return
         if not isinstance(asked, str):
-            raise ApiError(400, "model must be a text", param="model")
+            raise ApiError(400, str(fields.mistyped("model", "a text", asked)), param="model")
         if asked in ("", self.name) or "*" in self.aliases or asked in self.aliases:
             return
         names = " or ".join(sorted({self.name, *self.aliases}))

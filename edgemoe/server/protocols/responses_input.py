@@ -63,7 +63,7 @@ def wants_logprobs(body: Mapping[str, Any]) -> bool:
     """Whether the reply has log-probabilities. Raises FieldError."""
     include = body.get("include") or []
     if not isinstance(include, list):
-        raise FieldError("include must be a list of texts")
+        raise fields.mistyped("include", "a list of texts", include)
     unknown = [each for each in include if each not in INCLUDED]
     if unknown:
         raise FieldError(f"include has {str(unknown[0])[:60]!r}, but only {' and '.join(INCLUDED)} are served")
@@ -103,13 +103,13 @@ def _add_item(conversation: Conversation, item: dict[str, Any]) -> None:
 def _object(body: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     value = body.get(name)
     if value is not None and not isinstance(value, dict):
-        raise FieldError(f"{name} must be an object")
+        raise fields.mistyped(name, "an object", value)
     return value or {}
 
 
 def _response_format(form: Any) -> dict[str, Any]:
     if not isinstance(form, dict):
-        raise FieldError("format must be an object")
+        raise fields.mistyped("format", "an object", form)
     if form.get("type") != "json_schema":
         return form
     return {"type": "json_schema", "json_schema": {name: value for name, value in form.items() if name != "type"}}
