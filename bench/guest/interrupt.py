@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -139,13 +138,21 @@ def _say(wrong: list[str]) -> None:
 def _interrupted(draw: random.Random, most: float, call: Callable[[], object]) -> None:
     """Calls, and raises KeyboardInterrupt in the call after at most `most` seconds; often soon."""
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+    calling = False
 
-    with suppress(KeyboardInterrupt):
-        signal.signal(signal.SIGALRM, interrupt)
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        # Not after the call, where nothing would catch it.
+        if calling:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGALRM, interrupt)
+    try:
+        calling = True
         signal.setitimer(signal.ITIMER_REAL, max(1e-6, most * draw.random() ** 3))
         call()
+        calling = False
+    except KeyboardInterrupt:
+        pass
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, signal.SIG_IGN)
 
