@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from edgemoe.cli.output import say
 
@@ -22,4 +23,6 @@ class TimedNotes:
         now = time.monotonic()
         if now >= self._due:
             self._due = now + NEXT_NOTES
-            say(text())
+            # A log that cannot be written ends no job.
+            with suppress(OSError, ValueError):
+                say(text())

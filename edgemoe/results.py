@@ -124,9 +124,6 @@ class Completion:
     def from_chunks(cls, chunks: Sequence[Chunk], prompt_token_ids: Sequence[int], lossy: str = "") -> Completion:
         """The reply that consists of `chunks`, at least one."""
         reported = [chunk.logprobs for chunk in chunks if chunk.logprobs is not None]
-        reasoned = ReasoningTokens()
-        for chunk in chunks:
-            reasoned.add(chunk)
         return cls(
             text="".join(chunk.text for chunk in chunks),
             token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
@@ -138,23 +135,8 @@ class Completion:
             lossy=lossy,
             tool_calls=tuple(call for chunk in chunks for call in chunk.tool_calls),
             stop_text=chunks[-1].stop_text,
-            reasoning_tokens=reasoned.count,
+            reasoning_tokens=sum(len(chunk.token_ids) for chunk in chunks if chunk.reasons),
         )
-
-
-class ReasoningTokens:
-    """Counts the tokens of a reply that came while the model reasoned."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._reasons = False
-
-    def add(self, chunk: Chunk) -> None:
-        """Counts those of the next chunk."""
-        if chunk.reasoning or chunk.text:
-            # A chunk without text belongs to the part before it.
-            self._reasons = not chunk.text
-        self.count += self._reasons * len(chunk.token_ids)
 
 
 @dataclass(frozen=True)
@@ -172,6 +154,8 @@ class Chunk:
     """The calls in the reply, all of them in the last chunk."""
     stop_text: str = ""
     """Of the last chunk: the stop text that the reply ended before; empty where it ended otherwise."""
+    reasons: bool = False
+    """Whether `token_ids` are the reasoning's, as those of its markers are."""
 
 
 @dataclass(frozen=True)

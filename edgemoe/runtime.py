@@ -127,9 +127,8 @@ class Runtime:
         )
         # Layers refer to the slots' memory.
         self._stack.callback(self.layers.layers.clear)
+        self._kernel_tokens = _kernel_tokens(blueprint.experts_modules, self.model.dtype)
         self._install_kernels(blueprint, device)
-        linears = [module for module in self.model.modules() if isinstance(module, PackedLinear)]
-        self._kernel_tokens = _kernel_tokens(blueprint.experts_modules, linears, self.model.dtype)
         self.state = StateFolder.of(blueprint.checkpoint, config.state_folder)
         heat = heat_file.read(self.state, files.experts)
         policy.warm(heat)
@@ -303,15 +302,14 @@ def _restore_forwards(model: Any) -> None:
             del own[name]
 
 
-def _kernel_tokens(experts_modules: Sequence[ExpertsModule], packed: Sequence[PackedLinear], dtype: torch.dtype) -> int:
+def _kernel_tokens(experts_modules: Sequence[ExpertsModule], dtype: torch.dtype) -> int:
     """Tokens up to which the CPU's kernels multiply experts, and most other matrices."""
     most = few_tokens(dtype)
-    plain = min(most, BATCH_INVARIANT_TOKENS)
-    if any(linear.matrix is None for linear in packed) or not all(map(FastExperts.fits, experts_modules)):
-        return plain
+    if not all(map(FastExperts.fits, experts_modules)):
+        return min(most, BATCH_INVARIANT_TOKENS)
     if all(_is_packed(moe) for moe in experts_modules):
         return PackedMatrix.max_tokens
-    return plain if any(moe.transposed for moe in experts_modules) else most
+    return min(most, BATCH_INVARIANT_TOKENS) if any(moe.transposed for moe in experts_modules) else most
 
 
 def _is_packed(moe: ExpertsModule) -> bool:

@@ -143,7 +143,7 @@ class Stream(Iterator[Chunk]):
             told: EdgeMoEError = unreadable(self._model, error)
         elif error is not None and is_out_of_memory(error):
             told = EdgeMoEError(
-                f"there was no memory for a step, with an eighth of the sequences and tokens either ({reason(error)}): "
+                f"there was no memory for a step ({reason(error)}): "
                 "give a smaller expert_cache=, batch=, prefill_chunk= or context="
             )
         else:

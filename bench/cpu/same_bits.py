@@ -36,6 +36,11 @@ WIDE: dict[str, Any] = {
     "decoder_sparse_step": 1, "norm_topk_prob": True,
 }  # fmt: skip
 """Rows of whole blocks of every format."""
+WIDER: dict[str, dict[str, Any]] = {
+    "gpt_oss": {"hidden_size": 1024, "num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
+    "qwen3_moe": {"hidden_size": 2048, "num_hidden_layers": 2},
+}
+"""Wide enough for a router's kernel, and for norms of a long prompt that PyTorch's threads would share."""
 CONTEXT = 256
 BEGUN = 4
 """Tokens before the tree."""
@@ -101,6 +106,11 @@ def _cases(size: Size) -> Iterator[tuple[str, Make]]:
     for family in size.families:
         for dtype in ("bfloat16", "float32"):
             yield f"{family} {dtype}", _floats(family, dtype)
+            if family in WIDER:
+                yield (
+                    f"{family} of {WIDER[family]['hidden_size']} columns {dtype}",
+                    _floats(family, dtype, WIDER[family]),
+                )
 
 
 def _formats() -> Iterator[tuple[str, Make]]:

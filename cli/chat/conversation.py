@@ -102,7 +102,7 @@ class Conversation:
         try:
             unfinished.write_text(json.dumps({"messages": self.messages}, ensure_ascii=False, indent=2) + "\n", "utf-8")
             os.replace(unfinished, target)
-        except OSError:
+        except (OSError, ValueError):  # half a character cannot be written
             with contextlib.suppress(OSError):
                 unfinished.unlink()
             raise

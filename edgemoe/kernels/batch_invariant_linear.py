@@ -15,6 +15,7 @@ from edgemoe.kernels.cpu.packed.packed_matrix import PackedMatrix
 from edgemoe.kernels.cpu.slot_matrix import SlotMatrix
 from edgemoe.kernels.cpu.threads import KernelThreads, at_least_torch_threads, kernels_have_the_cores
 from edgemoe.kernels.packed_layers import PackedLinear
+from edgemoe.kernels.row_linear import BATCH_INVARIANT_TOKENS
 
 _ATTRIBUTE = "edgemoe_matrix"
 MIN_VALUES = 1 << 12
@@ -41,6 +42,20 @@ def matrix_of(linear: nn.Module) -> SlotMatrix | PackedMatrix | None:
         linear.matrix if isinstance(linear, PackedLinear) else vars(linear).get(_ATTRIBUTE)
     )
     return found
+
+
+def batch_invariant_tokens(model: nn.Module, most: int) -> int:
+    """Tokens, at most `most`, up to which each has the bits of its own in every packed linear layer and with a kernel.
+
+    The others are to be computed in a `BatchInvariantMode`.
+    """
+    for module in model.modules():
+        matrix = matrix_of(module)
+        if matrix is not None:
+            most = min(most, matrix.max_tokens)
+        elif isinstance(module, PackedLinear):
+            most = min(most, BATCH_INVARIANT_TOKENS)
+    return most
 
 
 def has_kernel(weight: torch.Tensor) -> bool:

@@ -46,7 +46,8 @@ class BatchInvariantMode(TorchFunctionMode):
     ) -> Any:
         """See PyTorch's TorchFunctionMode."""
         kwargs = kwargs or {}
-        if not args or func not in BY_TOKENS or (func is F.linear and has_product(args[1], args[0])):
+        by_kernel = func is F.linear and len(args) == 2 and not kwargs and has_product(args[1], args[0])
+        if not args or func not in BY_TOKENS or by_kernel:
             return func(*args, **kwargs)
         input, *others = args
         # [tokens, ...], or [1, tokens, ...].

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from edgemoe.kernels.cpu.program import Step
 
 MAX_VALUES = 1 << 18
-"""Values of an input up to which one thread is faster than PyTorch's operations on all of them."""
+"""Values of an input up to which one thread is faster than PyTorch's operations on several."""
 PROBED_ROWS = 5
 MOST_DIFFERENT = 0.02
 """Of the probed bf16 values, by a last bit: another way to round changes a fifth of them."""
@@ -103,12 +103,15 @@ def _forward(
 
     def forward(module: nn.Module, hidden_states: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
         known = hidden_states.dtype is dtype and hidden_states.shape[-1] == columns and not others and not named
-        if not known or not 0 < hidden_states.numel() <= MAX_VALUES or hidden_states.requires_grad:
+        count = hidden_states.numel()
+        # A pass whose tokens have the bits of single steps has one of PyTorch's threads, however large it is.
+        few = count > 0 and (count <= MAX_VALUES or torch.get_num_threads() == 1)
+        if not known or not few or hidden_states.requires_grad:
             return other(hidden_states, *others, **named)
         x = hidden_states.contiguous()
         out = torch.empty_like(x)
         job = _job(arithmetic, x, out)
-        run(job.address, 0, 0, x.numel() // columns)
+        run(job.address, 0, 0, count // columns)
         return out
 
     return forward

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edgemoe.cache import accelerator
 from edgemoe.experts.expert_layer import ExpertLayers
+from edgemoe.kernels import batch_invariant_linear
 from edgemoe.kernels.cpu.kernel_choice import few_tokens
 from edgemoe.kernels.cpu.threads import KernelThreads, torch_threads
 from edgemoe.kernels.row_linear import BATCH_INVARIANT_TOKENS
@@ -215,10 +216,12 @@ class SequentialRunner:
         """
         return 1 < sum(len(item.tokens) for item in inputs) <= self.batch_invariant_tokens
 
-    @property
+    @cached_property
     def batch_invariant_tokens(self) -> int:
         """Most tokens of a pass that is `batch_invariant`; 0 on GPUs."""
-        return 0 if accelerator.is_accelerator(self.device) else max(BATCH_INVARIANT_TOKENS, self._few_tokens)
+        if accelerator.is_accelerator(self.device):
+            return 0
+        return batch_invariant_linear.batch_invariant_tokens(self.model, max(BATCH_INVARIANT_TOKENS, self._few_tokens))
 
     def _spread_thin(self, tokens: int) -> bool:
         """Whether each expert gets so few of `tokens` that kernels gain more on experts than they lose elsewhere."""

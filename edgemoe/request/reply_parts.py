@@ -40,10 +40,12 @@ class Piece(NamedTuple):
 
     content: str = ""
     reasoning: str = ""
+    reasons: bool = False
+    """Whether the token that it came with is the reasoning's, as its markers are."""
 
     def joined(self, more: Piece) -> Piece:
         """This text and `more` after it."""
-        return Piece(self.content + more.content, self.reasoning + more.reasoning)
+        return Piece(self.content + more.content, self.reasoning + more.reasoning, self.reasons or more.reasons)
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,7 @@ class SpanParts(ReplyParts):
     def _taken(self, text: str, *, last: bool) -> Piece:
         self._held += text
         content = reasoning = ""
+        reasoned = self._reasons
         while True:
             before, found, after = self._held.partition(self._span[self._reasons])
             ends = bool(found) or last
@@ -195,7 +198,7 @@ class SpanParts(ReplyParts):
             content, reasoning = (content, reasoning + given) if self._reasons else (content + given, reasoning)
             if not found:
                 self._held = self._held[len(ready) :]
-                return Piece(content, reasoning)
+                return Piece(content, reasoning, reasoned or self._reasons)
             self._is_over = self._reasons
             self._held, self._reasons, self._trims = after, not self._reasons, True
 
@@ -300,4 +303,4 @@ class HarmonyParts(ReplyParts):
         if self._tool:
             self._asked += text
             return Piece()
-        return Piece(text) if self._is_content else Piece(reasoning=text)
+        return Piece(text) if self._is_content else Piece(reasoning=text, reasons=True)

@@ -73,11 +73,11 @@ class ReplyText:
         rest, calls = self._calls.finish() if self._calls is not None else ("", ())
         content = piece.content + self._stops.push(rest) + self._stops.finish()
         self.calls = () if self.stopped else self._parts.calls + calls
-        return Piece(content, piece.reasoning)
+        return piece._replace(content=content)
 
     def _without_calls(self, piece: Piece) -> Piece:
         content = self._calls.push(piece.content) if self._calls is not None else piece.content
-        return Piece(self._stops.push(content), piece.reasoning)
+        return piece._replace(content=self._stops.push(content))
 
     def name(self, token: int) -> str:
         """What a token is called in log-probabilities: its text, or its id without a tokenizer."""

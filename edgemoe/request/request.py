@@ -236,4 +236,5 @@ class Request:
         )
         stop = self._text.stop_text(tokens[-1]) if self._reason == "stop" and tokens else ""
         calls = self._text.calls
-        self.chunks.append(Chunk(piece.content, tokens, self._reason, logprobs, timings, piece.reasoning, calls, stop))
+        content, reasoning, reasons = piece
+        self.chunks.append(Chunk(content, tokens, self._reason, logprobs, timings, reasoning, calls, stop, reasons))

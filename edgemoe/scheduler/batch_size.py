@@ -65,7 +65,7 @@ class BatchSize:
         self._held = self._held or (self.limit, self.reason)
         self._most = self.limit = limit
         self.reason = "a step of more found no memory"
-        self._window = None
+        self._window = self._smaller = None
 
     def _measure(self, tokens: int, seconds: float) -> None:
         if self._window is None:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional as F
 
+from edgemoe.kernels.batch_invariant_mode import BatchInvariantMode, Span
 from edgemoe.kernels.cpu.kernel_choice import few_tokens
 from edgemoe.kernels.cpu.slot_matrix import SlotMatrix
-from edgemoe.kernels.cpu.threads import KernelThreads
+from edgemoe.kernels.cpu.threads import KernelThreads, torch_threads
+from edgemoe.kernels.kernel_weight import KernelWeight
 from edgemoe.model.draft_tree import DraftTree
 from edgemoe.model.kv_cache import SequenceCache
 from edgemoe.model.model_runner import ModelRunner, tree_input
@@ -39,6 +42,18 @@ class Drafted:
         past = self.runner.start(100)
         self.runner.sequential.step(past, self.prompt)
         return past
+
+
+def test_a_product_with_a_bias_is_one_of_single_tokens() -> None:
+    """A router's, whose weight multiplies by a kernel where there is none."""
+    draw = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*shape, generator=draw) for shape in ((40, 512), (32, 512), (32,)))
+    weight = KernelWeight(weight, KernelThreads(1))
+    with torch.inference_mode(), torch_threads(1):
+        alone = torch.cat([F.linear(row, weight, bias) for row in x.split(1)])
+        with BatchInvariantMode([Span(40, one_by_one=True)]):
+            assert torch.equal(F.linear(x, weight, bias), alone)
+            assert torch.equal(F.linear(x, weight, bias=bias), alone)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

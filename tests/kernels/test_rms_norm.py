@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from edgemoe.kernels.cpu.threads import torch_threads
 from edgemoe.kernels.rms_norm import MAX_VALUES, install_rms_norm
 
 COLUMNS = 200
@@ -97,8 +98,16 @@ def test_what_only_has_the_name_keeps_its_forward(kind: type[_Norm]) -> None:
 )
 def test_other_inputs_go_to_the_familys_own(x: torch.Tensor) -> None:
     norm = GptRMSNorm(torch.float32)
-    with torch.inference_mode():
+    with torch.inference_mode(), torch_threads(2):
         install_rms_norm(norm)
         norm.calls = 0
         assert norm(x).shape == x.shape
     assert norm.calls == 1
+
+
+def test_on_one_thread_many_tokens_have_the_values_of_each_alone() -> None:
+    norm = LlamaRMSNorm(torch.float32)
+    install_rms_norm(norm)
+    x = torch.randn(MAX_VALUES // COLUMNS + 1, COLUMNS, generator=torch.Generator().manual_seed(4))
+    with torch.inference_mode(), torch_threads(1):
+        assert torch.equal(norm(x), torch.cat([norm(row) for row in x.split(1)]))

@@ -55,12 +55,19 @@ class Said:
     def parts(self) -> ReplyParts:
         return self.format.parts(self.texts, self.opening, self.opening)
 
-    def __call__(self, *words: str) -> Piece:
+    def __call__(self, *words: str) -> tuple[str, str]:
+        """The content and the reasoning."""
         parts = self.parts()
         whole = Piece()
         for token in self.ids(list(words)):
             whole = whole.joined(parts.push(token))
-        return whole.joined(parts.finish())
+        content, reasoning, _ = whole.joined(parts.finish())
+        return content, reasoning
+
+    def reasons(self, *words: str) -> list[str]:
+        """Those that are said to be the reasoning's."""
+        parts = self.parts()
+        return [word for word, token in zip(words, self.ids(list(words)), strict=True) if parts.push(token).reasons]
 
 
 SPANS = [("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|START_THINKING|>", "<|END_THINKING|>")]
@@ -80,6 +87,13 @@ def test_a_span_between_tokens_is_reasoning(span: tuple[str, str], special: bool
     assert said(span[0], "hmm", " so") == ("", "hmm so"), "cut off"
     assert said(span[0], "\n", span[1], "Hello") == ("Hello", "")
     assert said("Hello", span[0], "hmm", span[1], " Hi") == ("HelloHi", "hmm")
+
+
+def test_tokens_after_a_span_are_not_the_reasonings_before_there_is_text() -> None:
+    """As before a call of a tool, whose text is held back."""
+    said = Said(tokenizer(list(SPANS[0])))
+    words = ["<think>", "\n", "hmm", " so", "\n", "</think>", "\n\n", "\n", "Hello"]
+    assert said.reasons(*words) == words[:6]
 
 
 def test_a_span_may_be_marked_by_plain_text() -> None:
@@ -105,7 +119,7 @@ def test_white_space_inside_of_parts_stays() -> None:
 def test_nothing_is_given_before_it_is_sure() -> None:
     said = Said(tokenizer(["<|im_end|>"], template=THINKING + "{# </think> #}"))
     parts = said.parts()
-    given = [parts.push(token) for token in said.ids(["Hello", "<", "th", "ink", "!", "<"])]
+    given = [parts.push(token)[:2] for token in said.ids(["Hello", "<", "th", "ink", "!", "<"])]
     assert given == [("Hello", ""), ("", ""), ("", ""), ("", ""), ("<think!", ""), ("", "")]
 
 
@@ -114,10 +128,10 @@ def test_no_text_is_lost_or_doubled(seed: int) -> None:
     draw = random.Random(seed)
     said = Said(tokenizer(["<think>", "</think>"]))
     words = [draw.choice(["hmm", "Hello", "!", "<think>", "</think>", "<", "th"]) for _ in range(40)]
-    piece = said(*words)
-    assert sorted(piece.content + piece.reasoning) == sorted(
-        "".join(words).replace("<think>", "").replace("</think>", "")
-    ) or ("</think>" in piece.content or "<think>" in piece.reasoning), "a mark that opens nothing is text"
+    content, reasoning = said(*words)
+    assert sorted(content + reasoning) == sorted("".join(words).replace("<think>", "").replace("</think>", "")) or (
+        "</think>" in content or "<think>" in reasoning
+    ), "a mark that opens nothing is text"
 
 
 def test_the_template_may_begin_the_reasoning() -> None:
@@ -168,6 +182,11 @@ def test_channels_of_harmony(harmony: Said) -> None:
         "Hello!",
         "hmm sohmm",
     )
+
+
+def test_headers_and_calls_of_harmony_are_not_the_reasonings(harmony: Said) -> None:
+    words = [*message("analysis", "hmm", " so"), "<|end|>", *BEGIN, *message("final", "Hello")]
+    assert harmony.reasons(*words) == ["hmm", " so", "<|end|>"]
 
 
 def test_a_message_without_a_channel_is_for_the_user(harmony: Said) -> None:

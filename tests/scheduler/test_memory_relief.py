@@ -37,6 +37,40 @@ def test_bounds_are_halved_a_few_times_and_are_as_planned_after_many_good_steps(
     assert (size.limit, relief.step_tokens) == (4, 256)
 
 
+def test_a_request_that_the_planned_steps_have_no_memory_for_is_done_at_last() -> None:
+    """It begins again each time, and smaller steps last longer each time."""
+    relief = MemoryRelief(BatchSize(8, automatic=False), 512)
+    length, done, restarts = 60_000, 0, 0
+    for _ in range(20_000):
+        if done > 50_000 and relief.step_tokens > 64:
+            assert relief.tighten()
+            done, restarts = 0, restarts + 1
+            continue
+        done += relief.step_tokens
+        relief.went_well()
+        if done >= length:
+            break
+    assert done >= length
+    assert restarts < 20
+    for _ in range(20_000):
+        relief.went_well()
+    assert relief.tighten()
+    for _ in range(STEPS_UNTIL_PLANNED):
+        relief.went_well()
+    assert relief.step_tokens == 512
+
+
+def test_a_size_that_had_climbed_settles_below_what_found_no_memory() -> None:
+    size = BatchSize(64, automatic=True)
+    for _ in range(20):
+        size.observe(size.limit, size.limit, 0.1)
+    assert size.limit > 4
+    size.hold(1)
+    for _ in range(100):
+        size.observe(1, 1, 0.1)
+    assert size.limit == 1
+
+
 def test_a_size_that_is_measured_does_not_climb_beyond_what_found_no_memory() -> None:
     size = BatchSize(64, automatic=True)
     size.hold(2)

@@ -36,7 +36,8 @@ def chunk(text: str = "", reasoning: str = "", end: str | None = None, number: i
 
 
 REPLY = [
-    chunk(reasoning="Let me", number=1), chunk(reasoning=" see.", number=2), chunk(number=3), chunk("It ", number=4),
+    chunk(reasoning="Let me", number=1, reasons=True), chunk(reasoning=" see.", number=2, reasons=True),
+    chunk(number=3, reasons=True), chunk("It ", number=4),
     chunk("is 4.", number=5), chunk(end="stop", number=6),
 ]  # fmt: skip
 

@@ -66,6 +66,7 @@ def test_log_probabilities_cut_no_item_in_pieces(reply: list[Chunk], items: list
 
 def test_a_whole_reply_tells_the_tokens_of_its_reasoning() -> None:
     reply = chunks(("Let me", ""), (" see.", ""), ("", ""), ("", "It is 4."))
+    reply[:3] = [replace(each, reasons=True) for each in reply[:3]]
     completion = Completion.from_chunks(reply, ())
     assert completion.reasoning_tokens == 3
     usage = ResponseReply(BODY, SERVED).whole([completion])["usage"]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from edgemoe.results import Chunk, Completion, ReasoningTokens
+from edgemoe.results import Chunk, Completion
 from edgemoe.sampling import Sampling
 from edgemoe.server.protocols import fields
 from edgemoe.server.protocols.errors import ApiError
@@ -50,7 +50,6 @@ class Usage:
     generated: int = 0
     reasoning: int = 0
     """Those of `generated` that came while the model reasoned."""
-    _reasoned: ReasoningTokens = field(default_factory=ReasoningTokens)
 
     @classmethod
     def of(cls, completion: Completion) -> Usage:
@@ -62,8 +61,7 @@ class Usage:
         """Counts the next chunk of one reply."""
         self.prompt, self.shared = chunk.timings.prompt_tokens, chunk.timings.shared_tokens
         self.generated = chunk.timings.generated_tokens
-        self._reasoned.add(chunk)
-        self.reasoning = self._reasoned.count
+        self.reasoning += chunk.reasons * len(chunk.token_ids)
 
 
 class Reply(ABC):

@@ -78,6 +78,12 @@ def test_what_is_saved_can_be_loaded(tmp_path: Path, system: str | None) -> None
     assert os.listdir(tmp_path) == ["talk.json"]
 
 
+def test_nothing_is_left_of_what_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(FileTrouble, match="cannot write"):
+        exchange("half of a character: \udc80").save(str(tmp_path / "talk.json"))
+    assert os.listdir(tmp_path) == []
+
+
 def test_an_empty_conversation_can_be_saved(tmp_path: Path) -> None:
     path = str(tmp_path / "talk.json")
     Conversation().save(path)
