@@ -298,7 +298,7 @@ class Worker:
         while not self.closing:
             self._drain(loop, wait=not self._demands and not self._calls, seconds=seconds)
             with suppress(PassAborted):
-                # Where it waits for the link and nobody else waits, it is left, and tried again later.
+                # It may wait for the link as the engine closes.
                 loaded.tend()
             while self._calls and not self.closing:
                 self._running_call = self._calls.popleft()
