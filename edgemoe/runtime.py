@@ -304,12 +304,12 @@ def _restore_forwards(model: Any) -> None:
 
 def _kernel_tokens(experts_modules: Sequence[ExpertsModule], dtype: torch.dtype) -> int:
     """Tokens up to which the CPU's kernels multiply experts, and most other matrices."""
-    most = few_tokens(dtype)
-    if not all(map(FastExperts.fits, experts_modules)):
-        return min(most, BATCH_INVARIANT_TOKENS)
-    if all(_is_packed(moe) for moe in experts_modules):
+    with_kernels = all(map(FastExperts.fits, experts_modules))
+    if with_kernels and all(map(_is_packed, experts_modules)):
         return PackedMatrix.max_tokens
-    return min(most, BATCH_INVARIANT_TOKENS) if any(moe.transposed for moe in experts_modules) else most
+    most = few_tokens(dtype)
+    limited = not with_kernels or any(moe.transposed for moe in experts_modules)
+    return min(most, BATCH_INVARIANT_TOKENS) if limited else most
 
 
 def _is_packed(moe: ExpertsModule) -> bool:

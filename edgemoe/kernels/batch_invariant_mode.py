@@ -46,8 +46,7 @@ class BatchInvariantMode(TorchFunctionMode):
     ) -> Any:
         """See PyTorch's TorchFunctionMode."""
         kwargs = kwargs or {}
-        by_kernel = func is F.linear and len(args) == 2 and not kwargs and has_product(args[1], args[0])
-        if not args or func not in BY_TOKENS or by_kernel:
+        if not args or func not in BY_TOKENS or has_product(func, args, kwargs):
             return func(*args, **kwargs)
         input, *others = args
         # [tokens, ...], or [1, tokens, ...].

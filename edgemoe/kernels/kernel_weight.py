@@ -41,10 +41,9 @@ class KernelWeight(nn.Parameter):
     ) -> Any:
         """See PyTorch's `__torch_function__`."""
         with torch._C.DisableTorchFunctionSubclass():
-            if func is F.linear and len(args) == 2 and not kwargs:
+            if has_product(func, args, kwargs):
                 input, weight = args
-                if has_product(weight, input):
-                    return weight.product.of(input)
+                return weight.product.of(input)
             return func(*args, **(kwargs or {}))
 
 
@@ -86,8 +85,11 @@ class _Product:
         return self._one
 
 
-def has_product(weight: Any, input: Any) -> bool:
-    """Whether `weight` is a KernelWeight whose kernel computes the product with `input`."""
+def has_product(func: Any, args: Sequence[Any], kwargs: dict[str, Any] | None) -> bool:
+    """Whether a call of `func` is a product that the kernel of a KernelWeight computes: one without a bias."""
+    if func is not F.linear or len(args) != 2 or kwargs:
+        return False
+    input, weight = args
     return isinstance(weight, KernelWeight) and weight.product.fits(input)
 
 
