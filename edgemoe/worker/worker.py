@@ -253,6 +253,8 @@ class Worker:
         self.tell_when(lambda: False, lambda: ended.put(None))
         with suppress(Empty):
             ended.get(timeout=seconds)
+            # It tells at its very end, and lives on for a moment: for longer where others have the processors.
+            self._thread.join()
 
     # --- in the thread -----------------------------------------------------------------------------
 

@@ -55,6 +55,20 @@ def rest(stream: Stream) -> list[str | None]:
     return [chunk.finish_reason for chunk in stream]
 
 
+def test_a_closed_engine_has_no_thread_that_lives_on_for_a_moment(talker: Path) -> None:
+    engine = Engine.load(talker, threads=1, state_folder="none")
+    worker = engine._worker
+    end = worker._end
+
+    def end_late() -> None:
+        end()
+        time.sleep(0.1)
+
+    worker._end = end_late  # type: ignore[method-assign]
+    engine.close()
+    assert not worker._thread.is_alive()
+
+
 @pytest.mark.parametrize("delay", [0.0, 0.01, 0.03, 0.05])
 def test_a_prompt_is_cancelled_between_two_layers(
     delay: float, engine: Engine, expected: dict[str, tuple[int, ...]]
