@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +41,16 @@ class BatchInvariantMode(TorchFunctionMode):
         self._spans = spans
         self._tokens = sum(span.tokens for span in spans)
 
+    @contextmanager
+    def within(self, number: int) -> Iterator[None]:
+        """In the block, what is computed is of the span `number` alone."""
+        spans, tokens = self._spans, self._tokens
+        self._spans, self._tokens = [spans[number]], spans[number].tokens
+        try:
+            yield
+        finally:
+            self._spans, self._tokens = spans, tokens
+
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -58,12 +68,14 @@ class BatchInvariantMode(TorchFunctionMode):
     def _parts(self, input: torch.Tensor, dim: int) -> Iterator[torch.Tensor]:
         """What is computed by itself, with the strides that it has alone: PyTorch looks at those of dimensions of one.
 
-        What has another number of tokens than the pass is a part of it, such as one sequence's in a recurrent mixer.
+        What has another number of tokens than the pass is a part of it: drafts in a recurrent mixer, or the last tokens
+        of all spans, of which logits are computed.
         """
         tokens = input[0] if dim else input
         spans = self._spans
         if len(tokens) != self._tokens:
-            spans = [Span(len(tokens), one_by_one=len(tokens) <= BATCH_INVARIANT_TOKENS)]
+            few = len(tokens) <= BATCH_INVARIANT_TOKENS
+            spans = [Span(len(tokens), one_by_one=few and (len(spans) > 1 or spans[0].one_by_one))]
         for part, span in zip(tokens.split([each.tokens for each in spans]), spans, strict=True):
             if span.one_by_one:
                 yield from (token.reshape(*[1] * (dim + 1), *token.shape) for token in part)

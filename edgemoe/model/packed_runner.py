@@ -81,7 +81,7 @@ class PackedRunner:
 
     def _mixing(self, inputs: Sequence[PassInput], rows: Sequence[Row]) -> AbstractContextManager[None]:
         """The context in which recurrent mixers work on `rows`, those of `inputs`."""
-        if self._mixers is None:
+        if self._mixers is None or self.attention is None:
             return nullcontext()
         parts = []
         for item, row in zip(inputs, rows, strict=True):
@@ -89,7 +89,7 @@ class PackedRunner:
             nodes = None if marked is None else item.cache.tokens - marked
             parents = parents_of(item) if item.verifies or marked is not None else []
             parts.append(MixerRow(row.kv, row.first, row.last, nodes, tuple(parents)))
-        return self._mixers.running(parts)
+        return self._mixers.running(parts, self.attention.batch_invariance)
 
     def _agrees(self) -> bool:
         """Whether two sequences get the same logits packed and alone, for their prompts and the tokens after them."""

@@ -14,6 +14,7 @@ from edgemoe.kernels.cpu.kernel_choice import few_tokens
 from edgemoe.kernels.cpu.slot_matrix import SlotMatrix
 from edgemoe.kernels.cpu.threads import KernelThreads, torch_threads
 from edgemoe.kernels.kernel_weight import KernelWeight
+from edgemoe.model import packed_runner
 from edgemoe.model.draft_tree import DraftTree
 from edgemoe.model.kv_cache import SequenceCache
 from edgemoe.model.model_runner import ModelRunner, tree_input
@@ -82,6 +83,31 @@ def test_a_crowd_of_steps_and_of_short_and_long_prompts(family: str, dtype: str,
                 cache = runner.start(200)
                 if tokens == 1:
                     runner.step(cache, random_ids(5 + number, seed=number))
+                made.append(PassInput(cache, random_ids(tokens, seed=10 + number)))
+            return made
+
+        assert runner.packs
+        assert runner.sequential.batch_invariant(crowd())
+        expected = [runner.run([each])[0] for each in crowd()]
+        assert all(map(torch.equal, expected, runner.run(crowd())))
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("family", ["qwen3_next", "nemotron_h", "lfm2_moe"])
+def test_a_crowd_of_prompts_in_recurrent_mixers(
+    family: str, late: bool, zoo: Zoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Short parts too, also where they come so late that their attention is one product."""
+    if late:
+        monkeypatch.setattr(packed_runner, "MIN_THREADED_PAIRS", 1)
+    with running(zoo(family), 40) as own:
+        runner = ModelRunner(own.runner())
+
+        def crowd() -> list[PassInput]:
+            made = []
+            for number, tokens in enumerate((1, 30, 9, 60, 70)):
+                cache = runner.start(200)
+                runner.step(cache, random_ids(5 + number, seed=number))
                 made.append(PassInput(cache, random_ids(tokens, seed=10 + number)))
             return made
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from edgemoe.cache import accelerator
 from edgemoe.kernels.batch_invariant_linear import matrix_of
+from edgemoe.kernels.batch_invariant_mode import BatchInvariantMode
 from edgemoe.kernels.packed_layers import PackedLinear
 from edgemoe.model.kv_cache import SequenceCache
 from edgemoe.model.rewind.kept_states import MARK, Slot
@@ -70,6 +71,7 @@ class RecurrentMixers:
     def __init__(self, mixers: Sequence[Mixer]) -> None:
         """Wraps the forward of each of `mixers` and of its linear layers, for passes in `running` only."""
         self._rows: Sequence[MixerRow] = ()
+        self._mode: BatchInvariantMode | None = None
         self._tokens: _SteppedTokens | None = None
         for mixer in mixers:
             for child in mixer.module.modules():
@@ -78,13 +80,13 @@ class RecurrentMixers:
             mixer.module.forward = types.MethodType(self._by_rows(mixer, mixer.module.forward), mixer.module)
 
     @contextmanager
-    def running(self, rows: Sequence[MixerRow]) -> Iterator[None]:
-        """In the block mixers work on `rows`."""
-        self._rows = rows
+    def running(self, rows: Sequence[MixerRow], mode: BatchInvariantMode | None) -> Iterator[None]:
+        """In the block mixers work on `rows`; `mode` is the pass's, with a span for each of them, where it has one."""
+        self._rows, self._mode = rows, mode
         try:
             yield
         finally:
-            self._rows = ()
+            self._rows, self._mode = (), None
 
     def _shared(self, forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def run(module: nn.Module, input: torch.Tensor) -> torch.Tensor:
@@ -103,7 +105,7 @@ class RecurrentMixers:
             call = _Call(forward, mixer, args, kwargs)
             tokens = _SteppedTokens(call.hidden, [row for row in self._rows if row.one_by_one], last)
             outputs: list[list[Any]] = []
-            for row in self._rows:
+            for number, row in enumerate(self._rows):
                 if row.one_by_one:
                     self._tokens = tokens
                     try:
@@ -111,7 +113,8 @@ class RecurrentMixers:
                     finally:
                         self._tokens = None
                 else:
-                    outputs.append([call.run(row.kv, call.hidden[:, row.first : row.last], row.first)])
+                    with self._mode.within(number) if self._mode else nullcontext():
+                        outputs.append([call.run(row.kv, call.hidden[:, row.first : row.last], row.first)])
             tokens.finish([part for row, part in zip(self._rows, outputs, strict=True) if row.one_by_one])
             return _joined([each for part in outputs for each in part])
 
