@@ -14,7 +14,7 @@ from edgemoe.server.protocols.reply import Reply
 from edgemoe.server.turns import Turns
 
 MAX_AHEAD = 256
-"""Chunks of a request that wait for its connection. The engine may be further ahead, by the rest of the replies."""
+"""Chunks of a request that wait for its connection from which none of its further replies begins."""
 
 
 class Generation:
@@ -22,7 +22,10 @@ class Generation:
 
     def __init__(self, reply: Reply) -> None:
         self._reply = reply
-        self._chunks: asyncio.Queue[tuple[int, Chunk] | BaseException] = asyncio.Queue(MAX_AHEAD)
+        self._chunks: asyncio.Queue[tuple[int, Chunk] | BaseException] = asyncio.Queue()
+        self._room = asyncio.Event()
+        """Set while further replies may begin."""
+        self._room.set()
         self._unfinished = len(reply.asked)
         self._tasks: list[asyncio.Task[None]] = []
         self._failure: ApiError | None = None
@@ -53,6 +56,8 @@ class Generation:
             item = await within(timeout, self._chunks.get())
         except asyncio.TimeoutError:
             return None
+        if self._chunks.qsize() < MAX_AHEAD:
+            self._room.set()
         if self._failure is not None:
             raise self._failure
         if isinstance(item, BaseException):
@@ -78,24 +83,32 @@ class Generation:
         """Ends the replies: `next` raises `error`, also where it waits."""
         self._failure = error
         self._cancel()
-        if not self._chunks.full():
-            self._chunks.put_nowait(error)
+        self._chunks.put_nowait(error)
 
     def _cancel(self) -> None:
         for task in self._tasks:
             task.cancel()
 
     async def _run(self, number: int, engine: AsyncEngine, turns: Turns) -> None:
+        """Has its turn for one reply, which goes on to its end whatever the connection takes of it: others wait."""
+        try:
+            begun = False
+            while not begun:
+                await self._room.wait()
+                async with turns.turn(self):
+                    # The connection may have been behind by the time of the turn.
+                    if begun := self._room.is_set():
+                        await self._take(number, engine)
+        except Exception as error:
+            self._chunks.put_nowait(error)
+
+    async def _take(self, number: int, engine: AsyncEngine) -> None:
         """Takes the chunks of one reply."""
         prompt, sampling = self._reply.asked[number]
-        failure: Exception | None = None
-        try:
-            async with turns.turn(self), aclosing(engine.stream(prompt, sampling)) as chunks:
-                async for chunk in chunks:
-                    if chunk.finish_reason == "cancelled":
-                        raise ApiError(503, "the reply was cut off: the engine is being closed", code="cancelled")
-                    await self._chunks.put((number, chunk))
-        except Exception as error:
-            failure = error
-        if failure is not None:
-            await self._chunks.put(failure)
+        async with aclosing(engine.stream(prompt, sampling)) as chunks:
+            async for chunk in chunks:
+                if chunk.finish_reason == "cancelled":
+                    raise ApiError(503, "the reply was cut off: the engine is being closed", code="cancelled")
+                self._chunks.put_nowait((number, chunk))
+                if self._chunks.qsize() >= MAX_AHEAD:
+                    self._room.clear()
