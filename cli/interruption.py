@@ -45,6 +45,44 @@ def _leave(number: int, frame: FrameType | None) -> None:
         os._exit(Exit.INTERRUPTED)
 
 
+class KeyboardInterrupts:
+    """A `with` block in which Ctrl-C raises KeyboardInterrupt inside of `allowed` alone, and once in each such block.
+
+    Another one, or one that comes between two such blocks, does nothing: none is raised where nothing takes it.
+    """
+
+    def __init__(self) -> None:
+        self._allowed = False
+        self._previous: Any = None
+
+    @contextmanager
+    def allowed(self) -> Iterator[None]:
+        """A block in which the first Ctrl-C raises KeyboardInterrupt."""
+        self._allowed = True
+        try:
+            yield
+        finally:
+            self._allowed = False
+
+    def __enter__(self) -> KeyboardInterrupts:
+        # See `Interruption`.
+        mine = threading.current_thread() is threading.main_thread()
+        if mine and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            self._previous = signal.signal(signal.SIGINT, self._raise)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        if self._allowed:
+            self._allowed = False
+            raise KeyboardInterrupt
+
+
 class Interruption:
     """A `with` block in which the first Ctrl-C carries out the first of `steps`, the second the second, and so on.
 

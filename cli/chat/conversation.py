@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,15 @@ class Conversation:
                 del self._turns[index:]
                 return text
         raise ConversationError("there is no message to take back yet")
+
+    def kept(self) -> Callable[[], None]:
+        """What brings the messages back that are there now."""
+        turns = list(self._turns)
+
+        def restore() -> None:
+            self._turns = turns
+
+        return restore
 
     @property
     def turns(self) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
 
 from edgemoe.cli.chat.answer import ask
@@ -14,6 +13,7 @@ from edgemoe.cli.chat.message_input import Message, MessageInput
 from edgemoe.cli.chat.reply_view import ReplyView
 from edgemoe.cli.chat.session import Session
 from edgemoe.cli.chat.slash import Next, execute
+from edgemoe.cli.interruption import KeyboardInterrupts
 from edgemoe.cli.render import Counts, counted, harmless, harmless_line, measured
 from edgemoe.cli.wording import in_options
 from edgemoe.errors import EdgeMoEError
@@ -48,45 +48,35 @@ class Repl:
     def run(self, opening: str | None = None) -> None:
         """Chat until the person leaves, beginning with the opening message where there is one."""
         then = Next.READ
-        while then is not Next.LEAVE:
-            try:
-                if opening is None:
-                    then = self._take(self._input.read())
-                else:
-                    text, opening = opening, None
-                    self.send(text)
-            except KeyboardInterrupt:
-                # One Ctrl-C more meanwhile is meant for the same thing.
-                with suppress(KeyboardInterrupt):
+        with KeyboardInterrupts() as interrupts:
+            while then is not Next.LEAVE:
+                try:
+                    with interrupts.allowed():
+                        if opening is None:
+                            then = self._take(self._input.read())
+                        else:
+                            text, opening = opening, None
+                            self.send(text)
+                except KeyboardInterrupt:
                     self._note("")
-            except EOFError:
-                self._note("")
-                return
-            except UnicodeDecodeError:
-                self._complain("that line is not UTF-8 text")
+                except EOFError:
+                    self._note("")
+                    return
+                except UnicodeDecodeError:
+                    self._complain("that line is not UTF-8 text")
 
     def send(self, text: str) -> None:
         """Send a message and stream its reply. Without a reply, the message is not kept."""
         session = self._session
-        session.conversation.say("\n".join([*session.attached, text]))
-        answer = self._reply()
-        if answer is None or not answer.text:
-            session.conversation.undo()
-            if answer is not None:
-                self._note("(no reply came, so the message is not kept)")
-            return
-        session.attached.clear()
-        session.conversation.reply(answer.text, answer.reasoning)
+        answer = self._reply(lambda: session.conversation.say("\n".join([*session.attached, text])))
+        if answer is not None and answer.text:
+            session.attached.clear()
+        elif answer is not None:
+            self._note("(no reply came, so the message is not kept)")
 
     def reply_again(self) -> None:
         """Give another reply to the last message. Without one, the old reply stays."""
-        conversation = self._session.conversation
-        old = conversation.take_reply()
-        answer = self._reply()
-        if answer is not None and answer.text:
-            conversation.reply(answer.text, answer.reasoning)
-        elif old is not None:
-            conversation.reply(old["content"], old.get("reasoning_content", ""))
+        self._reply(self._session.conversation.take_reply)
 
     def _take(self, message: Message) -> Next:
         text, quoted = message
@@ -106,23 +96,47 @@ class Repl:
             self._complain(in_options(str(error)))
             return Next.READ
 
-    def _reply(self) -> Completion | None:
+    def _reply(self, begin: Callable[[], object]) -> Completion | None:
+        """Has `begin` change the conversation, and adds a reply to it; without one, it stays as it was.
+
+        Returns None where that failed (which is said) or was broken off.
+        """
+        session = self._session
+        before, restore = Counts.of(session.engine.stats), session.conversation.kept()
+        answer = None
+        replied = False
+        try:
+            begin()
+            answer = self._stream()
+            if answer is not None and answer.text:
+                session.conversation.reply(answer.text, answer.reasoning)
+                replied = True
+        finally:
+            if not replied:
+                restore()
+        if answer is not None:
+            self._tell(answer, before)
+        return answer
+
+    def _stream(self) -> Completion | None:
         """Stream a reply to the conversation as it stands; None when that failed (which is said) or was broken off."""
         session = self._session
-        before = Counts.of(session.engine.stats)
         view = ReplyView(self._write, terminal=self._out.isatty())
         try:
             self._note_unless_empty(make_room(session))
-            answer = ask(session.engine, session.prompt, session.sampling, view.add).completion
+            return ask(session.engine, session.prompt, session.sampling, view.add).completion
         except (EdgeMoEError, RuntimeError, MemoryError) as error:
             # Whatever goes wrong in a generation (an accelerator's error is a RuntimeError), the conversation goes on.
             self._fail(error)
-            return None
         except KeyboardInterrupt:
             self._note("")
-            return None
         finally:
             view.close()
+        return None
+
+    def _tell(self, answer: Completion, before: Counts) -> None:
+        """Ends the reply's line and says what there is to say about it."""
+        session = self._session
         self._write("\n")
         session.timings = answer.timings
         self._note_unless_empty(cut_note(session, answer))
@@ -131,7 +145,6 @@ class Repl:
                 self._note(line)
             tokens = answer.timings.prompt_tokens + answer.timings.generated_tokens
             self._note(f"context: {tokens} of {counted(session.context, 'token')}")
-        return answer
 
     def _fail(self, error: Exception) -> None:
         if os.environ.get("EDGEMOE_TRACEBACK") == "1":

@@ -5,11 +5,16 @@ from __future__ import annotations
 import io
 import re
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 
+from edgemoe.cli import interruption
+from edgemoe.cli.chat import repl
 from edgemoe.cli.chat.conversation import Conversation
 from edgemoe.cli.chat.repl import Repl
 from edgemoe.cli.chat.session import Session
@@ -18,6 +23,8 @@ from edgemoe.sampling import Sampling
 from tests.support.fake_engine import FakeEngine
 
 CTRL_C = KeyboardInterrupt()
+PRESS = "Ctrl-C"
+"""A line that is not typed: the key is pressed, as the system tells it."""
 
 
 class Terminal:
@@ -32,6 +39,8 @@ class Terminal:
     def read_line(self, prompt: str) -> str:
         self.shown.write(prompt)
         line = self._typed.pop(0) if self._typed else EOFError()
+        if line == PRESS:
+            signal.raise_signal(signal.SIGINT)
         if isinstance(line, BaseException):
             raise line
         self.shown.write(f"{line}\n")
@@ -54,8 +63,8 @@ def chat(
     """The transcript of a chat, its session and its terminal."""
     terminal = Terminal(typed)
     session = Session(engine, Conversation(), Sampling())
-    repl = Repl(session, read_line=terminal.read_line, out=terminal.out, err=terminal.err, verbose=verbose)
-    repl.run(opening)
+    loop = Repl(session, read_line=terminal.read_line, out=terminal.out, err=terminal.err, verbose=verbose)
+    loop.run(opening)
     return terminal.shown.getvalue(), session, terminal
 
 
@@ -304,10 +313,45 @@ def test_a_second_ctrl_c_at_once_does_not_end_the_chat(monkeypatch: pytest.Monke
     def pressed_again(tee: _Tee, text: str) -> int:
         if text == "\n" and not pressed:
             pressed.append(text)
-            raise CTRL_C
+            signal.raise_signal(signal.SIGINT)
         return write(tee, text)
 
     monkeypatch.setattr(_Tee, "write", pressed_again)
-    transcript, _, _ = chat(FakeEngine(replies={"Hello": "Hi!"}), CTRL_C, "Hello")
+    transcript, _, _ = chat(FakeEngine(replies={"Hello": "Hi!"}), PRESS, "Hello")
     assert pressed
     assert "Hi!" in transcript
+
+
+def test_ctrl_c_at_any_line_of_the_chat_leaves_whole_exchanges() -> None:
+    """Each run is interrupted at one event later than the one before, and the chat goes on every time."""
+    files = tuple(str(Path(module.__file__)) for module in (repl, interruption) if module.__file__)
+    outside = signal.getsignal(signal.SIGINT)
+    number = 0
+    pressed = True
+    while pressed:
+        number += 1
+        pressed, events = False, 0
+
+        def press(frame: FrameType, event: str, argument: object) -> Any:
+            nonlocal pressed, events
+            if frame.f_code.co_filename not in files or signal.getsignal(signal.SIGINT) == outside:
+                return press if frame.f_code.co_name == "run" else None
+            frame.f_trace_opcodes = True
+            events += 1
+            if events == number:  # noqa: B023 - the trace ends with the run
+                pressed = True
+                signal.raise_signal(signal.SIGINT)
+            return press
+
+        engine = FakeEngine()
+        before = sys.gettrace()
+        sys.settrace(press)
+        try:
+            _, session, _ = chat(engine, "Hello", "/regen", "Good")
+        finally:
+            sys.settrace(before)
+        roles = [message["role"] for message in session.conversation.messages]
+        assert roles == ["user", "assistant"] * (len(roles) // 2), number
+        # One of the lines is lost at most.
+        assert len(roles) >= 2, number
+    assert number > 500
