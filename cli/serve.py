@@ -23,6 +23,9 @@ _SETTINGS = {
 }  # fmt: skip
 """Options that are settings of the server, by the names of these."""
 
+_ANY_LENGTH = (1 << 63) - 1
+"""Tokens of a reply where a request gives no limit: clients that give none expect that the context is the only one."""
+
 
 def serve(arguments: argparse.Namespace, engine: EngineFactory | None = None) -> int:
     """Serve until a signal. Raises UsageError for settings that are refused, and what planning raises."""
@@ -39,7 +42,7 @@ def serve(arguments: argparse.Namespace, engine: EngineFactory | None = None) ->
     except EdgeMoEError as error:
         raise UsageError(in_options(str(error))) from error
     say_which_model(arguments)
-    asked, source = model_settings(arguments), factory(engine)
+    asked, source = model_settings(arguments) | {"default_max_tokens": _ANY_LENGTH}, factory(engine)
     with ModelHost(keep_alive=arguments.keep_alive, loader=cast("Any", source.load), **asked) as host:
         plan = source.plan_for(**asked)
         say_simulation(plan)
@@ -52,7 +55,7 @@ def serve(arguments: argparse.Namespace, engine: EngineFactory | None = None) ->
             # It stays in memory, so that the first request need not wait.
             host.load().add_done_callback(_tell_loaded)
         _quiet_uvicorn()
-        say(f"{plan.model} at {server.url} (OpenAI and Anthropic: {server.url}/v1); Ctrl-C ends")
+        say(f"{plan.model} at {server.url} (OpenAI's clients: {server.url}/v1, Anthropic's: {server.url}); Ctrl-C ends")
         server.run()
     return Exit.OK
 

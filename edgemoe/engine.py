@@ -40,6 +40,9 @@ MAX_READ_AHEAD = 1024
 EXIT_SECONDS = 6.0
 """How long the end of the process waits for an engine that is still open: a little longer than for a dead disk."""
 
+COUNTED_TOKENS = 1 << 17
+"""Tokens of a prompt that are counted though the context be smaller."""
+
 
 class Engine:
     """One loaded model. All open streams, of one thread or of many, run as one batch and share its experts.
@@ -165,18 +168,11 @@ class Engine:
 
         RequestError for one that is empty, has unknown ids or is far longer than the context.
         """
-        chat = as_chat(prompt)
-        with self._text_lock:
-            if chat is not None:
-                prompt = self._texts.template.render(chat)
-            given = cast("str | Sequence[int]", prompt)
-            tokens = prompt_tokens(self._texts.tokenizer, given, self.model_name, self.plan.context)
-        check_prompt(tokens, self._texts.vocabulary)
-        return tokens
+        return self._tokenized(prompt, self.plan.context)
 
     def count_tokens(self, prompt: Prompt) -> int:
-        """The number of tokens of a prompt; see `tokenize`."""
-        return len(self.tokenize(prompt))
+        """The number of tokens of a prompt; see `tokenize`. It may be longer than the context, up to 131,072 tokens."""
+        return len(self._tokenized(prompt, max(self.plan.context, COUNTED_TOKENS)))
 
     def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Stream:
         """The reply to `prompt` (text, token ids, a chat's messages or a `ChatPrompt`) as it is generated.
@@ -318,6 +314,17 @@ class Engine:
     def _max_in_flight(self) -> int:
         limit = self._loop.scheduler.size.limit
         return max(2 * limit, min(READ_AHEAD_BATCHES * limit, MAX_READ_AHEAD))
+
+    def _tokenized(self, prompt: Prompt, most: int) -> list[int]:
+        """`tokenize`, for prompts of `most` tokens."""
+        chat = as_chat(prompt)
+        with self._text_lock:
+            if chat is not None:
+                prompt = self._texts.template.render(chat, most)
+            given = cast("str | Sequence[int]", prompt)
+            tokens = prompt_tokens(self._texts.tokenizer, given, self.model_name, most)
+        check_prompt(tokens, self._texts.vocabulary)
+        return tokens
 
     def _settings(self, sampling: Sampling, length: int) -> ResolvedSampling:
         check_token_ids(sampling.logit_bias or (), self._texts.vocabulary, "logit_bias has the")

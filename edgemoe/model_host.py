@@ -121,15 +121,20 @@ class ModelHost:
 
         Raises what `Engine.plan_for` raises, and EdgeMoEError after `close`.
         """
+        return self.begin_plan().result()
+
+    def begin_plan(self) -> Future[Plan]:
+        """As `plan` without waiting: the future has the plan, or its error. Raises EdgeMoEError after `close`."""
         engine = self.engine
         if engine is not None:
-            return engine.plan
+            planned: Future[Plan] = Future()
+            planned.set_result(engine.plan)
+            return planned
         self._check_process()
         with self._lock:
             self._check()
             # Not beside a loading: transformers changes PyTorch's default type for all threads while it builds.
-            planned = self._submit(self._plan)
-        return planned.result()
+            return self._submit(self._plan)
 
     def lease(self) -> Lease:
         """A hold on the engine, which is loaded where it is not. Does not wait: entering the lease does.
@@ -150,6 +155,8 @@ class ModelHost:
         """
         self._check_process()
         with self._lock:
+            # It was asked for after the unloading that waits for leases.
+            self._unloads = False
             return self._loading()
 
     def unload(self) -> bool:

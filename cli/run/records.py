@@ -6,6 +6,7 @@ import json
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from edgemoe.cli.run.requests import BadLine, RequestLine
@@ -27,6 +28,8 @@ def success(
     record_id: str, request: RequestLine, answers: Sequence[Completion], *, model: str, has_tokenizer: bool
 ) -> Record:
     """The record of a finished request, a choice for each answer. Without a tokenizer, a choice has token ids."""
+    if request.one_call:
+        answers = [replace(answer, tool_calls=answer.tool_calls[:1]) for answer in answers]
     body = _chat_completion(answers, model) if request.is_chat else _text_completion(answers, model, has_tokenizer)
     response = {"status_code": 200, "request_id": f"req_{uuid.uuid4().hex}", "body": body}
     return {"id": record_id, "custom_id": request.custom_id, "response": response, "error": None}

@@ -39,6 +39,8 @@ class RequestLine:
     """Variables of the chat template."""
     tools: Mapping[str, Any] = field(default_factory=dict)
     """The fields `tools` and `tool_choice` of `ChatPrompt`, as far as the line has them."""
+    one_call: bool = False
+    """Whether a reply may call one tool at most; the first is kept."""
 
     @property
     def asked(self) -> Prompt:
@@ -147,6 +149,7 @@ class RequestReader:
             choices=fields.choices(body),
             template_kwargs={**self.template_kwargs, **fields.template_kwargs(body)} if chat else {},
             tools=tools,
+            one_call=chat and fields.has_one_call(body),
         )
 
     def _with_system(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:

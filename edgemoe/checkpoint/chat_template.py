@@ -94,8 +94,8 @@ class ChatTemplate:
         template = getattr(self._tokenizer, "chat_template", None) or ""
         return "\n".join(template.values()) if isinstance(template, dict) else str(template)
 
-    def render(self, chat: ChatPrompt) -> list[int]:
-        """The token ids of the prompt, up to the reply.
+    def render(self, chat: ChatPrompt, most: int | None = None) -> list[int]:
+        """The token ids of the prompt, up to the reply. `most` tokens, if more than the context, are not too long.
 
         Raises RequestError without a template, for what is malformed or refused by the template, and for tools where
         the template does not read them.
@@ -107,7 +107,7 @@ class ChatTemplate:
             text = self._apply(chat, tokenize=False)
             if offered and text == self._apply(replace(chat, tools=(), tool_choice="auto"), tokenize=False):
                 raise RequestError(f"the chat template of {self._name} does not read tools: leave them out")
-            check_text_length(text, self._context, self._tokenizer)
+            check_text_length(text, most or self._context, self._tokenizer)
             tokens = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return [int(token) for token in tokens]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import uuid
 from collections import Counter
 
 from starlette.datastructures import Headers
@@ -60,6 +61,10 @@ class App:
             if message["type"] == "http.response.start":
                 begun = True
                 self.statuses[message["status"]] += 1
+                # OpenAI's clients read the first, Anthropic's the second.
+                number = f"req_{uuid.uuid4().hex}".encode()
+                named = [(b"x-request-id", number), (b"request-id", number)]
+                message = {**message, "headers": [*message.get("headers", ()), *named]}
             await send(message)
 
         try:

@@ -63,6 +63,7 @@ class Endpoints:
             "/stats": self._stats,
             "/plan": self._plan,
             "/v1/models": self._models,
+            "/v1/models/": self._models,
             "/v1/models/{id:path}": self._model,
             "/v1/responses/{id}": self._stored,
         }
@@ -105,26 +106,26 @@ class Endpoints:
     # --- the model -------------------------------------------------------------------------------
 
     async def _models(self, request: Request) -> Response:
-        model = self._described()
-        ids = {"first_id": self._served.name, "last_id": self._served.name, "has_more": False}
-        return JSONResponse({"object": "list", "data": [model], **ids})
+        names = self._served.names
+        ids = {"first_id": names[0], "last_id": names[-1], "has_more": False}
+        return JSONResponse({"object": "list", "data": [self._described(name) for name in names], **ids})
 
     async def _model(self, request: Request) -> Response:
-        self._served.check(request.path_params["id"])
-        return JSONResponse(self._described())
+        return JSONResponse(self._described(self._served.asked(request.path_params["id"]).name))
 
-    def _described(self) -> dict[str, Any]:
-        """The model in OpenAI's shape and in Anthropic's, which have no field in common that differs."""
+    def _described(self, name: str) -> dict[str, Any]:
+        """The model by one of its names, in OpenAI's shape and in Anthropic's; fields of both have the same value."""
         created = datetime.fromtimestamp(self._served.created, timezone.utc)
         engine = self._host.engine
         return {
-            "id": self._served.name,
+            "id": name,
             "object": "model",
             "created": self._served.created,
             "owned_by": "edgemoe",
             "type": "model",
-            "display_name": self._served.name,
+            "display_name": name,
             "created_at": created.strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "lifecycle": "active",
             "max_input_tokens": engine.plan.context if engine is not None else None,
         }
 
@@ -137,7 +138,8 @@ class Endpoints:
         return JSONResponse(self._state(), 200 if unloaded else 202)
 
     async def _plan(self, request: Request) -> Response:
-        plan = await asyncio.to_thread(self._host.plan)
+        # No thread waits for a loading, which the end of the server would then wait for.
+        plan = await asyncio.wrap_future(self._host.begin_plan())
         rows = [{"what": what, "how_much": much, "where": where} for what, much, where in plan.lines()]
         return JSONResponse(plan.to_dict() | {"rows": rows})
 
@@ -188,7 +190,7 @@ class Endpoints:
 
     async def _count_tokens(self, request: Request) -> Response:
         body = await self._body(request)
-        self._served.check(body.get("model"))
+        self._served.asked(body.get("model"))
         prompt = chat_prompt(chat_body(body, counts=True))
         async with leased(self._host) as engine:
             tokens = await asyncio.to_thread(engine.count_tokens, prompt)

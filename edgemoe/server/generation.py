@@ -109,6 +109,6 @@ class Generation:
             async for chunk in chunks:
                 if chunk.finish_reason == "cancelled":
                     raise ApiError(503, "the reply was cut off: the engine is being closed", code="cancelled")
-                self._chunks.put_nowait((number, chunk))
+                self._chunks.put_nowait((number, self._reply.limited(chunk)))
                 if self._chunks.qsize() >= MAX_AHEAD:
                     self._room.clear()

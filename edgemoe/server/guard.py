@@ -12,6 +12,8 @@ from edgemoe.server.settings import ServerSettings, is_loopback
 
 OPEN = ("/", "/health")
 """Paths without a key: the page, which asks for the key itself, and whether the server lives."""
+CONTAINER_NAMES = ("host.docker.internal", "host.containers.internal")
+"""Names by which containers reach the loopback's services; nobody can register them."""
 
 
 class Guard:
@@ -30,10 +32,11 @@ class Guard:
 
     def _check_host(self, host: str) -> None:
         """A page of another site whose name was made to point at this machine names that site in Host."""
-        if not self._settings.is_loopback:
+        if not self._settings.is_loopback or self._keys:
+            # Such a page has no key.
             return
         name = _address(f"//{host}")[1]
-        if name is None or not (is_loopback(name) or name == self._settings.host.lower()):
+        if name is None or not (is_loopback(name) or name in (self._settings.host.lower(), *CONTAINER_NAMES)):
             raise ApiError(403, f"the host {host[:100]!r} is not this server's: ask for localhost", code="wrong_host")
 
     def _check_origin(self, headers: Headers) -> None:
@@ -47,13 +50,12 @@ class Guard:
             )
 
     def _check_key(self, headers: Headers) -> None:
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer":
-            given = headers.get("x-api-key", "")
-        key = given.strip().encode("utf-8", "replace")
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        sent = [bearer if scheme.lower() == "bearer" else "", headers.get("x-api-key", "")]
+        keys = [key.strip().encode("utf-8", "replace") for key in sent]
         # All are compared, in constant time each: how long it takes says nothing of any key.
-        if not sum(hmac.compare_digest(key, known) for known in self._keys):
-            what = "the API key is wrong" if key else "the API key is missing"
+        if not sum(hmac.compare_digest(key, known) for key in keys for known in self._keys):
+            what = "the API key is wrong" if any(keys) else "the API key is missing"
             raise ApiError(401, f"{what}: send it as 'Authorization: Bearer KEY' or as 'x-api-key: KEY'")
 
 

@@ -29,7 +29,7 @@ class Talker:
 
 
 def asked(*prompts: str) -> Any:
-    return SimpleNamespace(asked=[(prompt, None) for prompt in prompts])
+    return SimpleNamespace(asked=[(prompt, None) for prompt in prompts], limited=lambda chunk: chunk)
 
 
 async def read(generation: Generation) -> int:

@@ -91,3 +91,21 @@ def test_keys() -> None:
     assert status(settings, "/health/") == 401
     # A browser asks without the key whether it may send one.
     assert status(settings, method="OPTIONS") == 200
+
+
+@pytest.mark.parametrize("host", ["host.docker.internal:8080", "host.containers.internal"])
+def test_a_container_reaches_the_loopback_by_its_own_name(host: str) -> None:
+    assert status(ServerSettings(), host=host) == 200
+
+
+def test_a_proxy_before_the_loopback_keeps_its_name() -> None:
+    settings = ServerSettings(api_keys=KEYS)
+    assert status(settings, host="llm.example", x_api_key="second") == 200
+    assert status(settings, host="llm.example") == 401
+
+
+def test_either_header_may_have_the_key() -> None:
+    settings = ServerSettings(api_keys=KEYS)
+    assert status(settings, authorization="Bearer none", x_api_key="second") == 200
+    assert status(settings, authorization="Bearer first", x_api_key="none") == 200
+    assert status(settings, authorization="Bearer none", x_api_key="none") == 401

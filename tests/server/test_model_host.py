@@ -128,6 +128,23 @@ def test_unloading_waits_for_leases() -> None:
         assert made.unload()
 
 
+def test_what_was_asked_for_last_counts() -> None:
+    """A loading that is asked for while an unloading waits for leases."""
+    loader = Loader()
+    with host(loader) as made:
+        with made.lease():
+            assert not made.unload()
+            made.load().result()
+        assert made.state == "ready"
+        assert loader.closed == 0
+
+
+def test_a_plan_is_waited_for_without_a_thread() -> None:
+    loader = Loader()
+    with host(loader) as made, made.lease() as engine:
+        assert made.begin_plan().result(0) is engine.plan
+
+
 def test_an_error_of_loading_reaches_everybody_and_the_next_one_tries_again() -> None:
     loader = Loader()
     loader.error = CheckpointError("it is damaged")

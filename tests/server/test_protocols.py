@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from edgemoe import ChatPrompt, Chunk, Completion
+from edgemoe.errors import RequestError
 from edgemoe.results import TokenLogprob, ToolCall
 from edgemoe.server.protocols import anthropic_input, responses_input
 from edgemoe.server.protocols.anthropic_messages import MessageReply
@@ -228,7 +229,7 @@ def test_blocks_of_a_message_become_messages() -> None:
         (ResponseReply, {"input": [{"type": "item_reference", "id": "x"}]}, "item_reference"),
         (ResponseReply, {"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "only text"),
         (ResponseReply, {"input": [1]}, "list of objects"),
-        (ResponseReply, {"tools": [{"type": "web_search"}]}, "web_search"),
+        (ResponseReply, {"tools": [{"type": "web_search"}], "tool_choice": "required"}, "tool_choice needs tools"),
         (ResponseReply, {"include": ["everything"]}, "everything"),
         (ResponseReply, {"background": True}, "background"),
         (ResponseReply, {"truncation": "auto"}, "truncation"),
@@ -247,17 +248,106 @@ def test_blocks_of_a_message_become_messages() -> None:
     ],
 )
 def test_what_is_not_served_is_refused(kind: type[Any], change: dict[str, Any], says: str) -> None:
-    with pytest.raises((FieldError, ApiError), match=says):
+    with pytest.raises((FieldError, ApiError, RequestError), match=says):
         kind(BODIES[kind] | change, SERVED)
+
+
+TOOLS: list[dict[str, Any]] = [{"type": "function", "function": {"name": name}} for name in ("add", "sub", "mul")]
+CALLS = tuple(ToolCall(f"call_{name}", name, "{}") for name in ("add", "sub"))
+
+
+def names(asked: Any) -> list[str]:
+    """The tools that a reply is asked with."""
+    return [tool["function"]["name"] for tool in asked[0][0].tools]
+
+
+def test_one_call_at_most() -> None:
+    flat = [{"type": "function", **tool["function"]} for tool in TOOLS]
+    named = [{"name": tool["function"]["name"], "input_schema": {}} for tool in TOOLS]
+    no_more = {"type": "any", "disable_parallel_tool_use": True}
+    for reply in (
+        ChatReply({"messages": USER, "tools": TOOLS, "parallel_tool_calls": False}, SERVED),
+        ResponseReply({"input": "Hi", "tools": flat, "parallel_tool_calls": False}, SERVED),
+        MessageReply({"messages": USER, "max_tokens": 9, "tools": named, "tool_choice": no_more}, SERVED),
+    ):
+        assert names(reply.asked) == ["add", "sub", "mul"]
+        assert reply.limited(chunk(end="tool_calls", tool_calls=CALLS)).tool_calls == CALLS[:1]
+        assert reply.limited(chunk("text")) == chunk("text")
+    both = chunk(end="tool_calls", tool_calls=CALLS)
+    assert ChatReply({"messages": USER, "tools": TOOLS}, SERVED).limited(both) is both
+
+
+def test_some_tools_alone_are_allowed() -> None:
+    listed = [{"type": "function", "function": {"name": "mul"}}]
+    choice: dict[str, Any] = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": listed}}
+    chat = ChatReply({"messages": USER, "tools": TOOLS, "tool_choice": choice}, SERVED)
+    assert names(chat.asked) == ["mul"]
+    assert isinstance(chat.asked[0][0], ChatPrompt)
+    assert chat.asked[0][0].tool_choice == "required"
+    flat: list[dict[str, Any]] = [{"type": "function", **tool["function"], "output_schema": None} for tool in TOOLS]
+    choice = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "sub"}]}
+    tools = [*flat, {"type": "web_search"}]
+    assert names(ResponseReply({"input": "Hi", "tools": tools, "tool_choice": choice}, SERVED).asked) == ["sub"]
+    with pytest.raises(FieldError, match="allowed_tools needs tools and a mode"):
+        ChatReply({"messages": USER, "tools": TOOLS, "tool_choice": {"type": "allowed_tools"}}, SERVED)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        (ChatReply, {"service_tier": "flex", "store": True, "function_call": "none", "functions": []}),
+        (ChatReply, {"logprobs": False, "top_logprobs": 0, "seed": -7}),
+        (ResponseReply, {"client_metadata": {"a": "b"}, "store": True, "tools": [{"type": "web_search"}]}),
+        (ResponseReply, {"input": [{"type": None, "role": "user", "content": "Hi"}]}),
+        (MessageReply, {"context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}}),
+        (MessageReply, {"tools": [{"type": None, "name": "f" * 128, "input_schema": {}}]}),
+    ],
+)
+def test_what_clients_send_unasked_is_taken(kind: type[Any], more: dict[str, Any]) -> None:
+    assert len(kind(BODIES[kind] | more, SERVED).asked) == 1
+
+
+def test_numbers_as_other_servers_take_them() -> None:
+    (_, sampling) = ChatReply({"messages": USER, "seed": -1, "top_p": 0}, SERVED).asked[0]
+    assert sampling.seed is None
+    assert sampling.top_p is not None
+    assert 0 < sampling.top_p < 1e-300
+    (_, sampling) = ChatReply({"messages": USER, "seed": -2}, SERVED).asked[0]
+    assert sampling.seed == (1 << 63) - 2
+
+
+def test_messages_of_other_libraries() -> None:
+    said = [
+        {"role": "user", "content": "Hi", "name": "Al"},
+        {"role": "assistant", "content": None, "refusal": "No.", "name": "model"},
+        {"role": "assistant"},
+        {"role": "user", "content": "Why?"},
+    ]
+    (asked, _) = ChatReply({"messages": said}, SERVED).asked[0]
+    assert isinstance(asked, ChatPrompt)
+    assert [message["content"] for message in asked.messages] == ["Hi", "", "", "Why?"]
+    assert not any("name" in message or "refusal" in message for message in asked.messages)
+
+
+def test_a_failed_response_has_a_code_of_the_protocol() -> None:
+    (sent,) = ResponseReply({"input": "Hi", "stream": True, "tools": None}, SERVED).failure(
+        ApiError(503, "the server ends", code="shutting_down")
+    )
+    told = json.loads(sent.decode().split("data: ")[1])["response"]
+    assert told["error"] == {"code": "server_error", "message": "the server ends"}
+    assert told["tools"] == []
 
 
 def test_names_of_the_model() -> None:
     for name in (None, "", "the-model", "other"):
-        SERVED.check(name)
+        assert SERVED.asked(name).name == (name or "the-model")
+    assert SERVED.names == ["the-model", "other"]
     with pytest.raises(ApiError, match="ask for other or the-model") as caught:
-        SERVED.check("gpt-9")
+        SERVED.asked("gpt-9")
     assert caught.value.status == 404
-    ServedModel("m", 0, frozenset("*")).check("gpt-9")
+    anything = ServedModel("m", 0, frozenset("*"))
+    assert anything.asked("gpt-9").name == "gpt-9"
+    assert anything.names == ["m"]
 
 
 def test_a_developer_is_the_system() -> None:

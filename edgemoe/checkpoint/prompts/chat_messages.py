@@ -12,7 +12,7 @@ from edgemoe.response_format import checked_json
 from edgemoe.values import shown
 
 Message = dict[str, Any]
-_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
+_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _TOOL_FIELDS = ("name", "description", "parameters", "strict")
 
 
@@ -140,7 +140,7 @@ def _checked_tool(tool: Any) -> dict[str, Any]:
     function = tool["function"]
     name = function.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise RequestError(f"the name of a tool must be 1 to 64 letters, digits and any of _.:-, not {shown(name)}")
+        raise RequestError(f"the name of a tool must be 1 to 128 letters, digits and any of _.:-, not {shown(name)}")
     unknown = sorted(set(function) - set(_TOOL_FIELDS))
     if unknown:
         raise RequestError(f"the tool {name} has the unknown field {shown(unknown[0])}: known are {_TOOL_FIELDS}")

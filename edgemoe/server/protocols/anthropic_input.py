@@ -18,10 +18,11 @@ LABELS = (
     "diagnostics",
     "user_profile_id",
     "workspace_id",
+    "context_management",
 )
 """Fields that do not bear on the reply."""
 PLAIN: dict[str, tuple[Any, ...]] = {
-    "container": (), "mcp_servers": ([],), "context_management": (), "speed": ("standard",),
+    "container": (), "mcp_servers": ([],), "speed": ("standard",),
 }  # fmt: skip
 """Fields that are served only where their value asks for nothing."""
 OWN = (
@@ -125,7 +126,7 @@ def _output_config(config: Any) -> dict[str, Any]:
 
 
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:
-    if tool.get("type", "custom") != "custom":
+    if (tool.get("type") or "custom") != "custom":
         raise FieldError(f"tools has one of type {str(tool['type'])[:40]!r}, but only custom is served")
     function = taken(tool, ("name", "description", "strict")) | {"parameters": tool.get("input_schema") or {}}
     return {"type": "function", "function": function}

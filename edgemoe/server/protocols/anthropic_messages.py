@@ -23,12 +23,13 @@ class MessageReply(Reply):
     """A request for the assistant's next message: blocks of thinking and text, and uses of tools."""
 
     def __init__(self, body: Mapping[str, Any], served: ServedModel) -> None:
-        served.check(body.get("model"))
+        served = served.asked(body.get("model"))
         stream = body.get("stream")
         self.stream = stream is not None and fields.switch("stream", stream)
         chat = chat_body(body)
         sampling = Sampling(**fields.sampling_changes(chat, chat=True))
         self.asked = [(chat_prompt(chat), sampling)]
+        self.one_call = fields.has_one_call(chat)
         self.id = f"msg_{uuid.uuid4().hex}"
         self._served = served
         self._stops = sampling.stop

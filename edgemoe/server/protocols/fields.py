@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -27,7 +28,7 @@ _SHARED = (
 )  # fmt: skip
 _LABELS = (
     "model", "user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "prompt_cache_options", "prediction", "verbosity",
+    "prompt_cache_options", "prediction", "verbosity", "store", "service_tier",
 )  # fmt: skip
 """Fields that do not bear on the reply, whatever they hold."""
 
@@ -39,23 +40,23 @@ _PLAIN_COMPLETION: dict[str, tuple[Any, ...]] = {**_PLAIN_SHARED, "echo": (False
 _PLAIN_CHAT: dict[str, tuple[Any, ...]] = {
     **_PLAIN_SHARED,
     "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
-    "store": (False,),
-    "service_tier": ("auto", "default"),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
 }
 """Fields of OpenAI's that are served only where their value asks for nothing; null always does."""
 
 _CHAT = (
-    "messages", "top_logprobs", "chat_template_kwargs", "reasoning_effort", "tools", "tool_choice", *_SHARED
+    "messages", "top_logprobs", "chat_template_kwargs", "reasoning_effort", "tools", "tool_choice",
+    "parallel_tool_calls", *_SHARED,
 )  # fmt: skip
 _COMPLETION = ("prompt", "best_of", *_SHARED)
 CHAT_FIELDS = (*_CHAT, *_LABELS, *_PLAIN_CHAT)
 COMPLETION_FIELDS = (*_COMPLETION, *_LABELS, *_PLAIN_COMPLETION)
-_MESSAGE_FIELDS = ("role", "content", "reasoning_content")
+_MESSAGE_FIELDS = ("role", "content", "reasoning_content", "name", "refusal")
 _FIELDS_OF = {"assistant": ("tool_calls",), "tool": ("tool_call_id", "name")}
-"""Fields of the messages of one role."""
+"""Fields of the messages of one role that templates read."""
 _PLAIN_MESSAGE: dict[str, tuple[Any, ...]] = {
-    "name": (), "refusal": (), "audio": (), "function_call": (), "tool_calls": ([],), "annotations": ([],),
+    "audio": (), "function_call": (), "tool_calls": ([],), "annotations": ([],),
 }  # fmt: skip
 """Fields of the messages that OpenAI's API returns, which come back as the messages of the next request."""
 
@@ -123,6 +124,12 @@ def sampling_changes(body: Mapping[str, Any], *, chat: bool) -> dict[str, Any]:
     given = {name: value for name, value in body.items() if value is not None}
     changes: dict[str, Any] = {name: number(name, given[name]) for name in _NUMBERS if name in given}
     changes |= {name: whole(name, given[name]) for name in _WHOLE_NUMBERS if name in given}
+    if changes.get("top_p") == 0:
+        # The most likely token alone, as with the smallest share above 0.
+        changes["top_p"] = sys.float_info.min
+    if -_SEEDS <= changes.get("seed", 0) < 0:
+        # OpenAI's seeds have a sign; -1 is a random one to most local servers.
+        changes["seed"] = None if changes["seed"] == -1 else changes["seed"] + _SEEDS
     if "max_completion_tokens" in changes:
         if "max_tokens" in changes:
             raise FieldError("max_tokens and max_completion_tokens are the same thing; give one")
@@ -137,9 +144,10 @@ def sampling_changes(body: Mapping[str, Any], *, chat: bool) -> dict[str, Any]:
 def _chat_logprobs(given: Mapping[str, Any]) -> dict[str, int | None]:
     wanted = switch("logprobs", given["logprobs"]) if "logprobs" in given else None
     if "top_logprobs" in given:
-        if not wanted:
+        count = whole("top_logprobs", given["top_logprobs"])
+        if count and not wanted:
             raise FieldError("top_logprobs needs logprobs to be true")
-        return {"logprobs": whole("top_logprobs", given["top_logprobs"])}
+        return {"logprobs": count if wanted else None}
     return {} if wanted is None else {"logprobs": 0 if wanted else None}
 
 
@@ -161,9 +169,32 @@ def tools(body: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: body[name] for name in ("tools", "tool_choice") if body.get(name) is not None}
     if given.get("tools", []) == [] and given.get("tool_choice", "auto") in ("auto", "none"):
         return {}
-    if body.get("parallel_tool_calls") is False:
-        raise FieldError("parallel_tool_calls is false, but how many tools a reply calls is the model's choice")
-    return given
+    return _allowed_tools(given)
+
+
+def has_one_call(body: Mapping[str, Any]) -> bool:
+    """Whether a reply may call one tool at most."""
+    parallel = body.get("parallel_tool_calls")
+    return parallel is not None and not switch("parallel_tool_calls", parallel)
+
+
+def _allowed_tools(given: dict[str, Any]) -> dict[str, Any]:
+    """`given` with those of its tools alone that its choice allows, where that is a list of them."""
+    choice, tools = given.get("tool_choice"), given.get("tools")
+    if not isinstance(choice, dict) or choice.get("type") != "allowed_tools":
+        return given
+    # Responses have it in the object itself.
+    allowed = choice.get("allowed_tools", choice)
+    listed = allowed.get("tools") if isinstance(allowed, dict) else None
+    if not isinstance(listed, list) or not isinstance(tools, list) or allowed.get("mode") not in ("auto", "required"):
+        raise FieldError("tool_choice of type allowed_tools needs tools and a mode, auto or required")
+    names = [_tool_name(tool) for tool in listed]
+    return {"tools": [tool for tool in tools if _tool_name(tool) in names], "tool_choice": allowed["mode"]}
+
+
+def _tool_name(tool: Any) -> Any:
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    return function.get("name") if isinstance(function, dict) else None
 
 
 def _stop(value: Any) -> tuple[str, ...]:
@@ -201,8 +232,12 @@ def _message(value: Any) -> dict[str, Any]:
     plain = {name: values for name, values in _PLAIN_MESSAGE.items() if name not in own}
     check_fields(value, (*_MESSAGE_FIELDS, *own), plain)
     more = {name: value[name] for name in own if value.get(name)}
-    calls = "tool_calls" in more and value.get("content") is None
-    content = None if calls else _content(value.get("content"))
+    for name in ("name", "refusal"):
+        if value.get(name) is not None:
+            words(name, value[name])
+    # What an assistant has refused or called has no content.
+    absent = role == "assistant" and value.get("content") is None
+    content = (None if "tool_calls" in more else "") if absent else _content(value.get("content"))
     message = {"role": words("role", role), "content": content, **more}
     reasoning = value.get("reasoning_content")
     return message if reasoning is None else message | {"reasoning_content": words("reasoning_content", reasoning)}

@@ -24,7 +24,7 @@ class OpenAIReply(Reply):
 
     def __init__(self, body: Mapping[str, Any], served: ServedModel, prefix: str) -> None:
         """`prefix` is that of ids. Raises FieldError and RequestError for the body's fields, ApiError for its model."""
-        served.check(body.get("model"))
+        served = served.asked(body.get("model"))
         self.stream, self.include_usage = streaming(body)
         self.id = f"{prefix}-{uuid.uuid4().hex}"
         self.served = served
@@ -79,6 +79,7 @@ class ChatReply(OpenAIReply):
         if "messages" not in body:
             raise fields.FieldError("messages is missing: give a list of messages")
         prompt = chat_prompt(body)
+        self.one_call = fields.has_one_call(body)
         sampling = Sampling(**fields.sampling_changes(body, chat=True))
         self.choices = fields.choices(body)
         self.asked = [(prompt, each) for each in fields.samplings(sampling, self.choices)]

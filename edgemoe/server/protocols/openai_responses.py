@@ -27,15 +27,16 @@ class ResponseReply(Reply):
     """A request for a response: items of reasoning, a message, and calls of tools."""
 
     def __init__(self, body: Mapping[str, Any], served: ServedModel) -> None:
-        served.check(body.get("model"))
+        served = served.asked(body.get("model"))
         self.stream, _ = streaming(body)
         chat = chat_body(body)
         sampling = Sampling(**fields.sampling_changes(chat, chat=True))
         self.asked = [(chat_prompt(chat), sampling)]
+        self.one_call = fields.has_one_call(chat)
         self.id = f"resp_{uuid.uuid4().hex}"
         self._served = served
         self._created = int(time.time())
-        self._echoed = {name: body.get(name, _DEFAULTS.get(name)) for name in ECHOED}
+        self._echoed = {name: _DEFAULTS.get(name) if body.get(name) is None else body[name] for name in ECHOED}
         self._usage = Usage()
         self._items: list[dict[str, Any]] = []
         self._number = 0
@@ -86,8 +87,9 @@ class ResponseReply(Reply):
 
     def failure(self, error: ApiError) -> list[bytes]:
         """See the base class."""
-        code = error.code or "server_error"
-        return [self._event("response.failed", response=self._response("failed", code=code, message=str(error)))]
+        # The protocol has its own few words for the code, and this is the one of a server's errors.
+        told = {"code": "server_error", "message": str(error)}
+        return [self._event("response.failed", response=self._response("failed", **told))]
 
     def error(self, error: ApiError) -> dict[str, Any]:
         """See the base class."""

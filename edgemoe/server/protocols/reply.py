@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from edgemoe.results import Chunk, Completion
@@ -28,14 +28,21 @@ class ServedModel:
     aliases: frozenset[str] = field(default_factory=frozenset)
     """Other names that requests may give; "*" is any."""
 
-    def check(self, asked: object) -> None:
-        """Raises ApiError, 404, for another model's name. No name is this model's."""
+    @property
+    def names(self) -> list[str]:
+        """The names that clients may choose from, its id first."""
+        return [self.name, *sorted(self.aliases - {"*", self.name})]
+
+    def asked(self, asked: object) -> ServedModel:
+        """The model by the name that a request gives it; none is its id. Raises ApiError, 404, for another's."""
         if asked is None:
-            return
+            return self
         if not isinstance(asked, str):
             raise ApiError(400, str(fields.mistyped("model", "a text", asked)), param="model")
-        if asked in ("", self.name) or "*" in self.aliases or asked in self.aliases:
-            return
+        if asked in ("", self.name):
+            return self
+        if "*" in self.aliases or asked in self.aliases:
+            return replace(self, name=fields.words("model", asked))
         names = " or ".join(sorted({self.name, *self.aliases}))
         raise ApiError(404, f"the model {asked[:100]!r} is not served: ask for {names}", param="model")
 
@@ -73,10 +80,16 @@ class Reply(ABC):
     stream: bool
     asked: Sequence[tuple[Prompt, Sampling]]
     """What the engine is asked, a pair for each reply."""
+    one_call: bool = False
+    """Whether a reply may call one tool at most; the first is kept."""
     has_tokenizer: bool = True
     """Whether replies have text. Set, as `lossy` is, before the first chunk."""
     lossy: str = ""
     """The settings that make replies differ from the model's own; empty for none."""
+
+    def limited(self, chunk: Chunk) -> Chunk:
+        """What is told of `chunk`: of several calls of tools one, where it is to be one."""
+        return replace(chunk, tool_calls=chunk.tool_calls[:1]) if self.one_call and chunk.tool_calls else chunk
 
     def opening(self) -> list[bytes]:
         """The events before the first chunk."""

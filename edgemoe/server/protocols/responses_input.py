@@ -11,14 +11,12 @@ from edgemoe.server.protocols.fields import FieldError
 
 LABELS = (
     "user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options",
-    "access_programs", "max_tool_calls",
+    "access_programs", "max_tool_calls", "client_metadata", "store", "service_tier",
 )  # fmt: skip
 """Fields that do not bear on the reply."""
 PLAIN: dict[str, tuple[Any, ...]] = {
     "background": (False,),
-    "store": (False,),
     "truncation": ("disabled",),
-    "service_tier": ("auto", "default"),
     "previous_response_id": (),
     "conversation": (),
     "prompt": (),
@@ -32,6 +30,8 @@ OWN = (
 )  # fmt: skip
 INCLUDED = ("message.output_text.logprobs", "reasoning.encrypted_content")
 """What may be asked to be included; reasoning is never encrypted."""
+TOOL_LABELS = ("defer_loading", "allowed_callers", "output_schema")
+"""Fields of a function that do not bear on its call."""
 _TEXTS = ("input_text", "output_text", "text")
 
 
@@ -53,7 +53,8 @@ def chat_body(body: Mapping[str, Any]) -> dict[str, Any]:
     if form is not None:
         chat["response_format"] = _response_format(form)
     if body.get("tools"):
-        chat["tools"] = [_tool(tool) for tool in objects("tools", body["tools"])]
+        # Others, such as a search of the web, are run by OpenAI's own servers: here nobody can call them.
+        chat["tools"] = [_tool(tool) for tool in objects("tools", body["tools"]) if tool.get("type") == "function"]
     if body.get("tool_choice") is not None:
         chat["tool_choice"] = _tool_choice(body["tool_choice"])
     return chat
@@ -84,7 +85,7 @@ def _conversation(body: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _add_item(conversation: Conversation, item: dict[str, Any]) -> None:
-    kind = item.get("type", "message")
+    kind = item.get("type") or "message"
     if kind == "message":
         role, text = fields.words("role", item.get("role")), joined_text("content", item.get("content"), _TEXTS)
         conversation.answered(text) if role == "assistant" else conversation.say(role, text)
@@ -116,9 +117,8 @@ def _response_format(form: Any) -> dict[str, Any]:
 
 
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:
-    if tool.get("type") != "function":
-        raise FieldError(f"tools has one of type {str(tool.get('type'))[:40]!r}, but only function is served")
-    return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
+    function = {name: value for name, value in tool.items() if name not in ("type", *TOOL_LABELS)}
+    return {"type": "function", "function": function}
 
 
 def _tool_choice(choice: Any) -> Any:
