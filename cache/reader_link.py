@@ -150,10 +150,11 @@ class ReaderLink(Link):
                 job.unfinished -= len(job.waiting)
                 job.waiting.clear()
             if job.unfinished == 0:
-                job.done = True
+                # Those who look without the lock see the totals of what is done.
                 if job.error is None:
                     self.bytes_moved += job.nbytes
                 self._ended()
+                job.done = True
                 self._arrival.notify_all()
 
     def _ended(self) -> None:

@@ -113,7 +113,7 @@ def _shown() -> Iterator[Callable[[ProfileProgress], None]]:
         task = bar.add_task("opening", total=1.0)
 
         def show(progress: ProfileProgress) -> None:
-            bar.update(task, description=progress.activity, completed=progress.done)
+            bar.update(task, description=progress.activity, completed=progress.done, refresh=True)
 
         yield show
 

@@ -81,6 +81,8 @@ class ModelHost:
         self._unloads = False
         """Whether the last lease to end unloads, whatever `keep_alive` is."""
         self._timer: threading.Timer | None = None
+        self._stopped: list[threading.Timer] = []
+        """Timers that have been cancelled or have run out, whose threads may not have ended."""
         self._closed = False
         self._process: int | None = None
         """The process whose thread loads; None before the first loading or planning."""
@@ -183,11 +185,11 @@ class ModelHost:
             return
         with self._lock:
             first, self._closed = not self._closed, True
-            timer = self._timer
             self._stop_timer()
             if first:
                 self._detach()
-        if timer is not None and timer is not threading.current_thread():
+            stopped = [timer for timer in self._stopped if timer is not threading.current_thread()]
+        for timer in stopped:
             timer.join()
         self._worker.shutdown(wait=True)
 
@@ -280,6 +282,7 @@ class ModelHost:
         timer, self._timer = self._timer, None
         if timer is not None:
             timer.cancel()
+            self._stopped = [each for each in self._stopped if each.is_alive()] + [timer]
 
     def _expire(self) -> None:
         """In the timer."""

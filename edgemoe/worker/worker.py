@@ -211,8 +211,10 @@ class Worker:
 
     def watch(self, holder: object, request: Request) -> None:
         """Ends `request` once nobody has `holder` any more."""
-        request.holder = reference = _Holder(holder, self._inbox.put)
+        reference = _Holder(holder, self._inbox.put)
+        # First: an interrupt between the two leaves a reference that nobody has, and that tells nothing.
         reference.request = request
+        request.holder = reference
 
     def prompt_done(self, request: Request) -> int:
         """Tokens of the prompt of `request` that are computed; of those in a pass, in proportion to its layers."""

@@ -62,7 +62,7 @@ def dry_run(tmp_path_factory: pytest.TempPathFactory) -> DryRun:
         env=os.environ | {"PYTHONPATH": paths, "OUT": str(out), "EDGEMOE_BENCH_DIR": str(folder / "bench")},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=1500,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return DryRun(

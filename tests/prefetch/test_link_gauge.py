@@ -127,7 +127,7 @@ def test_a_link_that_never_rests_is_seen_at_work(monkeypatch: pytest.MonkeyPatch
     """Its queue is never empty at a reading."""
     monkeypatch.setattr(link_gauge, "MIN_INTERVAL", 0.015)
     store = FakeStore([20], 2000)
-    link = ReaderLink(store, 2, Throttle(1_000_000))
+    link = ReaderLink(store, 2, Throttle(100_000))
     gauge = LinkGauge(link)
     memory = torch.zeros(store.slot_nbytes, dtype=torch.uint8)
 
@@ -135,11 +135,11 @@ def test_a_link_that_never_rests_is_seen_at_work(monkeypatch: pytest.MonkeyPatch
         return [link.start(ExpertId(0, number), 0, memory, Priority.PREFETCH) for number in numbers]
 
     waiting = more(range(20))
-    end = time.perf_counter() + 0.3
+    end = time.perf_counter() + 2
     while time.perf_counter() < end:
         done = link.wait_any(waiting)
         waiting = [transfer for transfer in waiting if transfer not in done] + more(range(len(done)))
         gauge.read()
     link.close()
     assert gauge.busy > 0.8
-    assert 400_000 < gauge.bandwidth < 1_200_000
+    assert 40_000 < gauge.bandwidth < 120_000

@@ -39,7 +39,7 @@ def test_who_goes_while_it_is_answered_is_not_answered_any_more(
     connection = server.begin("/v1/chat/completions", LONG | {"stream": stream})
     wait_until(lambda: server.engine.stats.tokens_generated > before + 3)
     connection.close()
-    wait_until(server.is_idle, seconds=5)
+    wait_until(server.is_idle)
     assert server.engine.stats.tokens_generated < before + 1500
     assert answer(server) == expected
 
@@ -48,7 +48,7 @@ def test_who_goes_while_the_prompt_is_computed_is_not_answered_any_more(server: 
     connection = server.begin("/v1/completions", PROMPT | {"stream": True})
     wait_until(lambda: server.engine._loop.scheduler.running > 0)
     connection.close()
-    wait_until(server.is_idle, seconds=5)
+    wait_until(server.is_idle)
     assert answer(server) == expected
 
 

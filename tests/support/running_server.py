@@ -37,7 +37,7 @@ class RunningServer:
 
     def raw(self, data: bytes, *, shut: bool = False) -> bytes:
         """What the server answers to these bytes, until it closes the connection or falls silent."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=10) as connection:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=60) as connection:
             connection.sendall(data)
             if shut:
                 connection.shutdown(socket.SHUT_WR)

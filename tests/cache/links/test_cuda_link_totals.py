@@ -62,12 +62,14 @@ def test_a_copy_that_waits_for_compute_is_not_on_its_way(slow: FakeStreams) -> N
     link = link_of(slow)
     slow.compute.hold()
     link.released([0])
+    began = time.perf_counter()
     transfers = start(link, 0)
     time.sleep(0.2)
     slow.compute.go()
     arrive(link, transfers)
     assert link.bytes_moved == NBYTES
-    assert COPY <= link.busy_seconds < 0.15
+    # Some of the 0.2 seconds may pass before the copy is made to wait.
+    assert COPY <= link.busy_seconds <= time.perf_counter() - began - 0.1
     link.close()
 
 

@@ -65,10 +65,10 @@ def test_time_in_which_nothing_is_on_its_way_is_not_busy(make: Callable[..., Lin
     store = FakeStore([8], NBYTES)
     link = make(store, 2)
     load(link, store, 0, 1)
-    busy = link.busy_seconds
+    busy, began = link.busy_seconds, time.perf_counter()
     time.sleep(0.2)
     load(link, store, 2)
-    assert link.busy_seconds - busy < 0.15
+    assert link.busy_seconds - busy <= time.perf_counter() - began - 0.1
     link.close()
 
 
@@ -78,6 +78,7 @@ def test_loads_at_the_same_time_are_busy_once(make: Callable[..., Link]) -> None
     link = make(store, 4)
     started = time.perf_counter()
     experts = begin(link, store, 0, 1, 2, 3)
+    wait_until(lambda: len(store.started) > 0)
     time.sleep(0.02)
     store.let(*experts)
     wait_until(lambda: link.bytes_moved == 4 * NBYTES)
@@ -88,8 +89,10 @@ def test_loads_at_the_same_time_are_busy_once(make: Callable[..., Link]) -> None
 def test_one_over_the_other_is_the_bandwidth(make: Callable[..., Link]) -> None:
     store = FakeStore([20], 10_000, pieces=2)
     link = make(store, 2, Throttle(1_000_000))
+    began = time.perf_counter()
     load(link, store, *range(8))
-    assert link.bytes_moved / link.busy_seconds == pytest.approx(1_000_000, rel=0.3)
+    took = time.perf_counter() - began
+    assert link.bytes_moved / 1_010_000 <= link.busy_seconds <= took
     link.close()
 
 
@@ -110,8 +113,8 @@ def test_what_failed_or_was_called_off_was_not_moved(make: Callable[..., Link]) 
     store.let(ExpertId(0, 2))
     link.wait_any([running])
     wait_until(lambda: link.bytes_moved == 2 * NBYTES)
-    busy = link.busy_seconds
+    busy, began = link.busy_seconds, time.perf_counter()
     time.sleep(0.2)
     load(link, store, 4)
-    assert link.busy_seconds - busy < 0.15, "nothing was in flight in between"
+    assert link.busy_seconds - busy <= time.perf_counter() - began - 0.1, "nothing was in flight in between"
     link.close()

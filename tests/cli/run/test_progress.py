@@ -60,7 +60,7 @@ def test_a_run_on_a_terminal_shows_how_it_is_getting_on(tmp_path: Path) -> None:
     assert "tokens/s, hit rate 75.0%" in shown
     assert "/?" in shown
     assert "line-1: prompt 13 tokens at 10.0/s" in shown
-    assert "edgemoe: 2 requests, 0 failed, in 0." in shown
+    assert re.search(r"edgemoe: 2 requests, 0 failed, in \d", shown)
 
 
 def test_a_tally_tells_what_the_engine_did_since_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +138,7 @@ def test_a_file_of_notes_gets_a_line_now_and_then(
     engine = FakeEngine(before_word=lambda word: time.sleep(0.1))
     assert main(["run", str(tmp_path / "p.txt"), "-m", "x", "-o", str(tmp_path / "o")], engine=FakeFactory(engine)) == 0
     *lines, summary, _, _, _ = capsys.readouterr().err.splitlines()
-    assert lines[0] == "edgemoe: 0 of 2 answered"
+    assert lines[0].startswith("edgemoe: 0 of 2 answered")
     assert len(lines) >= 3
     assert summary.startswith("edgemoe: 2 requests, 0 failed")
     assert all(line.isprintable() for line in lines)

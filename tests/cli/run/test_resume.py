@@ -275,20 +275,20 @@ sys.exit(main(["run", sys.argv[1], "-o", sys.argv[2], "-m", "x", "--resume"], en
 def test_a_killed_run_loses_nothing(tmp_path: Path, out: Path) -> None:
     """The longer the lines, the likelier one is torn: a kill ends a write between two pages."""
     prompts = tmp_path / "long.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"{n} " + "x" * 50_000}) + "\n" for n in range(60)))
+    prompts.write_text("".join(json.dumps({"prompt": f"{n} " + "x" * 50_000}) + "\n" for n in range(300)))
     for wanted in (3, 13, 30):
         process = subprocess.Popen(
             [sys.executable, "-c", ENDLESS_WORK, str(prompts), str(out)], cwd=ROOT, stderr=subprocess.DEVNULL,
             env=os.environ | {"PYTHONPATH": str(ROOT)},
         )  # fmt: skip
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not out.exists() or out.read_bytes().count(b"\n") < wanted:
             assert time.monotonic() < deadline
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert wanted <= out.read_bytes().count(b"\n") < 60
+        assert wanted <= out.read_bytes().count(b"\n") < 300
     assert run(prompts, out, "--resume") == 0
     run(prompts, tmp_path / "straight")
     assert told(out) == told(tmp_path / "straight")

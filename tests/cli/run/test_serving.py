@@ -21,6 +21,7 @@ from edgemoe.cli.run.outbox import Outbox, Outcome
 from edgemoe.cli.run.source import Line, Source
 from tests.support import ROOT
 from tests.support.fake_engine import FakeEngine, FakeFactory, FakeStats
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture
@@ -204,16 +205,22 @@ def test_the_first_ctrl_c_finishes_what_is_in_flight(
     assert signal.getsignal(number) is before
 
 
-def test_the_second_ctrl_c_stops_at_once(tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    engine = FakeEngine(replies={"b": "short"})
+def interrupted_twice(engine: FakeEngine, word: int) -> FakeEngine:
+    """`engine`, with Ctrl-C before the word `word` of all and before the one after it, each carried out by then."""
     words = itertools.count()
 
-    def interrupt(word: int) -> None:
-        if next(words) in (2, 3):
+    def interrupt(number: int) -> None:
+        before = next(words)
+        if before in (word, word + 1):
             signal.raise_signal(signal.SIGINT)
-            time.sleep(0.1)
+            wait_until(lambda: engine.cancelled if before > word else engine.cancelled_waiting)
 
     engine.before_word = interrupt
+    return engine
+
+
+def test_the_second_ctrl_c_stops_at_once(tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = interrupted_twice(FakeEngine(replies={"b": "short"}), 2)
     assert run(write(tmp_path, "a", "b", "c", "d", "e", "f"), out, engine=engine) == 130
     assert ids(out) == ["line-2"]
     assert engine.closed
@@ -231,15 +238,7 @@ def test_a_request_with_a_choice_that_was_broken_off_leaves_no_record(tmp_path: 
 def test_a_result_that_waits_for_one_that_was_broken_off_is_not_written(tmp_path: Path, out: Path) -> None:
     """The order of the input holds in a file that is resumed, too."""
     prompts = write(tmp_path, "a b c d e f", "b", "c", "d", "e")
-    engine = FakeEngine()
-    words = itertools.count()
-
-    def interrupt(word: int) -> None:
-        if next(words) in (5, 6):
-            signal.raise_signal(signal.SIGINT)
-            time.sleep(0.1)
-
-    engine.before_word = interrupt
+    engine = interrupted_twice(FakeEngine(), 5)
     assert run(prompts, out, "--order", "input", engine=engine) == 130
     assert ids(out) == []
     assert run(prompts, out, "--order", "input", "--resume", engine=FakeEngine()) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import sys
 import threading
 import time
@@ -23,17 +24,29 @@ HANG_SECONDS = 30.0
 
 
 class Interrupt:
-    """Counts the instructions of edgemoe in this thread, and raises KeyboardInterrupt at number `at`."""
+    """Counts the instructions of edgemoe in this thread at which Python tells of a signal.
+
+    Those are the first ones of functions, and what follows calls and jumps back; at number `at` it raises
+    KeyboardInterrupt.
+    """
 
     def __init__(self, at: int | None) -> None:
         self.seen = 0
         self._at = at
+        self._before: dict[int, str] = {}
+        """The instruction before, by the frame's number."""
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
         if "edgemoe" not in frame.f_code.co_filename:
             return None
         frame.f_trace_opcodes = True
-        if event == "opcode":
+        if event != "opcode":
+            if event != "line":
+                self._before.pop(id(frame), None)
+            return self
+        now = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+        before, self._before[id(frame)] = self._before.get(id(frame), ""), now
+        if now == "RESUME" or before.startswith("CALL") or "JUMP_BACKWARD" in before:
             self.seen += 1
             if self.seen == self._at:
                 raise KeyboardInterrupt
@@ -110,7 +123,7 @@ def test_loading_is_interrupted_anywhere(talker: Path) -> None:
 
 def test_closing_is_interrupted_anywhere_and_asked_for_again(talker: Path) -> None:
     engine = Engine.load(talker, expert_cache=8, threads=1, state_folder="none")
-    for at in range(1, 100):
+    for at in range(1, 40):
         with Interrupt(at).tracing(), suppress(KeyboardInterrupt):
             engine.close()
         closing = threading.Thread(target=engine.close)
