@@ -20,8 +20,7 @@ from tests.support.fake_engine import FakeEngine, FakeFactory, FakePlan
 from edgemoe.cli.main import main
 def slowly(word):
     if word: time.sleep(0.05)
-replies = {"few": " ".join(map(str, range(20))), "count": " ".join(map(str, range(400))),
-    "evil": "a\\x1b]0;x\\x07b\\x9bc\\u202ed\\re"}
+replies = {"count": " ".join(map(str, range(400))), "evil": "a\\x1b]0;x\\x07b\\x9bc\\u202ed\\re"}
 engine = FakeEngine(replies=replies, before_word=slowly, plan=FakePlan(context=2000))
 sys.exit(main(["chat", "-m", "x", *sys.argv[1:]], engine=FakeFactory(engine)))
 """

@@ -20,7 +20,7 @@ class Stream:
     prompt_tokens, prompt_done, finished = 1900, 475, False
 progress = PromptProgress(Stream())
 progress.start()
-time.sleep(float({seconds}))
+{until}
 progress.stop()
 progress.stop()
 print("reply")
@@ -113,7 +113,7 @@ def test_a_paste_that_ends_with_a_line_end_is_sent_at_once() -> None:
 
 
 def test_lines_that_are_typed_during_a_reply_are_a_message_each() -> None:
-    chat = ChatTerminal("-p", "few")
+    chat = ChatTerminal("-p", "count", "-n", "60")
     chat.wait_for(" 2 3")
     chat.press("Hello\n/show\n")
     assert "\nYou said Hello\n" in chat.wait_for("messages            4\n")
@@ -188,15 +188,16 @@ def test_the_bar_of_loading_stays_on_one_line(columns: int) -> None:
 
 @pytest.mark.parametrize("columns", [40, 60])
 def test_a_slow_prompt_has_a_bar_until_the_reply_begins(columns: int) -> None:
-    code = PROGRESS.format(seconds=2.5)
+    code = PROGRESS.format(until="input()")
     chat = ChatTerminal(command=(sys.executable, "-c", code), term="xterm", columns=columns, NO_COLOR="1")
     chat.wait_for("475/1900 tokens")
+    chat.press("\n")
     assert chat.wait_for("reply").endswith("\x1b[2Kreply")
     assert chat.close() == 0
 
 
 def test_a_quick_prompt_has_no_bar() -> None:
-    chat = ChatTerminal(command=(sys.executable, "-c", PROGRESS.format(seconds=0.1)), term="xterm")
+    chat = ChatTerminal(command=(sys.executable, "-c", PROGRESS.format(until="time.sleep(0.1)")), term="xterm")
     assert chat.wait_for("reply") == "reply"
     assert chat.close() == 0
 
@@ -208,8 +209,10 @@ def test_a_prompt_that_is_interrupted_as_its_bar_begins_leaves_no_bar() -> None:
 
 
 def test_the_bar_of_a_prompt_ends_with_its_stream() -> None:
-    code = PROGRESS.replace("progress.stop()", "Stream.finished = True; time.sleep(1)").format(seconds=1.5)
+    code = PROGRESS.replace("progress.stop()", "Stream.finished = True; time.sleep(1)").format(until="input()")
     chat = ChatTerminal(command=(sys.executable, "-c", code + "print('end')"), term="xterm")
+    chat.wait_for("475/1900")
+    chat.press("\n")
     assert chat.wait_for("reply").endswith("\x1b[2Kreply")
     assert chat.wait_for("end") == "\nend"
     assert chat.close() == 0
