@@ -48,7 +48,8 @@ def _leave(number: int, frame: FrameType | None) -> None:
 class KeyboardInterrupts:
     """A `with` block in which Ctrl-C raises KeyboardInterrupt inside of `allowed` alone, and once in each such block.
 
-    Another one, or one that comes between two such blocks, does nothing: none is raised where nothing takes it.
+    Another one, or one that comes between two such blocks, or after `forbid`, does nothing: none is raised where
+    nothing takes it.
     """
 
     def __init__(self) -> None:
@@ -63,6 +64,10 @@ class KeyboardInterrupts:
             yield
         finally:
             self._allowed = False
+
+    def forbid(self) -> None:
+        """Lets no Ctrl-C raise anything any more in the `allowed` block under way."""
+        self._allowed = False
 
     def __enter__(self) -> KeyboardInterrupts:
         # See `Interruption`.

@@ -44,11 +44,12 @@ class Repl:
         self._out = out
         self._err = err
         self._verbose = verbose
+        self._interrupts = KeyboardInterrupts()
 
     def run(self, opening: str | None = None) -> None:
         """Chat until the person leaves, beginning with the opening message where there is one."""
         then = Next.READ
-        with KeyboardInterrupts() as interrupts:
+        with self._interrupts as interrupts:
             while then is not Next.LEAVE:
                 try:
                     with interrupts.allowed():
@@ -68,10 +69,13 @@ class Repl:
     def send(self, text: str) -> None:
         """Send a message and stream its reply. Without a reply, the message is not kept."""
         session = self._session
-        answer = self._reply(lambda: session.conversation.say("\n".join([*session.attached, text])))
-        if answer is not None and answer.text:
+
+        def say() -> None:
+            session.conversation.say("\n".join([*session.attached, text]))
             session.attached.clear()
-        elif answer is not None:
+
+        answer = self._reply(say)
+        if answer is not None and not answer.text:
             self._note("(no reply came, so the message is not kept)")
 
     def reply_again(self) -> None:
@@ -97,23 +101,27 @@ class Repl:
             return Next.READ
 
     def _reply(self, begin: Callable[[], object]) -> Completion | None:
-        """Has `begin` change the conversation, and adds a reply to it; without one, it stays as it was.
+        """Has `begin` change the conversation, and adds a reply to it; without one, all stays as it was.
 
         Returns None where that failed (which is said) or was broken off.
         """
         session = self._session
         before, restore = Counts.of(session.engine.stats), session.conversation.kept()
+        attached = list(session.attached)
         answer = None
-        replied = False
         try:
-            begin()
-            answer = self._stream()
+            try:
+                begin()
+                answer = self._stream()
+            finally:
+                # The exchange is kept or taken back as a whole; an interrupt that comes just before this does so too.
+                self._interrupts.forbid()
+        finally:
             if answer is not None and answer.text:
                 session.conversation.reply(answer.text, answer.reasoning)
-                replied = True
-        finally:
-            if not replied:
+            else:
                 restore()
+                session.attached[:] = attached
         if answer is not None:
             self._tell(answer, before)
         return answer

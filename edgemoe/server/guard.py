@@ -33,7 +33,7 @@ class Guard:
     def _check_host(self, host: str) -> None:
         """A page of another site whose name was made to point at this machine names that site in Host."""
         if not self._settings.is_loopback or self._keys:
-            # Such a page has no key.
+            # Such a page has no key, and sees no more than a model's name.
             return
         name = _address(f"//{host}")[1]
         if name is None or not (is_loopback(name) or name in (self._settings.host.lower(), *CONTAINER_NAMES)):

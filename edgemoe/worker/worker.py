@@ -256,7 +256,8 @@ class Worker:
         with suppress(Empty):
             ended.get(timeout=seconds)
             # It tells at its very end, and lives on for a moment: for longer where others have the processors.
-            self._thread.join()
+            if threading.current_thread() is not self._thread:
+                self._thread.join()
 
     # --- in the thread -----------------------------------------------------------------------------
 

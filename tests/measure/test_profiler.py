@@ -50,7 +50,8 @@ def test_a_profile_is_measured_fitted_kept_and_drawn(quick: None, tmp_path: Path
     assert made.model.shape.experts == 32
     assert made.model.speed.link == 4e9
     assert made.conditions.link_gbps == 4
-    assert made.model.target_efficiency(1, 2) > 0
+    # One pass over two tokens takes from a tenth to ten times as long as two passes.
+    assert 0.1 < made.model.target_efficiency(1, 2) < 10
     write_profile(StateFolder(tmp_path), made)
     assert read_profile(StateFolder(tmp_path), made.conditions) == made
     draw(made, tmp_path / "profile.svg")

@@ -140,10 +140,30 @@ def test_what_was_asked_for_last_counts() -> None:
         assert loader.closed == 0
 
 
+def test_a_later_lease_ends_the_wait_for_unloading() -> None:
+    loader = Loader()
+    with host(loader, keep_alive=5) as made:
+        with made.lease():
+            pass
+        timer = made._timer
+        assert timer is not None
+        with made.lease():
+            timer.join(4)
+            assert not timer.is_alive()
+            assert (made._timer, loader.closed) == (None, 0)
+
+
 def test_a_plan_is_waited_for_without_a_thread() -> None:
     loader = Loader()
-    with host(loader) as made, made.lease() as engine:
-        assert made.begin_plan().result(0) is engine.plan
+    loader.gate.clear()
+    with host(loader) as made:
+        made.load()
+        planned = made.begin_plan()
+        assert not planned.done()
+        loader.gate.set()
+        assert str(planned.result(60)) == "a plan"
+        with made.lease() as engine:
+            assert made.begin_plan().result(0) is engine.plan
 
 
 def test_an_error_of_loading_reaches_everybody_and_the_next_one_tries_again() -> None:

@@ -188,7 +188,10 @@ def _allowed_tools(given: dict[str, Any]) -> dict[str, Any]:
     listed = allowed.get("tools") if isinstance(allowed, dict) else None
     if not isinstance(listed, list) or not isinstance(tools, list) or allowed.get("mode") not in ("auto", "required"):
         raise FieldError("tool_choice of type allowed_tools needs tools and a mode, auto or required")
-    names = [_tool_name(tool) for tool in listed]
+    names = [name for name in map(_tool_name, listed) if name is not None]
+    unknown = [name for name in names if name not in map(_tool_name, tools)]
+    if unknown:
+        raise FieldError(f"tool_choice allows {shown(unknown[0])}, which is none of tools")
     return {"tools": [tool for tool in tools if _tool_name(tool) in names], "tool_choice": allowed["mode"]}
 
 
@@ -237,7 +240,8 @@ def _message(value: Any) -> dict[str, Any]:
             words(name, value[name])
     # What an assistant has refused or called has no content.
     absent = role == "assistant" and value.get("content") is None
-    content = (None if "tool_calls" in more else "") if absent else _content(value.get("content"))
+    given = value.get("refusal") or "" if absent else value.get("content")
+    content = None if absent and "tool_calls" in more else _content(given)
     message = {"role": words("role", role), "content": content, **more}
     reasoning = value.get("reasoning_content")
     return message if reasoning is None else message | {"reasoning_content": words("reasoning_content", reasoning)}

@@ -30,6 +30,8 @@ OWN = (
 )  # fmt: skip
 INCLUDED = ("message.output_text.logprobs", "reasoning.encrypted_content")
 """What may be asked to be included; reasoning is never encrypted."""
+HOSTED = ("web_search", "file_search", "code_interpreter", "image_generation", "mcp")
+"""What the types of tools begin with that OpenAI's servers run."""
 TOOL_LABELS = ("defer_loading", "allowed_callers", "output_schema")
 """Fields of a function that do not bear on its call."""
 _TEXTS = ("input_text", "output_text", "text")
@@ -53,8 +55,7 @@ def chat_body(body: Mapping[str, Any]) -> dict[str, Any]:
     if form is not None:
         chat["response_format"] = _response_format(form)
     if body.get("tools"):
-        # Others, such as a search of the web, are run by OpenAI's own servers: here nobody can call them.
-        chat["tools"] = [_tool(tool) for tool in objects("tools", body["tools"]) if tool.get("type") == "function"]
+        chat["tools"] = [_tool(tool) for tool in objects("tools", body["tools"]) if not _is_hosted(tool)]
     if body.get("tool_choice") is not None:
         chat["tool_choice"] = _tool_choice(body["tool_choice"])
     return chat
@@ -116,7 +117,14 @@ def _response_format(form: Any) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {name: value for name, value in form.items() if name != "type"}}
 
 
+def _is_hosted(tool: dict[str, Any]) -> bool:
+    """Whether OpenAI's own servers run `tool`: here no reply can call it."""
+    return str(tool.get("type")).startswith(HOSTED)
+
+
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    if tool.get("type") != "function":
+        raise FieldError(f"tools has one of type {str(tool.get('type'))[:40]!r}, but only function is served")
     function = {name: value for name, value in tool.items() if name not in ("type", *TOOL_LABELS)}
     return {"type": "function", "function": function}
 
