@@ -136,13 +136,16 @@ class Interruption:
             thread.join(timeout=1.0)
 
     def _step(self, number: int, frame: FrameType | None) -> None:
-        if self.count == len(self._steps):
+        # Another signal may come anywhere in here: at worst it takes the same step.
+        taken = self.count
+        self.count = taken + 1
+        if taken >= len(self._steps):
             raise KeyboardInterrupt
-        step = self._steps[self.count]
-        self.count += 1
+        step = self._steps[taken]
         # Not from here: the interrupted thread may hold the very lock that the step needs.
-        self._threads.append(threading.Thread(target=step, daemon=True))
-        self._threads[-1].start()
+        thread = threading.Thread(target=step, daemon=True)
+        thread.start()
+        self._threads.append(thread)
         if self._waiting:
             self._waiting = False
             raise KeyboardInterrupt

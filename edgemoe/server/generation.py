@@ -91,6 +91,7 @@ class Generation:
 
     async def _run(self, number: int, engine: AsyncEngine, turns: Turns) -> None:
         """Has its turn for one reply, which goes on to its end whatever the connection takes of it: others wait."""
+        failure: Exception | None = None
         try:
             begun = False
             while not begun:
@@ -100,7 +101,9 @@ class Generation:
                     if begun := self._room.is_set():
                         await self._take(number, engine)
         except Exception as error:
-            self._chunks.put_nowait(error)
+            failure = error
+        if failure is not None:
+            self._chunks.put_nowait(failure)
 
     async def _take(self, number: int, engine: AsyncEngine) -> None:
         """Takes the chunks of one reply."""

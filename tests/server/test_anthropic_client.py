@@ -83,6 +83,9 @@ def test_why_a_message_ended(client: Any) -> None:
 def test_the_tokens_of_a_prompt_are_counted(client: Any, expected: Completion) -> None:
     counted = client.messages.count_tokens(model=NAME, messages=QUESTION)
     assert counted.input_tokens == len(expected.prompt_token_ids)
+    # Also of what the context has no room for.
+    said = {"role": "user", "content": "What is 48 + 31? " * 500}
+    assert client.messages.count_tokens(model=NAME, messages=[said]).input_tokens > 2048
 
 
 def test_the_models(client: Any) -> None:

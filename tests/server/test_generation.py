@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,14 +30,18 @@ class Talker:
 
 
 def asked(*prompts: str) -> Any:
-    return SimpleNamespace(asked=[(prompt, None) for prompt in prompts], limited=lambda chunk: chunk)
+    return SimpleNamespace(asked=[(prompt, None) for prompt in prompts], limited=lambda chunk: replace(chunk, text="b"))
 
 
 async def read(generation: Generation) -> int:
     """Chunks of all replies."""
     count = 0
     while not generation.finished:
-        count += await generation.next(None) is not None
+        item = await generation.next(None)
+        assert item is not None
+        # What the reply's protocol tells of it.
+        assert item[1].text == "b"
+        count += 1
     return count
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from pydantic import BaseModel
 from edgemoe import Completion
 from edgemoe.cli.run.records import RECORD_START, failure, line_of, success
 from edgemoe.cli.run.requests import BadLine, RequestLine
-from edgemoe.results import TokenLogprob
+from edgemoe.results import TokenLogprob, ToolCall
 from edgemoe.sampling import Sampling
 from tests.support.fake_engine import timings
 
@@ -145,3 +146,11 @@ def test_a_token_that_is_not_among_the_likeliest_is_no_other_one() -> None:
     shape = body(COMPLETION, answer((TokenLogprob(9, "a", -4.5, ((7, "a", -2.5),)),)))["choices"][0]["logprobs"]
     assert shape["tokens"] == ["token_id:9"]
     assert shape["top_logprobs"] == [{"token_id:7": -2.5}]
+
+
+def test_one_call_at_most() -> None:
+    calls = tuple(ToolCall(f"call_{name}", name, "{}") for name in ("add", "sub"))
+    given = replace(answer(), tool_calls=calls)
+    for request, names in ((CHAT, ["add", "sub"]), (replace(CHAT, one_call=True), ["add"])):
+        message = body(request, given)["choices"][0]["message"]
+        assert [call["function"]["name"] for call in message["tool_calls"]] == names

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dis
 import sys
 import threading
 import time
@@ -16,6 +15,7 @@ import pytest
 
 from edgemoe import Engine, Sampling
 from tests.support.clean import check_clean
+from tests.support.signal_points import SignalPoints
 
 SETTINGS = Sampling(max_tokens=3, ignore_eos=True, temperature=0)
 POINTS = 16
@@ -24,29 +24,19 @@ HANG_SECONDS = 30.0
 
 
 class Interrupt:
-    """Counts the instructions of edgemoe in this thread at which Python tells of a signal.
-
-    Those are the first ones of functions, and what follows calls and jumps back; at number `at` it raises
-    KeyboardInterrupt.
+    """Counts the instructions of edgemoe in this thread at which Python tells of a signal, and raises KeyboardInterrupt
+    at number `at`.
     """
 
     def __init__(self, at: int | None) -> None:
         self.seen = 0
         self._at = at
-        self._before: dict[int, str] = {}
-        """The instruction before, by the frame's number."""
+        self._points = SignalPoints()
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
         if "edgemoe" not in frame.f_code.co_filename:
             return None
-        frame.f_trace_opcodes = True
-        if event != "opcode":
-            if event != "line":
-                self._before.pop(id(frame), None)
-            return self
-        now = dis.opname[frame.f_code.co_code[frame.f_lasti]]
-        before, self._before[id(frame)] = self._before.get(id(frame), ""), now
-        if now == "RESUME" or before.startswith("CALL") or "JUMP_BACKWARD" in before:
+        if self._points.has(frame, event):
             self.seen += 1
             if self.seen == self._at:
                 raise KeyboardInterrupt
