@@ -117,7 +117,8 @@ def _succeeds(command: str, checkout: Path, programs: Path) -> str:
     """Runs a command in a folder of its own with the examples in it; what is wrong, if anything."""
     work = Path(tempfile.mkdtemp(dir=checkout.parent))
     shutil.copytree(checkout / "examples", work / "examples")
-    done = _shell(f"{command} < /dev/null", work, _found(programs))
+    # A page may show what comes after a failure.
+    done = _shell(f"set +e\n{command}", work, _found(programs))
     return "" if done.returncode == 0 else f"exit {done.returncode}: {(done.stdout + done.stderr)[-500:]}"
 
 
@@ -130,7 +131,7 @@ def _found(programs: Path) -> dict[str, str | None]:
 def _installed_otherwise(checkout: Path) -> str:
     """Installs the package itself plainly, runs it in the checkout's root, then installs that: both must work."""
     python = ".venv/bin/python"
-    chat = '-m edgemoe chat -p "What is 48 + 31?" < /dev/null'
+    chat = '-m edgemoe chat -p "What is 48 + 31?"'
     commands = (
         f"{python} -m pip uninstall -q -y edgemoe\n{python} -m pip install -q --no-deps .\n"
         f'{python} {chat}\n(cd / && "{checkout}/{python}" {chat})\n'
@@ -152,7 +153,7 @@ def _waits(checkout: Path, programs: Path, rounds: int) -> dict[str, float]:
         seconds = []
         for _ in range(rounds):
             begun = time.perf_counter()
-            done = _shell(f"{command} < /dev/null", checkout.parent, variables)
+            done = _shell(command, checkout.parent, variables)
             seconds.append(time.perf_counter() - begun)
             assert done.returncode == code, done.stderr
         return round(statistics.median(seconds), 2)
@@ -197,11 +198,13 @@ def _tried(environment: Environment, checkout: Path, programs: Path) -> str:
 def _shell(
     commands: str, folder: Path, variables: Mapping[str, str | None], locked: Sequence[Path] = ()
 ) -> subprocess.CompletedProcess[str]:
-    """Runs commands of a shell; the folders `locked` are mounted read-only for them alone, which takes root."""
+    """Runs commands of a shell, whose standard input is empty; the folders `locked` are mounted read-only for them alone, which takes root."""
     environment = {name: value for name, value in os.environ.items() if name not in variables}
     environment |= {name: value for name, value in variables.items() if value is not None}
     lock = "".join(f"mount --bind {path} {path} && mount -o remount,ro,bind {path} && " for path in locked)
     command = ["bash", "-ec", f"{lock}cd {folder} && {{\n{commands}\n}}"]
     if locked:
         command = ["unshare", "--mount", *command]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+    return subprocess.run(
+        command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=900
+    )
