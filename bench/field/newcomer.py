@@ -198,7 +198,10 @@ def _tried(environment: Environment, checkout: Path, programs: Path) -> str:
 def _shell(
     commands: str, folder: Path, variables: Mapping[str, str | None], locked: Sequence[Path] = ()
 ) -> subprocess.CompletedProcess[str]:
-    """Runs commands of a shell, whose standard input is empty; the folders `locked` are mounted read-only for them alone, which takes root."""
+    """Runs commands of a shell, whose standard input is empty.
+
+    The folders `locked` are mounted read-only for them alone, which takes root.
+    """
     environment = {name: value for name, value in os.environ.items() if name not in variables}
     environment |= {name: value for name, value in variables.items() if value is not None}
     lock = "".join(f"mount --bind {path} {path} && mount -o remount,ro,bind {path} && " for path in locked)
