@@ -63,8 +63,12 @@ def test_the_extra_is_named_where_it_is_missing(
 def test_an_address_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
     with serving("--keep-alive", "300") as (url, _):
         port = url.rpartition(":")[2]
-        assert main(["serve", "--port", port], engine=FakeFactory()) == 1
+        factory = FakeFactory()
+        assert main(["serve", "--port", port], engine=factory) == 1
         assert f"cannot listen at 127.0.0.1 and port {port}" in capsys.readouterr().err
+        # A reply without a limit of its own ends with the context.
+        (asked,) = factory.asked
+        assert asked["default_max_tokens"] > 1 << 40
 
 
 @contextmanager
