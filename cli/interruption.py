@@ -6,13 +6,15 @@ import os
 import signal
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from edgemoe.cli.exits import Exit
 
+Handler = TypeVar("Handler", bound="_Handler")
 _ERASE_LINE, _SHOW_CURSOR = "\r\x1b[2K", "\x1b[?25h"
 
 
@@ -45,7 +47,34 @@ def _leave(number: int, frame: FrameType | None) -> None:
         os._exit(Exit.INTERRUPTED)
 
 
-class KeyboardInterrupts:
+class _Handler(ABC):
+    """A `with` block in which `_handle` is the handler of some signals; afterwards it is the one before again."""
+
+    def __init__(self, signals: Sequence[int]) -> None:
+        self._signals = signals
+        self._previous: dict[int, Any] = {}
+
+    @abstractmethod
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """As Python calls it, with the signal's number."""
+
+    def __enter__(self: Handler) -> Handler:
+        # Only the main thread may set handlers, and a process told to ignore Ctrl-C (nohup) shall go on ignoring it.
+        if threading.current_thread() is threading.main_thread():
+            for number in self._signals:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, previous in self._previous.items():
+            if previous is not None:  # None is a handler that was not set from Python
+                signal.signal(number, previous)
+
+
+class KeyboardInterrupts(_Handler):
     """A `with` block in which Ctrl-C raises KeyboardInterrupt inside of `allowed` alone, and once in each such block.
 
     Another one, or one that comes between two such blocks, or after `forbid`, does nothing: none is raised where
@@ -53,8 +82,8 @@ class KeyboardInterrupts:
     """
 
     def __init__(self) -> None:
+        super().__init__((signal.SIGINT,))
         self._allowed = False
-        self._previous: Any = None
 
     @contextmanager
     def allowed(self) -> Iterator[None]:
@@ -69,26 +98,13 @@ class KeyboardInterrupts:
         """Lets no Ctrl-C raise anything any more in the `allowed` block under way."""
         self._allowed = False
 
-    def __enter__(self) -> KeyboardInterrupts:
-        # See `Interruption`.
-        mine = threading.current_thread() is threading.main_thread()
-        if mine and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-            self._previous = signal.signal(signal.SIGINT, self._raise)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-
-    def _raise(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._allowed:
             self._allowed = False
             raise KeyboardInterrupt
 
 
-class Interruption:
+class Interruption(_Handler):
     """A `with` block in which the first Ctrl-C carries out the first of `steps`, the second the second, and so on.
 
     Until the steps are used up, nothing is raised: what the block does between (writing a result, keeping a reply's
@@ -96,11 +112,10 @@ class Interruption:
     """
 
     def __init__(self, *steps: Callable[[], None], signals: Sequence[int] = (signal.SIGINT,)) -> None:
+        super().__init__(signals)
         self.count = 0
         self._steps = steps
-        self._signals = signals
         self._threads: list[threading.Thread] = []
-        self._previous: dict[int, Any] = {}
         self._waiting = False
 
     @property
@@ -117,25 +132,15 @@ class Interruption:
         finally:
             self._waiting = False
 
-    def __enter__(self) -> Interruption:
-        # Only the main thread may set handlers, and a process told to ignore Ctrl-C (nohup) shall go on ignoring it.
-        if threading.current_thread() is threading.main_thread():
-            for number in self._signals:
-                if signal.getsignal(number) != signal.SIG_IGN:
-                    self._previous[number] = signal.signal(number, self._step)
-        return self
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, previous in self._previous.items():
-            if previous is not None:  # None is a handler that was not set from Python
-                signal.signal(number, previous)
+        super().__exit__(kind, error, trace)
         for thread in self._threads:
             # A late cancel would hit the next generation.
             thread.join(timeout=1.0)
 
-    def _step(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         # Another signal may come anywhere in here: at worst it takes the same step.
         taken = self.count
         self.count = taken + 1

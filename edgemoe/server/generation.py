@@ -14,7 +14,7 @@ from edgemoe.server.protocols.reply import Reply
 from edgemoe.server.turns import Turns
 
 MAX_AHEAD = 256
-"""Chunks of a request that wait for its connection from which none of its further replies begins."""
+"""While so many chunks of a request wait for its connection, none of its further replies begins."""
 
 
 class Generation:

@@ -5,6 +5,8 @@ So a reply does not depend on its drafts, in bf16 as in float32.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -45,6 +47,24 @@ class Drafted:
         return past
 
 
+def assert_each_as_alone(runner: ModelRunner, crowd: Sequence[int], begun: Callable[[int], bool]) -> None:
+    """Sequences of so many new tokens have the bits of a pass of their own; those that have `begun` have a past."""
+
+    def inputs() -> list[PassInput]:
+        made = []
+        for number, tokens in enumerate(crowd):
+            cache = runner.start(200)
+            if begun(tokens):
+                runner.step(cache, random_ids(5 + number, seed=number))
+            made.append(PassInput(cache, random_ids(tokens, seed=10 + number)))
+        return made
+
+    assert runner.packs
+    assert runner.sequential.batch_invariant(inputs())
+    expected = [runner.run([each])[0] for each in inputs()]
+    assert all(map(torch.equal, expected, runner.run(inputs())))
+
+
 def test_a_product_with_a_bias_is_one_of_single_tokens() -> None:
     """A router's, whose weight multiplies by a kernel where there is none."""
     draw = torch.Generator().manual_seed(0)
@@ -75,21 +95,7 @@ def test_a_crowd_of_steps_and_of_short_and_long_prompts(family: str, dtype: str,
     if dtype == "bfloat16" and few_tokens(torch.bfloat16) < sum(CROWD):
         pytest.skip("bf16 products of many tokens are PyTorch's on this CPU")
     with running(zoo(family), 40, dtype=dtype) as own:
-        runner = ModelRunner(own.runner())
-
-        def crowd() -> list[PassInput]:
-            made = []
-            for number, tokens in enumerate(CROWD):
-                cache = runner.start(200)
-                if tokens == 1:
-                    runner.step(cache, random_ids(5 + number, seed=number))
-                made.append(PassInput(cache, random_ids(tokens, seed=10 + number)))
-            return made
-
-        assert runner.packs
-        assert runner.sequential.batch_invariant(crowd())
-        expected = [runner.run([each])[0] for each in crowd()]
-        assert all(map(torch.equal, expected, runner.run(crowd())))
+        assert_each_as_alone(ModelRunner(own.runner()), CROWD, begun=lambda tokens: tokens == 1)
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -101,20 +107,7 @@ def test_a_crowd_of_prompts_in_recurrent_mixers(
     if late:
         monkeypatch.setattr(packed_runner, "MIN_THREADED_PAIRS", 1)
     with running(zoo(family), 40) as own:
-        runner = ModelRunner(own.runner())
-
-        def crowd() -> list[PassInput]:
-            made = []
-            for number, tokens in enumerate((1, 30, 9, 60, 70)):
-                cache = runner.start(200)
-                runner.step(cache, random_ids(5 + number, seed=number))
-                made.append(PassInput(cache, random_ids(tokens, seed=10 + number)))
-            return made
-
-        assert runner.packs
-        assert runner.sequential.batch_invariant(crowd())
-        expected = [runner.run([each])[0] for each in crowd()]
-        assert all(map(torch.equal, expected, runner.run(crowd())))
+        assert_each_as_alone(ModelRunner(own.runner()), (1, 30, 9, 60, 70), begun=lambda tokens: True)
 
 
 @pytest.mark.parametrize("family", PACKED)

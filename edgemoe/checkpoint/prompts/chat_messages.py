@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -127,7 +128,8 @@ def checked_tools(tools: Any) -> list[dict[str, Any]]:
         raise RequestError(f"tools must be a list, not {shown(tools)}")
     found = [_checked_tool(tool) for tool in checked_json(list(tools), "tools")]
     names = [tool["function"]["name"] for tool in found]
-    twice = next((name for name in names if names.count(name) > 1), None)
+    counts = Counter(names)
+    twice = next((name for name in names if counts[name] > 1), None)
     if twice is not None:
         raise RequestError(f"tools has two functions of the name {twice}: give each its own")
     return found

@@ -188,11 +188,14 @@ def _allowed_tools(given: dict[str, Any]) -> dict[str, Any]:
     listed = allowed.get("tools") if isinstance(allowed, dict) else None
     if not isinstance(listed, list) or not isinstance(tools, list) or allowed.get("mode") not in ("auto", "required"):
         raise FieldError("tool_choice of type allowed_tools needs tools and a mode, auto or required")
-    names = [name for name in map(_tool_name, listed) if name is not None]
-    unknown = [name for name in names if name not in map(_tool_name, tools)]
-    if unknown:
-        raise FieldError(f"tool_choice allows {shown(unknown[0])}, which is none of tools")
-    return {"tools": [tool for tool in tools if _tool_name(tool) in names], "tool_choice": allowed["mode"]}
+    offered = {name for name in map(_tool_name, tools) if isinstance(name, str)}
+    names = set()
+    for name in map(_tool_name, listed):
+        if name is not None and (not isinstance(name, str) or name not in offered):
+            raise FieldError(f"tool_choice allows {shown(name)}, which is none of tools")
+        names.add(name)
+    kept = [tool for tool in tools if isinstance(name := _tool_name(tool), str) and name in names]
+    return {"tools": kept, "tool_choice": allowed["mode"]}
 
 
 def _tool_name(tool: Any) -> Any:
