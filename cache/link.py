@@ -26,7 +26,10 @@ class Priority(IntEnum):
 
 
 class Transfer:
-    """The transfer of one record into a slot. The link creates it, and sets `done` and `error`."""
+    """The transfer of one record into a slot. The link creates it, and sets `done` and `error`.
+
+    With an `error`, the link may write the slot until the transfer is done.
+    """
 
     def __init__(self, expert: ExpertId, slot: int, nbytes: int, priority: Priority) -> None:
         self.expert = expert

@@ -85,7 +85,7 @@ class ReaderLink(Link):
         """See the base class."""
         assert isinstance(transfer, _Job)
         with self._lock:
-            if len(transfer.waiting) < transfer.pieces:
+            if transfer.done or len(transfer.waiting) < transfer.pieces:
                 return False
             transfer.waiting.clear()
             self._ended()

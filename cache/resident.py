@@ -33,8 +33,14 @@ class Resident:
 
     @property
     def moving(self) -> bool:
-        """Whether its slot is still being written, or about to be."""
-        return self.transfer is not None and self.transfer.error is None and not self.transfer.arrived()
+        """Whether its slot is still being written, or about to be.
+
+        A load that fails is not done until its last piece is: the others still write when its error is known.
+        """
+        transfer = self.transfer
+        if transfer is None or transfer.arrived():
+            return False
+        return not transfer.done or transfer.error is None
 
 
 @dataclass(frozen=True)

@@ -237,3 +237,20 @@ def test_a_load_that_is_failing_keeps_its_slot_until_nothing_writes_it_any_more(
     assert link.happened("start") == []
     use(cache, 0, 0)
     assert link.happened("start") == ids(0, 0)
+
+
+@pytest.mark.parametrize("reason", ["demand", "prefetch"])
+def test_a_load_that_is_failing_is_not_evicted_for_another(reason: str) -> None:
+    cache = make(1)
+    link = link_of(cache)
+    failing = ExpertId(0, 0)
+    cache.fill([failing])
+    link.in_flight[failing][0].error = link.faults[failing] = OSError("disk gone")
+    if reason == "demand":
+        use(cache, 0, 1)
+        happened = [what for what in link.events if what[0] in ("wait", "start")]
+        assert happened == [("wait", (failing,)), ("start", ExpertId(0, 1)), ("wait", (ExpertId(0, 1),))]
+    else:
+        assert cache.prefetch(ids(0, 1)) == 0
+        link.finish(failing)
+        assert cache.prefetch(ids(0, 1)) == 1, "now nothing writes the slot"
