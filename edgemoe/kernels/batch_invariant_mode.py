@@ -27,6 +27,8 @@ class Span(NamedTuple):
     tokens: int
     one_by_one: bool
     """Whether each of them gets the bits of a step of its own; else those that they have without other sequences."""
+    outputs: int = 0
+    """How many of them, the last ones, logits are computed of; a model may look at no others for that."""
 
 
 class BatchInvariantMode(TorchFunctionMode):
@@ -68,12 +70,14 @@ class BatchInvariantMode(TorchFunctionMode):
     def _parts(self, input: torch.Tensor, dim: int) -> Iterator[torch.Tensor]:
         """What is computed by itself, with the strides that it has alone: PyTorch looks at those of dimensions of one.
 
-        What has another number of tokens than the pass is a part of it: drafts in a recurrent mixer, or the last tokens
-        of all spans, of which logits are computed.
+        What has another number of tokens than the pass is a part of it: the last tokens of all spans, of which logits
+        are computed, or drafts in a recurrent mixer.
         """
         tokens = input[0] if dim else input
         spans = self._spans
-        if len(tokens) != self._tokens:
+        if len(tokens) == sum(span.outputs for span in spans) != self._tokens:
+            spans = [span._replace(tokens=span.outputs) for span in spans]
+        elif len(tokens) != self._tokens:
             few = len(tokens) <= BATCH_INVARIANT_TOKENS
             spans = [Span(len(tokens), one_by_one=few and (len(spans) > 1 or spans[0].one_by_one))]
         for part, span in zip(tokens.split([each.tokens for each in spans]), spans, strict=True):

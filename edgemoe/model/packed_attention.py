@@ -45,6 +45,8 @@ class Row(NamedTuple):
     tree_mask: TreeMask | None
     batch_invariant: bool = False
     """Whether each of several tokens attends as it does in a step of its own, to the same bits."""
+    outputs: int = 0
+    """How many of its tokens, the last ones, logits are computed of."""
 
 
 class _Attached(NamedTuple):
@@ -92,7 +94,7 @@ class PackedAttention:
         self.rows = rows
         # One long row has nothing to be split from.
         if batch_invariant and (len(rows) > 1 or rows[0].batch_invariant):
-            spans = [Span(row.last - row.first, one_by_one=row.batch_invariant) for row in rows]
+            spans = [Span(row.last - row.first, row.batch_invariant, row.outputs) for row in rows]
             self.batch_invariance = BatchInvariantMode(spans)
         try:
             for config in self._configs:

@@ -60,7 +60,7 @@ class PackedRunner:
                 first, last = len(ids), len(ids) + len(item.tokens)
                 short = len(item.tokens) <= BATCH_INVARIANT_TOKENS
                 one_by_one = batch_invariant and short and (item.verifies or item.pairs < MIN_THREADED_PAIRS)
-                rows.append(Row(item.cache.kv, first, last, item.tree_mask, one_by_one))
+                rows.append(Row(item.cache.kv, first, last, item.tree_mask, one_by_one, item.outputs))
                 positions += item.positions
                 ids += item.tokens
                 wanted += range(len(ids) - item.outputs, len(ids))

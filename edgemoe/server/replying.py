@@ -151,7 +151,7 @@ class ReplyResponse(Response):
 
     async def _stream(self, generation: Generation, send: Send) -> None:
         reply, heartbeat = self._reply, self._replier.settings.heartbeat
-        item = await generation.next(min(FIRST_WAIT, heartbeat))
+        item = await generation.next(FIRST_WAIT)
         headers = [(name.encode(), value.encode()) for name, value in sse.HEADERS.items()]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         events = reply.opening()

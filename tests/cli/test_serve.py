@@ -19,6 +19,7 @@ import pytest
 
 from edgemoe.cli.main import main
 from tests.support.fake_engine import FakeFactory
+from tests.support.waiting import wait_until
 
 STREAM = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1500, "ignore_eos": True, "stream": True}
 
@@ -118,15 +119,26 @@ def test_a_signal_ends_streams_with_an_error_and_the_process_with_0() -> None:
         assert process.wait(20) == 0
 
 
+def listens(address: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(address).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
 @pytest.mark.slow
 def test_a_second_signal_waits_for_nobody() -> None:
     """A request that is being read would else be waited for."""
     with serving("--keep-alive", "300") as (url, process), socket.socket() as connection:
-        connection.connect(("127.0.0.1", int(url.rpartition(":")[2])))
-        connection.sendall(b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{")
-        time.sleep(0.3)
+        address = ("127.0.0.1", int(url.rpartition(":")[2]))
+        connection.connect(address)
+        head = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\nExpect: 100-continue\r\n\r\n"
+        connection.sendall(head)
+        assert connection.recv(100).startswith(b"HTTP/1.1 100"), "now the body is read"
+        connection.sendall(b"{")
         process.send_signal(signal.SIGTERM)
-        time.sleep(0.5)
+        wait_until(lambda: not listens(address))
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,13 +30,20 @@ from tests.support.node_fakes import NodeEngine
 
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'edgemoe[ray]'")
 SMALL: dict[str, Any] = {"num_gpus": 0, "object_store_memory": 80 << 20}
-CLIENT_PORT = 10051
 TIME = 120.0
 """Timeout in seconds, generous for a busy machine."""
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
+def client_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def cluster(client_port: int) -> Iterator[Any]:
     """A cluster of two nodes, with a server for Ray clients."""
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("PYTHONPATH", str(ROOT))
@@ -45,7 +53,7 @@ def cluster() -> Iterator[Any]:
         head = {
             "num_cpus": 4,
             "include_dashboard": False,
-            "ray_client_server_port": CLIENT_PORT,
+            "ray_client_server_port": client_port,
             "min_worker_port": 20000,
             "max_worker_port": 20500,
             "_system_config": {"health_check_period_ms": 500, "health_check_initial_delay_ms": 1000},
@@ -368,8 +376,11 @@ assert threading.enumerate() == [threading.main_thread()]
 """
 
 
-@pytest.mark.parametrize("form", ["{}", f"ray://127.0.0.1:{CLIENT_PORT}"])
-def test_a_process_that_connects_prints_nothing_and_leaves_nothing(cluster: Any, form: str) -> None:
-    script = [sys.executable, "-c", SCRIPT, form.format(cluster.address)]
+@pytest.mark.parametrize("client", [False, True], ids=["node", "client"])
+def test_a_process_that_connects_prints_nothing_and_leaves_nothing(
+    cluster: Any, client_port: int, client: bool
+) -> None:
+    address = f"ray://127.0.0.1:{client_port}" if client else cluster.address
+    script = [sys.executable, "-c", SCRIPT, address]
     done = subprocess.run(script, capture_output=True, text=True, timeout=TIME, cwd=ROOT)
     assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from edgemoe.kernels import batch_invariant_linear
 from edgemoe.kernels.batch_invariant_mode import BatchInvariantMode, Span
 from edgemoe.kernels.cpu.kernel_choice import few_tokens
 from edgemoe.kernels.cpu.slot_matrix import SlotMatrix
@@ -96,6 +97,13 @@ def test_a_crowd_of_steps_and_of_short_and_long_prompts(family: str, dtype: str,
         pytest.skip("bf16 products of many tokens are PyTorch's on this CPU")
     with running(zoo(family), 40, dtype=dtype) as own:
         assert_each_as_alone(ModelRunner(own.runner()), CROWD, begun=lambda tokens: tokens == 1)
+
+
+def test_the_logits_of_a_large_crowd_without_kernels(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small head has none: its products are PyTorch's, of one token each however many there are."""
+    monkeypatch.setattr(batch_invariant_linear, "MIN_VALUES", 1 << 60)
+    with running(zoo("qwen3_moe"), 40) as own:
+        assert_each_as_alone(ModelRunner(own.runner()), (1,) * 70 + (80,), begun=lambda tokens: tokens == 1)
 
 
 @pytest.mark.parametrize("late", [False, True])

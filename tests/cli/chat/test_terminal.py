@@ -59,7 +59,7 @@ def test_a_chat_on_a_terminal(tmp_path: Path) -> None:
     assert "599" not in stopped
     chat.press("half a line")
     chat.wait_for("half a line")
-    time.sleep(0.1)  # until readline waits for the next key again
+    time.sleep(0.5)  # until readline waits for the next key again
     chat.press("\x03")
     chat.wait_for(">>> ")
     chat.press("/show\n")
