@@ -101,6 +101,8 @@ class ExpertCache:
                 yield self._residency.loan(hits)
                 self._unpin(hits, pinned)
             while in_flight or misses:
+                # `meanwhile`, or the borrower of a loan, may have prefetched some that had found no slot.
+                self._promote(misses, in_flight, pinned)
                 self._demand(misses, in_flight, pinned)
                 arrived = self._wait(in_flight)
                 yield self._residency.loan(arrived)

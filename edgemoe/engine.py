@@ -283,6 +283,11 @@ class Engine:
         self._worker.close()
         self._finalizer.detach()
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called, or an error has ended the engine: calls raise EdgeMoEError, which names it."""
+        return self._worker.has_ended
+
     def __enter__(self) -> Engine:
         return self
 

@@ -25,11 +25,12 @@ class Lease:
     def __init__(self, host: ModelHost, ready: Future[Engine]) -> None:
         self.ready = ready
         """The engine once it is loaded, or the error of loading. It cannot be cancelled: others wait for it too."""
-        self._host: ModelHost | None = host
+        self._host = host
 
     def release(self) -> None:
         """Gives the hold up. Idempotent."""
-        host, self._host = self._host, None
+        # In one step, so that of two threads one gives it up.
+        host: ModelHost | None = vars(self).pop("_host", None)
         if host is not None:
             host._released()
 
@@ -93,7 +94,7 @@ class ModelHost:
     def state(self) -> str:
         """ "unloaded", "loading" or "ready"."""
         ready = self._ready
-        if ready is None:
+        if ready is None or _has_ended(ready):
             return "unloaded"
         return "ready" if ready.done() else "loading"
 
@@ -101,7 +102,8 @@ class ModelHost:
     def engine(self) -> Engine | None:
         """The engine where it is loaded now; without a lease, it may be closed at any moment."""
         ready = self._ready
-        return ready.result() if ready is not None and ready.done() and ready.exception() is None else None
+        usable = ready is not None and ready.done() and ready.exception() is None and not _has_ended(ready)
+        return ready.result() if ready is not None and usable else None
 
     @property
     def leases(self) -> int:
@@ -139,7 +141,7 @@ class ModelHost:
             return self._submit(self._plan)
 
     def lease(self) -> Lease:
-        """A hold on the engine, which is loaded where it is not. Does not wait: entering the lease does.
+        """A hold on the engine, which is loaded where it is not, or has ended. Does not wait: entering the lease does.
 
         Entering raises what `Engine.load` raises; the next lease tries again. Raises EdgeMoEError after `close`.
         """
@@ -153,13 +155,18 @@ class ModelHost:
     def load(self) -> Future[Engine]:
         """Begins to load, where it is not loaded; the result waits for the engine. Raises EdgeMoEError after `close`.
 
-        Where no lease follows within `keep_alive` seconds, if that is above 0, the engine is unloaded again.
+        Where no lease follows within `keep_alive` seconds, if that is above 0, the engine is unloaded again. Callbacks
+        of the future run in the thread that loads: they may use the host, but not wait for an unloading.
         """
         self._check_process()
         with self._lock:
             # It was asked for after the unloading that waits for leases.
             self._unloads = False
-            return self._loading()
+            ready = self._loading()
+            if self._timer is not None and self._keep_alive is not None:
+                # Its seconds begin anew.
+                self._start_timer(self._keep_alive)
+            return ready
 
     def unload(self) -> bool:
         """Unloads and waits for it; where there are leases, the end of the last one unloads. Loading is stopped.
@@ -219,12 +226,20 @@ class ModelHost:
 
     def _loading(self) -> Future[Engine]:
         self._check()
+        if self._ready is not None and _has_ended(self._ready):
+            self._detach()
         if self._ready is None:
-            self._ready, self._stop = Future(), threading.Event()
-            self._ready.set_running_or_notify_cancel()
+            ready, stop = Future[Engine](), threading.Event()
+            ready.set_running_or_notify_cancel()
             self._error = self._progress = None
             self._unloads = False
-            self._submit(self._load, self._ready, self._stop)
+            try:
+                self._submit(self._load, ready, stop)
+            except BaseException:
+                # No thread could be started: nobody is to wait for it.
+                stop.set()
+                raise
+            self._ready, self._stop = ready, stop
         return self._ready
 
     def _load(self, ready: Future[Engine], stop: threading.Event) -> None:
@@ -241,13 +256,15 @@ class ModelHost:
             return
         with self._lock:
             kept = self._ready is ready
-            if kept:
-                # Others see it under the lock, so that no unloading comes between.
-                ready.set_result(engine)
-                if not self._leases and self._keep_alive:
-                    self._start_timer(self._keep_alive)
-        if not kept:
+            if kept and not self._leases and self._keep_alive:
+                self._start_timer(self._keep_alive)
+        if kept:
+            # Without the lock: callbacks may ask the host. An unloading that comes between is this thread's next task.
+            ready.set_result(engine)
+            return
+        try:
             engine.close()
+        finally:
             ready.set_exception(EdgeMoEError("the model was unloaded while it was loaded: ask again"))
 
     def _plan(self) -> Plan:
@@ -305,6 +322,11 @@ class ModelHost:
         """Has the worker call `function`."""
         self._process = os.getpid()
         return self._worker.submit(function, *arguments, **named)
+
+
+def _has_ended(ready: Future[Engine]) -> bool:
+    """Whether the engine was loaded, and answers no more."""
+    return ready.done() and ready.exception() is None and ready.result().closed
 
 
 def _close(ready: Future[Engine]) -> None:

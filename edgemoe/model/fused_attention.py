@@ -90,7 +90,7 @@ class FusedAttention:
         self._threads = threads
         self._layer = layer
         self._max_tokens = min(matrix.max_tokens for matrix in parts.matrices)
-        self._kept: dict[object, PreparedAttention] = {}
+        self._kept: dict[object, tuple[AfterAttention | None, PreparedAttention]] = {}
 
     def fits(self, hidden: torch.Tensor, position_embeddings: Any) -> bool:
         """Whether a pass with these is one for the program."""
@@ -162,8 +162,12 @@ class FusedAttention:
     ) -> PreparedAttention:
         """The program of so many tokens, which has run. It is made once, and again when its keys need more room."""
         row, tokens = self.packed.rows[0], hidden.shape[1]
-        key = tokens, hidden.dtype, position_embeddings[0].shape[-1], norms is None, following
-        prepared = self._kept.get(key)
+        reads_slots = following is not None and following.slots is not None
+        key = tokens, hidden.dtype, position_embeddings[0].shape[-1], norms is None, following is None, reads_slots
+        continued, prepared = self._kept.get(key, (None, None))
+        if continued is not following:
+            # The slots are others since the cache was resized.
+            prepared = None
         like = hidden.new_empty(1, self.parts.keys, tokens, self.parts.width) if prepared is None else prepared.like
         layer = row.kv.layers[self._layer]
         assert isinstance(layer, GrowingLayer)
@@ -173,7 +177,7 @@ class FusedAttention:
             # Later passes may write to its memory in another mode than this one's.
             with torch.inference_mode(False):
                 prepared = self._prepare(hidden, count * 2, position_embeddings, norms, following)
-            self._kept[key] = prepared
+            self._kept[key] = following, prepared
         prepared.run(hidden, cache, self.packed.seen_keys(row, count, None), position_embeddings)
         return prepared
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from heapq import merge
 from typing import NamedTuple
 
+from edgemoe.errors import is_out_of_memory
 from edgemoe.model.kv_cache import SequenceCache
 from edgemoe.request.token_key import TOKEN_NBYTES, shared_tokens, token_key
 from edgemoe.scheduler.kv_budget import KvBudget
@@ -61,6 +62,28 @@ class PrefixCache:
         self._kept.append(CachedPrefix(token_key(tokens), cache))
         while len(self._kept) > self._max_kept:
             self._evict()
+
+    def keep_trimmed(self, tokens: Sequence[int], cache: SequenceCache) -> None:
+        """As `keep`, in no more memory than it needs; where there is none left for that it is released instead."""
+        try:
+            cache.trim()
+        except Exception as error:
+            self._budget.release(cache)
+            if not is_out_of_memory(error):
+                raise
+        else:
+            self.keep(tokens, cache)
+
+    def keep_copy(self, tokens: Sequence[int], cache: SequenceCache) -> None:
+        """Keeps a copy of the `cache` of `tokens` and charges it; nothing where there is no memory for one."""
+        try:
+            copy = cache.fork(cache.tokens, cache.tokens)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        else:
+            self._budget.charge(copy)
+            self.keep(tokens, copy)
 
     def take(self, prefix: CachedPrefix) -> SequenceCache:
         """Removes an entry and ends its charge; its cache belongs to the caller."""

@@ -192,7 +192,9 @@ class Scheduler:
         for request in [each for each in self._running if each.finished]:
             self._leave(request)
             cache = request.release_cache()
-            if request.error is not None or cache.tokens < MIN_PREFIX or not self._keep(request, cache):
+            if request.error is None and _crop_to_exact(request, cache) and cache.tokens >= MIN_PREFIX:
+                self._prefixes.keep_trimmed(request.tokens[: cache.tokens], cache)
+            else:
                 self.kv.release(cache)
 
     def departed(self) -> list[Request]:
@@ -362,23 +364,11 @@ class Scheduler:
         self._prefixes.evict_for(nbytes)
         return self.kv.fits(nbytes)
 
-    def _keep(self, request: Request, cache: SequenceCache) -> bool:
-        """Moves a finished request's cache to the prefix cache; of a lossy reply the prompt alone, where possible."""
-        if request.lossy:
-            if request.prompt_length < MIN_PREFIX or not cache.can_crop():
-                return False
-            cache.crop(request.prompt_length)
-        cache.trim()
-        self._prefixes.keep(request.tokens[: cache.tokens], cache)
-        return True
-
     def _keep_copy(self, request: Request, cache: SequenceCache) -> None:
         """Keeps a copy of a running request's cache that others will start with, where it fits."""
         del self._pauses[request]
         if self._evicted_for(self.kv.nbytes_for(cache.tokens)):
-            copy = cache.fork(cache.tokens, cache.tokens)
-            self.kv.charge(copy)
-            self._prefixes.keep(request.tokens[: copy.tokens], copy)
+            self._prefixes.keep_copy(request.tokens[: cache.tokens], cache)
 
     @staticmethod
     def _account(parts: Sequence[ScheduledTokens], outputs: StepOutputs) -> None:
@@ -398,3 +388,13 @@ def _verify(request: Request, tree: DraftTree, rows: LogitsRows, base: int) -> V
     if request.error is None:
         request.cache.rollback(base, path[:tokens])
     return Verified(path, tokens)
+
+
+def _crop_to_exact(request: Request, cache: SequenceCache) -> bool:
+    """Takes what follows the prompt of a lossy reply from its cache; False where something does and that cannot be."""
+    # One that began again has computed what it had written, which was not lossy.
+    if not request.lossy or cache.tokens <= request.prompt_length:
+        return True
+    if cache.can_crop():
+        cache.crop(request.prompt_length)
+    return cache.tokens <= request.prompt_length

@@ -42,8 +42,8 @@ class _Call(Generic[Result]):
             self._error = error
         self.done.put(None)
 
-    def result(self) -> Result:
-        """Raises what the function has raised, and EdgeMoEError where the worker has ended before it."""
+    def result(self, closed: Callable[[], EdgeMoEError]) -> Result:
+        """Raises what the function has raised, and `closed()` where the worker has ended before it."""
         if self._error is not None and not isinstance(self._error, PassAborted):
             raise self._error
         if not self._result:
@@ -66,11 +66,6 @@ class _Holder(weakref.ref[Any]):
 
 
 _Message = Callable[[StepLoop], None] | _Demand | _Call[Any] | weakref.ref[Any]
-
-
-def closed() -> EdgeMoEError:
-    """The error of a call after the engine's end."""
-    return EdgeMoEError("the engine is closed: load it again with Engine.load")
 
 
 class Worker:
@@ -131,7 +126,7 @@ class Worker:
         self.join()
         error, self._error = self._error, None
         try:
-            raise error or closed()
+            raise error or self._closed()
         finally:
             # Its traceback refers to this frame.
             del error
@@ -154,8 +149,21 @@ class Worker:
             raise EdgeMoEError("the engine was loaded by another process: load it in this one, after the fork")
         loaded = self.loaded
         if loaded is None or self.closing:
-            raise closed()
+            raise self._closed()
         return loaded
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it takes nothing any more, once it was loaded: after `close`, or an error that ends its thread."""
+        return self.closing or self.loaded is None
+
+    def _closed(self) -> EdgeMoEError:
+        """The error of a call after the end."""
+        error = None if self.closing else self._error
+        why = "is closed" if error is None else f"has ended with {type(error).__name__} ({error})"
+        raised = EdgeMoEError(f"the engine {why}: load it again with Engine.load")
+        raised.__cause__ = error
+        return raised
 
     def post(self, function: Callable[[StepLoop], None]) -> None:
         """Has the thread call `function` between two layers or two steps. Does not wait. It must not raise.
@@ -179,7 +187,7 @@ class Worker:
                 call.withdrawn = True
                 self.post(_nothing)
                 raise
-        return call.result()
+        return call.result(self._closed)
 
     def wait(self, satisfied: Callable[[], bool]) -> None:
         """Waits until `satisfied`, and has steps run meanwhile. Raises EdgeMoEError where `close` comes before.
@@ -195,7 +203,7 @@ class Worker:
             self.post(lambda loop: self._withdraw(demand))
             raise
         if not satisfied():
-            raise closed()
+            raise self._closed()
 
     def tell_when(self, satisfied: Callable[[], bool], tell: Callable[[], None]) -> _Demand:
         """Has `tell` called once `satisfied`, or after `close`, and has steps run meanwhile.
@@ -278,6 +286,10 @@ class Worker:
             loaded.runtime.layers.poll = loaded.runtime.cache.poll = self._poll
             self._ready.put(None)
             self._serve(loaded)
+        except BaseException as error:
+            # It is kept for as long as the engine is, and known before callers see that nothing is loaded any more.
+            without_frames(error)
+            self._error = error
         finally:
             self._last_plan, self.loaded = loaded.plan, None
             loaded.close()

@@ -239,6 +239,20 @@ def test_a_load_that_is_failing_keeps_its_slot_until_nothing_writes_it_any_more(
     assert link.happened("start") == ids(0, 0)
 
 
+def test_a_requested_expert_that_is_prefetched_meanwhile_is_loaded_once() -> None:
+    cache = make(2)
+    link = link_of(cache)
+    cache.fill(ids(1, 0))
+
+    def meanwhile() -> None:
+        link.finish(ExpertId(1, 0))
+        cache.prefetch(ids(0, 1))
+
+    assert sorted(number for loan in cache.borrow(0, [0, 1], meanwhile) for number in loan.experts) == [0, 1]
+    assert link.happened("prefetch") == [ExpertId(1, 0), ExpertId(0, 1)]
+    assert link.happened("start") == [ExpertId(0, 0)]
+
+
 @pytest.mark.parametrize("reason", ["demand", "prefetch"])
 def test_a_load_that_is_failing_is_not_evicted_for_another(reason: str) -> None:
     cache = make(1)

@@ -198,3 +198,20 @@ def test_what_is_taken_is_gone_and_no_longer_charged() -> None:
     assert other.cache is not match.cache
     prefixes.clear()
     assert budget.nbytes == 0
+
+
+@pytest.mark.parametrize("error", [MemoryError("none left"), ValueError("wrong")])
+def test_a_copy_that_finds_no_memory_is_not_kept(error: Exception) -> None:
+    class NoMemory(FakeCache):
+        def fork(self, tokens: int, capacity: int) -> FakeCache:
+            raise error
+
+    budget = FakeBudget()
+    prefixes: Any = PrefixCache(budget, 4)
+    if isinstance(error, MemoryError):
+        prefixes.keep_copy([1, 2, 3], NoMemory(3))
+    else:
+        with pytest.raises(ValueError, match="wrong"):
+            prefixes.keep_copy([1, 2, 3], NoMemory(3))
+    assert prefixes.kept == ()
+    assert budget.nbytes == 0

@@ -9,6 +9,7 @@ import pytest
 
 from edgemoe.model.kv_cache import SequenceCache
 from edgemoe.quiet import quiet_transformers
+from tests.draft.test_expert_budget import budgeted
 from tests.support.checkpoints import Running, Zoo, random_ids, running
 from tests.support.crowd import Crowd, alone, assert_same_reply, completion
 
@@ -132,3 +133,41 @@ def test_what_ends_the_computing_thread_goes_on_in_it_and_is_told_to_the_others(
     assert [type(request.error) for request in requests] == [KeyboardInterrupt, KeyboardInterrupt, type(None)]
     crowd.finish()
     assert_same_reply(completion(requests[2]), alone(own, [12] * 3))
+
+
+def test_a_lossy_reply_that_began_again_ends_within_its_prompt(own: Running) -> None:
+    """What it has computed of its prompt by then is exact, and kept."""
+    crowd = Crowd(own, step_tokens=16, speculate="ngram")
+    crowd.loop.runner.budget = budgeted(own, 1, "sum", "truncate")
+    prompt = [5, 6, 7, 8] * 15
+    asked = crowd.ask(prompt, max_tokens=60)
+    while not asked.lossy:
+        crowd.step()
+        assert not asked.finished
+    # As a step that finds no memory does.
+    crowd.scheduler._preempt(asked)
+    crowd.loop._forget_departed()
+    other = crowd.ask(random_ids(9), max_tokens=3)
+    crowd.step()
+    assert asked.cache is not None
+    assert 0 < asked.cache.tokens < asked.prompt_length
+    crowd.cancel(asked)
+    crowd.finish()
+    crowd.loop.runner.budget = None
+    assert_same_reply(completion(other), alone(own, random_ids(9), max_tokens=3))
+    assert_same_reply(crowd.reply(prompt), alone(own, prompt))
+    assert crowd.scheduler.totals.tokens_shared > 0
+
+
+def test_without_memory_for_it_a_finished_cache_is_not_kept(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(cache: SequenceCache) -> None:
+        raise MemoryError("no memory for a copy of the window's rows")
+
+    with running(zoo("gpt_oss")) as own, quiet_transformers():
+        crowd = Crowd(own)
+        with monkeypatch.context() as patched:
+            patched.setattr(SequenceCache, "trim", fail)
+            assert_same_reply(crowd.reply(random_ids(20)), alone(own, random_ids(20)))
+            crowd.scheduler.release()
+        assert crowd.scheduler.kv.nbytes == 0
+        assert_same_reply(crowd.reply(random_ids(20)), alone(own, random_ids(20)))

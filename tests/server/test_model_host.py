@@ -44,9 +44,11 @@ class FakeEngine:
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
+        self.closed = False
 
     def close(self) -> None:
         self.loader.closed += 1
+        self.closed = True
 
 
 def host(loader: Loader, keep_alive: float | None = None) -> ModelHost:
@@ -244,3 +246,71 @@ def test_many_threads_never_see_a_closed_engine_nor_two() -> None:
             thread.join()
     assert wrong == []
     assert loader.loaded == loader.closed > 1
+
+
+def test_whoever_is_told_of_the_engine_may_ask_the_host() -> None:
+    loader = Loader()
+    loader.gate.clear()
+    told: list[Any] = []
+    with host(loader) as made:
+        made.load().add_done_callback(lambda ready: told.append(made.lease().ready.result().plan))
+        loader.gate.set()
+        wait_until(lambda: told == ["a plan"])
+
+
+def test_loading_again_keeps_the_engine_for_as_long_again() -> None:
+    loader = Loader()
+    with host(loader, keep_alive=60) as made:
+        with made.lease():
+            pass
+        before = made._timer
+        made.load().result()
+        assert made._timer is not before
+        assert before is not None
+        before.join(10)
+        assert loader.closed == 0
+
+
+def test_a_thread_that_cannot_be_started_leaves_nothing_to_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with host(Loader()) as made:
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", fail)
+            with pytest.raises(RuntimeError, match="can't start"):
+                made.load()
+        assert (made.state, made.leases) == ("unloaded", 0)
+
+
+def test_an_engine_that_cannot_be_closed_is_waited_for_by_nobody() -> None:
+    class Broken(FakeEngine):
+        def close(self) -> None:
+            raise OSError("disk gone")
+
+    def load(model: Any, config: Any, *, on_progress: Any, stop: threading.Event) -> Any:
+        assert stop.wait(20)
+        return Broken(Loader())
+
+    with ModelHost(loader=load) as made:
+        ready = made.load()
+        assert made.unload()
+        with pytest.raises(EdgeMoEError, match="unloaded while it was loaded"):
+            ready.result()
+
+
+def test_an_engine_that_has_ended_is_loaded_again() -> None:
+    def fail(loop: object) -> None:
+        raise AssertionError("a slot is lost")
+
+    with ModelHost(**SETTINGS) as made, made.lease() as engine:
+        engine._worker.post(fail)
+        with pytest.raises(EdgeMoEError, match=r"ended with AssertionError \(a slot is lost\): load it") as told:
+            engine.generate("Once upon")
+        assert told.value.__cause__ is not None
+        assert "in fail" in str(told.value.__cause__.__cause__), "where it happened"
+        assert engine.closed
+        assert (made.state, made.engine) == ("unloaded", None)
+        with made.lease() as another:
+            assert len(another.generate("Once upon", Sampling(max_tokens=3, ignore_eos=True)).token_ids) == 3
+        assert (made.state, made.leases) == ("ready", 1)

@@ -64,6 +64,11 @@ class FakeEngine(Engine):
     def __init__(self) -> None:
         pass
 
+    @property
+    def closed(self) -> bool:
+        """Never."""
+        return False
+
     def close(self) -> None:
         """Ends nothing."""
 

@@ -11,8 +11,9 @@ import pytest
 
 from edgemoe import Engine, PlanError, Sampling
 from edgemoe.cache.expert_cache import ExpertCache
+from edgemoe.model.fused_attention import fused_of
 from edgemoe.plan import memory_keeper
-from edgemoe.scheduler.step_loop import PassAborted
+from edgemoe.scheduler.step_loop import PassAborted, StepLoop
 from tests.support.waiting import wait_until
 
 SETTINGS = Sampling(max_tokens=40, ignore_eos=True, temperature=0)
@@ -58,6 +59,23 @@ def test_a_cache_that_has_grown_holds_everything_again(engine: Engine, expected:
         time.sleep(0.01)
     assert cache_of(engine).complete
     assert engine.generate("abc", SETTINGS).token_ids == expected
+
+
+def test_programs_of_layers_do_not_pile_up() -> None:
+    """They read the slots of the experts, which are others each time that all of them are resident again."""
+
+    def programs(loop: StepLoop) -> int:
+        found = map(fused_of, loop.runner.model.sequential.model.modules())
+        return sum(len(fused._kept) for fused in found if fused is not None)
+
+    with Engine.load(threads=1, context=256, state_folder="none", speculate="off") as engine:
+        counts = []
+        for _ in range(5):
+            engine.resize(engine.plan.experts)
+            engine.generate("abc", SETTINGS)
+            counts.append(engine._between_steps(programs))
+            engine.resize(engine.plan.experts // 2)
+    assert counts[-1] == counts[1] > 0
 
 
 def test_threads_resize_while_others_generate(engine: Engine, expected: tuple[int, ...]) -> None:
