@@ -94,16 +94,18 @@ class ModelHost:
     def state(self) -> str:
         """ "unloaded", "loading" or "ready"."""
         ready = self._ready
-        if ready is None or _has_ended(ready):
-            return "unloaded"
-        return "ready" if ready.done() else "loading"
+        if ready is not None and not ready.done():
+            return "loading"
+        return "unloaded" if self.engine is None else "ready"
 
     @property
     def engine(self) -> Engine | None:
         """The engine where it is loaded now; without a lease, it may be closed at any moment."""
         ready = self._ready
-        usable = ready is not None and ready.done() and ready.exception() is None and not _has_ended(ready)
-        return ready.result() if ready is not None and usable else None
+        if ready is None or not ready.done() or ready.exception() is not None:
+            return None
+        engine = ready.result()
+        return None if engine.closed else engine
 
     @property
     def leases(self) -> int:
@@ -226,7 +228,8 @@ class ModelHost:
 
     def _loading(self) -> Future[Engine]:
         self._check()
-        if self._ready is not None and _has_ended(self._ready):
+        if self.state == "unloaded":
+            # There may be an engine that has ended.
             self._detach()
         if self._ready is None:
             ready, stop = Future[Engine](), threading.Event()
@@ -322,11 +325,6 @@ class ModelHost:
         """Has the worker call `function`."""
         self._process = os.getpid()
         return self._worker.submit(function, *arguments, **named)
-
-
-def _has_ended(ready: Future[Engine]) -> bool:
-    """Whether the engine was loaded, and answers no more."""
-    return ready.done() and ready.exception() is None and ready.result().closed
 
 
 def _close(ready: Future[Engine]) -> None:

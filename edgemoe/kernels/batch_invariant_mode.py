@@ -75,11 +75,12 @@ class BatchInvariantMode(TorchFunctionMode):
         """
         tokens = input[0] if dim else input
         spans = self._spans
-        if len(tokens) == sum(span.outputs for span in spans) != self._tokens:
-            spans = [span._replace(tokens=span.outputs) for span in spans]
-        elif len(tokens) != self._tokens:
-            few = len(tokens) <= BATCH_INVARIANT_TOKENS
-            spans = [Span(len(tokens), one_by_one=few and (len(spans) > 1 or spans[0].one_by_one))]
+        if len(tokens) != self._tokens:
+            if len(tokens) == sum(span.outputs for span in spans):
+                spans = [span._replace(tokens=span.outputs) for span in spans]
+            else:
+                few = len(tokens) <= BATCH_INVARIANT_TOKENS
+                spans = [Span(len(tokens), one_by_one=few and (len(spans) > 1 or spans[0].one_by_one))]
         for part, span in zip(tokens.split([each.tokens for each in spans]), spans, strict=True):
             if span.one_by_one:
                 yield from (token.reshape(*[1] * (dim + 1), *token.shape) for token in part)

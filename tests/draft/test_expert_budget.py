@@ -13,9 +13,8 @@ import torch
 
 from edgemoe import Engine, Sampling
 from edgemoe.cache import CacheCounters
-from edgemoe.config import EngineConfig, choices_of
+from edgemoe.config import choices_of
 from edgemoe.draft.expert_budget import ExpertBudget
-from edgemoe.draft.settings import budget_settings
 from edgemoe.experts.expert_layer import ExpertLayers
 from edgemoe.model.draft_tree import DraftTree
 from edgemoe.model.kv_cache import SequenceCache
@@ -25,15 +24,9 @@ from edgemoe.model.sequential_runner import PassInput
 from edgemoe.prefetch.budget import RULES
 from edgemoe.quiet import quiet_transformers
 from tests.support.checkpoints import Running, Zoo, random_ids, running
-from tests.support.crowd import Crowd, alone, assert_same_reply, completion
+from tests.support.crowd import Crowd, alone, assert_same_reply, budgeted, completion
 
 # --- passes under a budget -------------------------------------------------------------------------
-
-
-def budgeted(own: Running, size: str | int, rule: str = "path", dropped: str = "substitute") -> ExpertBudget:
-    asked = budget_settings(EngineConfig(budget=size, budget_rule=rule, budget_dropped=dropped))
-    assert asked is not None
-    return ExpertBudget(asked, own.layers, own.cache, own.store.experts)
 
 
 class Side:

@@ -9,9 +9,8 @@ import pytest
 
 from edgemoe.model.kv_cache import SequenceCache
 from edgemoe.quiet import quiet_transformers
-from tests.draft.test_expert_budget import budgeted
 from tests.support.checkpoints import Running, Zoo, random_ids, running
-from tests.support.crowd import Crowd, alone, assert_same_reply, completion
+from tests.support.crowd import Crowd, alone, assert_same_reply, budgeted, completion
 
 
 @pytest.fixture

@@ -55,6 +55,14 @@ def host(loader: Loader, keep_alive: float | None = None) -> ModelHost:
     return ModelHost(keep_alive=keep_alive, loader=loader)
 
 
+def timer_of_a_lease(made: ModelHost) -> threading.Timer:
+    """What unloads after the end of a lease."""
+    with made.lease():
+        pass
+    assert made._timer is not None
+    return made._timer
+
+
 def test_it_loads_when_it_is_first_asked_for_and_says_the_librarys_words() -> None:
     greedy = Sampling(temperature=0, max_tokens=4)
     with ModelHost(**SETTINGS) as made:
@@ -145,10 +153,7 @@ def test_what_was_asked_for_last_counts() -> None:
 def test_a_later_lease_ends_the_wait_for_unloading() -> None:
     loader = Loader()
     with host(loader, keep_alive=5) as made:
-        with made.lease():
-            pass
-        timer = made._timer
-        assert timer is not None
+        timer = timer_of_a_lease(made)
         with made.lease():
             timer.join(4)
             assert not timer.is_alive()
@@ -261,12 +266,9 @@ def test_whoever_is_told_of_the_engine_may_ask_the_host() -> None:
 def test_loading_again_keeps_the_engine_for_as_long_again() -> None:
     loader = Loader()
     with host(loader, keep_alive=60) as made:
-        with made.lease():
-            pass
-        before = made._timer
+        before = timer_of_a_lease(made)
         made.load().result()
         assert made._timer is not before
-        assert before is not None
         before.join(10)
         assert loader.closed == 0
 

@@ -11,8 +11,9 @@ from transformers import GenerationConfig
 
 from bench.support.byte_tokenizer import byte_tokenizer
 from edgemoe.config import EngineConfig
+from edgemoe.draft.expert_budget import ExpertBudget
 from edgemoe.draft.pass_drafter import SelfDrafter
-from edgemoe.draft.settings import draft_settings
+from edgemoe.draft.settings import budget_settings, draft_settings
 from edgemoe.draft.speculation import Speculation
 from edgemoe.experts.expert_predictor import ExpertPredictor
 from edgemoe.experts.lookahead import Lookahead
@@ -222,3 +223,10 @@ class Crowd:
     def _watched_run(self, inputs: Sequence[PassInput]) -> list[LogitsRows]:
         self.steps.append([len(item.tokens) for item in inputs])
         return self._run(inputs)
+
+
+def budgeted(own: Running, size: str | int, rule: str = "path", dropped: str = "substitute") -> ExpertBudget:
+    """The budget on the experts of verifications that an engine with such settings has."""
+    asked = budget_settings(EngineConfig(budget=size, budget_rule=rule, budget_dropped=dropped))
+    assert asked is not None
+    return ExpertBudget(asked, own.layers, own.cache, own.store.experts)
